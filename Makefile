@@ -1,0 +1,52 @@
+# Each target sets itself up: a virtual environment in .venv, pinned by constraints.txt.
+# A machine with an NVIDIA driver gets JAX for CUDA 13; GPU=0 or GPU=1 decides by hand.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+GPU ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L >/dev/null 2>&1 && echo 1 || echo 0)
+EXTRAS := dev$(if $(filter 1,$(GPU)),$(comma)cuda13)
+comma := ,
+READY := $(VENV)/.ready-gpu$(GPU)
+TORCH_READY := $(VENV)/.ready-torch
+
+.PHONY: help demo test test-slow test-torch lint bench clean
+
+help:
+	@echo "make demo        train on handwritten digits, sample a grid, score it (CPU: under 5 minutes)"
+	@echo "make test        the test suite        make lint        ruff"
+	@echo "make test-slow   the slow tests        make test-torch  the comparisons with PyTorch"
+	@echo "make bench       operator and train-step benchmarks on this machine"
+
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and f"Python 3.11 or newer is needed, {sys.executable} is {sys.version.split()[0]}; name another one: make PYTHON=python3.12")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[$(EXTRAS)]'
+	@touch $@
+
+$(TORCH_READY): $(READY)
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[torch]'
+	@touch $@
+
+demo: $(READY)
+	$(BIN)/python -m gspn_jax.demo
+
+test: $(READY)
+	$(BIN)/python -m pytest
+
+test-slow: $(READY)
+	$(BIN)/python -m pytest -m "slow and not torch"
+
+test-torch: $(TORCH_READY)
+	$(BIN)/python -m pytest -m torch
+
+lint: $(READY)
+	$(BIN)/ruff check .
+
+bench: $(READY)
+	$(BIN)/python benchmarks/operator.py
+	$(BIN)/python benchmarks/train_step.py
+
+clean:
+	rm -rf $(VENV) .cache build *.egg-info

@@ -1,0 +1,280 @@
+"""The configuration of a run: frozen dataclasses, validated when built.
+
+A config file under `configs/` builds one `Config`; the command line overrides any field of it by its dotted name.
+Every error is a `ConfigError` whose message is one sentence naming the field, what was expected and what was found.
+"""
+
+import dataclasses
+from typing import Any, Literal
+
+Mixer = Literal["attention", "gspn"]
+Remat = Literal["none", "dots", "full"]
+
+
+class ConfigError(ValueError):
+    """A setting that cannot be used; the message is one sentence for the user."""
+
+
+def _check(condition: bool, field: str, expected: str, found: Any) -> None:
+    if not condition:
+        raise ConfigError(f"{field} must be {expected}, found {found!r}")
+
+
+def _one_of(field: str, found: Any, allowed: tuple) -> None:
+    _check(found in allowed, field, "one of " + ", ".join(map(repr, allowed)), found)
+
+
+def _positive(owner: Any, prefix: str, *names: str) -> None:
+    for name in names:
+        _check(getattr(owner, name) > 0, f"{prefix}.{name}", "greater than 0", getattr(owner, name))
+
+
+def _fraction(owner: Any, prefix: str, *names: str) -> None:
+    for name in names:
+        _check(0.0 <= getattr(owner, name) < 1.0, f"{prefix}.{name}", "in [0, 1)", getattr(owner, name))
+
+
+def parse_precision(policy: str) -> dict[str, str]:
+    """Reads "params=float32,compute=bfloat16" into {"params": "float32", "compute": "bfloat16"}."""
+    parts = {}
+    for item in policy.split(","):
+        name, _, value = item.partition("=")
+        _check(name in ("params", "compute") and value in ("float32", "bfloat16"), "train.precision",
+               "like 'params=float32,compute=bfloat16'", policy)
+        parts[name] = value
+    _check(set(parts) == {"params", "compute"}, "train.precision", "like 'params=float32,compute=bfloat16'", policy)
+    return parts
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """A denoiser. `preset` names a row of `gspn_jax.models.presets.PRESETS`; a field left None takes the preset's value.
+
+    `chunk` is the local scan length of each block: an int for all blocks, None for what the preset says ("local 2, the
+    last two blocks global" in the paper layout), or a tuple with one entry a block, 0 meaning global.
+    """
+
+    preset: str = "GSPN-B/2"
+    layout: Literal["paper", "dit"] | None = None
+    mixer: Mixer | None = None
+    hidden: int | None = None
+    depth: int | None = None
+    heads: int | None = None
+    patch: int | None = None
+    chunk: int | tuple[int, ...] | None = None
+    groups: int | None = None
+    """How many sets of propagation weights: None is one per channel (GSPN), 1 is one for all (GSPN-2)."""
+    proxy_ratio: int = 16
+    skip: bool = False
+    """Adds the per-pixel skip term of the authors' released code (not in the paper)."""
+    drop_path: float = 0.1
+    learn_sigma: bool | None = None
+    """None: two outputs per channel (prediction and variance range) under the "ddpm" objective, one under "flow"."""
+    remat: Remat = "none"
+    backend: Literal["scan", "mosaic_gpu"] | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("hidden", "depth", "heads", "patch", "groups"):
+            value = getattr(self, name)
+            _check(value is None or value > 0, f"model.{name}", "greater than 0 or None", value)
+        _one_of("model.layout", self.layout, ("paper", "dit", None))
+        _one_of("model.mixer", self.mixer, ("attention", "gspn", None))
+        _one_of("model.remat", self.remat, ("none", "dots", "full"))
+        _one_of("model.backend", self.backend, ("scan", "mosaic_gpu", None))
+        _positive(self, "model", "proxy_ratio")
+        _fraction(self, "model", "drop_path")
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """Where images come from. `source`: "digits" (scikit-learn's, embedded), "folder" (one folder a class), or "tfds"."""
+
+    source: Literal["digits", "folder", "tfds"] = "digits"
+    path: str | None = None
+    """The image folder, or the data_dir of tensorflow-datasets."""
+    name: str | None = None
+    """The tensorflow-datasets name, such as "imagenet2012"."""
+    split: str = "train"
+    image_size: int = 8
+    channels: int = 1
+    num_classes: int = 10
+    flip: bool = False
+    bad_images: Literal["error", "skip"] = "error"
+    """What a corrupt image does: stop with its name, or be replaced by another one and counted in a warning."""
+    workers: int = 0
+    """Grain worker processes; 0 decodes in threads of the main process."""
+
+    def __post_init__(self) -> None:
+        _one_of("data.source", self.source, ("digits", "folder", "tfds"))
+        _one_of("data.bad_images", self.bad_images, ("error", "skip"))
+        _positive(self, "data", "image_size", "channels", "num_classes")
+        _check(self.workers >= 0, "data.workers", "0 or more", self.workers)
+        if self.source == "folder":
+            _check(bool(self.path), "data.path", "the image folder when data.source is 'folder'", self.path)
+        if self.source == "tfds":
+            _check(bool(self.name), "data.name", "a tensorflow-datasets name when data.source is 'tfds'", self.name)
+
+
+@dataclasses.dataclass(frozen=True)
+class DiffusionConfig:
+    """The training objective: "ddpm" (iDDPM: epsilon, learned range variance, hybrid loss) or "flow" (velocity)."""
+
+    objective: Literal["ddpm", "flow"] = "ddpm"
+    timesteps: int = 1000
+    beta_schedule: Literal["linear", "cosine"] = "linear"
+    time_distribution: Literal["logit_normal", "uniform"] = "logit_normal"
+    """How flow matching draws t."""
+    label_dropout: float = 0.1
+
+    def __post_init__(self) -> None:
+        _one_of("diffusion.objective", self.objective, ("ddpm", "flow"))
+        _one_of("diffusion.beta_schedule", self.beta_schedule, ("linear", "cosine"))
+        _one_of("diffusion.time_distribution", self.time_distribution, ("logit_normal", "uniform"))
+        _check(self.timesteps > 1, "diffusion.timesteps", "greater than 1", self.timesteps)
+        _fraction(self, "diffusion", "label_dropout")
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplerConfig:
+    """How images are drawn. `name` None: "ddpm" for the ddpm objective, "heun" for flow."""
+
+    name: Literal["ddpm", "ddim", "dpm++", "euler", "heun"] | None = None
+    steps: int = 250
+    guidance_scale: float = 1.0
+    """Classifier-free guidance: 1 is none."""
+    guidance_interval: tuple[float, float] = (0.0, 1.0)
+    """The part of the noise time, 0 clean to 1 pure noise, in which guidance acts."""
+    guidance_channels: Literal["all", "first3"] = "all"
+    """"first3" guides three latent channels only, as in the code behind DiT's published numbers."""
+    ddim_eta: float = 0.0
+
+    def __post_init__(self) -> None:
+        _one_of("sampler.name", self.name, ("ddpm", "ddim", "dpm++", "euler", "heun", None))
+        _one_of("sampler.guidance_channels", self.guidance_channels, ("all", "first3"))
+        _positive(self, "sampler", "steps")
+        _check(self.guidance_scale >= 0, "sampler.guidance_scale", "0 or more", self.guidance_scale)
+        low, high = self.guidance_interval
+        _check(0.0 <= low < high <= 1.0, "sampler.guidance_interval", "(low, high) with 0 <= low < high <= 1",
+               self.guidance_interval)
+        _check(0.0 <= self.ddim_eta <= 1.0, "sampler.ddim_eta", "in [0, 1]", self.ddim_eta)
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW with linear warm-up and a half-cosine decay to `final_learning_rate`."""
+
+    learning_rate: float = 1e-4
+    final_learning_rate: float = 1e-6
+    warmup_steps: int = 0
+    weight_decay: float = 0.0
+    b1: float = 0.9
+    b2: float = 0.999
+    clip_norm: float = 1.0
+
+    def __post_init__(self) -> None:
+        _positive(self, "optimizer", "learning_rate", "clip_norm")
+        _check(0 <= self.final_learning_rate <= self.learning_rate, "optimizer.final_learning_rate",
+               "between 0 and optimizer.learning_rate", self.final_learning_rate)
+        _check(self.warmup_steps >= 0, "optimizer.warmup_steps", "0 or more", self.warmup_steps)
+        _check(self.weight_decay >= 0, "optimizer.weight_decay", "0 or more", self.weight_decay)
+        _fraction(self, "optimizer", "b1", "b2")
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """The device mesh ("data", "fsdp", "tensor"); -1 for `data` takes the devices that the other two leave."""
+
+    data: int = -1
+    fsdp: int = 1
+    tensor: int = 1
+
+    def __post_init__(self) -> None:
+        _check(self.data == -1 or self.data > 0, "mesh.data", "-1 or greater than 0", self.data)
+        _positive(self, "mesh", "fsdp", "tensor")
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """The loop. Everything counted in steps counts optimizer steps."""
+
+    steps: int = 1000
+    batch_size: int = 128
+    """Images a step over all devices and hosts."""
+    accumulate: int = 1
+    """Micro-batches a step is split into."""
+    seed: int = 0
+    precision: str = "params=float32,compute=bfloat16"
+    ema_decays: tuple[float, ...] = (0.9999,)
+    """The first one is sampled from by default."""
+    log_every: int = 50
+    sample_every: int = 0
+    """A grid of EMA samples every so many steps; 0 is never."""
+    save_every: int = 1000
+    """The latest checkpoint is replaced every so many steps."""
+    keep_every: int = 0
+    """Checkpoints at multiples of this are kept for good; 0 keeps the latest only."""
+
+    def __post_init__(self) -> None:
+        _positive(self, "train", "steps", "batch_size", "accumulate", "log_every", "save_every")
+        _check(self.batch_size % self.accumulate == 0, "train.batch_size", f"a multiple of train.accumulate "
+               f"({self.accumulate})", self.batch_size)
+        _check(self.seed >= 0, "train.seed", "0 or more", self.seed)
+        _check(self.sample_every >= 0, "train.sample_every", "0 or more", self.sample_every)
+        _check(self.keep_every >= 0, "train.keep_every", "0 or more", self.keep_every)
+        _check(len(self.ema_decays) > 0, "train.ema_decays", "at least one decay", self.ema_decays)
+        for decay in self.ema_decays:
+            _check(0.0 <= decay < 1.0, "train.ema_decays", "decays in [0, 1)", self.ema_decays)
+        parse_precision(self.precision)
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """One experiment. `run_dir` receives checkpoints, logs and sample grids."""
+
+    run_dir: str
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    diffusion: DiffusionConfig = DiffusionConfig()
+    sampler: SamplerConfig = SamplerConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    mesh: MeshConfig = MeshConfig()
+    train: TrainConfig = TrainConfig()
+
+    def __post_init__(self) -> None:
+        _check(bool(self.run_dir), "run_dir", "a folder", self.run_dir)
+        flow = self.diffusion.objective == "flow"
+        allowed = ("euler", "heun", None) if flow else ("ddpm", "ddim", "dpm++", None)
+        _check(self.sampler.name in allowed, "sampler.name",
+               f"one of {allowed} with diffusion.objective={self.diffusion.objective!r}", self.sampler.name)
+        if not flow:
+            _check(self.sampler.steps <= self.diffusion.timesteps, "sampler.steps",
+                   f"at most diffusion.timesteps ({self.diffusion.timesteps})", self.sampler.steps)
+        _check(self.optimizer.warmup_steps <= self.train.steps, "optimizer.warmup_steps",
+               f"at most train.steps ({self.train.steps})", self.optimizer.warmup_steps)
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+    """The config as plain JSON values, as it is saved with every checkpoint."""
+    return dataclasses.asdict(config)
+
+
+def from_dict(values: dict[str, Any]) -> Config:
+    """The inverse of `to_dict`, also after a trip through JSON (lists become tuples again).
+
+    Raises ConfigError for a field that does not exist, such as one written by another version.
+    """
+    return _build(Config, values, "config")
+
+
+def _build(cls: type, values: dict[str, Any], where: str) -> Any:
+    fields = {field.name: field for field in dataclasses.fields(cls)}
+    for name in values:
+        _check(name in fields, f"{where}.{name}", "one of " + ", ".join(fields), name)
+    built = {}
+    for name, value in values.items():
+        if dataclasses.is_dataclass(fields[name].type):
+            value = _build(fields[name].type, value, name)
+        elif isinstance(value, list):
+            value = tuple(value)
+        built[name] = value
+    return cls(**built)
