@@ -1,0 +1,1 @@
+"""One experiment a file. Each defines `config`; its docstring is a lab note."""

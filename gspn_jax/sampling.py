@@ -1,0 +1,63 @@
+"""From parameters to images: the denoiser of `models` and a sampler of `diffusion`, jitted over a mesh."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Int, UInt8
+
+from gspn_jax import models
+from gspn_jax.config import Config, ConfigError
+from gspn_jax.data.images import to_uint8
+from gspn_jax.diffusion import samplers
+from gspn_jax.training import sharding
+
+Progress = Callable[[int, int], None]
+
+
+class Sampler:
+    """Draws class-conditional images; compiled once per number of images and size.
+
+    The image of a (seed, label) pair does not depend on what else is in the batch, or on the mesh.
+    """
+
+    def __init__(self, config: Config, mesh: Mesh, *, image_size: int | tuple[int, int] | None = None,
+                 progress: Progress | None = None):
+        """`image_size` None is the size trained on; `progress` is called with (sampler steps done, steps)."""
+        size = config.data.image_size if image_size is None else image_size
+        height, width = (size, size) if isinstance(size, int) else size
+        arch = models.resolve(config.model)
+        if height % arch.patch or width % arch.patch:
+            raise ConfigError(f"the image size must be a multiple of the patch ({arch.patch}), found {height}x{width}")
+        self._config, self._mesh = config, mesh
+        self._devices = mesh.shape["data"] * mesh.shape["fsdp"]
+        graphdef, shapes = models.abstract(config)
+        shape = (height, width, config.data.channels)
+        learn_sigma = models.learn_sigma(config)
+
+        def draw(params, labels, seeds):
+            keys = jax.vmap(jax.random.key)(seeds)
+            x = samplers.sample(config.sampler, config.diffusion, lambda x, t, y: models.apply(graphdef, params, x, t, y),
+                                shape, labels, keys, null_class=config.data.num_classes, learn_sigma=learn_sigma,
+                                progress=progress)
+            return to_uint8(x)
+
+        split = sharding.batch_sharding(mesh)
+        self._draw = jax.jit(draw, in_shardings=(sharding.param_shardings(shapes, mesh), split, split),
+                             out_shardings=sharding.replicated(mesh))
+
+    def __call__(self, params: Any, labels: Sequence[int] | Int[np.ndarray, " N"],
+                 seeds: Sequence[int] | Int[np.ndarray, " N"]) -> UInt8[np.ndarray, "N H W C"]:
+        """One image per (label, seed), seeds 0 .. 2**32-1. Raises ConfigError for a label out of range."""
+        labels, seeds = np.asarray(labels, np.int32), np.asarray(seeds, np.uint32)
+        bad = labels[(labels < 0) | (labels >= self._config.data.num_classes)]
+        if bad.size:
+            raise ConfigError(f"a class must be in 0..{self._config.data.num_classes - 1}, found {bad[0]}")
+        padding = -len(labels) % self._devices
+        split = sharding.batch_sharding(self._mesh)
+        padded = [jax.make_array_from_callback(a.shape, split, lambda index, a=a: a[index])
+                  for a in (np.pad(labels, (0, padding)), np.pad(seeds, (0, padding)))]
+        images = self._draw(params, *padded)
+        return np.asarray(images.addressable_data(0))[:len(labels)]

@@ -1,0 +1,1 @@
+"""Training: mesh and sharding rules, state, step, EMA, checkpoints, logs, loop."""

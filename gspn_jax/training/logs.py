@@ -1,0 +1,82 @@
+"""What a run writes for people: the progress line, metrics.jsonl (the source of truth) and TensorBoard events."""
+
+import json
+import os
+import pathlib
+import time
+
+import numpy as np
+import tensorboardX
+from PIL import Image
+from tqdm import tqdm
+
+
+class RunLog:
+    """Writes on the first host only; `start_step` drops what a killed run logged after its last checkpoint."""
+
+    def __init__(self, run_dir: str | pathlib.Path, *, start_step: int, steps: int, enabled: bool = True):
+        self._enabled = enabled
+        self._dir = pathlib.Path(run_dir)
+        if not enabled:
+            return
+        self._dir.mkdir(parents=True, exist_ok=True)
+        path = self._dir / "metrics.jsonl"
+        _truncate(path, start_step)
+        self._jsonl = path.open("a", buffering=1)
+        self._events = tensorboardX.SummaryWriter(str(self._dir / "tensorboard"), purge_step=start_step + 1)
+        self._bar = tqdm(total=steps, initial=start_step, unit="step", dynamic_ncols=True, smoothing=0.05)
+
+    def __enter__(self) -> "RunLog":
+        return self
+
+    def __exit__(self, *_) -> None:
+        if self._enabled:
+            self._bar.close()
+            self._jsonl.close()
+            self._events.close()
+
+    def advance(self, step: int) -> None:
+        if self._enabled:
+            self._bar.update(step - self._bar.n)
+
+    def metrics(self, step: int, values: dict[str, float]) -> None:
+        """One JSONL line, one TensorBoard point a value, and the numbers behind the progress bar."""
+        if not self._enabled:
+            return
+        self._jsonl.write(json.dumps({"step": step, "time": time.time(), **values}) + "\n")
+        for name, value in values.items():
+            self._events.add_scalar(name, value, step)
+        if "loss" in values:
+            shown = {"loss": f"{values['loss']:.4f}", "img/s": f"{values['images_per_second']:.1f}",
+                     "mfu": f"{values['mfu']:.1%}" if "mfu" in values else "n/a"}
+            self._bar.set_postfix(shown, refresh=False)
+
+    def image(self, step: int, name: str, image: Image.Image) -> None:
+        """Saves `<run_dir>/<name>/step_0000000.png` and shows it in TensorBoard."""
+        if not self._enabled:
+            return
+        path = self._dir / name / f"step_{step:07d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        image.save(path)
+        self._events.add_image(name, np.asarray(image.convert("RGB")), step, dataformats="HWC")
+
+    def say(self, line: str) -> None:
+        """A line of text that does not break the progress bar."""
+        if self._enabled:
+            tqdm.write(line)
+
+
+def _truncate(path: pathlib.Path, last_step: int) -> None:
+    """Keeps the whole lines of steps up to `last_step`; the file is replaced at once, never half-written."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text().splitlines():
+        try:
+            if json.loads(line)["step"] <= last_step:
+                kept.append(line)
+        except (json.JSONDecodeError, KeyError):
+            continue  # the line that a kill cut short
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(line + "\n" for line in kept))
+    os.replace(temporary, path)

@@ -1,0 +1,33 @@
+"""Trains a denoiser: python train_dit.py --config configs/digits.py [--train.steps 2000 ...].
+
+The same command goes on from the latest checkpoint of its run directory. Exit codes: 0 done, 1 a non-finite loss,
+2 input that cannot be used, 75 stopped by a signal after saving.
+"""
+
+import sys
+
+from gspn_jax import cli
+
+INTERRUPTED = 75
+"""EX_TEMPFAIL of sysexits.h: the same command goes on."""
+
+
+def main(argv: list[str] | None = None) -> None:
+    cli.setup()
+    from gspn_jax.data import DataError  # after setup: importing JAX reads the environment
+    from gspn_jax.training.checkpoints import CheckpointError
+    from gspn_jax.training.loop import Interrupted, NonFiniteError, train
+
+    with cli.user_errors(DataError, CheckpointError):
+        config = cli.parse_config(argv, program="train_dit.py", description="Train a class-conditional denoiser.")
+        try:
+            train(config)
+        except NonFiniteError as error:
+            sys.exit(f"error: {error}")
+        except Interrupted as stopped:
+            print(stopped, file=sys.stderr)
+            sys.exit(INTERRUPTED)
+
+
+if __name__ == "__main__":
+    main()
