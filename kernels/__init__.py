@@ -1,0 +1,7 @@
+"""The line-scan operator of GSPN and the depthwise convolution beside it: arrays in, arrays out."""
+
+from kernels.api import available_backends, line_scan, propagate
+from kernels.depthwise import depthwise_conv
+from kernels.weights import stochastic_weights
+
+__all__ = ["available_backends", "depthwise_conv", "line_scan", "propagate", "stochastic_weights"]

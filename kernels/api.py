@@ -1,0 +1,138 @@
+"""The public line scan: checks the arguments and hands them to a backend."""
+
+import functools
+import logging
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from kernels import scan
+from kernels.weights import check_direction
+
+logger = logging.getLogger(__name__)
+
+
+class _Backend(NamedTuple):
+    """The two operators, taking checked arguments by position, and whether this machine can run them."""
+
+    line_scan: Callable
+    propagate: Callable
+    available: Callable[[], bool]
+
+
+_BACKENDS = {"scan": _Backend(scan.line_scan, scan.propagate, lambda: True)}
+"""By name, best first."""
+
+
+def available_backends() -> tuple[str, ...]:
+    """Names of the backends that this machine can run, best first."""
+    return tuple(name for name, backend in _BACKENDS.items() if backend.available())
+
+
+def line_scan(
+    x: Float[Array, "B H W C"],
+    left: Float[Array, "B H W G"],
+    center: Float[Array, "B H W G"],
+    right: Float[Array, "B H W G"],
+    *,
+    direction: str,
+    chunk: int | None = None,
+    backend: str | None = None,
+) -> Float[Array, "B H W C"]:
+    """Scans `x` line by line with ready weights. Source: GSPN, arXiv 2501.12381, equation 1.
+
+    On line t, counted in the direction of the scan, and image coordinate i along it:
+
+        h[t,i] = left[t,i] h[t-1,i-1] + center[t,i] h[t-1,i] + right[t,i] h[t-1,i+1] + x[t,i],    h[-1] = 0
+
+    Neighbours outside the map count as 0, whatever their weight. G divides C: group g weighs the C/G consecutive
+    channels from g C/G. `direction`, where the scan goes: "down", "up" (lines are rows), "right", "left" (columns).
+    `chunk=k` restarts h every k lines from the line where the scan starts; None never does.
+    `backend`: a name from `available_backends()`, or None for the best of them.
+
+    The state is float32 and the result has the dtype of `x`. Differentiable in reverse mode, once.
+    Raises ValueError for wrong shapes, group counts, directions, chunks or backends.
+    """
+    _check_x(x)
+    check_direction(direction)
+    _check_chunk(chunk)
+    _check_groups(center, x, "center", axis=3)
+    for name, weight in (("left", left), ("center", center), ("right", right)):
+        _check_shape(name, weight, (*x.shape[:3], center.shape[3]))
+    return _choose(backend).line_scan(x, left, center, right, direction, chunk)
+
+
+def propagate(
+    x: Float[Array, "B H W C"],
+    gates: Float[Array, "B H W 4 3 G"],
+    lam: Float[Array, "B H W 4 C"],
+    out_gate: Float[Array, "B H W 4 C"],
+    merge: Float[Array, "4"] | Float[Array, "4 C"],
+    *,
+    skip: Float[Array, "B H W 4 C"] | None = None,
+    chunk: int | None = None,
+    backend: str | None = None,
+) -> Float[Array, "B H W C"]:
+    """Scans `x` in four directions and merges the results. Source: GSPN, arXiv 2501.12381, sections 3.2 and 3.3.
+
+        y = sum_k merge[k] ( out_gate[k] scan_k(lam[k] x) + skip[k] x ),    k = down, up, right, left
+
+    `gates` holds the logits of the left, center and right weight (see `stochastic_weights`) in the image's frame.
+    scan_k, `chunk`, `backend` and the group count G are those of `line_scan`; skip None leaves that term out.
+
+    The state and the sums are float32 and the result has the dtype of `x`. Differentiable in reverse mode, once.
+    Raises ValueError for wrong shapes, group counts, chunks or backends.
+    """
+    _check_x(x)
+    _check_chunk(chunk)
+    _check_groups(gates, x, "gates", axis=5)
+    _check_shape("gates", gates, (*x.shape[:3], 4, 3, gates.shape[5]))
+    for name, array in (("lam", lam), ("out_gate", out_gate), ("skip", skip)):
+        if array is not None:
+            _check_shape(name, array, (*x.shape[:3], 4, x.shape[3]))
+    if merge.shape not in ((4,), (4, x.shape[3])):
+        raise ValueError(f"merge must have shape [4] or {[4, x.shape[3]]}, found {list(merge.shape)}.")
+    return _choose(backend).propagate(x, gates, lam, out_gate, merge, skip, chunk)
+
+
+def _choose(name: str | None) -> _Backend:
+    available = available_backends()
+    if name is None:
+        name = available[0]
+        _log_choice(name)
+    if name not in available:
+        raise ValueError(f"backend must be None or one of {', '.join(map(repr, available))} here, found {name!r}.")
+    return _BACKENDS[name]
+
+
+@functools.cache
+def _log_choice(name: str) -> None:
+    logger.info("Line scans run on the %r backend.", name)
+
+
+def _check_x(x: Array) -> None:
+    if x.ndim != 4 or 0 in x.shape:
+        raise ValueError(f"x must have shape [B, H, W, C] with no empty axis, found {list(x.shape)}.")
+    if x.dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
+        raise ValueError(f"x must be float32, bfloat16 or float16, found {x.dtype}.")
+
+
+def _check_chunk(chunk: int | None) -> None:
+    if chunk is not None and (isinstance(chunk, bool) or not isinstance(chunk, int) or chunk < 1):
+        raise ValueError(f"chunk must be None or a whole number of lines from 1, found {chunk!r}.")
+
+
+def _check_groups(weights: Array, x: Array, name: str, axis: int) -> None:
+    if weights.ndim != axis + 1:
+        shape = "[B, H, W, G]" if axis == 3 else "[B, H, W, 4, 3, G]"
+        raise ValueError(f"{name} must have shape {shape}, found {list(weights.shape)}.")
+    groups, channels = weights.shape[axis], x.shape[3]
+    if groups < 1 or channels % groups:
+        raise ValueError(f"The group count of {name} must divide the {channels} channels of x, found {groups}.")
+
+
+def _check_shape(name: str, array: Array, expected: tuple[int, ...]) -> None:
+    if array.shape != expected:
+        raise ValueError(f"{name} must have shape {list(expected)}, found {list(array.shape)}.")

@@ -1,0 +1,54 @@
+"""Logits to row-stochastic weights: the stability-context condition of GSPN (arXiv 2501.12381, section 3.2)."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+DIRECTIONS = ("down", "up", "right", "left")
+"""Where a scan goes, in the order of the direction axis of `propagate`; the lines of the first two are rows."""
+
+LOGIT_FLOOR = -30.0
+"""Lower logits count as this (their gradient passes), so that three tiny sigmoids still have a sum to divide by."""
+
+
+def check_direction(direction: str) -> None:
+    """Raises ValueError unless `direction` is one of DIRECTIONS."""
+    if direction not in DIRECTIONS:
+        raise ValueError(f"direction must be one of {', '.join(map(repr, DIRECTIONS))}, found {direction!r}.")
+
+
+def line_axes(direction: str) -> tuple[int, int]:
+    """(axis that counts the lines, axis of the position along a line) of a [B, H, W, ...] array."""
+    return (1, 2) if direction in ("down", "up") else (2, 1)
+
+
+def neighbour_sigmoids(gates: Float[Array, "*line 3 G"], axis: int) -> tuple[Array, Array, Array]:
+    """Float32 sigmoids of the left, center and right logits, 0 where the neighbour along `axis` is outside the map."""
+    gates = gates.astype(jnp.float32)
+    gates = jax.nn.sigmoid(gates + jax.lax.stop_gradient(jnp.maximum(LOGIT_FLOOR - gates, 0.0)))
+    left, center, right = gates[..., 0, :], gates[..., 1, :], gates[..., 2, :]
+    position = jax.lax.broadcasted_iota(jnp.int32, left.shape, axis)
+    return (
+        jnp.where(position == 0, 0.0, left),
+        center,
+        jnp.where(position == left.shape[axis] - 1, 0.0, right),
+    )
+
+
+def stochastic_weights(
+    gates: Float[Array, "B H W 3 G"], *, direction: str
+) -> tuple[Float[Array, "B H W G"], Float[Array, "B H W G"], Float[Array, "B H W G"]]:
+    """Weights of the left, center and right neighbour: sigmoid, divided by the sum over the neighbours that exist.
+
+    `gates` holds the logits in that order on its fourth axis; logits below -30 count as -30. A weight whose neighbour
+    lies outside the map is 0, and the weights of a pixel sum to 1. Computed in float32, returned in the dtype of
+    `gates`. Source: the row-stochastic matrices of GSPN (arXiv 2501.12381).
+
+    Raises ValueError for another rank, a fourth axis that is not 3, or an unknown direction.
+    """
+    check_direction(direction)
+    if gates.ndim != 5 or gates.shape[3] != 3:
+        raise ValueError(f"gates must have shape [B, H, W, 3, G], found {list(gates.shape)}.")
+    left, center, right = neighbour_sigmoids(gates, line_axes(direction)[1])
+    scale = 1.0 / (left + center + right)
+    return tuple((weight * scale).astype(gates.dtype) for weight in (left, center, right))
