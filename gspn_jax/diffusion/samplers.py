@@ -1,0 +1,241 @@
+"""Samplers: each is a table of coefficients, and one loop runs any of them.
+
+Every sampler here moves a linear combination of the state, the current and the previous prediction, and fresh noise:
+
+    x <- on_x * x + on_prediction * prediction + on_previous * previous_prediction + on_noise * noise
+
+where the prediction is x_0 under "ddpm" and the velocity under "flow". One row of the table is one evaluation of the
+denoiser. A step of Heun's method is two rows, and a second-order multistep method is the third term.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int, Key
+
+from gspn_jax.config import ConfigError, DiffusionConfig, SamplerConfig
+from gspn_jax.diffusion.ddpm import Denoise, interpolate_log_variance, split_output
+from gspn_jax.diffusion.flow import TIME_SCALE
+from gspn_jax.diffusion.guidance import guided_denoiser, guided_steps
+from gspn_jax.diffusion.schedules import Schedule, make_schedule, respace
+
+
+class Table(NamedTuple):
+    """Coefficients of each network evaluation, in sampling order: float64 on the host, float32 in the loop."""
+
+    time: Float[np.ndarray, "S"]
+    """What the denoiser is told, 0 .. 1000."""
+    noise_time: Float[np.ndarray, "S"]
+    """Fraction of the noise time, 0 clean to 1 noise: where the guidance interval looks."""
+    signal: Float[np.ndarray, "S"]
+    sigma: Float[np.ndarray, "S"]
+    """x = signal * x_0 + sigma * noise at this time."""
+    on_x: Float[np.ndarray, "S"]
+    on_prediction: Float[np.ndarray, "S"]
+    on_previous: Float[np.ndarray, "S"]
+    on_noise: Float[np.ndarray, "S"]
+    log_posterior: Float[np.ndarray, "S"]
+    log_beta: Float[np.ndarray, "S"]
+    """The range of the learned log variance; only "ddpm" uses it."""
+
+
+def sample(
+    config: SamplerConfig,
+    diffusion: DiffusionConfig,
+    denoise: Denoise,
+    shape: tuple[int, int, int],
+    labels: Int[Array, "N"],
+    keys: Key[Array, "N"],
+    *,
+    null_class: int,
+    learn_sigma: bool,
+    progress: Callable[[int, int], None] | None = None,
+    clip_denoised: bool = False,
+) -> Float[Array, "N H W C"]:
+    """Draws one image of `shape` (H, W, C) for each label and key, float32, not rounded or clipped at the end.
+
+    Pure: call it inside jit with everything static but `labels`, `keys` and what `denoise` closes over. All noise of
+    image i comes from keys[i] (typed threefry keys, JAX's default) and the step, so neither the batch size nor the
+    sharding of labels and keys changes an image beyond rounding.
+
+    `learn_sigma` says whether the denoiser has 2C outputs; the variance range sets the noise of the "ddpm" sampler,
+    which without it has the posterior's variance. `progress(done, total)` is called on the host after each network
+    evaluation, in no guaranteed order. `clip_denoised` clips each predicted x_0 to [-1, 1]: right for pixels, not for
+    latents. Raises ValueError for inputs that do not fit together and ConfigError for settings that do not.
+    """
+    if not jnp.issubdtype(keys.dtype, jax.dtypes.prng_key) or keys.shape != labels.shape or labels.ndim != 1:
+        raise ValueError(
+            "sample needs labels [N] and as many typed keys [N] (jax.random.key), "
+            f"found labels {labels.dtype}{list(labels.shape)} and keys {keys.dtype}{list(keys.shape)}"
+        )
+    table = make_table(config, diffusion)
+    is_flow = diffusion.objective == "flow"
+    name = sampler_name(config, diffusion)
+    guided = guided_denoiser(config, denoise, table.noise_time, shape[-1], null_class)
+    total = len(table.time)
+
+    def draw(step: Int[Array, ""]) -> Float[Array, "N H W C"]:
+        return jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, step), shape, jnp.float32))(keys)
+
+    def evaluate(carry, row):
+        x, previous = carry
+        index, is_guided, step = row
+        output = guided(is_guided, x, jnp.broadcast_to(step.time, labels.shape), labels)
+        prediction, variance_range = split_output(output, shape[-1])
+        if (variance_range is not None) != learn_sigma:
+            raise ValueError(
+                f"learn_sigma={learn_sigma} does not fit a denoiser with {output.shape[-1]} outputs for "
+                f"{shape[-1]}-channel images"
+            )
+        if not is_flow:
+            prediction = (x - step.sigma * prediction) / step.signal
+            prediction = jnp.clip(prediction, -1.0, 1.0) if clip_denoised else prediction
+        elif clip_denoised:
+            prediction = (x - jnp.clip(x - step.sigma * prediction, -1.0, 1.0)) / step.sigma
+        moved = step.on_x * x + step.on_prediction * prediction + step.on_previous * previous
+        if table.on_noise.any():
+            std = step.on_noise
+            if name == "ddpm" and learn_sigma:
+                log_variance = interpolate_log_variance(variance_range, step.log_posterior, step.log_beta)
+                std = jnp.where(step.on_noise > 0, jnp.exp(0.5 * log_variance), 0.0)
+            moved += std * draw(index + 1)
+        if progress is not None:
+            jax.debug.callback(lambda done: progress(int(done) + 1, total), index)
+        return (moved, prediction), None
+
+    start = draw(jnp.asarray(0))
+    rows = (
+        jnp.arange(total),
+        jnp.asarray(guided_steps(config, table.noise_time)),
+        Table(*(jnp.asarray(column, jnp.float32) for column in table)),
+    )
+    (images, _), _ = jax.lax.scan(evaluate, (start, jnp.zeros_like(start)), rows)
+    return images
+
+
+def sampler_name(config: SamplerConfig, diffusion: DiffusionConfig) -> str:
+    """`config.name`, or the objective's default: "heun" for flow, "ddpm" for ddpm.
+
+    Raises ConfigError for a sampler of the other objective.
+    """
+    names = ("heun", "euler") if diffusion.objective == "flow" else ("ddpm", "ddim", "dpm++")
+    if config.name not in (*names, None):
+        raise ConfigError(
+            f"sampler.name must be one of {', '.join(map(repr, names))} with "
+            f"diffusion.objective={diffusion.objective!r}, found {config.name!r}"
+        )
+    return config.name or names[0]
+
+
+def make_table(config: SamplerConfig, diffusion: DiffusionConfig) -> Table:
+    """The table of the sampler and number of steps that the config says; raises ConfigError where they do not fit."""
+    name = sampler_name(config, diffusion)
+    if diffusion.objective == "flow":
+        return {"heun": heun, "euler": euler}[name](config.steps)
+    schedule = respace(make_schedule(diffusion), config.steps)
+    if name == "ddim":
+        return ddim(schedule, config.ddim_eta)
+    return {"ddpm": ddpm, "dpm++": dpm_solver}[name](schedule)
+
+
+def ddpm(schedule: Schedule) -> Table:
+    """Ancestral sampling: the posterior q(x_{t-1} | x_t, x_0) at the predicted x_0 (Ho et al. 2020, eq. 7)."""
+    return _discrete_table(
+        schedule,
+        on_x=schedule.posterior_mean_xt,
+        on_prediction=schedule.posterior_mean_x0,
+        on_noise=np.sqrt(schedule.posterior_variance),
+    )
+
+
+def ddim(schedule: Schedule, eta: float) -> Table:
+    """Song et al. 2021, eq. 12 and 16: deterministic with eta = 0, as noisy as "ddpm" with eta = 1."""
+    prev = schedule.alphas_cumprod_prev
+    std = eta * np.sqrt(schedule.posterior_variance)
+    on_x = np.sqrt(1.0 - prev - std**2) / np.sqrt(1.0 - schedule.alphas_cumprod)
+    on_x0 = np.sqrt(prev) - on_x * np.sqrt(schedule.alphas_cumprod)
+    return _discrete_table(schedule, on_x=on_x, on_prediction=on_x0, on_noise=std)
+
+
+def dpm_solver(schedule: Schedule) -> Table:
+    """DPM-Solver++(2M), data prediction, multistep (Lu et al. 2022, algorithm 2), uniform in timesteps.
+
+    The first step has no history and is of first order; the last one goes to zero noise, where it is x_0 itself.
+    """
+    alpha, sigma = np.sqrt(schedule.alphas_cumprod), np.sqrt(1.0 - schedule.alphas_cumprod)
+    alpha_prev, sigma_prev = np.sqrt(schedule.alphas_cumprod_prev), np.sqrt(1.0 - schedule.alphas_cumprod_prev)
+    log_snr = np.log(alpha / sigma)
+    ratio = np.zeros(schedule.num_timesteps)  # 1 / (2 r) of the paper: this step in log SNR over twice the last one
+    ratio[1:-1] = 0.5 * (log_snr[:-2] - log_snr[1:-1]) / (log_snr[1:-1] - log_snr[2:])
+    on_x = sigma_prev / sigma
+    on_x0 = alpha_prev - on_x * alpha
+    return _discrete_table(schedule, on_x=on_x, on_prediction=(1.0 + ratio) * on_x0, on_previous=-ratio * on_x0)
+
+
+def euler(steps: int) -> Table:
+    """Euler's method on dx/dt = velocity, from t = 1 to 0 in equal steps."""
+    time = 1.0 - np.arange(steps) / steps
+    return _flow_table(time, on_prediction=np.full(steps, -1.0 / steps), on_previous=np.zeros(steps))
+
+
+def heun(steps: int) -> Table:
+    """Heun's second-order method, two evaluations a step, from t = 1 to 0 in equal steps.
+
+    The last step is Euler's (as in Karras et al. 2022, algorithm 1): the denoiser never sees t = 0, which training does
+    not draw either. In all 2 steps - 1 evaluations.
+    """
+    size = 1.0 / steps
+    time = np.repeat(1.0 - np.arange(steps + 1) / steps, 2)[1:-2]  # 1, 1-h, 1-h, 1-2h, 1-2h, ..., h, h
+    corrects = np.arange(2 * steps - 1) % 2 == 1
+    # The predictor has gone size * v1 too far by half: x - size/2 (v1 + v2) = (x - size v1) + size/2 v1 - size/2 v2.
+    return _flow_table(
+        time,
+        on_prediction=np.where(corrects, -0.5 * size, -size),
+        on_previous=np.where(corrects, 0.5 * size, 0.0),
+    )
+
+
+def _discrete_table(
+    schedule: Schedule,
+    *,
+    on_x: Float[np.ndarray, "S"],
+    on_prediction: Float[np.ndarray, "S"],
+    on_previous: Float[np.ndarray, "S"] | None = None,
+    on_noise: Float[np.ndarray, "S"] | None = None,
+) -> Table:
+    """Turns columns in the order of the schedule (clean to noisy) into a table in the order of sampling."""
+    zeros = np.zeros(schedule.num_timesteps)
+    table = Table(
+        time=schedule.timesteps.astype(np.float64),
+        noise_time=schedule.timesteps / (schedule.trained_timesteps - 1),
+        signal=np.sqrt(schedule.alphas_cumprod),
+        sigma=np.sqrt(1.0 - schedule.alphas_cumprod),
+        on_x=on_x,
+        on_prediction=on_prediction,
+        on_previous=zeros if on_previous is None else on_previous,
+        on_noise=zeros if on_noise is None else on_noise,
+        log_posterior=schedule.posterior_log_variance,
+        log_beta=np.log(schedule.betas),
+    )
+    return Table(*(column[::-1] for column in table))
+
+
+def _flow_table(
+    time: Float[np.ndarray, "S"], *, on_prediction: Float[np.ndarray, "S"], on_previous: Float[np.ndarray, "S"]
+) -> Table:
+    zeros = np.zeros(len(time))
+    return Table(
+        time=TIME_SCALE * time,
+        noise_time=time,
+        signal=1.0 - time,
+        sigma=time,
+        on_x=np.ones(len(time)),
+        on_prediction=on_prediction,
+        on_previous=on_previous,
+        on_noise=zeros,
+        log_posterior=zeros,
+        log_beta=zeros,
+    )
