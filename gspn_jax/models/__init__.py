@@ -1,0 +1,68 @@
+"""Denoisers: `create` builds one from a config; `split`, `apply`, `init` and `abstract` serve training and sampling."""
+
+import math
+from typing import Any
+
+import jax
+from flax import nnx
+from jaxtyping import Array, Float, Int, Key
+
+from gspn_jax.config import Config, ConfigError, parse_precision
+from gspn_jax.models.denoisers import Denoiser
+from gspn_jax.models.presets import PRESETS, Architecture, Preset, resolve
+
+__all__ = [
+    "PRESETS", "Architecture", "Denoiser", "Preset", "abstract", "apply", "count_parameters", "create", "init",
+    "learns_sigma", "resolve", "split",
+]  # fmt: skip
+
+Params = dict[str, Any]
+"""Parameters as nested dicts of arrays, by the names of the modules."""
+
+
+def learns_sigma(config: Config) -> bool:
+    """Whether the denoiser also predicts the range of the variance: as set, else under the "ddpm" objective."""
+    learn_sigma = config.model.learn_sigma
+    return config.diffusion.objective == "ddpm" if learn_sigma is None else learn_sigma
+
+
+def create(config: Config, *, rngs: nnx.Rngs) -> Denoiser:
+    """Builds the denoiser of a config. Raises ConfigError for settings that do not fit together."""
+    arch = resolve(config.model)
+    precision = parse_precision(config.train.precision)
+    if precision["params"] != "float32":
+        raise ConfigError(f"train.precision must keep params=float32, found {config.train.precision!r}")
+    if config.data.image_size % arch.patch:
+        raise ConfigError(f"model.patch must be a divisor of data.image_size ({config.data.image_size}), "
+                          f"found {arch.patch}")
+    return Denoiser(arch, channels=config.data.channels, num_classes=config.data.num_classes,
+                    learn_sigma=learns_sigma(config), dtype=precision["compute"], rngs=rngs)
+
+
+def split(model: nnx.Module) -> tuple[nnx.GraphDef, Params]:
+    """The model as its static part and its parameters, a nested dict of arrays."""
+    graphdef, state = nnx.split(model)
+    return graphdef, nnx.to_pure_dict(state)
+
+
+def apply(
+    graphdef: nnx.GraphDef, params: Params, x: Float[Array, "B H W C"], t: Float[Array, "B"], y: Int[Array, "B"], *,
+    drop_path_key: Key[Array, ""] | None = None,
+) -> Float[Array, "B H W O"]:  # fmt: skip
+    """Calls the denoiser that `split` took apart; see `Denoiser.__call__`."""
+    return nnx.merge(graphdef, params)(x, t, y, drop_path_key=drop_path_key)
+
+
+def init(config: Config, seed: int | Key[Array, ""]) -> Params:
+    """Fresh parameters from a seed or a key. Can be jitted with `config` static, to be born sharded."""
+    return split(create(config, rngs=nnx.Rngs(seed)))[1]
+
+
+def abstract(config: Config) -> tuple[nnx.GraphDef, Params]:
+    """What `split` would give, with shapes in place of arrays; allocates nothing."""
+    return split(nnx.eval_shape(lambda: create(config, rngs=nnx.Rngs(0))))
+
+
+def count_parameters(config: Config) -> int:
+    """The number of parameters, without allocating them."""
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(abstract(config)[1]))

@@ -1,0 +1,121 @@
+"""The denoiser: patches and condition in, a trunk of blocks, prediction out.
+
+The trunk is the layout: `DiTTrunk` (adaLN-zero blocks in a row) or `GSPNTrunk` (blocks with long skips). Everything
+around it is common to both.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int, Key
+
+from gspn_jax.models.blocks import (
+    ZEROS,
+    DiTBlock,
+    DropPath,
+    GSPNBlock,
+    Modulation,
+    layer_norm,
+    modulate,
+    run_stack,
+    stack,
+)
+from gspn_jax.models.embeddings import LabelEmbed, PatchEmbed, TimestepEmbed, sincos_positions, unpatchify
+from gspn_jax.models.presets import Architecture
+
+
+class DiTTrunk(nnx.Module):
+    """Blocks that each take the condition. Attention needs positions, line scans do not."""
+
+    def __init__(self, arch: Architecture, *, dtype: DTypeLike, rngs: nnx.Rngs):
+        self.arch = arch
+        self.blocks = stack(lambda rngs: DiTBlock(arch, dtype=dtype, rngs=rngs), arch.blocks, rngs)
+
+    def __call__(
+        self, x: Float[Array, "B H W D"], condition: Float[Array, "B D"], drop_path: DropPath | None
+    ) -> Float[Array, "B H W D"]:
+        if self.arch.mixer == "attention":
+            x = x + sincos_positions(*x.shape[1:]).astype(x.dtype)
+        x, _ = run_stack(self.blocks, x, condition, chunks=self.arch.chunks, remat=self.arch.remat,
+                         drop_path=drop_path)
+        return x
+
+
+class GSPNTrunk(nnx.Module):
+    """The condition is added to the tokens once; the i-th block from the start is joined to the i-th from the end."""
+
+    def __init__(self, arch: Architecture, *, dtype: DTypeLike, rngs: nnx.Rngs):
+        self.arch = arch
+        self.in_blocks, self.middle, self.out_blocks = (
+            stack(lambda rngs, skip=skip: GSPNBlock(arch, long_skip=skip, dtype=dtype, rngs=rngs), count, rngs)
+            for count, skip in ((arch.depth // 2, False), (1, False), (arch.depth // 2, True))
+        )
+
+    def __call__(
+        self, x: Float[Array, "B H W D"], condition: Float[Array, "B D"], drop_path: DropPath | None
+    ) -> Float[Array, "B H W D"]:
+        half = self.arch.depth // 2
+
+        def run(blocks: nnx.Module, x: Array, start: int, stop: int, **kwargs):
+            drop = jax.tree.map(lambda a: a[start:stop], drop_path)
+            return run_stack(blocks, x, chunks=self.arch.chunks[start:stop], remat=self.arch.remat, drop_path=drop,
+                             **kwargs)
+
+        x = x + condition[:, None, None].astype(x.dtype)
+        x, skips = run(self.in_blocks, x, 0, half, keep=True)
+        x, _ = run(self.middle, x, half, half + 1)
+        x, _ = run(self.out_blocks, x, half + 1, 2 * half + 1, long_skips=skips[::-1])
+        return x
+
+
+class FinalLayer(nnx.Module):
+    """Normalise, modulate, project to patches of the output. float32, and zero at initialisation."""
+
+    def __init__(self, hidden: int, features: int, *, rngs: nnx.Rngs):
+        self.modulation = Modulation(hidden, 2, dtype=jnp.float32, rngs=rngs)
+        self.linear = nnx.Linear(hidden, features, kernel_init=ZEROS, dtype=jnp.float32, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "B h w D"], condition: Float[Array, "B D"]) -> Float[Array, "B h w P"]:
+        shift, scale = self.modulation(condition)
+        return self.linear(modulate(layer_norm(x), shift, scale))
+
+
+class Denoiser(nnx.Module):
+    """Predicts from a noised image, its time and its class.
+
+    `channels` of the image; with `learn_sigma` the output has twice as many, the prediction and then the range of the
+    variance. `dtype` is that of the computation; parameters, norms, softmax, scan state and output are float32.
+    """
+
+    def __init__(
+        self, arch: Architecture, *, channels: int, num_classes: int, learn_sigma: bool, dtype: DTypeLike,
+        rngs: nnx.Rngs,
+    ):  # fmt: skip
+        self.arch = arch
+        out_channels = 2 * channels if learn_sigma else channels
+        trunk = {"dit": DiTTrunk, "paper": GSPNTrunk}[arch.layout]
+        self.patch_embed = PatchEmbed(arch.patch, channels, arch.hidden, dtype=dtype, rngs=rngs)
+        self.time_embed = TimestepEmbed(arch.hidden, rngs=rngs)
+        self.label_embed = LabelEmbed(num_classes, arch.hidden, rngs=rngs)
+        self.trunk = trunk(arch, dtype=dtype, rngs=rngs)
+        self.final = FinalLayer(arch.hidden, arch.patch**2 * out_channels, rngs=rngs)
+
+    def __call__(
+        self, x: Float[Array, "B H W C"], t: Float[Array, "B"], y: Int[Array, "B"], *,
+        drop_path_key: Key[Array, ""] | None = None,
+    ) -> Float[Array, "B H W O"]:  # fmt: skip
+        """`t` is in 0..1000, `y` in 0..num_classes (the last is "no class"); O = 2C with learn_sigma, else C.
+
+        H and W may be any multiples of the patch. With a `drop_path_key` blocks are dropped at random, the more the
+        deeper (linearly up to `drop_path`); without one the function is deterministic.
+        Raises ValueError if the patch does not divide H and W.
+        """
+        drop_path = None
+        if drop_path_key is not None and self.arch.drop_path > 0:
+            blocks = self.arch.blocks
+            rates = jnp.linspace(0, self.arch.drop_path, blocks, dtype=jnp.float32)
+            drop_path = DropPath(jax.random.split(drop_path_key, blocks), rates)
+        condition = self.time_embed(t) + self.label_embed(y)
+        tokens = self.trunk(self.patch_embed(x), condition, drop_path)
+        return unpatchify(self.final(tokens, condition), self.arch.patch)

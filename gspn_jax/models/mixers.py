@@ -1,0 +1,88 @@
+"""What lets tokens see one another: attention, or the line scans of GSPN. Both map [B, H, W, D] to [B, H, W, D]."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
+
+from gspn_jax.models.embeddings import XAVIER
+from gspn_jax.models.presets import Architecture
+from kernels import depthwise_conv, propagate
+
+DIRECTIONS = 4
+NEIGHBOURS = 3
+
+# Uniform in +-1/sqrt(kernel area): the usual default for a depthwise convolution.
+DEPTHWISE = jax.nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform", in_axis=(0, 1), out_axis=2)
+
+
+class Attention(nnx.Module):
+    """Multi-head self-attention over all tokens, softmax in float32 (DiT, after ViT)."""
+
+    def __init__(self, arch: Architecture, *, dtype: DTypeLike, rngs: nnx.Rngs):
+        self.heads = arch.heads
+        self.qkv = nnx.LinearGeneral(arch.hidden, (3, arch.hidden), kernel_init=XAVIER, dtype=dtype, rngs=rngs)
+        self.proj = nnx.Linear(arch.hidden, arch.hidden, kernel_init=XAVIER, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "B H W D"], *, chunk: int | None = None) -> Float[Array, "B H W D"]:
+        """`chunk` has no meaning here; every mixer takes it."""
+        batch, height, width, hidden = x.shape
+        qkv = self.qkv(x).reshape(batch, height * width, 3, self.heads, hidden // self.heads)
+        with jax.numpy_dtype_promotion("standard"):  # inside, it promotes bfloat16 scores to float32 implicitly
+            y = jax.nn.dot_product_attention(qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2])
+        return self.proj(y.reshape(x.shape))
+
+
+class DepthwiseConv(nnx.Module):
+    """One odd square kernel a channel, zero padding, no bias."""
+
+    def __init__(self, size: int, hidden: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
+        self.dtype = dtype
+        self.kernel = nnx.Param(DEPTHWISE(rngs.params(), (size, size, hidden), jnp.float32))
+
+    def __call__(self, x: Float[Array, "B H W D"]) -> Float[Array, "B H W D"]:
+        return depthwise_conv(x.astype(self.dtype), self.kernel[...].astype(self.dtype), None)
+
+
+class GSPNMixer(nnx.Module):
+    """Four-direction propagation with weights that the tokens choose (arXiv 2501.12381, section 4).
+
+    Linear, depthwise 7x7, then from a narrow proxy of each token: the propagation weights (`gates`), the scale of what
+    enters the scan (`lam`) and of what leaves it (`out_gate`); the four scans are merged and pass a last linear.
+
+    `lam` and `out_gate` are 1 plus a linear without bias, and `merge` starts at 1/4, so that at initialisation the
+    propagation hands a token on at scale 1 with its context; this is our choice, the paper does not say. There are
+    no biases beyond those of the linears: with them the parameter counts are those of the paper.
+    """
+
+    def __init__(self, arch: Architecture, *, dtype: DTypeLike, rngs: nnx.Rngs):
+        self.backend = arch.backend
+        self.groups = arch.groups
+        self.in_proj = nnx.Linear(arch.hidden, arch.hidden, kernel_init=XAVIER, dtype=dtype, rngs=rngs)
+        self.conv = DepthwiseConv(7, arch.hidden, dtype=dtype, rngs=rngs)
+        self.proxy = nnx.Linear(arch.hidden, arch.proxy, kernel_init=XAVIER, dtype=dtype, rngs=rngs)
+
+        def expand(*shape: int) -> nnx.LinearGeneral:
+            return nnx.LinearGeneral(arch.proxy, shape, use_bias=False, kernel_init=XAVIER, dtype=dtype, rngs=rngs)
+
+        self.gates = expand(DIRECTIONS * NEIGHBOURS, arch.groups)
+        self.lam = expand(DIRECTIONS, arch.hidden)
+        self.out_gate = expand(DIRECTIONS, arch.hidden)
+        self.skip = expand(DIRECTIONS, arch.hidden) if arch.skip else None
+        self.merge = nnx.Param(jnp.full((DIRECTIONS,), 1 / DIRECTIONS, jnp.float32))
+        self.out_proj = nnx.Linear(arch.hidden, arch.hidden, kernel_init=XAVIER, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "B H W D"], *, chunk: int | None = None) -> Float[Array, "B H W D"]:
+        """`chunk` lines a local scan, None for the whole map."""
+        x = self.conv(self.in_proj(x))
+        proxy = self.proxy(x)
+        gates = self.gates(proxy).reshape(*x.shape[:3], DIRECTIONS, NEIGHBOURS, self.groups)
+        y = propagate(
+            x, gates, 1 + self.lam(proxy), 1 + self.out_gate(proxy), self.merge[...],
+            skip=self.skip(proxy) if self.skip is not None else None, chunk=chunk, backend=self.backend,
+        )  # fmt: skip
+        return self.out_proj(y)
+
+
+MIXERS = {"attention": Attention, "gspn": GSPNMixer}
