@@ -1,0 +1,128 @@
+"""The one loader: a source -> endless batches whose content depends on the seed and the step only.
+
+The stream is the same for any number of worker processes, the global batch the same for any number of hosts, and a
+loader that starts at step n gives what another gives after n steps; so there is no iterator state to save.
+"""
+
+import logging
+import os
+from typing import Self
+
+import grain
+import numpy as np
+from absl import flags
+from jaxtyping import Int32, UInt8
+
+from gspn_jax.config import ConfigError, DataConfig
+from gspn_jax.data.sources import DataError, Source
+
+logger = logging.getLogger("gspn_jax.data")
+
+Batch = dict[str, UInt8[np.ndarray, "B S S C"] | Int32[np.ndarray, "B"]]
+
+_MAX_THREADS = 16
+# A set with so many bad images in a row is broken as a whole: replacing them would train on something else.
+_MAX_BAD_IN_A_ROW = 100
+
+
+def make_loader(config: DataConfig, source: Source, *, batch_size: int, seed: int, start_step: int = 0,
+                num_hosts: int = 1, host: int = 0) -> "Loader":
+    """An endless iterator of {"image": uint8 [b, S, S, C], "label": int32 [b]}, b = batch_size / num_hosts.
+
+    Every epoch visits every image once in an order of its own; a batch may span two epochs, so none is left out. Host h
+    gets the h-th block of the rows of the global batch: the global array does not depend on how many hosts share it.
+    `host` counts groups of processes that read different data; processes that hold shards of the same rows pass the
+    same number. `config.flip` mirrors each image with probability 1/2, drawn anew each epoch. With
+    `config.workers` > 0 the script needs the usual `if __name__ == "__main__":` guard.
+
+    Iterating raises DataError for an image that cannot be decoded if `config.bad_images` is "error"; "skip" replaces it
+    by the next image that can and logs one warning a file, with the count, to the logger "gspn_jax.data".
+    """
+    if batch_size % num_hosts:
+        raise ConfigError(f"train.batch_size must be a multiple of the number of hosts ({num_hosts}), "
+                          f"found {batch_size}")
+    if not 0 <= host < num_hosts:
+        raise ValueError(f"host must be in [0, {num_hosts}), found {host}")
+    tries = 1 if config.bad_images == "error" else min(len(source), _MAX_BAD_IN_A_ROW)
+    records = _Records(source, tries, (config.image_size, config.image_size, config.channels))
+    dataset = grain.MapDataset.source(records).seed(seed).shuffle().repeat()
+    if config.flip:
+        dataset = dataset.random_map(_random_flip)
+    # Batch k of size b is rows k*b .. (k+1)*b of the stream: step s of host h is batch s * num_hosts + h.
+    dataset = dataset.batch(batch_size // num_hosts)[start_step * num_hosts + host::num_hosts]
+
+    threads = max(1, min(_MAX_THREADS, (os.cpu_count() or 1) // max(1, config.workers)))
+    batches = dataset.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads))
+    if config.workers:
+        if not flags.FLAGS.is_parsed():  # Grain reads absl flags when it starts a process
+            flags.FLAGS.mark_as_parsed()
+        batches = batches.mp_prefetch(grain.multiprocessing.MultiprocessingOptions(num_workers=config.workers))
+    return Loader(batches)
+
+
+class Loader:
+    """Iterates over Grain's batches and reports bad images where they are consumed, in the order of the stream.
+
+    `bad_images` holds the messages of the distinct bad images met so far. Close it, or use it in a `with` statement:
+    that ends its threads and processes.
+    """
+
+    def __init__(self, batches: grain.IterDataset):
+        self._iterator = iter(batches)
+        self.bad_images: set[str] = set()
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> Batch:
+        batch = next(self._iterator)
+        problems, usable = batch.pop("problem"), batch.pop("usable")
+        for i in np.flatnonzero(problems != ""):
+            found = str(problems[i]).split("\n")
+            if not usable[i]:
+                raise DataError(found[0] if len(found) == 1 else f"{len(found)} images in a row cannot be used; the "
+                                f"first: {found[0]}")
+            for problem in found:
+                if problem not in self.bad_images:
+                    self.bad_images.add(problem)
+                    logger.warning("%s; another image takes its place (bad images so far: %d)", problem,
+                                   len(self.bad_images))
+        return batch
+
+    def close(self) -> None:
+        self._iterator.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self.close()
+
+
+class _Records:
+    """What Grain reads. A bad image is not an exception here but a "problem" beside the image that replaces it.
+
+    An exception would come from whichever thread or process fails first; a problem is met at its place in the stream.
+    """
+
+    def __init__(self, source: Source, tries: int, shape: tuple[int, int, int]):
+        self._source, self._tries, self._shape = source, tries, shape
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def __getitem__(self, index: int) -> dict:
+        problems = []
+        for attempt in range(self._tries):
+            try:
+                record = self._source[(index + attempt) % len(self)]
+            except DataError as error:
+                problems.append(str(error))
+            else:
+                return {**record, "problem": np.str_("\n".join(problems)), "usable": np.bool_(True)}
+        return {"image": np.zeros(self._shape, np.uint8), "label": np.int32(0),
+                "problem": np.str_("\n".join(problems)), "usable": np.bool_(False)}
+
+
+def _random_flip(record: dict, rng: np.random.Generator) -> dict:
+    return {**record, "image": record["image"][:, ::-1]} if rng.integers(2) else record
