@@ -3,7 +3,7 @@
 Knows functions, not models: a denoiser is any `denoise(x_t, time, labels) -> output` with
 
     x_t     float32 [B, H, W, C], the noisy images
-    time    float32 [B] in 0..1000: the integer timestep under "ddpm", 1000 t under "flow"
+    time    float32 [B]: the timestep 0..T-1 under "ddpm" (whole in training), 1000 t under "flow"
     labels  int32 [B]
     output  float [B, H, W, O]: O = C is epsilon ("ddpm") or velocity ("flow"); O = 2C adds the variance range of iDDPM
 """

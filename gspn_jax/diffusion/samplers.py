@@ -135,10 +135,11 @@ def make_table(config: SamplerConfig, diffusion: DiffusionConfig) -> Table:
     name = sampler_name(config, diffusion)
     if diffusion.objective == "flow":
         return {"heun": heun, "euler": euler}[name](config.steps)
-    schedule = respace(make_schedule(diffusion), config.steps)
-    if name == "ddim":
-        return ddim(schedule, config.ddim_eta)
-    return {"ddpm": ddpm, "dpm++": dpm_solver}[name](schedule)
+    schedule = make_schedule(diffusion)
+    if name == "dpm++":
+        return dpm_solver(schedule, config.steps)
+    spaced = respace(schedule, config.steps)
+    return ddpm(spaced) if name == "ddpm" else ddim(spaced, config.ddim_eta)
 
 
 def ddpm(schedule: Schedule) -> Table:
@@ -160,25 +161,39 @@ def ddim(schedule: Schedule, eta: float) -> Table:
     return _discrete_table(schedule, on_x=on_x, on_prediction=on_x0, on_noise=std)
 
 
-def dpm_solver(schedule: Schedule) -> Table:
-    """DPM-Solver++(2M), data prediction, multistep (Lu et al. 2022, algorithm 2), uniform in timesteps.
+def dpm_solver(schedule: Schedule, steps: int) -> Table:
+    """DPM-Solver++(2M), data prediction, multistep (Lu et al. 2022, algorithm 2), uniform in log SNR.
 
-    The first step has no history and is of first order; the last one goes to zero noise, where it is x_0 itself.
+    `schedule` is the one of training. The times between its timesteps are fractions, as that grid wants: even steps in
+    timesteps end with one so long in log SNR that the extrapolation overshoots (20 % in the deviation of a Gaussian
+    after 20 steps, against 1.4 % here). The first step has no history and is of first order; the last one goes from
+    timestep 0 to no noise, where it is x_0 itself.
     """
-    alpha, sigma = np.sqrt(schedule.alphas_cumprod), np.sqrt(1.0 - schedule.alphas_cumprod)
-    alpha_prev, sigma_prev = np.sqrt(schedule.alphas_cumprod_prev), np.sqrt(1.0 - schedule.alphas_cumprod_prev)
-    log_snr = np.log(alpha / sigma)
-    ratio = np.zeros(schedule.num_timesteps)  # 1 / (2 r) of the paper: this step in log SNR over twice the last one
-    ratio[1:-1] = 0.5 * (log_snr[:-2] - log_snr[1:-1]) / (log_snr[1:-1] - log_snr[2:])
-    on_x = sigma_prev / sigma
-    on_x0 = alpha_prev - on_x * alpha
-    return _discrete_table(schedule, on_x=on_x, on_prediction=(1.0 + ratio) * on_x0, on_previous=-ratio * on_x0)
+    trained_log_snr = 0.5 * np.log(schedule.alphas_cumprod / (1.0 - schedule.alphas_cumprod))
+    log_snr = np.linspace(trained_log_snr[-1], trained_log_snr[0], steps)
+    time = np.interp(-log_snr, -trained_log_snr, schedule.timesteps)  # np.interp wants an increasing axis
+    signal, sigma = np.sqrt(1.0 / (1.0 + np.exp(-2.0 * log_snr))), np.sqrt(1.0 / (1.0 + np.exp(2.0 * log_snr)))
+    next_signal, next_sigma = np.append(signal[1:], 1.0), np.append(sigma[1:], 0.0)
+
+    on_x = next_sigma / sigma
+    on_x0 = next_signal - on_x * signal
+    extrapolation = np.full(steps, 0.5)  # 1 / (2 r) of the paper with r = 1, all steps being equal
+    extrapolation[[0, -1]] = 0.0
+    return _table(
+        time=time,
+        noise_time=time / (schedule.trained_timesteps - 1),
+        signal=signal,
+        sigma=sigma,
+        on_x=on_x,
+        on_prediction=(1.0 + extrapolation) * on_x0,
+        on_previous=-extrapolation * on_x0,
+    )
 
 
 def euler(steps: int) -> Table:
     """Euler's method on dx/dt = velocity, from t = 1 to 0 in equal steps."""
     time = 1.0 - np.arange(steps) / steps
-    return _flow_table(time, on_prediction=np.full(steps, -1.0 / steps), on_previous=np.zeros(steps))
+    return _flow_table(time, on_prediction=np.full(steps, -1.0 / steps))
 
 
 def heun(steps: int) -> Table:
@@ -198,44 +213,27 @@ def heun(steps: int) -> Table:
     )
 
 
-def _discrete_table(
-    schedule: Schedule,
-    *,
-    on_x: Float[np.ndarray, "S"],
-    on_prediction: Float[np.ndarray, "S"],
-    on_previous: Float[np.ndarray, "S"] | None = None,
-    on_noise: Float[np.ndarray, "S"] | None = None,
-) -> Table:
+def _discrete_table(schedule: Schedule, **columns: Float[np.ndarray, "S"]) -> Table:
     """Turns columns in the order of the schedule (clean to noisy) into a table in the order of sampling."""
-    zeros = np.zeros(schedule.num_timesteps)
-    table = Table(
+    table = _table(
         time=schedule.timesteps.astype(np.float64),
         noise_time=schedule.timesteps / (schedule.trained_timesteps - 1),
         signal=np.sqrt(schedule.alphas_cumprod),
         sigma=np.sqrt(1.0 - schedule.alphas_cumprod),
-        on_x=on_x,
-        on_prediction=on_prediction,
-        on_previous=zeros if on_previous is None else on_previous,
-        on_noise=zeros if on_noise is None else on_noise,
         log_posterior=schedule.posterior_log_variance,
         log_beta=np.log(schedule.betas),
+        **columns,
     )
     return Table(*(column[::-1] for column in table))
 
 
-def _flow_table(
-    time: Float[np.ndarray, "S"], *, on_prediction: Float[np.ndarray, "S"], on_previous: Float[np.ndarray, "S"]
-) -> Table:
-    zeros = np.zeros(len(time))
-    return Table(
-        time=TIME_SCALE * time,
-        noise_time=time,
-        signal=1.0 - time,
-        sigma=time,
-        on_x=np.ones(len(time)),
-        on_prediction=on_prediction,
-        on_previous=on_previous,
-        on_noise=zeros,
-        log_posterior=zeros,
-        log_beta=zeros,
+def _flow_table(time: Float[np.ndarray, "S"], **columns: Float[np.ndarray, "S"]) -> Table:
+    return _table(
+        time=TIME_SCALE * time, noise_time=time, signal=1.0 - time, sigma=time, on_x=np.ones_like(time), **columns
     )
+
+
+def _table(**columns: Float[np.ndarray, "S"]) -> Table:
+    """A table in which the columns that are not given are 0."""
+    zeros = np.zeros_like(columns["time"])
+    return Table(**{name: columns.get(name, zeros) for name in Table._fields})
