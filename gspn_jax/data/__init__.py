@@ -1,7 +1,24 @@
-"""Images in, batches out: sources, the Grain loader, prefetch to devices, and pixel helpers."""
+"""Images in, batches out: sources, the Grain loader, prefetch to devices, and pixel helpers.
 
-from gspn_jax.data.loader import Loader, make_loader
-from gspn_jax.data.prefetch import prefetch_to_device
-from gspn_jax.data.sources import DataError, Source, make_source
+The names below are imported when first used, so that `gspn_jax.data.images` needs no Grain.
+"""
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from gspn_jax.data.decoding import DataError
+    from gspn_jax.data.loader import Loader, make_loader
+    from gspn_jax.data.prefetch import prefetch_to_device
+    from gspn_jax.data.sources import Source, make_source
 
 __all__ = ["DataError", "Loader", "Source", "make_loader", "make_source", "prefetch_to_device"]
+
+_MODULES = {"DataError": "decoding", "Loader": "loader", "Source": "sources", "make_loader": "loader",
+            "make_source": "sources", "prefetch_to_device": "prefetch"}
+
+
+def __getattr__(name: str):
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)

@@ -9,8 +9,8 @@ from jaxtyping import UInt8
 from PIL import Image, UnidentifiedImageError
 
 # What Pillow raises for files that are damaged in one way or another.
-_DAMAGE = (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError, OverflowError, MemoryError,
-           struct.error, zlib.error, Image.DecompressionBombError)
+_DAMAGE = (OSError, SyntaxError, ValueError, EOFError, IndexError, struct.error, zlib.error,
+           Image.DecompressionBombError)
 
 
 class DataError(ValueError):

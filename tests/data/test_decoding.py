@@ -122,6 +122,8 @@ def test_exif_orientation_is_ignored_as_adm_does():
 
 
 JPEG, PNG = encode(smooth_image(64, 64), "JPEG"), encode(smooth_image(64, 64))
+NOISE = encode(Image.fromarray(np.random.default_rng(0).integers(0, 256, (200, 200, 3), np.uint8)))
+LAST_DATA = NOISE.rindex(b"IDAT")  # of several
 
 
 @pytest.mark.parametrize("encoded, reason", [
@@ -131,8 +133,9 @@ JPEG, PNG = encode(smooth_image(64, 64), "JPEG"), encode(smooth_image(64, 64))
     (JPEG[:-200], "truncated"),
     (PNG[:-200], "truncated"),
     (PNG[:60] + bytes(40) + PNG[100:], "not a usable image"),
+    (NOISE[:LAST_DATA] + bytes(4) + NOISE[LAST_DATA + 4:], "broken PNG file"),
     (encode(solid("F", 0.5), "TIFF"), "floating-point"),
-], ids=["empty", "text", "header-only", "truncated-jpeg", "truncated-png", "damaged-png", "float"])
+], ids=["empty", "text", "header-only", "truncated-jpeg", "truncated-png", "damaged-png", "damaged-chunk", "float"])
 def test_a_bad_image_is_named_with_the_reason(encoded, reason):
     with pytest.raises(DataError, match=rf"^class/file\.jpg .*{reason}"):
         decode_image(encoded, "class/file.jpg", 32, 3)

@@ -1,5 +1,9 @@
 """Pixels survive the way to the model and back, and grids show what they should."""
 
+import pathlib
+import subprocess
+import sys
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -64,3 +68,8 @@ def test_wrong_grids_get_a_sentence():
         grid(np.zeros((6, 8, 8, 1), np.uint8), [1, 2, 3, 4], columns=3)
     with pytest.raises(ValueError, match="columns must be 1 or more, found 0"):
         grid(np.zeros((6, 8, 8, 1), np.uint8), columns=0)
+
+
+def test_pixel_helpers_need_no_grain():
+    code = "import sys; sys.modules.update(grain=None, tensorflow_datasets=None); import gspn_jax.data.images"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=pathlib.Path(__file__).parents[2])
