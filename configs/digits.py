@@ -3,7 +3,15 @@
 python train_dit.py --config configs/digits.py        (`make demo` runs this, samples it and scores it)
 """
 
-from gspn_jax.config import Config, DataConfig, DiffusionConfig, ModelConfig, OptimizerConfig, SamplerConfig, TrainConfig
+from gspn_jax.config import (
+    Config,
+    DataConfig,
+    DiffusionConfig,
+    ModelConfig,
+    OptimizerConfig,
+    SamplerConfig,
+    TrainConfig,
+)
 
 config = Config(
     run_dir="runs/digits",

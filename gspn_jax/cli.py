@@ -48,7 +48,8 @@ def load_config(path: str | pathlib.Path) -> Config:
     try:
         spec.loader.exec_module(module)
     except (SyntaxError, NameError, TypeError, ImportError, AttributeError) as error:
-        raise ConfigError(f"{path} must define `config = Config(...)`, found {type(error).__name__}: {error}") from error
+        found = f"{type(error).__name__}: {error}"
+        raise ConfigError(f"{path} must define `config = Config(...)`, found {found}") from error
     config = getattr(module, "config", None)
     if not isinstance(config, Config):
         raise ConfigError(f"{path} must define `config = Config(...)`, found {type(config).__name__}")

@@ -48,7 +48,7 @@ def parse_precision(policy: str) -> dict[str, str]:
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """A denoiser. `preset` names a row of `gspn_jax.models.presets.PRESETS`; a field left None takes the preset's value.
+    """A denoiser: a row of `gspn_jax.models.presets.PRESETS`, named by `preset`; a field left None keeps its value.
 
     `chunk` is the local scan length of each block: an int for all blocks, None for what the preset says ("local 2, the
     last two blocks global" in the paper layout), or a tuple with one entry a block, 0 meaning global.
@@ -87,7 +87,7 @@ class ModelConfig:
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    """Where images come from. `source`: "digits" (scikit-learn's, embedded), "folder" (one folder a class), or "tfds"."""
+    """Where images come from: "digits" (scikit-learn's, embedded), "folder" (one folder a class), or "tfds"."""
 
     source: Literal["digits", "folder", "tfds"] = "digits"
     path: str | None = None
@@ -147,6 +147,8 @@ class SamplerConfig:
     guidance_channels: Literal["all", "first3"] = "all"
     """"first3" guides three latent channels only, as in the code behind DiT's published numbers."""
     ddim_eta: float = 0.0
+    clip_denoised: bool = False
+    """Clips each predicted clean image to [-1, 1]: for pixels, not for latents."""
 
     def __post_init__(self) -> None:
         _one_of("sampler.name", self.name, ("ddpm", "ddim", "dpm++", "euler", "heun", None))

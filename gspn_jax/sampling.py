@@ -25,23 +25,29 @@ class Sampler:
 
     def __init__(self, config: Config, mesh: Mesh, *, image_size: int | tuple[int, int] | None = None,
                  progress: Progress | None = None):
-        """`image_size` None is the size trained on; `progress` is called with (sampler steps done, steps)."""
+        """`image_size` None is the size trained on. `progress` is called with the network evaluations of a batch that
+        are done and their total (`evaluations`)."""
         size = config.data.image_size if image_size is None else image_size
         height, width = (size, size) if isinstance(size, int) else size
         arch = models.resolve(config.model)
         if height % arch.patch or width % arch.patch:
             raise ConfigError(f"the image size must be a multiple of the patch ({arch.patch}), found {height}x{width}")
+        self.evaluations = len(samplers.make_table(config.sampler, config.diffusion).time)
         self._config, self._mesh = config, mesh
         self._devices = mesh.shape["data"] * mesh.shape["fsdp"]
         graphdef, shapes = models.abstract(config)
         shape = (height, width, config.data.channels)
-        learn_sigma = models.learn_sigma(config)
+        learn_sigma = models.learns_sigma(config)
 
         def draw(params, labels, seeds):
             keys = jax.vmap(jax.random.key)(seeds)
-            x = samplers.sample(config.sampler, config.diffusion, lambda x, t, y: models.apply(graphdef, params, x, t, y),
-                                shape, labels, keys, null_class=config.data.num_classes, learn_sigma=learn_sigma,
-                                progress=progress)
+
+            def denoise(x, t, y):
+                return models.apply(graphdef, params, x, t, y)
+
+            x = samplers.sample(config.sampler, config.diffusion, denoise, shape, labels, keys,
+                                null_class=config.data.num_classes, learn_sigma=learn_sigma, progress=progress,
+                                clip_denoised=config.sampler.clip_denoised)
             return to_uint8(x)
 
         split = sharding.batch_sharding(mesh)

@@ -1,11 +1,10 @@
 """Checkpoints by orbax: asynchronous, the latest and periodic ones kept, with the config and the data's fingerprint."""
 
-import dataclasses
 import json
 import logging
 import pathlib
-import re
 import shutil
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -15,7 +14,7 @@ from jax.sharding import Mesh
 from orbax.checkpoint import checkpoint_managers
 
 from gspn_jax import models
-from gspn_jax.config import Config, ConfigError, from_dict, to_dict
+from gspn_jax.config import Config, from_dict, to_dict
 from gspn_jax.training import ema, sharding
 from gspn_jax.training.state import TrainState
 
@@ -40,7 +39,7 @@ def steps(run_dir: str | pathlib.Path) -> list[int]:
 
 
 def read_meta(run_dir: str | pathlib.Path, step: int | None = None) -> tuple[int, dict[str, Any]]:
-    """(step, {"config", "fingerprint"}) of the latest checkpoint, or of the one asked for.
+    """(step, {"config", "fingerprint", "class_names"}) of the latest checkpoint, or of the one asked for.
 
     Raises CheckpointError when there is none.
     """
@@ -71,8 +70,8 @@ def restore_params(run_dir: str | pathlib.Path, step: int, config: Config, mesh:
     """
     decays = config.train.ema_decays
     if ema_decay is not None and ema_decay not in (0.0, *decays):
-        raise CheckpointError(f"the EMA decay must be one that the run kept ({', '.join(map(str, decays))}, or 0 for the "
-                              f"parameters themselves), found {ema_decay}")
+        raise CheckpointError(f"the EMA decay must be one that the run kept ({', '.join(map(str, decays))}), or 0 for "
+                              f"the parameters themselves, found {ema_decay}")
     decay = decays[0] if ema_decay is None else ema_decay
     item = "params" if decay == 0.0 and 0.0 not in decays else f"ema_{ema.name(decay)}"
     _, shapes = models.abstract(config)
@@ -85,8 +84,9 @@ def restore_params(run_dir: str | pathlib.Path, step: int, config: Config, mesh:
 class Checkpoints:
     """The checkpoints of a run that trains. Close it (or use `with`) to wait for the last save."""
 
-    def __init__(self, config: Config, fingerprint: str):
+    def __init__(self, config: Config, fingerprint: str, class_names: Sequence[str]):
         self._config, self._fingerprint = config, fingerprint
+        self._meta = {"config": to_dict(config), "fingerprint": fingerprint, "class_names": list(class_names)}
         self._folder = folder(config.run_dir)
         self._folder.mkdir(parents=True, exist_ok=True)
         if jax.process_index() == 0:
@@ -116,7 +116,7 @@ class Checkpoints:
                  **{f"ema_{name}": average for name, average in state.ema.items()}}
         self._manager.save(step, args=ocp.args.Composite(
             **{name: ocp.args.StandardSave(item) for name, item in items.items()},
-            meta=ocp.args.JsonSave({"config": to_dict(self._config), "fingerprint": self._fingerprint})), force=True)
+            meta=ocp.args.JsonSave(self._meta)), force=True)
 
     def restore(self, target: TrainState) -> tuple[int, TrainState] | None:
         """The latest checkpoint in the shapes and shardings of `target`; None when the run has none yet.

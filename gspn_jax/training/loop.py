@@ -48,7 +48,7 @@ def train(config: Config) -> pathlib.Path:
     run_dir = pathlib.Path(config.run_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
 
-    with Checkpoints(config, source.fingerprint) as checkpoints, _Stop() as stop:
+    with Checkpoints(config, source.fingerprint, source.class_names) as checkpoints, _Stop() as stop:
         # --- state: the latest checkpoint, or born sharded
         restored = checkpoints.restore(abstract_state(config, mesh))
         first_step, state = restored or (0, create_state(config, mesh))

@@ -17,20 +17,22 @@ MESH_AXIS = {"embed": "fsdp", "heads": "tensor", "mlp": "tensor", "channels": "t
 
 RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     # attention and MLP of the DiT layout
-    (r"attention/qkv/kernel$", ("embed", "heads")),
-    (r"attention/proj/kernel$", ("heads", "embed")),
+    (r"mixer/qkv/kernel$", ("embed", None, "heads")),
+    (r"mixer/proj/kernel$", ("heads", "embed")),
     (r"mlp/fc1/kernel$", ("embed", "mlp")),
     (r"mlp/fc2/kernel$", ("mlp", "embed")),
     # GSPN: channels are independent from the first projection to the last
-    (r"gspn/in_proj/kernel$", ("embed", "channels")),
-    (r"gspn/proxy/kernel$", ("channels", "embed")),
-    (r"gspn/(gates|lam|out_gate|skip)/kernel$", (None, None, "channels")),
-    (r"gspn/out_proj/kernel$", ("channels", "embed")),
-    # everything else with two axes: input by output
+    (r"mixer/in_proj/kernel$", ("embed", "channels")),
+    (r"mixer/conv/kernel$", (None, None, "channels")),
+    (r"mixer/proxy/kernel$", ("channels", "embed")),
+    (r"mixer/(gates|lam|out_gate|skip)/kernel$", (None, None, "channels")),
+    (r"mixer/out_proj/kernel$", ("channels", "embed")),
+    (r"modulation/linear/kernel$", ("embed", None, None)),
+    # everything else: input by output
     (r"kernel$", ("embed", None)),
     (r"embedding$", (None, "embed")),
 )
-"""The first pattern that matches a parameter's path names its trailing axes; a stack of layers has one more in front."""
+"""The first pattern that matches a parameter's path names its trailing axes; a stack of layers has one in front."""
 
 
 def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Mesh:
@@ -65,7 +67,7 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def partition_spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
-    """Where the parameter at `path` ("in_blocks/gspn/in_proj/kernel") lives.
+    """Where the parameter at `path` ("in_blocks/mixer/in_proj/kernel") lives.
 
     An axis that the mesh does not divide stays whole; then "fsdp" takes the largest other axis that it divides.
     """

@@ -1,0 +1,1 @@
+"""Metrics of samples: Frechet distance; the digits demo's classifier."""
