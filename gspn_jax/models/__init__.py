@@ -4,16 +4,18 @@ import math
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int, Key
 
 from gspn_jax.config import Config, ConfigError, parse_precision
 from gspn_jax.models.denoisers import Denoiser
+from gspn_jax.models.flops import forward_flops
 from gspn_jax.models.presets import PRESETS, Architecture, Preset, resolve
 
 __all__ = [
-    "PRESETS", "Architecture", "Denoiser", "Preset", "abstract", "apply", "count_parameters", "create", "init",
-    "learns_sigma", "resolve", "split",
+    "PRESETS", "Architecture", "Denoiser", "Preset", "abstract", "apply", "count_parameters", "create", "forward_flops",
+    "init", "learns_sigma", "resolve", "split",
 ]  # fmt: skip
 
 Params = dict[str, Any]
@@ -28,6 +30,10 @@ def learns_sigma(config: Config) -> bool:
 
 def create(config: Config, *, rngs: nnx.Rngs) -> Denoiser:
     """Builds the denoiser of a config. Raises ConfigError for settings that do not fit together."""
+    return Denoiser(**_arguments(config), rngs=rngs)
+
+
+def _arguments(config: Config) -> dict[str, Any]:
     arch = resolve(config.model)
     precision = parse_precision(config.train.precision)
     if precision["params"] != "float32":
@@ -35,8 +41,8 @@ def create(config: Config, *, rngs: nnx.Rngs) -> Denoiser:
     if config.data.image_size % arch.patch:
         raise ConfigError(f"model.patch must be a divisor of data.image_size ({config.data.image_size}), "
                           f"found {arch.patch}")
-    return Denoiser(arch, channels=config.data.channels, num_classes=config.data.num_classes,
-                    learn_sigma=learns_sigma(config), dtype=precision["compute"], rngs=rngs)
+    return {"arch": arch, "channels": config.data.channels, "num_classes": config.data.num_classes,
+            "learn_sigma": learns_sigma(config), "dtype": precision["compute"]}
 
 
 def split(model: nnx.Module) -> tuple[nnx.GraphDef, Params]:
@@ -55,12 +61,14 @@ def apply(
 
 def init(config: Config, seed: int | Key[Array, ""]) -> Params:
     """Fresh parameters from a seed or a key. Can be jitted with `config` static, to be born sharded."""
-    return split(create(config, rngs=nnx.Rngs(seed)))[1]
+    is_key = isinstance(seed, jax.Array) and jnp.issubdtype(seed.dtype, jax.dtypes.prng_key)
+    return split(create(config, rngs=nnx.Rngs(seed if is_key else jax.random.key(seed))))[1]
 
 
 def abstract(config: Config) -> tuple[nnx.GraphDef, Params]:
     """What `split` would give, with shapes in place of arrays; allocates nothing."""
-    return split(nnx.eval_shape(lambda: create(config, rngs=nnx.Rngs(0))))
+    arguments = _arguments(config)  # outside of the trace, where JAX would add a note to an error
+    return split(nnx.eval_shape(lambda: Denoiser(**arguments, rngs=nnx.Rngs(0))))
 
 
 def count_parameters(config: Config) -> int:

@@ -128,8 +128,13 @@ class GSPNBlock(nnx.Module):
 
 
 def stack(make: Callable[[nnx.Rngs], nnx.Module], count: int, rngs: nnx.Rngs) -> nnx.Module:
-    """`count` blocks made by `make` as one module whose every parameter has a leading axis of that length."""
-    return nnx.vmap(lambda key: make(nnx.Rngs(key)))(jax.random.split(rngs.params(), count))
+    """`count` blocks made by `make` as one module whose every parameter has a leading axis of that length.
+
+    They are drawn one after the other: a vmap would compile several times longer.
+    """
+    graphdef = nnx.graphdef(nnx.eval_shape(lambda: make(nnx.Rngs(0))))
+    keys = jax.random.split(rngs.params(), count)
+    return nnx.merge(graphdef, jax.lax.map(lambda key: nnx.to_pure_dict(nnx.state(make(nnx.Rngs(key)))), keys))
 
 
 def run_stack(

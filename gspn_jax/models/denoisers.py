@@ -43,29 +43,32 @@ class DiTTrunk(nnx.Module):
 
 
 class GSPNTrunk(nnx.Module):
-    """The condition is added to the tokens once; the i-th block from the start is joined to the i-th from the end."""
+    """The condition is added to the tokens once; the i-th block from the start is joined to the i-th from the end.
+
+    The middle block is the last of `in_blocks`: it has the same parameters, and one stack compiles faster than two.
+    """
 
     def __init__(self, arch: Architecture, *, dtype: DTypeLike, rngs: nnx.Rngs):
         self.arch = arch
-        self.in_blocks, self.middle, self.out_blocks = (
+        half = arch.depth // 2
+        self.in_blocks, self.out_blocks = (
             stack(lambda rngs, skip=skip: GSPNBlock(arch, long_skip=skip, dtype=dtype, rngs=rngs), count, rngs)
-            for count, skip in ((arch.depth // 2, False), (1, False), (arch.depth // 2, True))
+            for count, skip in ((half + 1, False), (half, True))
         )
 
     def __call__(
         self, x: Float[Array, "B H W D"], condition: Float[Array, "B D"], drop_path: DropPath | None
     ) -> Float[Array, "B H W D"]:
-        half = self.arch.depth // 2
-
-        def run(blocks: nnx.Module, x: Array, start: int, stop: int, **kwargs):
-            drop = jax.tree.map(lambda a: a[start:stop], drop_path)
-            return run_stack(blocks, x, chunks=self.arch.chunks[start:stop], remat=self.arch.remat, drop_path=drop,
-                             **kwargs)
-
+        arch, half = self.arch, self.arch.depth // 2
+        drop_in, drop_out = (
+            jax.tree.map(lambda a, part=part: a[part], drop_path)
+            for part in (slice(None, half + 1), slice(half + 1, None))
+        )
         x = x + condition[:, None, None].astype(x.dtype)
-        x, skips = run(self.in_blocks, x, 0, half, keep=True)
-        x, _ = run(self.middle, x, half, half + 1)
-        x, _ = run(self.out_blocks, x, half + 1, 2 * half + 1, long_skips=skips[::-1])
+        x, kept = run_stack(self.in_blocks, x, chunks=arch.chunks[: half + 1], remat=arch.remat, drop_path=drop_in,
+                            keep=True)
+        x, _ = run_stack(self.out_blocks, x, chunks=arch.chunks[half + 1 :], remat=arch.remat, drop_path=drop_out,
+                         long_skips=kept[:-1][::-1])
         return x
 
 

@@ -89,7 +89,7 @@ class LabelEmbed(nnx.Module):
     """A row for each class and, at index `num_classes`, one for "no class" (classifier-free guidance)."""
 
     def __init__(self, num_classes: int, hidden: int, *, rngs: nnx.Rngs):
-        self.table = nnx.Param(NORMAL(rngs.params(), (num_classes + 1, hidden), jnp.float32))
+        self.embedding = nnx.Param(NORMAL(rngs.params(), (num_classes + 1, hidden), jnp.float32))
 
     def __call__(self, y: Int[Array, "B"]) -> Float[Array, "B D"]:
-        return self.table[...][y]
+        return self.embedding[...][y]

@@ -12,6 +12,7 @@ from kernels import depthwise_conv, propagate
 
 DIRECTIONS = 4
 NEIGHBOURS = 3
+MIXER_KERNEL = 7
 
 # Uniform in +-1/sqrt(kernel area): the usual default for a depthwise convolution.
 DEPTHWISE = jax.nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform", in_axis=(0, 1), out_axis=2)
@@ -28,9 +29,11 @@ class Attention(nnx.Module):
     def __call__(self, x: Float[Array, "B H W D"], *, chunk: int | None = None) -> Float[Array, "B H W D"]:
         """`chunk` has no meaning here; every mixer takes it."""
         batch, height, width, hidden = x.shape
-        qkv = self.qkv(x).reshape(batch, height * width, 3, self.heads, hidden // self.heads)
-        with jax.numpy_dtype_promotion("standard"):  # inside, it promotes bfloat16 scores to float32 implicitly
-            y = jax.nn.dot_product_attention(qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2])
+        qkv = self.qkv(x)
+        if jax.default_backend() == "cpu":  # has no fast bfloat16 products
+            qkv = qkv.astype(jnp.float32)
+        qkv = qkv.reshape(batch, height * width, 3, self.heads, hidden // self.heads)
+        y = jax.nn.dot_product_attention(qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2])
         return self.proj(y.reshape(x.shape))
 
 
@@ -60,7 +63,7 @@ class GSPNMixer(nnx.Module):
         self.backend = arch.backend
         self.groups = arch.groups
         self.in_proj = nnx.Linear(arch.hidden, arch.hidden, kernel_init=XAVIER, dtype=dtype, rngs=rngs)
-        self.conv = DepthwiseConv(7, arch.hidden, dtype=dtype, rngs=rngs)
+        self.conv = DepthwiseConv(MIXER_KERNEL, arch.hidden, dtype=dtype, rngs=rngs)
         self.proxy = nnx.Linear(arch.hidden, arch.proxy, kernel_init=XAVIER, dtype=dtype, rngs=rngs)
 
         def expand(*shape: int) -> nnx.LinearGeneral:

@@ -1,0 +1,187 @@
+"""Weights of the original DiT (facebookresearch/DiT, a PyTorch state_dict) to our parameters and back."""
+
+import argparse
+import pathlib
+import pickle
+from collections.abc import Mapping
+
+import jax
+import numpy as np
+
+from gspn_jax import models
+from gspn_jax.config import Config, ConfigError
+from gspn_jax.models.embeddings import sincos_positions
+from gspn_jax.models.presets import resolve
+
+# Our path -> the original's name. A stack of blocks is one array here and one array a block there ("{}").
+_NAMES = {
+    "patch_embed/proj": "x_embedder.proj",
+    "time_embed/fc1": "t_embedder.mlp.0",
+    "time_embed/fc2": "t_embedder.mlp.2",
+    "label_embed": "y_embedder.embedding_table",
+    "trunk/blocks/modulation/linear": "blocks.{}.adaLN_modulation.1",
+    "trunk/blocks/mixer/qkv": "blocks.{}.attn.qkv",
+    "trunk/blocks/mixer/proj": "blocks.{}.attn.proj",
+    "trunk/blocks/mlp/fc1": "blocks.{}.mlp.fc1",
+    "trunk/blocks/mlp/fc2": "blocks.{}.mlp.fc2",
+    "final/modulation/linear": "final_layer.adaLN_modulation.1",
+    "final/linear": "final_layer.linear",
+}
+_LEAVES = {"kernel": "weight", "embedding": "weight", "bias": "bias"}
+_POSITIONS = "pos_embed"
+_WRAPPERS = ("ema", "model")
+"""Keys under which training checkpoints keep the state_dict; the first one found is taken."""
+
+
+def read_state_dict(path: str | pathlib.Path) -> dict[str, np.ndarray]:
+    """Reads a `.safetensors` file, or a `.pt` file (which needs PyTorch), as float32 arrays.
+
+    Of a training checkpoint {"ema": ..., "model": ...} the "ema" weights are taken. Only tensors are unpickled.
+    Raises FileNotFoundError, ImportError without PyTorch, and ValueError for a file that holds no state_dict.
+    """
+    path = pathlib.Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"the weights must be a file, found nothing at {path}")
+    if path.suffix == ".safetensors":
+        from safetensors import SafetensorError
+        from safetensors.numpy import load_file
+
+        try:
+            tensors = load_file(path)
+        except SafetensorError as error:
+            raise ValueError(f"{path} must be a safetensors file, it cannot be read: {error}") from error
+        return {name: np.asarray(value, np.float32) for name, value in tensors.items()}
+    return _read_torch(path)
+
+
+def _read_torch(path: pathlib.Path) -> dict[str, np.ndarray]:
+    try:
+        import torch
+    except ImportError as error:
+        raise ImportError(f"reading {path.name} needs PyTorch (pip install torch); a .safetensors file does not "
+                          f"need it") from error
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):  # the original's checkpoints carry their args
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(f"{path} must be a PyTorch file of tensors, it cannot be read: {reason}") from error
+    for wrapper in _WRAPPERS:
+        if isinstance(content, Mapping) and isinstance(content.get(wrapper), Mapping):
+            content = content[wrapper]
+            break
+    if not isinstance(content, Mapping) or not all(isinstance(value, torch.Tensor) for value in content.values()):
+        raise ValueError(f"{path} must hold a state_dict (names to tensors), found something else")
+    return {name: value.float().numpy() for name, value in content.items()}
+
+
+def dit_from_torch(state_dict: Mapping[str, np.ndarray], config: Config) -> dict:
+    """The parameters of `models.create(config)`, a DiT with attention, from the original's state_dict.
+
+    Raises ValueError naming the key for one that is missing, unknown, of the wrong shape, or not finite, and for a
+    `pos_embed` that is not the fixed sine-cosine table; ConfigError if the config is not a DiT with attention.
+    """
+    targets = _targets(config)
+    expected = {name for names, _ in targets.values() for name in names}
+    for name in sorted(expected - set(state_dict)):
+        raise ValueError(f"the state_dict must have {name!r}, found {len(state_dict)} other keys")
+    for name in sorted(set(state_dict) - expected - {_POSITIONS}):
+        raise ValueError(f"every key of the state_dict must belong to a DiT of depth "
+                         f"{resolve(config.model).depth}, found {name!r}")
+    if _POSITIONS in state_dict:
+        _check_positions(np.asarray(state_dict[_POSITIONS]), resolve(config.model).hidden)
+
+    params: dict = {}
+    for path, (names, shape) in targets.items():
+        arrays = [_to_ours(name, np.asarray(state_dict[name]), shape, config) for name in names]
+        *parents, leaf = path.split("/")
+        node = params
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[leaf] = np.stack(arrays) if _is_stacked(path) else arrays[0]
+    return params
+
+
+def dit_to_torch(params: Mapping, config: Config) -> dict[str, np.ndarray]:
+    """The inverse of `dit_from_torch`, with the `pos_embed` of the config's image size."""
+    arch = resolve(config.model)
+    side = config.data.image_size // arch.patch
+    positions = np.asarray(sincos_positions(side, side, arch.hidden)).reshape(1, side * side, arch.hidden)
+    state_dict = {_POSITIONS: positions}
+    flat = _flatten(params)
+    for path, (names, _) in _targets(config).items():
+        array = np.asarray(flat[path], np.float32)
+        for name, one in zip(names, array if _is_stacked(path) else [array], strict=True):
+            state_dict[name] = _to_theirs(name, one, config)
+    return state_dict
+
+
+def _targets(config: Config) -> dict[str, tuple[list[str], tuple[int, ...]]]:
+    """Our path -> (the original's names, one a block; the shape of one of them here)."""
+    arch = resolve(config.model)
+    if arch.layout != "dit" or arch.mixer != "attention":
+        raise ConfigError(f"model.preset must be a DiT with attention to take the weights of the original, "
+                          f"found layout {arch.layout!r} with mixer {arch.mixer!r}")
+    targets = {}
+    for path, leaf in _flatten(models.abstract(config)[1]).items():
+        module, _, kind = path.rpartition("/")
+        name = f"{_NAMES[module]}.{_LEAVES[kind]}"
+        stacked = _is_stacked(path)
+        names = [name.format(i) for i in range(arch.depth)] if stacked else [name]
+        targets[path] = (names, leaf.shape[1:] if stacked else leaf.shape)
+    return targets
+
+
+def _is_stacked(path: str) -> bool:
+    return path.startswith("trunk/blocks/")
+
+
+def _flatten(params: Mapping) -> dict[str, object]:
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
+
+
+def _their_shape(name: str, shape: tuple[int, ...], config: Config) -> tuple[int, ...]:
+    """The shape of `name` in the original, of a parameter that has `shape` here."""
+    if name == "x_embedder.proj.weight":
+        patch = resolve(config.model).patch
+        return (shape[1], config.data.channels, patch, patch)
+    if name.endswith(".bias"):
+        return (int(np.prod(shape)),)
+    if name.startswith("y_embedder"):
+        return shape
+    return (int(np.prod(shape[1:])), shape[0])
+
+
+def _to_ours(name: str, array: np.ndarray, shape: tuple[int, ...], config: Config) -> np.ndarray:
+    expected = _their_shape(name, shape, config)
+    if array.shape != expected:
+        raise ValueError(f"{name} must have shape {expected} for this config, found {array.shape}")
+    array = np.asarray(array, np.float32)
+    if not np.isfinite(array).all():
+        raise ValueError(f"{name} must be finite, found NaN or infinity")
+    if name == "x_embedder.proj.weight":
+        array = array.transpose(2, 3, 1, 0)  # [D, C, p, q] -> [p, q, C, D], the order of `patchify`
+    elif name.endswith(".weight") and not name.startswith("y_embedder"):
+        array = array.T
+    return np.ascontiguousarray(array.reshape(shape))
+
+
+def _to_theirs(name: str, array: np.ndarray, config: Config) -> np.ndarray:
+    shape = _their_shape(name, array.shape, config)
+    if name == "x_embedder.proj.weight":
+        hidden, channels, patch, _ = shape
+        array = array.reshape(patch, patch, channels, hidden).transpose(3, 2, 0, 1)
+    elif name.endswith(".weight") and not name.startswith("y_embedder"):
+        array = array.reshape(shape[::-1]).T
+    return np.ascontiguousarray(array.reshape(shape))
+
+
+def _check_positions(found: np.ndarray, hidden: int) -> None:
+    """We compute positions for any grid; weights trained with other ones would be silently wrong."""
+    side = round(found.shape[1] ** 0.5) if found.ndim == 3 else 0
+    if found.shape != (1, side * side, hidden):
+        raise ValueError(f"{_POSITIONS} must have shape (1, rows * rows, {hidden}), found {found.shape}")
+    error = np.abs(found - np.asarray(sincos_positions(side, side, hidden)).reshape(found.shape)).max()
+    if not error < 1e-4:
+        raise ValueError(f"{_POSITIONS} must be the fixed sine-cosine table of DiT, found one that is {error:.2g} off")

@@ -1,0 +1,88 @@
+"""Weights of the original DiT load, and give the original's function."""
+
+import numpy as np
+import pytest
+from model_cases import DIT, PAPER, make_config, random_inputs, random_params, relative_error, run
+from numpy_dit import denoise, random_state_dict
+from safetensors.numpy import save_file
+
+from gspn_jax.config import ConfigError
+from gspn_jax.models.convert import dit_from_torch, dit_to_torch, read_state_dict
+
+CONFIG = make_config(DIT)
+SIZES = {"hidden": 16, "depth": 2, "patch": 2, "channels": 3, "out_channels": 6, "num_classes": 5, "grid": 4}
+TOLERANCE = 1e-4  # largest error over the largest output, float32 against float64
+
+
+@pytest.mark.parametrize(("height", "width"), [(8, 8), (4, 12)])
+def test_output_is_that_of_the_original(height, width):
+    state_dict = random_state_dict(**SIZES)
+    x, t, y = random_inputs(3, height, width)
+    found = run(CONFIG, dit_from_torch(state_dict, CONFIG), x, t, y)
+    truth = np.stack([denoise(state_dict, image.transpose(2, 0, 1), time, label, heads=2, patch=2).transpose(1, 2, 0)
+                      for image, time, label in zip(x, t, y, strict=True)])
+    assert relative_error(found, truth) < TOLERANCE
+
+
+def test_safetensors_and_back(tmp_path):
+    state_dict = random_state_dict(**SIZES)
+    save_file(state_dict, tmp_path / "dit.safetensors")
+    params = dit_from_torch(read_state_dict(tmp_path / "dit.safetensors"), CONFIG)
+    back = dit_to_torch(params, CONFIG)
+    assert back.keys() == state_dict.keys()
+    for name, value in state_dict.items():
+        np.testing.assert_allclose(back[name], value, atol=1e-6 if name == "pos_embed" else 0, err_msg=name)
+
+
+def test_parameters_survive_the_way_to_torch_and_back():
+    params = random_params(CONFIG)
+    back = dit_from_torch(dit_to_torch(params, CONFIG), CONFIG)
+    np.testing.assert_array_equal(params["trunk"]["blocks"]["mixer"]["qkv"]["kernel"],
+                                  back["trunk"]["blocks"]["mixer"]["qkv"]["kernel"])
+    np.testing.assert_array_equal(params["patch_embed"]["proj"]["kernel"], back["patch_embed"]["proj"]["kernel"])
+
+
+def _without(state_dict, name):
+    return {key: value for key, value in state_dict.items() if key != name}
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    (lambda s: _without(s, "blocks.1.mlp.fc1.bias"),
+     r"the state_dict must have 'blocks.1.mlp.fc1.bias', found \d+ other keys"),
+    (lambda s: s | {"blocks.2.mlp.fc1.bias": s["blocks.1.mlp.fc1.bias"]},
+     r"every key of the state_dict must belong to a DiT of depth 2, found 'blocks.2.mlp.fc1.bias'"),
+    (lambda s: s | {"blocks.0.attn.qkv.weight": s["blocks.0.attn.proj.weight"]},
+     r"blocks.0.attn.qkv.weight must have shape \(48, 16\) for this config, found \(16, 16\)"),
+    (lambda s: s | {"x_embedder.proj.weight": s["x_embedder.proj.weight"][:, :2]},
+     r"x_embedder.proj.weight must have shape \(16, 3, 2, 2\) for this config, found \(16, 2, 2, 2\)"),
+    (lambda s: s | {"y_embedder.embedding_table.weight": s["y_embedder.embedding_table.weight"][:5]},
+     r"y_embedder.embedding_table.weight must have shape \(6, 16\) for this config, found \(5, 16\)"),
+    (lambda s: s | {"final_layer.linear.bias": np.full(24, np.nan, np.float32)},
+     r"final_layer.linear.bias must be finite, found NaN or infinity"),
+    (lambda s: s | {"pos_embed": s["pos_embed"][:, :, ::-1]},
+     r"pos_embed must be the fixed sine-cosine table of DiT, found one that is .* off"),
+    (lambda s: s | {"pos_embed": s["pos_embed"][:, :15]},
+     r"pos_embed must have shape \(1, rows \* rows, 16\), found \(1, 15, 16\)"),
+])
+def test_a_wrong_state_dict_is_one_sentence_naming_the_key(change, message):
+    with pytest.raises(ValueError, match=f"^{message}$"):
+        dit_from_torch(change(random_state_dict(**SIZES)), CONFIG)
+
+
+def test_pos_embed_may_be_missing_or_of_another_grid():
+    state_dict = random_state_dict(**(SIZES | {"grid": 8}))
+    dit_from_torch(state_dict, CONFIG)
+    dit_from_torch(_without(state_dict, "pos_embed"), CONFIG)
+
+
+def test_only_a_dit_with_attention_takes_them():
+    with pytest.raises(ConfigError, match=r"model.preset must be a DiT with attention"):
+        dit_from_torch(random_state_dict(**SIZES), make_config(PAPER))
+
+
+def test_files_that_cannot_be_read_are_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"must be a file, found nothing at .*absent.pt"):
+        read_state_dict(tmp_path / "absent.pt")
+    (tmp_path / "cut.safetensors").write_bytes(b"\x10\x00")
+    with pytest.raises(ValueError, match=r"cut.safetensors must be a safetensors file, it cannot be read"):
+        read_state_dict(tmp_path / "cut.safetensors")
