@@ -62,7 +62,8 @@ def test_optimizer_moments_and_averages_live_where_their_parameters_do():
     state = abstract_state(tiny.config(), sharding.make_mesh(MeshConfig(fsdp=4, tensor=2)))
     where = jax.tree.map(lambda s: s.sharding.spec, state.params)
     assert len(set(map(str, jax.tree.leaves(where, is_leaf=lambda s: isinstance(s, P))))) > 2
-    moments = [s for s in jax.tree.leaves(state.opt_state, is_leaf=lambda s: isinstance(s, dict)) if isinstance(s, dict)]
+    leaves = jax.tree.leaves(state.opt_state, is_leaf=lambda s: isinstance(s, dict))
+    moments = [s for s in leaves if isinstance(s, dict)]
     assert len(moments) == 2
     for tree in (*moments, *state.ema.values()):
         assert jax.tree.map(lambda s: s.sharding.spec, tree) == where

@@ -1,4 +1,4 @@
-"""A training step: the same on every mesh, exact about EMA and accumulation, unharmed by a number that is not finite."""
+"""A training step: the same on every mesh, exact about EMA and accumulation, unharmed by a loss that is not finite."""
 
 import dataclasses
 

@@ -2,7 +2,15 @@
 
 import dataclasses
 
-from gspn_jax.config import Config, DataConfig, DiffusionConfig, ModelConfig, OptimizerConfig, SamplerConfig, TrainConfig
+from gspn_jax.config import (
+    Config,
+    DataConfig,
+    DiffusionConfig,
+    ModelConfig,
+    OptimizerConfig,
+    SamplerConfig,
+    TrainConfig,
+)
 
 
 def config(run_dir="unused", *, gspn=False, mesh=None, **train) -> Config:

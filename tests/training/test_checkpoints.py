@@ -1,0 +1,129 @@
+"""Checkpoints: what is saved comes back, on any mesh, and what does not belong to the run is refused."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+from gspn_jax.config import MeshConfig, ModelConfig
+from gspn_jax.training import checkpoints, sharding
+from gspn_jax.training.checkpoints import CheckpointError, Checkpoints
+from gspn_jax.training.state import abstract_state, create_state
+from tests.training import tiny
+
+NAMES = [str(i) for i in range(10)]
+
+
+def mesh_of(data=1, fsdp=1, tensor=1):
+    return sharding.make_mesh(MeshConfig(data, fsdp, tensor), jax.devices()[:data * fsdp * tensor])
+
+
+def save(config, *steps, fingerprint="f", mesh=None):
+    """Saves a state whose every number is told apart from every other part's."""
+    state = create_state(config, mesh or mesh_of())
+    shifted = {name: jax.tree.map(lambda p, name=name: p + float(name), average) for name, average in state.ema.items()}
+    state = dataclasses.replace(state, ema=shifted, opt_state=jax.tree.map(lambda a: a + 7, state.opt_state))
+    with Checkpoints(config, fingerprint, NAMES) as saver:
+        for step in steps:
+            saver.save(step, state)
+    return state
+
+
+def assert_equal(a, b):
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(a), jax.device_get(b))
+
+
+@pytest.mark.parametrize("other", [(1, 1, 1), (8, 1, 1), (1, 4, 1), (2, 2, 2)], ids=str)
+def test_a_state_comes_back_on_any_mesh(tmp_path, other):
+    config = tiny.config(tmp_path)
+    state = save(config, 12, mesh=mesh_of(2, 2, 1))
+    target = abstract_state(config, mesh_of(*other))
+    with Checkpoints(config, "f", NAMES) as restorer:
+        step, restored = restorer.restore(target)
+    assert step == 12 and restored.step == 12 and not restored.halted
+    for part in ("params", "opt_state", "ema"):
+        assert_equal(getattr(restored, part), getattr(state, part))
+    assert jax.tree.map(lambda a: a.sharding, restored) == jax.tree.map(lambda s: s.sharding, target)
+
+
+def test_a_new_run_has_nothing_to_restore(tmp_path):
+    config = tiny.config(tmp_path)
+    with Checkpoints(config, "f", NAMES) as restorer:
+        assert restorer.restore(abstract_state(config, mesh_of())) is None
+
+
+def test_the_latest_two_and_the_periodic_ones_are_kept(tmp_path):
+    config = tiny.config(tmp_path, keep_every=20)
+    save(config, 10, 20, 25, 30, 40, 45, 50)
+    assert checkpoints.steps(tmp_path) == [20, 40, 45, 50]
+
+
+def test_what_a_killed_save_left_is_swept(tmp_path):
+    config = tiny.config(tmp_path)
+    save(config, 3)
+    left = checkpoints.folder(tmp_path) / "4.orbax-checkpoint-tmp"
+    left.mkdir()
+    (left / "half").write_text("x")
+    with Checkpoints(config, "f", NAMES) as restorer:
+        assert not left.exists()
+        assert restorer.restore(abstract_state(config, mesh_of()))[0] == 3
+
+
+@pytest.mark.parametrize(("change", "said"), [
+    (lambda c: dataclasses.replace(c, model=ModelConfig(preset="DiT-B/2")), "model.preset: 'DiT-S/2', found 'DiT-B/2'"),
+    (lambda c: dataclasses.replace(c, train=dataclasses.replace(c.train, seed=1)), "train.seed: 0, found 1"),
+    (lambda c: dataclasses.replace(c, train=dataclasses.replace(c.train, batch_size=32)),
+     "train.batch_size: 16, found 32"),
+])
+def test_a_run_does_not_go_on_as_another(tmp_path, change, said):
+    config = tiny.config(tmp_path)
+    save(config, 3)
+    changed = change(config)
+    with Checkpoints(changed, "f", NAMES) as restorer, pytest.raises(CheckpointError, match=said):
+        restorer.restore(abstract_state(config, mesh_of()))
+
+
+def test_another_data_set_is_noticed(tmp_path):
+    config = tiny.config(tmp_path)
+    save(config, 3)
+    with Checkpoints(config, "g", NAMES) as restorer, pytest.raises(CheckpointError, match="fingerprint f, found g"):
+        restorer.restore(abstract_state(config, mesh_of()))
+
+
+def test_more_steps_or_another_learning_rate_may_go_on(tmp_path):
+    config = tiny.config(tmp_path)
+    save(config, 3)
+    config = dataclasses.replace(config, train=dataclasses.replace(config.train, steps=99),
+                                 optimizer=dataclasses.replace(config.optimizer, learning_rate=5e-4))
+    with Checkpoints(config, "f", NAMES) as restorer:
+        assert restorer.restore(abstract_state(config, mesh_of()))[0] == 3
+
+
+def test_the_config_and_class_names_are_saved_with_it(tmp_path):
+    config = tiny.config(tmp_path)
+    save(config, 3)
+    assert checkpoints.read_config(tmp_path) == (3, config)
+    assert checkpoints.read_meta(tmp_path)[1]["class_names"] == NAMES
+
+
+@pytest.mark.parametrize("decay", [None, 0.9, 0.99, 0.0])
+def test_sampling_gets_the_average_it_asks_for(tmp_path, decay):
+    config = tiny.config(tmp_path)
+    state = save(config, 3)
+    wanted = state.params if decay == 0.0 else state.ema["0.99" if decay == 0.99 else "0.9"]
+    assert_equal(checkpoints.restore_params(tmp_path, 3, config, mesh_of(1, 2, 1), ema_decay=decay), wanted)
+
+
+def test_what_is_missing_is_named(tmp_path):
+    with pytest.raises(CheckpointError, match=f"no checkpoint in {tmp_path}"):
+        checkpoints.read_config(tmp_path)
+    config = tiny.config(tmp_path)
+    save(config, 3)
+    with pytest.raises(CheckpointError, match=r"no checkpoint of step 5 .* found steps \[3\]"):
+        checkpoints.read_config(tmp_path, 5)
+    with pytest.raises(CheckpointError, match=r"one that the run kept \(0.9, 0.99\)"):
+        checkpoints.restore_params(tmp_path, 3, config, mesh_of(), ema_decay=0.5)
+    (checkpoints.folder(tmp_path) / "3" / "meta" / "metadata").write_text("{")
+    with pytest.raises(CheckpointError, match="must be the JSON that was saved"):
+        checkpoints.read_config(tmp_path)

@@ -1,0 +1,142 @@
+"""A run as a user starts it: killed, interrupted, extended, fed a number that is not finite."""
+
+import dataclasses
+import json
+import os
+import pathlib
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from gspn_jax.training import checkpoints, sharding
+from gspn_jax.training.loop import NonFiniteError, train
+from tests.training import tiny
+
+ROOT = pathlib.Path(__file__).parents[2]
+CONFIG = "from tests.training import tiny\nconfig = tiny.config({run_dir!r}, gspn=True, steps=60, save_every=4)\n"
+
+
+def command(run_dir: pathlib.Path) -> list[str]:
+    path = run_dir.parent / f"{run_dir.name}.py"
+    path.write_text(CONFIG.format(run_dir=str(run_dir)))
+    return [sys.executable, str(ROOT / "train_dit.py"), "--config", str(path)]
+
+
+def start(run_dir: pathlib.Path) -> subprocess.Popen:
+    env = os.environ | {"XLA_FLAGS": "", "PYTHONPATH": str(ROOT)}
+    return subprocess.Popen(command(run_dir), env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+
+
+def finish(run_dir: pathlib.Path) -> None:
+    process = start(run_dir)
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+
+
+def wait_for_step(process: subprocess.Popen, run_dir: pathlib.Path, step: int) -> None:
+    """Until the run has logged `step`; fails when it ends before."""
+    path = run_dir / "metrics.jsonl"
+    while not (path.exists() and any(f'"step": {s},' in path.read_text() for s in range(step, 61))):
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.02)
+
+
+def everything(run_dir: pathlib.Path) -> dict[str, np.ndarray]:
+    """Every array of the last checkpoint."""
+    step, config = checkpoints.read_config(run_dir)
+    mesh = sharding.make_mesh(config.mesh, jax.devices()[:1])
+    return {"step": step} | {str(decay): checkpoints.restore_params(run_dir, step, config, mesh, ema_decay=decay)
+                             for decay in (0.0, *config.train.ema_decays)}
+
+
+def losses(run_dir: pathlib.Path) -> dict[int, float]:
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == sorted({line["step"] for line in lines})
+    return {line["step"]: line["loss"] for line in lines}
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    run_dir = tmp_path_factory.mktemp("whole") / "run"
+    finish(run_dir)
+    return run_dir
+
+
+def assert_survives_kills(run_dir, uninterrupted, kills, seed):
+    rng = random.Random(seed)
+    for _ in range(kills):
+        process = start(run_dir)
+        found = checkpoints.steps(run_dir)
+        wait_for_step(process, run_dir, min((found[-1] if found else 0) + 5, 60))
+        time.sleep(rng.uniform(0, 0.5))
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+    finish(run_dir)
+    jax.tree.map(np.testing.assert_array_equal, everything(run_dir), everything(uninterrupted))
+    # windows of the mean loss begin at the restart, so only steps whose whole window was run in one go compare
+    assert losses(run_dir)[60] == losses(uninterrupted)[60]
+
+
+def test_a_killed_run_ends_with_the_same_bits(tmp_path, uninterrupted):
+    assert_survives_kills(tmp_path / "run", uninterrupted, kills=2, seed=time.time_ns())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(5))
+def test_a_run_killed_often_ends_with_the_same_bits(tmp_path, uninterrupted, seed):
+    assert_survives_kills(tmp_path / "run", uninterrupted, kills=6, seed=seed)
+
+
+def test_sigterm_saves_and_the_same_command_goes_on(tmp_path, uninterrupted):
+    run_dir = tmp_path / "run"
+    process = start(run_dir)
+    wait_for_step(process, run_dir, 5)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=100)
+    if process.returncode != 0:  # 0: it was done before the signal came
+        assert process.returncode == 75, errors
+        step = checkpoints.steps(run_dir)[-1]
+        assert f"stopped by SIGTERM and saved at step {step}" in errors
+        finish(run_dir)
+    jax.tree.map(np.testing.assert_array_equal, everything(run_dir), everything(uninterrupted))
+
+
+def test_a_finished_run_is_left_alone(uninterrupted):
+    before = (uninterrupted / "metrics.jsonl").read_text()
+    finish(uninterrupted)
+    assert (uninterrupted / "metrics.jsonl").read_text() == before
+    assert checkpoints.steps(uninterrupted)[-1] == 60
+
+
+def test_a_run_leaves_metrics_events_grids_and_its_config(tmp_path):
+    config = tiny.config(tmp_path / "run", steps=6, log_every=2, sample_every=3, save_every=6)
+    train(config)
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [2, 3, 4, 6]
+    for line in lines:
+        assert {"loss", "grad_norm", "learning_rate", "images_per_second", "data_wait", "time"} <= line.keys()
+        assert np.isfinite(line["loss"])
+    grids = sorted(p.name for p in (tmp_path / "run" / "samples").iterdir())
+    assert grids == ["step_0000003.png", "step_0000006.png"]
+    assert any((tmp_path / "run" / "tensorboard").iterdir())
+    assert checkpoints.read_config(tmp_path / "run") == (6, config)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_before_the_update(tmp_path):
+    config = tiny.config(tmp_path / "run", steps=20, log_every=3, save_every=20)
+    config = dataclasses.replace(config, optimizer=dataclasses.replace(
+        config.optimizer, learning_rate=1e30, final_learning_rate=1e30, warmup_steps=0))
+    with pytest.raises(NonFiniteError, match=r"step (\d+) gave a loss of .* lower optimizer.learning_rate") as error:
+        train(config)
+    bad_step = int(str(error.value).split()[1])
+    step, saved = checkpoints.read_config(config.run_dir)
+    assert step == bad_step - 1
+    mesh = sharding.make_mesh(config.mesh)
+    params = checkpoints.restore_params(config.run_dir, step, saved, mesh, ema_decay=0.0)
+    assert all(np.isfinite(p).all() for p in jax.tree.leaves(params))
