@@ -29,7 +29,7 @@ def command(run_dir: pathlib.Path) -> list[str]:
 
 
 def start(run_dir: pathlib.Path) -> subprocess.Popen:
-    env = os.environ | {"XLA_FLAGS": "", "PYTHONPATH": str(ROOT)}
+    env = os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0", "PYTHONPATH": str(ROOT)}
     return subprocess.Popen(command(run_dir), env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
 
 
