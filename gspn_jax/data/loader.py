@@ -5,7 +5,12 @@ loader that starts at step n gives what another gives after n steps; so there is
 """
 
 import logging
+import multiprocessing
 import os
+import shutil
+import signal
+import threading
+import weakref
 from typing import Self
 
 import grain
@@ -20,7 +25,12 @@ logger = logging.getLogger("gspn_jax.data")
 
 Batch = dict[str, UInt8[np.ndarray, "B S S C"] | Int32[np.ndarray, "B"]]
 
+# Each thread reads a batch of its own; the buffer, in batches, is what memory allows rather than what speed could use.
 _MAX_THREADS = 16
+_WORKER_THREADS = 2
+_SECONDS_AFTER_SIGTERM = 30
+_SHARED_MEMORY = "/dev/shm"
+_SHARED_BATCHES = 4  # of each worker, on their way: one queued, one being put, one being taken, one to spare
 # A set with so many bad images in a row is broken as a whole: replacing them would train on something else.
 _MAX_BAD_IN_A_ROW = 100
 
@@ -51,13 +61,15 @@ def make_loader(config: DataConfig, source: Source, *, batch_size: int, seed: in
     # Batch k of size b is rows k*b .. (k+1)*b of the stream: step s of host h is batch s * num_hosts + h.
     dataset = dataset.batch(batch_size // num_hosts)[start_step * num_hosts + host::num_hosts]
 
-    threads = max(1, min(_MAX_THREADS, (os.cpu_count() or 1) // max(1, config.workers)))
-    batches = dataset.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads))
+    threads = _WORKER_THREADS if config.workers else min(_MAX_THREADS, os.cpu_count() or 1)
+    batches = dataset.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads + 2))
     if config.workers:
         if not flags.FLAGS.is_parsed():  # Grain reads absl flags when it starts a process
             flags.FLAGS.mark_as_parsed()
-        batches = batches.mp_prefetch(grain.multiprocessing.MultiprocessingOptions(num_workers=config.workers))
-    return Loader(batches)
+        _check_shared_memory(config, batch_size // num_hosts)
+        options = grain.multiprocessing.MultiprocessingOptions(num_workers=config.workers)
+        batches = batches.mp_prefetch(options, worker_init_fn=_start_worker)
+    return Loader(batches, shared=config.workers > 0)
 
 
 class Loader:
@@ -67,15 +79,18 @@ class Loader:
     that ends its threads and processes.
     """
 
-    def __init__(self, batches: grain.IterDataset):
-        self._iterator = iter(batches)
+    def __init__(self, batches: grain.IterDataset, shared: bool):
+        self._open, self._shared = [iter(batches)], shared
+        self._finalizer = weakref.finalize(self, _close, self._open)  # at exit too, while Grain can still do it
         self.bad_images: set[str] = set()
 
     def __iter__(self) -> Self:
         return self
 
     def __next__(self) -> Batch:
-        batch = next(self._iterator)
+        if not self._open:
+            raise ValueError("the loader is closed")
+        batch = next(self._open[0])
         problems, usable = batch.pop("problem"), batch.pop("usable")
         for i in np.flatnonzero(problems != ""):
             found = str(problems[i]).split("\n")
@@ -87,16 +102,24 @@ class Loader:
                     self.bad_images.add(problem)
                     logger.warning("%s; another image takes its place (bad images so far: %d)", problem,
                                    len(self.bad_images))
-        return batch
+        # Copied out of the memory shared with a worker, which can then go at once.
+        return {name: np.array(values) for name, values in batch.items()} if self._shared else batch
 
     def close(self) -> None:
-        self._iterator.close()
+        """Ends threads and processes; a second call does nothing."""
+        self._finalizer()
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exception) -> None:
         self.close()
+
+
+def _close(iterators: list[grain.DatasetIterator]) -> None:
+    """Closes and lets go of them: one that is deleted when the interpreter is half gone complains."""
+    while iterators:
+        iterators.pop().close()
 
 
 class _Records:
@@ -122,6 +145,37 @@ class _Records:
                 return {**record, "problem": np.str_("\n".join(problems)), "usable": np.bool_(True)}
         return {"image": np.zeros(self._shape, np.uint8), "label": np.int32(0),
                 "problem": np.str_("\n".join(problems)), "usable": np.bool_(False)}
+
+
+def _start_worker(index: int, count: int) -> None:
+    """Signals that reach the whole job are the main process's to handle: it may still need a batch to stop in order.
+
+    A worker ends when the main process does, even when that was killed.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: _end_later())
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_later() -> None:
+    timer = threading.Timer(_SECONDS_AFTER_SIGTERM, os._exit, [1])
+    timer.daemon = True
+    timer.start()
+
+
+def _end_with_parent() -> None:
+    multiprocessing.parent_process().join()
+    os._exit(1)
+
+
+def _check_shared_memory(config: DataConfig, batch_size: int) -> None:
+    """A worker that fills the shared memory dies of SIGBUS without a word, and containers give little of it."""
+    needed = _SHARED_BATCHES * config.workers * batch_size * config.image_size**2 * config.channels
+    free = shutil.disk_usage(_SHARED_MEMORY).free if os.path.isdir(_SHARED_MEMORY) else needed
+    if free < needed:
+        raise ConfigError(f"data.workers={config.workers} needs {needed / 1e6:.0f} MB of shared memory for batches of "
+                          f"{batch_size} images, found {free / 1e6:.0f} MB free in {_SHARED_MEMORY}: use fewer "
+                          f"workers, or give the container more (docker run --shm-size)")
 
 
 def _random_flip(record: dict, rng: np.random.Generator) -> dict:

@@ -3,14 +3,21 @@
 import itertools
 import logging
 import multiprocessing
+import os
 import pathlib
+import shutil
+import signal
+import subprocess
+import sys
 import threading
 import time
+import types
 
 import numpy as np
 import pytest
 from PIL import Image
 
+import gspn_jax.data.loader as loader_module
 from gspn_jax.config import ConfigError, DataConfig
 from gspn_jax.data import DataError, make_loader, make_source
 
@@ -133,6 +140,8 @@ def test_closing_ends_the_threads():
     next(loader)
     loader.close()
     loader.close()
+    with pytest.raises(ValueError, match="closed"):
+        next(loader)
     assert_no_threads_or_processes_left()
 
 
@@ -209,3 +218,63 @@ def test_worker_processes_give_the_same_stream_and_the_same_warnings(folder, cap
     assert_same(together, alone)  # also that batches stay intact while later ones are read
     assert [record.getMessage().count("cat/03.png") for record in caplog.records] == [1]
     assert_no_threads_or_processes_left()
+
+
+SCRIPT = """
+import signal, sys, time
+
+from gspn_jax.config import DataConfig
+from gspn_jax.data import make_loader, make_source
+
+if __name__ == "__main__":
+    data = DataConfig(source="folder", path=sys.argv[1], num_classes=2, bad_images="skip", workers=1)
+    batches = make_loader(data, make_source(data), batch_size=4, seed=0)
+    for _ in range(3):
+        batch = next(batches)
+    print(batch["image"].shape, type(batch["image"]).__name__, flush=True)
+    {last}
+"""
+
+
+def start_script(folder: pathlib.Path, tmp_path: pathlib.Path, last: str, **options) -> subprocess.Popen:
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT.replace("{last}", last))
+    root = pathlib.Path(__file__).parents[2]
+    return subprocess.Popen([sys.executable, "-W", "always::ResourceWarning", str(script), str(folder)], text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=os.environ | {"PYTHONPATH": str(root)},
+                            **options)
+
+
+@pytest.mark.parametrize("last", ["batches.close()", "pass"], ids=["closed", "forgotten"])
+def test_a_script_that_uses_workers_ends_quietly(folder, tmp_path, last):
+    # Leaked processes, shared memory or threads show on stderr, or as a script that does not end.
+    with start_script(folder, tmp_path, last) as script:
+        output, errors = script.communicate(timeout=60)
+    assert script.returncode == 0 and output == "(4, 8, 8, 1) ndarray\n"
+    assert [line for line in errors.splitlines() if "cat/03.png" not in line] == []
+
+
+def test_workers_outlive_signals_to_the_job_but_not_their_main_process(folder, tmp_path):
+    # Ctrl-C and a scheduler's SIGTERM reach every process; here the main one ignores them and takes more batches.
+    last = ("[signal.signal(kind, signal.SIG_IGN) for kind in (signal.SIGINT, signal.SIGTERM)]; "
+            "print('ready', flush=True); time.sleep(2); "
+            "[next(batches) for _ in range(30)]; print('went on', flush=True); time.sleep(60)")
+    with start_script(folder, tmp_path, last, start_new_session=True) as script:
+        for line in script.stdout:
+            if line == "ready\n":
+                os.killpg(script.pid, signal.SIGINT)
+                os.killpg(script.pid, signal.SIGTERM)
+            if line == "went on\n":
+                break
+        else:
+            raise AssertionError(script.stderr.read())
+        script.kill()
+        script.communicate(timeout=20)  # reads to the end: until no process holds the script's output any more
+
+
+def test_too_little_shared_memory_for_the_workers_gets_a_sentence(monkeypatch, tmp_path):
+    monkeypatch.setattr(loader_module, "_SHARED_MEMORY", str(tmp_path))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: types.SimpleNamespace(free=10_000_000))
+    with pytest.raises(ConfigError, match=r"data\.workers=4 needs 201 MB of shared memory for batches of 64 images, "
+                                          r"found 10 MB free in .*: use fewer workers"):
+        take(1, NumberedSource(5), data=config(image_size=256, channels=3, workers=4), batch_size=64)
