@@ -23,9 +23,13 @@ from gspn_jax.config import ModelConfig
 from gspn_jax.models import resolve
 
 # Where the chunk pattern does not matter, two local blocks: the quickest to compile.
-MODELS = pytest.mark.parametrize("model", [
-    dataclasses.replace(PAPER, depth=2, chunk=2), DIT, dataclasses.replace(DIT_GSPN, chunk=2),
-], ids=["paper", "dit", "dit_gspn"])  # fmt: skip
+QUICK_PAPER, QUICK_DIT_GSPN = dataclasses.replace(PAPER, depth=2, chunk=2), dataclasses.replace(DIT_GSPN, chunk=2)
+IDS = ["paper", "dit", "dit_gspn"]
+MODELS = pytest.mark.parametrize("model", [QUICK_PAPER, DIT, QUICK_DIT_GSPN], ids=IDS)
+# The gradient of the scans compiles slowly, and the third model joins parts that the other two test.
+SLOW_MODELS = pytest.mark.parametrize(
+    "model", [QUICK_PAPER, DIT, pytest.param(QUICK_DIT_GSPN, marks=pytest.mark.slow)], ids=IDS
+)
 
 
 def numpy_paper(config, params, inputs):
@@ -97,14 +101,14 @@ def test_gspn_mixer_starts_with_open_gates():
 
 
 # Largest difference over the largest output; bfloat16 has 8 bits, so 0.4 % a rounding.
-@MODELS
+@SLOW_MODELS
 def test_bfloat16_stays_close_to_float32(model):
     config, low = make_config(model), make_config(model, precision=BFLOAT16)
     params, inputs = random_params(config), random_inputs(4, 8, 8)
-    assert 0 < relative_error(run(low, params, *inputs), run(config, params, *inputs)) < 0.05
+    assert 0 < relative_error(run(low, params, *inputs), run(config, params, *inputs)) < 0.03
 
 
-@MODELS
+@SLOW_MODELS
 def test_gradients_reach_every_parameter(model):
     config = make_config(model)
     params, inputs = random_params(config), random_inputs(6, 8, 8)
@@ -118,19 +122,20 @@ def test_gradients_reach_every_parameter(model):
             assert np.abs(layer).max() > 1e-8, name
 
 
-@pytest.mark.parametrize("remat", ["dots", "full"])
 @pytest.mark.parametrize("model", [DIT, pytest.param(PAPER, marks=pytest.mark.slow)], ids=["dit", "paper"])
-def test_remat_changes_no_gradient(model, remat):
+def test_remat_changes_no_gradient(model):
     inputs = random_inputs(2, 8, 8)
 
     def gradients(remat):
         config = make_config(dataclasses.replace(model, depth=2, remat=remat))
         graphdef, _ = models.abstract(config)
         loss = jax.jit(jax.grad(lambda p: jnp.square(models.apply(graphdef, p, *inputs)).mean()))
-        return loss(random_params(config))
+        return jax.tree.leaves(loss(random_params(config)))
 
-    for with_remat, without in zip(*map(jax.tree.leaves, (gradients(remat), gradients("none"))), strict=True):
-        np.testing.assert_allclose(with_remat, without, rtol=1e-4, atol=1e-5 * np.abs(without).max())
+    plain = gradients("none")
+    for remat in ("dots", "full"):
+        for found, expected in zip(gradients(remat), plain, strict=True):
+            np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5 * np.abs(expected).max(), err_msg=remat)
 
 
 @MODELS
@@ -142,7 +147,7 @@ def test_a_size_that_the_patch_does_not_divide_is_one_sentence(model):
         models.apply(graphdef, random_params(config), *random_inputs(1, 8, 7))
 
 
-@pytest.mark.parametrize("model", [dataclasses.replace(PAPER, depth=2, chunk=2), DIT], ids=["paper", "dit"])
+@pytest.mark.parametrize("model", [QUICK_PAPER, DIT], ids=IDS[:2])
 def test_drop_path_needs_a_key_and_a_rate(model):
     config = make_config(dataclasses.replace(model, drop_path=0.5))
     params, inputs = random_params(config), random_inputs(8, 4, 4)
@@ -169,7 +174,7 @@ def _lines(config, transform=lambda f: f):
     return len(lowered.as_text().splitlines())
 
 
-@pytest.mark.parametrize("model", [PAPER, DIT, DIT_GSPN], ids=["paper", "dit", "dit_gspn"])
+@pytest.mark.parametrize("model", [PAPER, DIT, DIT_GSPN], ids=IDS)
 def test_program_size_does_not_depend_on_depth(model):
     # From 10 blocks on: in fewer, the paper layout has two local blocks as it has two global ones, and shares code.
     short, long = (make_config(dataclasses.replace(model, depth=depth)) for depth in (10, 20))
