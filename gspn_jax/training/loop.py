@@ -57,7 +57,6 @@ def train(config: Config) -> pathlib.Path:
         batch_size = config.train.batch_size
         loader = data.make_loader(config.data, source, batch_size=batch_size, seed=config.train.seed,
                                   start_step=first_step, num_hosts=jax.process_count(), host=jax.process_index())
-        batches = data.prefetch_to_device(loader, sharding.batch_sharding(mesh))
         train_step = make_step(config, mesh)
         sampler = Sampler(config, mesh) if config.train.sample_every else None
 
@@ -65,7 +64,8 @@ def train(config: Config) -> pathlib.Path:
         size = config.data.image_size
         flops = models.forward_flops(models.resolve(config.model), config.data.channels, size, size)
         peak = peak_flops(jax.devices()[0].device_kind)
-        with RunLog(run_dir, start_step=first_step, steps=config.train.steps, enabled=first_host) as run_log:
+        with (data.prefetch_to_device(loader, sharding.batch_sharding(mesh)) as batches,
+              RunLog(run_dir, start_step=first_step, steps=config.train.steps, enabled=first_host) as run_log):
             run_log.say(_opening(config, mesh, source, first_step))
             meter = Throughput(flops, peak * jax.device_count() if peak else None)
             window: list[dict[str, jax.Array]] = []

@@ -1,0 +1,27 @@
+"""GSPN on CIFAR-10 pixels: 32x32 in patches of 2, the same 16x16 tokens as ImageNet-256 latents.
+
+python train_dit.py --config configs/cifar10.py --data.path CIFAR_FOLDER/train     (one folder a class, JPEG or PNG)
+
+Hardware, time and result: not yet run.
+"""
+
+from gspn_jax.config import (
+    Config,
+    DataConfig,
+    DiffusionConfig,
+    ModelConfig,
+    OptimizerConfig,
+    SamplerConfig,
+    TrainConfig,
+)
+
+config = Config(
+    run_dir="runs/cifar10",
+    model=ModelConfig(preset="GSPN-S/2", hidden=192, depth=8, drop_path=0.0),
+    data=DataConfig(source="folder", path="data/cifar10/train", image_size=32, channels=3, num_classes=10, flip=True),
+    diffusion=DiffusionConfig(objective="flow"),
+    sampler=SamplerConfig(steps=25, guidance_scale=2.0),
+    optimizer=OptimizerConfig(learning_rate=1e-3, final_learning_rate=1e-5, warmup_steps=200),
+    train=TrainConfig(steps=6000, batch_size=64, precision="params=float32,compute=float32", ema_decays=(0.999, 0.9995),
+                      log_every=20, sample_every=500, save_every=500),
+)
