@@ -7,7 +7,7 @@ from jaxtyping import Array, Float
 DIRECTIONS = ("down", "up", "right", "left")
 """Where a scan goes, in the order of the direction axis of `propagate`; the lines of the first two are rows."""
 
-LOGIT_FLOOR = -30.0
+LOGIT_FLOOR = -25.0
 """Lower logits count as this (their gradient passes), so that three tiny sigmoids still have a sum to divide by."""
 
 
@@ -22,17 +22,10 @@ def line_axes(direction: str) -> tuple[int, int]:
     return (1, 2) if direction in ("down", "up") else (2, 1)
 
 
-def neighbour_sigmoids(gates: Float[Array, "*line 3 G"], axis: int) -> tuple[Array, Array, Array]:
-    """Float32 sigmoids of the left, center and right logits, 0 where the neighbour along `axis` is outside the map."""
-    gates = gates.astype(jnp.float32)
-    gates = jax.nn.sigmoid(gates + jax.lax.stop_gradient(jnp.maximum(LOGIT_FLOOR - gates, 0.0)))
-    left, center, right = gates[..., 0, :], gates[..., 1, :], gates[..., 2, :]
-    position = jax.lax.broadcasted_iota(jnp.int32, left.shape, axis)
-    return (
-        jnp.where(position == 0, 0.0, left),
-        center,
-        jnp.where(position == left.shape[axis] - 1, 0.0, right),
-    )
+def inside(shape: tuple[int, ...], axis: int) -> tuple[Array, Array]:
+    """(has a left neighbour, has a right neighbour) along `axis`, as float32 1 and 0."""
+    position = jax.lax.broadcasted_iota(jnp.int32, shape, axis)
+    return (position > 0).astype(jnp.float32), (position < shape[axis] - 1).astype(jnp.float32)
 
 
 def stochastic_weights(
@@ -40,7 +33,7 @@ def stochastic_weights(
 ) -> tuple[Float[Array, "B H W G"], Float[Array, "B H W G"], Float[Array, "B H W G"]]:
     """Weights of the left, center and right neighbour: sigmoid, divided by the sum over the neighbours that exist.
 
-    `gates` holds the logits in that order on its fourth axis; logits below -30 count as -30. A weight whose neighbour
+    `gates` holds the logits in that order on its fourth axis; logits below -25 count as -25. A weight whose neighbour
     lies outside the map is 0, and the weights of a pixel sum to 1. Computed in float32, returned in the dtype of
     `gates`. Source: the row-stochastic matrices of GSPN (arXiv 2501.12381).
 
@@ -49,6 +42,10 @@ def stochastic_weights(
     check_direction(direction)
     if gates.ndim != 5 or gates.shape[3] != 3:
         raise ValueError(f"gates must have shape [B, H, W, 3, G], found {list(gates.shape)}.")
-    left, center, right = neighbour_sigmoids(gates, line_axes(direction)[1])
+    logits = gates.astype(jnp.float32)
+    sigmoids = jax.nn.sigmoid(logits + jax.lax.stop_gradient(jnp.maximum(LOGIT_FLOOR - logits, 0.0)))
+    left, center, right = sigmoids[..., 0, :], sigmoids[..., 1, :], sigmoids[..., 2, :]
+    has_left, has_right = inside(left.shape, line_axes(direction)[1])
+    left, right = left * has_left, right * has_right
     scale = 1.0 / (left + center + right)
     return tuple((weight * scale).astype(gates.dtype) for weight in (left, center, right))
