@@ -1,6 +1,12 @@
-"""Depthwise convolution without the slow path of XLA:CPU."""
+"""Depthwise convolution without the slow path of XLA:CPU.
 
+A CPU sums shifted products, forward and backward; other devices run XLA's grouped convolution. On 2 CPU cores, 7x7 on
+[8, 16, 16, 256] float32, XLA's grouped convolution takes 39 ms forward and 118 ms with gradients, this one 2.5 and 19.
+"""
+
+import jax
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Float
 
 
@@ -11,7 +17,8 @@ def depthwise_conv(
 
         y[b,i,j,c] = bias[c] + sum_{m,n} kernel[m,n,c] x[b, i + m - kh//2, j + n - kw//2, c]
 
-    Accumulates in float32 and returns the dtype of `x`. Raises ValueError for wrong shapes or an even kernel size.
+    Sums in float32 and returns the dtype of `x`. Differentiable in reverse mode, once.
+    Raises ValueError for wrong shapes or an even kernel size.
     """
     if x.ndim != 4:
         raise ValueError(f"x must have shape [B, H, W, C], found {list(x.shape)}.")
@@ -21,19 +28,75 @@ def depthwise_conv(
         )
     if bias is not None and bias.shape != x.shape[3:]:
         raise ValueError(f"bias must have shape {list(x.shape[3:])}, found {list(bias.shape)}.")
-    y = _shifted_products(x, kernel)
+    y = _correlate(x, kernel)
     if bias is not None:
         y += bias.astype(jnp.float32)
     return y.astype(x.dtype)
 
 
+@jax.custom_vjp
+def _correlate(x: Float[Array, "B H W C"], kernel: Float[Array, "kh kw C"]) -> Float[Array, "B H W C"]:
+    """The float32 result; the gradients are written out because autodiff of the shifted sum is 5 times slower."""
+    return _shifted_products(x, kernel) if jax.default_backend() == "cpu" else _grouped(x, kernel)
+
+
+def _correlate_forward(x, kernel):
+    return _correlate(x, kernel), (x, kernel)
+
+
+def _correlate_backward(saved, cotangent):
+    x, kernel = saved
+    if jax.default_backend() == "cpu":
+        by_x, by_kernel = _shifted_gradients(x, kernel, cotangent)
+    else:
+        by_x, by_kernel = _grouped_gradients(x, kernel, cotangent)
+    return by_x.astype(x.dtype), by_kernel.astype(kernel.dtype)
+
+
+_correlate.defvjp(_correlate_forward, _correlate_backward)
+
+
+def _pad(x: Array, kernel: Array) -> Array:
+    rows, columns = kernel.shape[0] // 2, kernel.shape[1] // 2
+    return jnp.pad(x.astype(jnp.float32), ((0, 0), (rows, rows), (columns, columns), (0, 0)))
+
+
 def _shifted_products(x: Array, kernel: Array) -> Array:
+    padded, kernel = _pad(x, kernel), kernel.astype(jnp.float32)
     height, width = x.shape[1:3]
     rows, columns = kernel.shape[:2]
-    padded = jnp.pad(x, ((0, 0), (rows // 2,) * 2, (columns // 2,) * 2, (0, 0))).astype(jnp.float32)
-    kernel = kernel.astype(jnp.float32)
-    y = jnp.zeros(x.shape, jnp.float32)
-    for m in range(rows):
-        for n in range(columns):
-            y += kernel[m, n] * padded[:, m : m + height, n : n + width]
-    return y
+    return sum(
+        kernel[m, n] * padded[:, m : m + height, n : n + width] for m in range(rows) for n in range(columns)
+    )
+
+
+def _shifted_gradients(x: Array, kernel: Array, cotangent: Array) -> tuple[Array, Array]:
+    padded, (rows, columns) = _pad(x, kernel), kernel.shape[:2]
+
+    def shifted_dot(tap):
+        shifted = lax.dynamic_slice(padded, (0, tap // columns, tap % columns, 0), x.shape)
+        return (shifted * cotangent).sum((1, 2))
+
+    # A loop over taps: written out, they are 3 to 8 times slower. The batch is summed after it, so that a sharded batch
+    # costs one collective and not one a tap.
+    by_kernel = lax.map(shifted_dot, jnp.arange(rows * columns)).sum(1).reshape(kernel.shape)
+    return _shifted_products(cotangent, kernel[::-1, ::-1]), by_kernel
+
+
+def _grouped(x: Array, kernel: Array) -> Array:
+    """XLA's convolution takes both arguments in one dtype, that of `x`, and sums in float32."""
+    return lax.conv_general_dilated(
+        x,
+        kernel.astype(x.dtype)[:, :, None],
+        window_strides=(1, 1),
+        padding="SAME",
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        feature_group_count=x.shape[-1],
+        preferred_element_type=jnp.float32,
+    )
+
+
+def _grouped_gradients(x: Array, kernel: Array, cotangent: Array) -> tuple[Array, Array]:
+    by_x = _grouped(cotangent.astype(x.dtype), kernel[::-1, ::-1])
+    _, transpose = jax.vjp(lambda kernel: _grouped(x.astype(jnp.float32), kernel), kernel.astype(jnp.float32))
+    return by_x, *transpose(cotangent)
