@@ -62,7 +62,7 @@ def _scan(
 ) -> Float[Array, "B H W K C"]:
     """States [..., k, :] of the scans of lam[..., k, :] * x in directions[k], float32; `weights` may be logits."""
     channels = x.shape[-1]
-    states = jnp.zeros((*x.shape[:3], len(directions), channels), jnp.float32)
+    states = jnp.zeros_like(jnp.stack([x] * len(directions), axis=3), jnp.float32)
     for loop in _loops(x.shape, directions, chunk):
 
         def step(s, carry, loop=loop):
@@ -78,7 +78,7 @@ def _scan(
                 following.append(state)
             return states, tuple(following)
 
-        states, _ = lax.fori_loop(0, loop.steps, step, (states, loop.zeros(x.shape)))
+        states, _ = lax.fori_loop(0, loop.steps, step, (states, loop.zeros(x)))
     return states
 
 
@@ -91,8 +91,8 @@ def _scan_backward(directions, chunk, logits, saved, cotangent):
     """The adjoint scan: each direction runs from its last line to its first."""
     x, weights, lam, states = saved
     channels, groups = x.shape[-1], weights.shape[-1]
-    drives = jnp.zeros(states.shape, jnp.float32)
-    by_weights = _as_integers(jnp.zeros(weights.shape, weights.dtype))
+    drives = jnp.zeros_like(states)
+    by_weights = jnp.zeros_like(_as_integers(weights))
     for loop in _loops(x.shape, directions, chunk):
 
         def step(t, carry, loop=loop):
@@ -119,7 +119,7 @@ def _scan_backward(directions, chunk, logits, saved, cotangent):
                 following.append(jnp.where(loop.starts(s), 0.0, earlier))
             return drives, by_weights, tuple(following)
 
-        drives, by_weights, _ = lax.fori_loop(0, loop.steps, step, (drives, by_weights, loop.zeros(x.shape)))
+        drives, by_weights, _ = lax.fori_loop(0, loop.steps, step, (drives, by_weights, loop.zeros(x)))
     by_weights = _as_floats(by_weights, weights.dtype)
     if lam is None:
         return drives.sum(3).astype(x.dtype), by_weights, None
@@ -166,10 +166,9 @@ class _Loop(NamedTuple):
         """Whether line s has no line before it."""
         return s == 0 if self.restart is None else s % self.restart == 0
 
-    def zeros(self, shape: tuple[int, ...]) -> tuple[Array, ...]:
+    def zeros(self, x: Array) -> tuple[Array, ...]:
         """The states before the first lines."""
-        shapes = (_Line(direction, self.steps, 0).shape(shape) for _, direction in self.members)
-        return tuple(jnp.zeros(shape, jnp.float32) for shape in shapes)
+        return tuple(jnp.zeros_like(_Line(direction, self.steps, 0).read(x)) for _, direction in self.members)
 
 
 def _loops(shape: tuple[int, ...], directions: tuple[str, ...], chunk: int | None) -> Iterator[_Loop]:

@@ -1,0 +1,82 @@
+"""Depthwise convolution: both implementations against a float64 loop."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from numpy_scan import relative_error
+
+from kernels import depthwise_conv
+
+
+def loop(x, kernel, bias, cotangent):
+    """(y, cotangents of x, kernel and bias), one tap of one pixel at a time."""
+    height, width = x.shape[1:3]
+    rows, columns = kernel.shape[:2]
+    y = np.zeros(x.shape) + bias
+    by_x, by_kernel = np.zeros(x.shape), np.zeros(kernel.shape)
+    for i in range(height):
+        for j in range(width):
+            for m in range(rows):
+                for n in range(columns):
+                    r, c = i + m - rows // 2, j + n - columns // 2
+                    if 0 <= r < height and 0 <= c < width:
+                        y[:, i, j] += kernel[m, n] * x[:, r, c]
+                        by_x[:, r, c] += kernel[m, n] * cotangent[:, i, j]
+                        by_kernel[m, n] += (cotangent[:, i, j] * x[:, r, c]).sum(0)
+    return y, by_x, by_kernel, cotangent.sum((0, 1, 2))
+
+
+def inputs(size, kernel):
+    rng = np.random.default_rng(0)
+    return rng.normal(size=size), rng.normal(size=kernel), rng.normal(size=size[3:]), rng.normal(size=size)
+
+
+@pytest.fixture(params=["cpu", "gpu"])
+def platform(request, monkeypatch):
+    """The CPU can run both: what it runs, and what other devices run."""
+    monkeypatch.setattr(jax, "default_backend", lambda: request.param)
+
+
+@pytest.mark.parametrize(("size", "kernel"), [
+    ((2, 5, 4, 3), (3, 3, 3)), ((1, 8, 9, 2), (7, 7, 2)), ((2, 2, 3, 1), (5, 7, 1)), ((1, 1, 1, 2), (1, 3, 2)),
+])
+@pytest.mark.usefixtures("platform")
+def test_values_and_gradients_are_those_of_the_float64_loop(size, kernel):
+    x, kernel, bias, cotangent = inputs(size, kernel)
+    y, pull = jax.vjp(depthwise_conv, *(jnp.asarray(a, jnp.float32) for a in (x, kernel, bias)))
+    found = y, *pull(jnp.asarray(cotangent, jnp.float32))
+    for a, b in zip(found, loop(x, kernel, bias, cotangent), strict=True):
+        assert relative_error(a, b) < 1e-5
+
+
+@pytest.mark.usefixtures("platform")
+def test_bfloat16_sums_in_float32():
+    arrays = [jnp.asarray(a, jnp.bfloat16) for a in inputs((2, 8, 8, 2), (7, 7, 2))]
+    expected = loop(*(np.asarray(a, np.float64) for a in arrays))
+    y, pull = jax.vjp(depthwise_conv, *arrays[:3])
+    for a, b in zip((y, *pull(arrays[3])), expected, strict=True):
+        assert a.dtype == jnp.bfloat16
+        assert relative_error(a, b) < 2**-8
+
+
+def test_no_bias_is_a_bias_of_zero():
+    x, kernel, bias, _ = (jnp.asarray(a, jnp.float32) for a in inputs((1, 4, 4, 2), (3, 3, 2)))
+    np.testing.assert_array_equal(depthwise_conv(x, kernel), depthwise_conv(x, kernel, jnp.zeros_like(bias)))
+
+
+def test_a_cpu_does_not_run_xlas_grouped_convolution():
+    x, kernel, bias, _ = (jnp.asarray(a, jnp.float32) for a in inputs((1, 4, 4, 2), (3, 3, 2)))
+    gradient = jax.grad(lambda *a: depthwise_conv(*a).sum(), argnums=(0, 1, 2))
+    assert "convolution(" not in jax.jit(gradient).lower(x, kernel, bias).compile().as_text()
+
+
+@pytest.mark.parametrize(("shapes", "sentence"), [
+    (((4, 4, 2), (3, 3, 2), (2,)), r"x must have shape \[B, H, W, C\], found \[4, 4, 2\]\."),
+    (((1, 4, 4, 2), (3, 3, 1), (2,)), r"kernel must have shape \[kh, kw, 2\] with odd kh and kw, found \[3, 3, 1\]\."),
+    (((1, 4, 4, 2), (4, 3, 2), (2,)), r"kernel must have shape \[kh, kw, 2\] with odd kh and kw, found \[4, 3, 2\]\."),
+    (((1, 4, 4, 2), (3, 3, 2), (1,)), r"bias must have shape \[2\], found \[1\]\."),
+])
+def test_wrong_arguments_get_one_sentence(shapes, sentence):
+    with pytest.raises(ValueError, match=f"^{sentence}$"):
+        depthwise_conv(*map(jnp.zeros, shapes))

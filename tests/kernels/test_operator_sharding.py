@@ -1,0 +1,75 @@
+"""The operator over devices: batch and channels sharded, no communication."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from numpy_scan import relative_error
+
+from kernels import depthwise_conv, propagate
+
+COLLECTIVES = r"(all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)"
+BATCH, SIZE, CHANNELS = 4, 5, 8
+
+
+def arrays(groups):
+    rng = np.random.default_rng(0)
+    shapes = ((CHANNELS,), (4, 3, groups), (4, CHANNELS), (4, CHANNELS))
+    pixels = [jnp.asarray(rng.normal(size=(BATCH, SIZE, SIZE, *shape)), jnp.float32) for shape in shapes]
+    return *pixels, jnp.asarray(rng.normal(size=(4, CHANNELS)), jnp.float32)
+
+
+def shardings(mesh, groups):
+    over_groups = "tensor" if groups > 1 else None
+    specs = (P("data", None, None, "tensor"), P("data", None, None, None, None, over_groups),
+             P("data", None, None, None, "tensor"), P("data", None, None, None, "tensor"), P(None, "tensor"))
+    return tuple(NamedSharding(mesh, spec) for spec in specs)
+
+
+def gradients(*operands):
+    return jax.grad(lambda *operands: (propagate(*operands, chunk=3) ** 2).sum(), argnums=(0, 1, 2, 3, 4))(*operands)
+
+
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize("groups", [CHANNELS, 2, 1])
+def test_four_devices_give_the_values_and_gradients_of_one(groups, axis_type):
+    mesh = Mesh(np.asarray(jax.devices()[:4]).reshape(2, 2), ("data", "tensor"), axis_types=(axis_type,) * 2)
+    one = arrays(groups)
+    four = tuple(map(jax.device_put, one, shardings(mesh, groups)))
+    compiled = jax.jit(lambda *operands: propagate(*operands, chunk=3)).lower(*four).compile()
+    assert not re.search(COLLECTIVES, compiled.as_text())
+    assert relative_error(compiled(*four), propagate(*one, chunk=3)) < 1e-6
+    for found, expected in zip(jax.jit(gradients)(*four), jax.jit(gradients)(*one), strict=True):
+        assert relative_error(found, expected) < 1e-6
+
+
+def test_it_runs_inside_shard_map():
+    mesh = Mesh(np.asarray(jax.devices()[:4]).reshape(2, 2), ("data", "tensor"))
+    one, specs = arrays(CHANNELS), tuple(sharding.spec for sharding in shardings(mesh, CHANNELS))
+    sharded = jax.shard_map(gradients, mesh=mesh, in_specs=specs, out_specs=specs[:4] + (P("data", "tensor"),),
+                            check_vma=False)
+    *found, by_merge = jax.jit(sharded)(*one)
+    *expected, by_merge_expected = jax.jit(gradients)(*one)
+    for a, b in zip(found, expected, strict=True):
+        assert relative_error(a, b) < 1e-6
+    assert relative_error(by_merge.reshape(2, 4, CHANNELS).sum(0), by_merge_expected) < 1e-6
+
+
+def test_a_depthwise_convolution_needs_no_communication_and_its_gradient_one_sum():
+    mesh = Mesh(np.asarray(jax.devices()[:4]).reshape(2, 2), ("data", "tensor"))
+    rng = np.random.default_rng(0)
+    shapes = (BATCH, SIZE, SIZE, CHANNELS), (3, 3, CHANNELS)
+    one = tuple(jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in shapes)
+    four = tuple(jax.device_put(a, NamedSharding(mesh, spec))
+                 for a, spec in zip(one, (P("data", None, None, "tensor"), P(None, None, "tensor")), strict=True))
+    compiled = jax.jit(depthwise_conv).lower(*four).compile()
+    assert not re.search(COLLECTIVES, compiled.as_text())
+    assert relative_error(compiled(*four), depthwise_conv(*one)) < 1e-6
+    gradient = jax.jit(jax.grad(lambda *a: (depthwise_conv(*a) ** 2).sum(), argnums=(0, 1)))
+    assert len(re.findall(rf"= \S+ {COLLECTIVES}\(", gradient.lower(*four).compile().as_text())) == 1
+    for found, expected in zip(gradient(*four), gradient(*one), strict=True):
+        assert relative_error(found, expected) < 1e-6
