@@ -29,7 +29,8 @@ def user_errors(*kinds: type[Exception]) -> Iterator[None]:
 def setup() -> None:
     """Log lines on stderr and JAX's compilation cache on disk (JAX_COMPILATION_CACHE_DIR moves it)."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
-    logging.getLogger("gspn_jax").setLevel(logging.INFO)
+    for name in ("gspn_jax", "kernels"):
+        logging.getLogger(name).setLevel(logging.INFO)
     cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME", pathlib.Path.home() / ".cache")) / "gspn_jax" / "jax"
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache))
 

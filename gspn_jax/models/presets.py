@@ -4,6 +4,7 @@ import dataclasses
 from typing import Literal
 
 from gspn_jax.config import ConfigError, Mixer, ModelConfig, Remat
+from kernels import available_backends
 
 Layout = Literal["paper", "dit"]
 
@@ -90,6 +91,9 @@ def resolve(model: ModelConfig) -> Architecture:
         _check(hidden % 4 == 0, "model.hidden", "a multiple of 4 for the sine-cosine positions", hidden)
         _check(model.chunk is None, "model.chunk", "None with model.mixer='attention'", model.chunk)
         _check(model.groups is None, "model.groups", "None with model.mixer='attention'", model.groups)
+    backends = available_backends()
+    _check(model.backend in (None, *backends), "model.backend", f"None or one of {', '.join(map(repr, backends))} here",
+           model.backend)
     groups = hidden if model.groups is None else model.groups
     _check(hidden % groups == 0, "model.groups", f"a divisor of model.hidden ({hidden})", groups)
     _check(model.proxy_ratio <= hidden, "model.proxy_ratio", f"at most model.hidden ({hidden})", model.proxy_ratio)
