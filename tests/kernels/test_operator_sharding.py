@@ -50,7 +50,7 @@ def test_four_devices_give_the_values_and_gradients_of_one(groups, axis_type):
 def test_it_runs_inside_shard_map():
     mesh = Mesh(np.asarray(jax.devices()[:4]).reshape(2, 2), ("data", "tensor"))
     one, specs = arrays(CHANNELS), tuple(sharding.spec for sharding in shardings(mesh, CHANNELS))
-    sharded = jax.shard_map(gradients, mesh=mesh, in_specs=specs, out_specs=specs[:4] + (P("data", "tensor"),),
+    sharded = jax.shard_map(gradients, mesh=mesh, in_specs=specs, out_specs=(*specs[:4], P("data", "tensor")),
                             check_vma=False)
     *found, by_merge = jax.jit(sharded)(*one)
     *expected, by_merge_expected = jax.jit(gradients)(*one)
