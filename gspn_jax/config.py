@@ -87,11 +87,12 @@ class ModelConfig:
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    """Where images come from: "digits" (scikit-learn's, embedded), "folder" (one folder a class), or "tfds"."""
+    """Where images come from: "digits" (scikit-learn's, embedded), "folder" (one folder a class), "tfds", or "latents"
+    (VAE moments that `gspn_jax.prepare` wrote; `image_size` and `channels` are then those of the latents)."""
 
-    source: Literal["digits", "folder", "tfds"] = "digits"
+    source: Literal["digits", "folder", "tfds", "latents"] = "digits"
     path: str | None = None
-    """The image folder, or the data_dir of tensorflow-datasets."""
+    """The folder of images or of latents, or the data_dir of tensorflow-datasets."""
     name: str | None = None
     """The tensorflow-datasets name, such as "imagenet2012"."""
     split: str = "train"
@@ -105,12 +106,14 @@ class DataConfig:
     """Grain worker processes; 0 decodes in threads of the main process."""
 
     def __post_init__(self) -> None:
-        _one_of("data.source", self.source, ("digits", "folder", "tfds"))
+        _one_of("data.source", self.source, ("digits", "folder", "tfds", "latents"))
         _one_of("data.bad_images", self.bad_images, ("error", "skip"))
         _positive(self, "data", "image_size", "channels", "num_classes")
         _check(self.workers >= 0, "data.workers", "0 or more", self.workers)
         if self.source == "folder":
             _check(bool(self.path), "data.path", "the image folder when data.source is 'folder'", self.path)
+        if self.source == "latents":
+            _check(bool(self.path), "data.path", "the folder of latents when data.source is 'latents'", self.path)
         if self.source == "tfds":
             _check(bool(self.name), "data.name", "a tensorflow-datasets name when data.source is 'tfds'", self.name)
 

@@ -16,14 +16,15 @@ from typing import Self
 import grain
 import numpy as np
 from absl import flags
-from jaxtyping import Int32, UInt8
+from jaxtyping import Float32, Int32, UInt8
 
 from gspn_jax.config import ConfigError, DataConfig
+from gspn_jax.data.latents import LatentDraws
 from gspn_jax.data.sources import DataError, Source
 
 logger = logging.getLogger("gspn_jax.data")
 
-Batch = dict[str, UInt8[np.ndarray, "B S S C"] | Int32[np.ndarray, "B"]]
+Batch = dict[str, UInt8[np.ndarray, "B S S C"] | Float32[np.ndarray, "B S S C"] | Int32[np.ndarray, "B"]]
 
 # Each thread reads a batch of its own; the buffer, in batches, is what memory allows rather than what speed could use.
 _MAX_THREADS = 16
@@ -39,6 +40,8 @@ def make_loader(config: DataConfig, source: Source, *, batch_size: int, seed: in
                 num_hosts: int = 1, host: int = 0) -> "Loader":
     """An endless iterator of {"image": uint8 [b, S, S, C], "label": int32 [b]}, b = batch_size / num_hosts.
 
+    For config.source "latents", "image" is float32: a posterior sample of each latent, scaled, drawn anew each epoch.
+
     Every epoch visits every image once in an order of its own; a batch may span two epochs, so none is left out. Host h
     gets the h-th block of the rows of the global batch: the global array does not depend on how many hosts share it.
     `host` counts groups of processes that read different data; processes that hold shards of the same rows pass the
@@ -53,13 +56,18 @@ def make_loader(config: DataConfig, source: Source, *, batch_size: int, seed: in
                           f"found {batch_size}")
     if not 0 <= host < num_hosts:
         raise ValueError(f"host must be in [0, {num_hosts}), found {host}")
-    tries = 1 if config.bad_images == "error" else min(len(source), _MAX_BAD_IN_A_ROW)
-    records = _Records(source, tries, (config.image_size, config.image_size, config.channels))
-    dataset = grain.MapDataset.source(records).seed(seed).shuffle().repeat()
-    if config.flip:
-        dataset = dataset.random_map(_random_flip)
+    if config.source == "latents":  # drawn from a batch at a time: records are small and come by the ten thousand
+        order = grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat()
+        dataset = order.batch(batch_size // num_hosts).map_with_index(LatentDraws(source, seed=seed, flip=config.flip))
+    else:
+        tries = 1 if config.bad_images == "error" else min(len(source), _MAX_BAD_IN_A_ROW)
+        records = _Records(source, tries, (config.image_size, config.image_size, config.channels))
+        dataset = grain.MapDataset.source(records).seed(seed).shuffle().repeat()
+        if config.flip:
+            dataset = dataset.random_map(_random_flip)
+        dataset = dataset.batch(batch_size // num_hosts)
     # Batch k of size b is rows k*b .. (k+1)*b of the stream: step s of host h is batch s * num_hosts + h.
-    dataset = dataset.batch(batch_size // num_hosts)[start_step * num_hosts + host::num_hosts]
+    dataset = dataset[start_step * num_hosts + host::num_hosts]
 
     threads = _WORKER_THREADS if config.workers else min(_MAX_THREADS, os.cpu_count() or 1)
     batches = dataset.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads + 2))
@@ -91,7 +99,7 @@ class Loader:
         if not self._open:
             raise ValueError("the loader is closed")
         batch = next(self._open[0])
-        problems, usable = batch.pop("problem"), batch.pop("usable")
+        problems, usable = batch.pop("problem", np.array("")), batch.pop("usable", None)  # latents have none
         for i in np.flatnonzero(problems != ""):
             found = str(problems[i]).split("\n")
             if not usable[i]:
@@ -170,7 +178,8 @@ def _end_with_parent() -> None:
 
 def _check_shared_memory(config: DataConfig, batch_size: int) -> None:
     """A worker that fills the shared memory dies of SIGBUS without a word, and containers give little of it."""
-    needed = _SHARED_BATCHES * config.workers * batch_size * config.image_size**2 * config.channels
+    value_bytes = 4 if config.source == "latents" else 1
+    needed = _SHARED_BATCHES * config.workers * batch_size * config.image_size**2 * config.channels * value_bytes
     free = shutil.disk_usage(_SHARED_MEMORY).free if os.path.isdir(_SHARED_MEMORY) else needed
     if free < needed:
         raise ConfigError(f"data.workers={config.workers} needs {needed / 1e6:.0f} MB of shared memory for batches of "

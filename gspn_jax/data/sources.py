@@ -38,15 +38,20 @@ class Source(Protocol):
 def make_source(config: DataConfig) -> Source:
     """The source that `config` names, its images fitted to `image_size` and `channels`.
 
+    Latents are of the size they were prepared in; `LatentSource` gives their moments in place of an image.
     Raises ConfigError for a set that is missing, empty, prepared in another format, or has other classes than
     `config.num_classes`.
     """
-    if config.channels not in (1, 3):
+    if config.source != "latents" and config.channels not in (1, 3):
         raise ConfigError(f"data.channels must be 1 (greyscale) or 3 (RGB) for images, found {config.channels}")
     if config.source == "digits":
         source: Source = DigitsSource(config.image_size, config.channels)
     elif config.source == "folder":
         source = FolderSource(config.path, config.image_size, config.channels)
+    elif config.source == "latents":
+        from gspn_jax.data.latents import LatentSource  # which imports this module
+
+        source = LatentSource(config)
     else:
         # Imported here: tensorflow-datasets is slow to import and most runs do without it.
         from gspn_jax.data.tfds_source import TfdsSource
@@ -148,4 +153,5 @@ def shorten(names: Sequence[str]) -> str:
 
 
 def _describe(config: DataConfig) -> str:
-    return {"digits": "the digits set", "folder": f"the folder {config.path!r}", "tfds": config.name}[config.source]
+    return {"digits": "the digits set", "folder": f"the folder {config.path!r}", "tfds": config.name,
+            "latents": f"the set of latents {config.path!r}"}[config.source]

@@ -1,0 +1,32 @@
+"""DiT-XL/2 (675M parameters), the baseline with attention, on ImageNet 256 in latents, by DiT's recipe.
+
+python train_dit.py --config configs/dit_xl_2.py --data.path LATENTS     (a node of 8 GPUs)
+
+400,000 steps of 256 images (80 epochs), a constant learning rate of 1e-4, no warm-up, no drop path.
+Each GPU holds the whole state (10.8 GB in float32 with Adam and EMA) and 32 images of each step; all but the
+matrix products is recomputed in the backward pass (remat).
+Hardware, time and result: not yet run. Expected at 400,000 steps, without guidance, from the
+GSPN paper's own run of it: FID-50K 20.05, IS 64.74.
+"""
+
+from gspn_jax.config import (
+    Config,
+    DataConfig,
+    DiffusionConfig,
+    ModelConfig,
+    OptimizerConfig,
+    SamplerConfig,
+    TrainConfig,
+)
+
+config = Config(
+    run_dir="runs/dit_xl_2",
+    model=ModelConfig(preset="DiT-XL/2", drop_path=0.0, remat="dots"),
+    data=DataConfig(source="latents", path="data/imagenet256_latents", image_size=32, channels=4, num_classes=1000,
+                    flip=True),
+    diffusion=DiffusionConfig(objective="ddpm", label_dropout=0.1),
+    sampler=SamplerConfig(name="ddpm", steps=250),
+    optimizer=OptimizerConfig(learning_rate=1e-4, final_learning_rate=1e-4),
+    train=TrainConfig(steps=400_000, batch_size=256, precision="params=float32,compute=bfloat16", ema_decays=(0.9999,),
+                      log_every=100, sample_every=10_000, save_every=5_000, keep_every=50_000),
+)

@@ -1,0 +1,32 @@
+"""GSPN-L/2 (443M parameters) on ImageNet 256 in latents, by the recipe of the GSPN paper (arXiv 2501.12381).
+
+python train_dit.py --config configs/gspn_l_2.py --data.path LATENTS     (a node of 8 GPUs)
+
+400,000 steps of 256 images (80 epochs); warm-up over 5 epochs, 25,025 steps, then half a cosine.
+Each GPU holds the whole state (7.1 GB in float32 with Adam and EMA) and 32 images of each step; blocks are
+recomputed in the backward pass (remat).
+Hardware, time and result: not yet run. Expected at 400,000 steps, without guidance, from the paper (global
+batch 1024 on 64 A100): FID-50K 17.25, IS 77.37.
+"""
+
+from gspn_jax.config import (
+    Config,
+    DataConfig,
+    DiffusionConfig,
+    ModelConfig,
+    OptimizerConfig,
+    SamplerConfig,
+    TrainConfig,
+)
+
+config = Config(
+    run_dir="runs/gspn_l_2",
+    model=ModelConfig(preset="GSPN-L/2", drop_path=0.1, remat="full"),
+    data=DataConfig(source="latents", path="data/imagenet256_latents", image_size=32, channels=4, num_classes=1000,
+                    flip=True),
+    diffusion=DiffusionConfig(objective="ddpm", label_dropout=0.1),
+    sampler=SamplerConfig(name="ddpm", steps=250),
+    optimizer=OptimizerConfig(learning_rate=1e-4, final_learning_rate=1e-6, warmup_steps=25_025),
+    train=TrainConfig(steps=400_000, batch_size=256, precision="params=float32,compute=bfloat16", ema_decays=(0.9999,),
+                      log_every=100, sample_every=10_000, save_every=5_000, keep_every=50_000),
+)

@@ -1,0 +1,269 @@
+"""Latents prepared once: VAE moments of every image in array_record shards, from which the loader draws at each visit.
+
+A set is a folder of shards and `metadata.json`. A record is an int32 label followed by float16 moments [V, h, w, 2C],
+both little-endian: the mean and the log-variance of each of C channels, unscaled, of V views: the image and, if the
+set has flips, its mirror image (flipping a latent is not encoding the flipped image).
+"""
+
+import contextlib
+import dataclasses
+import json
+import os
+import pathlib
+from collections.abc import Iterator
+
+import numpy as np
+from array_record.python.array_record_data_source import ArrayRecordDataSource
+from array_record.python.array_record_module import ArrayRecordWriter
+from jaxtyping import Float16, Float32, Int32
+from scipy.special import ndtri
+
+from gspn_jax.config import ConfigError, DataConfig
+from gspn_jax.data.decoding import DataError
+from gspn_jax.data.sources import hash_of
+
+FORMAT_VERSION = 1
+METADATA = "metadata.json"
+WRITER_OPTIONS = "group_size:1,uncompressed"
+"""Moments hardly compress, and a record alone in its group is read without its neighbours."""
+MIN_LOG_VARIANCE, MAX_LOG_VARIANCE = -30.0, 20.0
+"""The range of the VAE's log-variance (CompVis/latent-diffusion, `DiagonalGaussianDistribution`)."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Shard:
+    """A file of the set: its name, and how many records and bytes it holds."""
+
+    name: str
+    records: int
+    bytes: int
+
+
+@dataclasses.dataclass(frozen=True)
+class LatentMetadata:
+    """What `metadata.json` says of a set of latents."""
+
+    vae_sha256: str
+    """Of the file of VAE weights."""
+    image_size: int
+    """Side of the images that were encoded, in pixels."""
+    latent_shape: tuple[int, int, int]
+    """[h, w, C] of a latent; the moments have 2C channels."""
+    scaling_factor: float
+    """What a latent is multiplied by before it is trained on."""
+    class_names: tuple[str, ...]
+    class_counts: tuple[int, ...]
+    shards: tuple[Shard, ...]
+    flips: bool = True
+    crop: str = "adm_center"
+    """The rule by which images were cropped: openai/guided-diffusion, `center_crop_arr`."""
+    moments: str = "mean, logvar; unscaled"
+    dtype: str = "float16"
+    version: int = FORMAT_VERSION
+
+    @property
+    def count(self) -> int:
+        return sum(shard.records for shard in self.shards)
+
+    def write(self, folder: pathlib.Path) -> None:
+        text = json.dumps({"format": "gspn-jax latents", "count": self.count} | dataclasses.asdict(self), indent=1)
+        with replacing(folder / METADATA) as temporary:
+            temporary.write_text(text + "\n")
+
+    @classmethod
+    def read(cls, folder: pathlib.Path) -> "LatentMetadata":
+        """Raises ConfigError unless `folder` holds metadata of this version whose counts agree with each other."""
+        path = folder / METADATA
+        if not path.is_file():
+            raise ConfigError(f"data.path must be a folder of latents written by `python -m gspn_jax.prepare latents`, "
+                              f"found no {METADATA} in {str(folder)!r}")
+        try:
+            values = json.loads(path.read_text())
+            version = values["version"]
+            if version != FORMAT_VERSION:
+                raise ConfigError(f"{path} must be of format version {FORMAT_VERSION}, found {version!r}: prepare the "
+                                  f"latents again")
+            shards = tuple(Shard(**shard) for shard in values["shards"])
+            fields = {field.name: values[field.name] for field in dataclasses.fields(cls)}
+            fields = {name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}
+            metadata, count = cls(**fields | {"shards": shards}), values["count"]
+        except (json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError) as error:
+            raise ConfigError(f"{path} must be the metadata of a set of latents, found a file that cannot be read as "
+                              f"such ({type(error).__name__}: {error})") from error
+        if not count == metadata.count == sum(metadata.class_counts):
+            raise ConfigError(f"{path} must count the same latents in all, in its shards and in its classes, found "
+                              f"{count}, {metadata.count} and {sum(metadata.class_counts)}")
+        return metadata
+
+
+def write_shard(path: pathlib.Path, labels: Int32[np.ndarray, " N"],
+                moments: Float16[np.ndarray, "N V h w 2C"]) -> Shard:
+    """Writes the records to `path` by way of a temporary file, so that a shard is whole or absent."""
+    if moments.dtype != np.float16 or not np.isfinite(moments).all():
+        raise ValueError(f"moments must be finite float16, found {moments.dtype} of magnitude up to "
+                         f"{np.abs(moments).max()}")
+    with replacing(path) as temporary:
+        writer = ArrayRecordWriter(str(temporary), WRITER_OPTIONS)
+        for label, values in zip(labels, moments, strict=True):
+            writer.write(np.asarray(label, "<i4").tobytes() + np.asarray(values, "<f2").tobytes())
+        writer.close()
+    return Shard(path.name, len(labels), path.stat().st_size)
+
+
+def record_type(latent_shape: tuple[int, int, int], flips: bool) -> np.dtype:
+    """A record of the set, as NumPy reads it."""
+    height, width, channels = latent_shape
+    return np.dtype([("label", "<i4"), ("moments", "<f2", (1 + flips, height, width, 2 * channels))])
+
+
+@contextlib.contextmanager
+def replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
+    """A temporary file beside `path` to write; it takes the place of `path` at the end, and is gone on an error."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        yield temporary
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+class LatentSource:
+    """The set of latents in `config.path`.
+
+    Raises ConfigError, before anything is read, for metadata that do not fit `config` and for missing or cut shards.
+    """
+
+    def __init__(self, config: DataConfig):
+        folder = pathlib.Path(config.path)
+        self.metadata = metadata = LatentMetadata.read(folder)
+        wanted, found = (config.image_size, config.image_size, config.channels), metadata.latent_shape
+        if found != wanted:
+            raise ConfigError(f"data.image_size and data.channels ask for latents of {_times(wanted)}, but those in "
+                              f"{config.path!r} are {_times(found)}")
+        if config.flip and not metadata.flips:
+            raise ConfigError(f"data.flip needs latents of both views, but those in {config.path!r} were prepared "
+                              f"without flips: set data.flip to False, or prepare them again")
+        for shard in metadata.shards:
+            path = folder / shard.name
+            size = path.stat().st_size if path.is_file() else None
+            if size != shard.bytes:
+                raise ConfigError(f"{path} must be a shard of {shard.bytes} bytes, found "
+                                  f"{'no such file' if size is None else f'{size} bytes'}")
+        self.class_names = metadata.class_names
+        self.fingerprint = hash_of(["latents", json.dumps(dataclasses.asdict(metadata), sort_keys=True)])
+        self._records = ArrayRecordDataSource([_Instruction(str(folder / shard.name), 0, shard.records, shard.records)
+                                               for shard in metadata.shards])
+        self._record = record_type(metadata.latent_shape, metadata.flips)
+        self._ends = np.cumsum([shard.records for shard in metadata.shards])
+
+    def __len__(self) -> int:
+        return self.metadata.count
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray | np.int32]:
+        """{"moments": float16 [V, h, w, 2C], "label": int32}. Raises DataError for a damaged record."""
+        try:
+            record = self._records[index]
+        except (RuntimeError, ValueError) as error:
+            raise DataError(f"{self._name(index)} cannot be read: {error}") from error
+        if len(record) != self._record.itemsize:
+            raise DataError(f"{self._name(index)} must have {self._record.itemsize} bytes, found {len(record)}")
+        values = np.frombuffer(record, self._record)[0]
+        return {"moments": values["moments"], "label": values["label"]}
+
+    def _name(self, index: int) -> str:
+        shard = int(np.searchsorted(self._ends, index, side="right"))
+        start = self._ends[shard] - self.metadata.shards[shard].records
+        return f"record {index - start} of {self.metadata.shards[shard].name}"
+
+
+@dataclasses.dataclass(frozen=True)
+class _Instruction:
+    """What array_record calls a FileInstruction: with it, no shard is opened before a record of it is wanted."""
+
+    filename: str
+    skip: int
+    take: int
+    examples_in_shard: int
+
+
+def _times(shape: tuple[int, ...]) -> str:
+    return "x".join(map(str, shape))
+
+
+class LatentDraws:
+    """draws(k, indices): batch k of the stream, {"image": float32 [b, h, w, C], "label": int32 [b]}.
+
+    A row's view and posterior sample, mean + exp(logvar / 2) * noise, scaled, depend on `seed` and the row's place in
+    the stream (its epoch and its place in the epoch's order) only. The noise is of variance 1 in 65,536 equally likely
+    levels, as fine as the float16 moments that it is added to. Levels, means and deviations are looked up: NumPy's
+    normal numbers, conversion and exponential would take half of the loader's time.
+    """
+
+    def __init__(self, source: LatentSource, *, seed: int, flip: bool):
+        self._source, self._seed, self._flip = source, seed, flip
+        self._levels = _normal_levels()
+        scale = np.float32(source.metadata.scaling_factor)
+        values = np.arange(2**16, dtype=np.uint16).view(np.float16)
+        values = np.where(np.isfinite(values), values, 0).astype(np.float32)
+        self._means = scale * values
+        self._deviations = scale * np.exp(np.clip(values, MIN_LOG_VARIANCE, MAX_LOG_VARIANCE) / 2)
+
+    def __call__(self, batch: int, indices: np.ndarray) -> dict[str, np.ndarray]:
+        shape = self._source.metadata.latent_shape
+        images = np.empty((len(indices), *shape), np.float32)
+        labels = np.empty(len(indices), np.int32)
+        for row, index in enumerate(indices):
+            record = self._source[int(index)]
+            labels[row] = record["label"]
+            self._draw(record["moments"], batch * len(indices) + row, images[row])
+        return {"image": images, "label": labels}
+
+    def _draw(self, moments: np.ndarray, place: int, out: np.ndarray) -> None:
+        words = np.random.SFC64([self._seed, place]).random_raw(1 + -(-out.size // 4))  # stable over NumPy's versions
+        view = int(words[0]) & 1 if self._flip else 0
+        mean, log_variance = _halves(moments[view])
+        noise = words[1:].astype("<u8").view("<u2")[:out.size].reshape(out.shape)
+        # "clip" changes nothing, no index being out of range, but spares NumPy's buffer for errors
+        self._levels.take(noise, mode="clip", out=out)
+        out *= self._deviations.take(log_variance, mode="clip")
+        out += self._means.take(mean, mode="clip")
+
+
+def _halves(moments: Float16[np.ndarray, "h w 2C"]) -> tuple[np.ndarray, np.ndarray]:
+    """The bits of mean and log-variance, each contiguous; copied a pixel at a time rather than a value at a time."""
+    height, width, channels = moments.shape
+    pixels = moments.view(f"V{channels}")
+    return tuple(pixels[..., i].copy().view(np.uint16).reshape(height, width, channels // 2) for i in range(2))
+
+
+def _normal_levels() -> Float32[np.ndarray, "65536"]:
+    levels = ndtri((np.arange(2**16) + 0.5) / 2**16)
+    return (levels / levels.std()).astype(np.float32)
+
+
+def write_synthetic(folder: pathlib.Path, *, records: int, shards: int = 1, latent_shape: tuple[int, int, int] =
+                    (32, 32, 4), num_classes: int = 1000, flips: bool = True, seed: int = 0) -> LatentMetadata:
+    """A set of random moments in the format of a real one, for tests and benchmarks."""
+    rng = np.random.default_rng(seed)
+    height, width, channels = latent_shape
+    folder.mkdir(parents=True, exist_ok=True)
+    written, counts = [], np.zeros(num_classes, int)
+    for number, size in enumerate(len(part) for part in np.array_split(np.arange(records), shards)):
+        labels = rng.integers(num_classes, size=size, dtype=np.int32)
+        moments = rng.standard_normal((size, 1 + flips, height, width, 2 * channels), np.float32)
+        moments[..., :channels] *= 5
+        moments[..., channels:] -= 4
+        written.append(write_shard(folder / shard_name(number, shards), labels, moments.astype(np.float16)))
+        counts += np.bincount(labels, minlength=num_classes)
+    metadata = LatentMetadata(
+        vae_sha256="0" * 64, image_size=8 * height, latent_shape=latent_shape, scaling_factor=0.18215,
+        class_names=tuple(f"class {i}" for i in range(num_classes)), class_counts=tuple(map(int, counts)),
+        shards=tuple(written), flips=flips)
+    metadata.write(folder)
+    return metadata
+
+
+def shard_name(number: int, count: int) -> str:
+    return f"latents-{number:05}-of-{count:05}.array_record"
