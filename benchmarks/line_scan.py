@@ -89,7 +89,7 @@ def torch_runs(arrays: list[np.ndarray], chunk: int | None) -> tuple[Callable, C
             exists[0, 0] = exists[-1, 2] = 0
             weights = sigmoids * exists
             weights = weights / weights.sum(-2, keepdim=True)
-            weights = weights.repeat_interleave(channels // weights.shape[-1], -1)
+            weights = weights.unsqueeze(-1).expand(*weights.shape, channels // weights.shape[-1]).flatten(-2)
             lines = []
             for t, line in enumerate(drive):
                 if t and not (chunk and t % chunk == 0):

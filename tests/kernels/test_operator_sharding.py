@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from numpy_scan import relative_error
 
@@ -34,10 +34,9 @@ def gradients(*operands):
     return jax.grad(lambda *operands: (propagate(*operands, chunk=3) ** 2).sum(), argnums=(0, 1, 2, 3, 4))(*operands)
 
 
-@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
 @pytest.mark.parametrize("groups", [CHANNELS, 2, 1])
-def test_four_devices_give_the_values_and_gradients_of_one(groups, axis_type):
-    mesh = Mesh(np.asarray(jax.devices()[:4]).reshape(2, 2), ("data", "tensor"), axis_types=(axis_type,) * 2)
+def test_four_devices_give_the_values_and_gradients_of_one(groups):
+    mesh = Mesh(np.asarray(jax.devices()[:4]).reshape(2, 2), ("data", "tensor"))
     one = arrays(groups)
     four = tuple(map(jax.device_put, one, shardings(mesh, groups)))
     compiled = jax.jit(lambda *operands: propagate(*operands, chunk=3)).lower(*four).compile()
