@@ -35,7 +35,8 @@ def make_loss(config: Config, graphdef: Any) -> Callable:
         def denoise(x, t, y):
             return models.apply(graphdef, params, x, t, y, drop_path_key=path_key if arch.drop_path else None)
 
-        x0 = batch["image"] if config.data.source == "latents" else from_uint8(batch["image"])
+        image = batch["image"]
+        x0 = from_uint8(image) if image.dtype == jnp.uint8 else image  # latents are floats, in their final scale
         losses, metrics = objectives.loss(config.diffusion, denoise, x0, y, noise_key)
         return losses.mean(), {name: value.mean() for name, value in metrics.items()}
 

@@ -7,7 +7,8 @@ from numpy_dit import denoise, random_state_dict
 from safetensors.numpy import save_file
 
 from gspn_jax.config import ConfigError
-from gspn_jax.models.convert import dit_from_torch, dit_to_torch, read_state_dict
+from gspn_jax.models.convert import dit_from_torch, dit_to_torch
+from gspn_jax.state_dict import read_state_dict
 
 CONFIG = make_config(DIT)
 SIZES = {"hidden": 16, "depth": 2, "patch": 2, "channels": 3, "out_channels": 6, "num_classes": 5, "grid": 4}

@@ -8,7 +8,8 @@ import pytest
 from model_cases import DIT, make_config, random_inputs, relative_error, run
 from numpy_dit import positions
 
-from gspn_jax.models.convert import dit_from_torch, dit_to_torch, read_state_dict
+from gspn_jax.models.convert import dit_from_torch, dit_to_torch
+from gspn_jax.state_dict import read_state_dict
 
 pytestmark = pytest.mark.torch
 CONFIG = make_config(DIT)

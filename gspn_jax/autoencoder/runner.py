@@ -1,0 +1,56 @@
+"""The autoencoder over any number of images, a batch at a time on all devices of this process."""
+
+from collections.abc import Callable, Mapping, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jaxtyping import Float, Float32, UInt8
+
+from gspn_jax.autoencoder import model
+from gspn_jax.autoencoder.model import LATENT_SCALE, AutoencoderConfig
+
+
+class Autoencoder:
+    """Encodes and decodes NumPy arrays; memory is bounded by `batch_size` images, over all `devices` (default: local).
+
+    Every batch is padded to one size, so that encoder and decoder are compiled once for each size of image.
+    """
+
+    def __init__(self, params: Mapping[str, np.ndarray], config: AutoencoderConfig, *, batch_size: int = 32,
+                 devices: Sequence[jax.Device] | None = None):
+        devices = jax.local_devices() if devices is None else devices
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be 1 or more, found {batch_size}")
+        self.config = config
+        self.batch_size = -(-batch_size // len(devices)) * len(devices)
+        mesh = jax.make_mesh((len(devices),), ("data",), axis_types=(AxisType.Auto,), devices=devices)
+        self._split, whole = NamedSharding(mesh, PartitionSpec("data")), NamedSharding(mesh, PartitionSpec())
+        self._params = jax.device_put(dict(params), whole)
+
+        def encode(params, images):
+            return model.encode(params, config, images.astype(jnp.float32) / 127.5 - 1)
+
+        def decode(params, latents):
+            images = model.decode(params, config, latents / LATENT_SCALE)
+            return jnp.clip(127.5 * images + 128, 0, 255).astype(jnp.uint8)
+
+        self._encode, self._decode = jax.jit(encode), jax.jit(decode)
+
+    def encode(self, images: UInt8[np.ndarray, "N H W C"]) -> Float32[np.ndarray, "N h w 2D"]:
+        """Mean and log-variance of the posterior of 0..255 images, neither scaled nor clipped."""
+        return self._run(self._encode, images)
+
+    def decode(self, latents: Float[np.ndarray, "N h w D"]) -> UInt8[np.ndarray, "N H W C"]:
+        """0..255 images of latents in the scale that is trained on (times LATENT_SCALE)."""
+        return self._run(self._decode, np.asarray(latents, np.float32))
+
+    def _run(self, function: Callable, inputs: np.ndarray) -> np.ndarray:
+        outputs = []
+        for start in range(0, len(inputs), self.batch_size):
+            batch = inputs[start:start + self.batch_size]
+            padded = np.concatenate([batch, np.zeros((self.batch_size - len(batch), *batch.shape[1:]), batch.dtype)])
+            result = function(self._params, jax.device_put(padded, self._split))
+            outputs.append(np.asarray(result)[:len(batch)])
+        return np.concatenate(outputs)

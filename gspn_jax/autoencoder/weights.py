@@ -1,0 +1,132 @@
+"""Published weight files to the weights of `model`, checked name by name."""
+
+import pathlib
+import re
+from collections.abc import Iterator, Mapping
+
+import numpy as np
+from jaxtyping import Float32
+
+from gspn_jax.autoencoder.model import AutoencoderConfig
+from gspn_jax.state_dict import WeightsError, read_state_dict
+
+_NEW_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+"""Attention in older files -> in newer ones."""
+_LEVEL = re.compile(r"encoder\.down_blocks\.(\d+)\.resnets\.(\d+)\.conv1\.weight")
+
+
+def load(path: str | pathlib.Path) -> tuple[dict[str, Float32[np.ndarray, "..."]], AutoencoderConfig]:
+    """Reads a file of diffusers' `AutoencoderKL`, such as `diffusion_pytorch_model.safetensors` or `.bin`.
+
+    Raises FileNotFoundError, ImportError for a .bin file without PyTorch, and WeightsError for other contents.
+    """
+    try:
+        state_dict = read_state_dict(path)
+        config = infer_config(state_dict)
+        return from_state_dict(state_dict, config), config
+    except WeightsError as error:
+        where = "" if str(path) in str(error) else f"{path}: "
+        raise WeightsError(f"{where}{error}") from error
+
+
+def infer_config(state_dict: Mapping[str, np.ndarray]) -> AutoencoderConfig:
+    """The sizes that the tensors tell; the number of groups (32) they do not."""
+    levels: dict[int, int] = {}
+    layers = 0
+    for name, value in state_dict.items():
+        if match := _LEVEL.fullmatch(name):
+            levels[int(match[1])] = value.shape[0]
+            layers = max(layers, int(match[2]) + 1)
+    ends = [state_dict.get(name) for name in ("encoder.conv_in.weight", "decoder.conv_in.weight")]
+    if sorted(levels) != list(range(len(levels))) or not levels or any(end is None or end.ndim != 4 for end in ends):
+        raise WeightsError("the weights must be those of an AutoencoderKL of diffusers (such as sd-vae-ft-mse), found "
+                           f"{len(state_dict)} tensors named {', '.join(sorted(state_dict)[:3])}, ...")
+    return AutoencoderConfig(channels=tuple(levels[i] for i in range(len(levels))), layers=layers,
+                             image_channels=ends[0].shape[1], latent_channels=ends[1].shape[1])
+
+
+def expected_shapes(config: AutoencoderConfig) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every tensor in a file of weights (PyTorch's layout, newer names)."""
+    shapes = {}
+    for name, shape in _layers(config):
+        shapes |= {f"{name}.weight": shape, f"{name}.bias": (shape[0],)}
+    return shapes
+
+
+def _layers(config: AutoencoderConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Each layer and the shape of its weight."""
+    def residual(name: str, inputs: int, outputs: int):
+        yield f"{name}.norm1", (inputs,)
+        yield f"{name}.conv1", (outputs, inputs, 3, 3)
+        yield f"{name}.norm2", (outputs,)
+        yield f"{name}.conv2", (outputs, outputs, 3, 3)
+        if inputs != outputs:
+            yield f"{name}.conv_shortcut", (outputs, inputs, 1, 1)
+
+    def middle(name: str, width: int):
+        yield from residual(f"{name}.resnets.0", width, width)
+        yield f"{name}.attentions.0.group_norm", (width,)
+        for part in _NEW_NAMES.values():
+            yield f"{name}.attentions.0.{part}", (width, width)
+        yield from residual(f"{name}.resnets.1", width, width)
+
+    first, last, latent = config.channels[0], config.channels[-1], config.latent_channels
+    yield "encoder.conv_in", (first, config.image_channels, 3, 3)
+    width = first
+    for level, outputs in enumerate(config.channels):
+        for layer in range(config.layers):
+            yield from residual(f"encoder.down_blocks.{level}.resnets.{layer}", width, outputs)
+            width = outputs
+        if level < len(config.channels) - 1:
+            yield f"encoder.down_blocks.{level}.downsamplers.0.conv", (width, width, 3, 3)
+    yield from middle("encoder.mid_block", last)
+    yield "encoder.conv_norm_out", (last,)
+    yield "encoder.conv_out", (2 * latent, last, 3, 3)
+    yield "quant_conv", (2 * latent, 2 * latent, 1, 1)
+
+    yield "post_quant_conv", (latent, latent, 1, 1)
+    yield "decoder.conv_in", (last, latent, 3, 3)
+    yield from middle("decoder.mid_block", last)
+    width = last
+    for level, outputs in enumerate(reversed(config.channels)):
+        for layer in range(config.layers + 1):
+            yield from residual(f"decoder.up_blocks.{level}.resnets.{layer}", width, outputs)
+            width = outputs
+        if level < len(config.channels) - 1:
+            yield f"decoder.up_blocks.{level}.upsamplers.0.conv", (width, width, 3, 3)
+    yield "decoder.conv_norm_out", (first,)
+    yield "decoder.conv_out", (config.image_channels, first, 3, 3)
+
+
+def from_state_dict(state_dict: Mapping[str, np.ndarray],
+                    config: AutoencoderConfig) -> dict[str, Float32[np.ndarray, "..."]]:
+    """The weights for `model.encode` and `model.decode`.
+
+    Attention may have either of the two names, as linears or as 1x1 convolutions.
+    Raises WeightsError naming the tensor that is missing, unknown, of another shape, or not finite.
+    """
+    expected = expected_shapes(config)
+    found = {_new_name(name): (name, value) for name, value in state_dict.items()}
+    for name in expected:
+        if name not in found:
+            raise WeightsError(f"the weights of the autoencoder must have {name!r}, found {len(found)} other tensors")
+    params = {}
+    for name, (theirs, value) in found.items():
+        if name not in expected:
+            raise WeightsError(f"every tensor must belong to an autoencoder of channels {config.channels}, found "
+                               f"{theirs!r}")
+        if ".attentions." in name and value.shape[2:] == (1, 1):
+            value = value[..., 0, 0]
+        if value.shape != expected[name]:
+            raise WeightsError(f"{theirs!r} must have shape {expected[name]}, found {value.shape}")
+        if not np.isfinite(value).all():
+            raise WeightsError(f"{theirs!r} must be finite, found NaN or infinity")
+        order = {4: (2, 3, 1, 0), 2: (1, 0), 1: (0,)}[value.ndim]
+        params[name] = np.ascontiguousarray(np.asarray(value, np.float32).transpose(order))
+    return params
+
+
+def _new_name(name: str) -> str:
+    head, attention, tail = name.partition(".attentions.0.")
+    part, _, kind = tail.rpartition(".")
+    return f"{head}{attention}{_NEW_NAMES.get(part, part)}.{kind}" if attention else name

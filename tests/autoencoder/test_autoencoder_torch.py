@@ -1,0 +1,58 @@
+"""Agreement with diffusers' AutoencoderKL on shared random weights."""
+
+import jax
+import numpy as np
+import pytest
+from numpy_vae import TINY, random_state_dict
+
+from gspn_jax.autoencoder import AutoencoderConfig, decode, encode, from_state_dict, load
+
+pytestmark = [pytest.mark.torch,
+              pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")]
+
+TOLERANCE = 1e-4  # largest error over the largest output, float32 against float32
+
+
+def diffusers_autoencoder(config: AutoencoderConfig, weights):
+    diffusers = pytest.importorskip("diffusers")
+    import torch
+
+    levels = len(config.channels)
+    theirs = diffusers.AutoencoderKL(
+        block_out_channels=config.channels, layers_per_block=config.layers, latent_channels=config.latent_channels,
+        down_block_types=("DownEncoderBlock2D",) * levels, up_block_types=("UpDecoderBlock2D",) * levels)
+    theirs.load_state_dict({name: torch.tensor(value) for name, value in weights.items()})
+    return theirs.eval()
+
+
+@pytest.mark.parametrize(("config", "side"), [
+    (TINY, 8), pytest.param(AutoencoderConfig(), 64, marks=pytest.mark.slow)], ids=["tiny", "full size"])
+def test_moments_and_images_are_those_of_diffusers(config, side, tmp_path):
+    weights = random_state_dict(config)
+    theirs = diffusers_autoencoder(config, weights)
+    import torch
+
+    params = from_state_dict(weights, config)
+    rng = np.random.default_rng(0)
+    images = rng.uniform(-1, 1, (2, side, side, 3)).astype(np.float32)
+    latents = rng.standard_normal((2, side // config.factor, side // config.factor, 4), np.float32)
+    with torch.no_grad():
+        moments = theirs.encode(torch.tensor(images.transpose(0, 3, 1, 2))).latent_dist.parameters
+        decoded = theirs.decode(torch.tensor(latents.transpose(0, 3, 1, 2))).sample
+    for ours, truth in ((jax.jit(encode, static_argnums=1)(params, config, images), moments),
+                        (jax.jit(decode, static_argnums=1)(params, config, latents), decoded)):
+        truth = truth.numpy().transpose(0, 2, 3, 1)
+        assert ours.shape == truth.shape
+        assert np.abs(np.asarray(ours) - truth).max() < TOLERANCE * np.abs(truth).max()
+
+
+@pytest.mark.parametrize("safe", [True, False])
+def test_files_that_diffusers_writes_load(tmp_path, safe):
+    weights = random_state_dict()
+    diffusers_autoencoder(TINY, weights).save_pretrained(tmp_path, safe_serialization=safe)
+    (path,) = [path for path in tmp_path.iterdir() if path.suffix != ".json"]
+    params, config = load(path)
+    expected = from_state_dict(weights, TINY)
+    assert config == TINY and params.keys() == expected.keys()
+    for name, value in params.items():
+        np.testing.assert_array_equal(value, expected[name], err_msg=name)
