@@ -15,11 +15,11 @@ from gspn_jax.config import (
 
 config = Config(
     run_dir="runs/digits",
-    model=ModelConfig(preset="GSPN-S/2", hidden=128, depth=8, drop_path=0.0),
+    model=ModelConfig(preset="GSPN-S/2", hidden=96, depth=6, drop_path=0.0),
     data=DataConfig(source="digits", image_size=8, channels=1, num_classes=10),
     diffusion=DiffusionConfig(objective="flow"),
-    sampler=SamplerConfig(steps=25, guidance_scale=1.5),
+    sampler=SamplerConfig(steps=10, guidance_scale=1.25),
     optimizer=OptimizerConfig(learning_rate=2e-3, warmup_steps=50),
-    train=TrainConfig(steps=1000, batch_size=128, precision="params=float32,compute=float32", ema_decays=(0.995,),
-                      log_every=20, sample_every=500, save_every=500),
+    train=TrainConfig(steps=1000, batch_size=64, precision="params=float32,compute=float32", ema_decays=(0.99,),
+                      log_every=10, sample_every=500, save_every=500),
 )

@@ -28,7 +28,7 @@ def test_any_field_is_overridden_by_its_name_and_type():
     (["--train.stepz", "3"], "Unrecognized options: --train.stepz"),
     (["--train.steps", "many"], "invalid literal for int() with base 10: 'many'"),
     (["--train.steps", "-3"], "train.steps must be greater than 0, found -3"),
-    (["--train.precision", "float8"], "train.precision must be like 'params=float32,compute=bfloat16', found 'float8'"),
+    (["--train.precision", "float8"], "train.precision must be like"),
     (["--diffusion.objective", "gan"], "gan"),
     (["--diffusion.objective", "ddpm", "--sampler.name", "heun"], "sampler.name must be one of"),
     (["--sampler.guidance-interval", "0.8", "0.1"], "must be (low, high) with 0 <= low < high <= 1"),

@@ -22,7 +22,8 @@ def run_dir(tmp_path_factory):
 def test_a_grid_of_the_classes_asked_for(run_dir, tmp_path, capsys):
     path = tmp_path / "grid.png"
     sample.main(["--run", str(run_dir), "--classes", "3", "7", "--per-class", "2", "--output", str(path)])
-    assert Image.open(path).size[0] > 2 * 64
+    with Image.open(path) as image:
+        assert image.width > 2 * 64
     assert f"4 images of step 2 in {path}" in capsys.readouterr().out
 
 
