@@ -1,5 +1,6 @@
 """DiT-XL/2 (675M parameters), the baseline with attention, on ImageNet 256 in latents, by DiT's recipe.
 
+python -m gspn_jax.prepare latents --images IMAGENET/train --vae VAE.safetensors --output LATENTS     (once; 42 GB)
 python train_dit.py --config configs/dit_xl_2.py --data.path LATENTS     (a node of 8 GPUs)
 
 400,000 steps of 256 images (80 epochs), a constant learning rate of 1e-4, no warm-up, no drop path.

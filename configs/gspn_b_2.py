@@ -1,5 +1,6 @@
 """GSPN-B/2 (137M parameters) on ImageNet 256 in latents, by the recipe of the GSPN paper (arXiv 2501.12381).
 
+python -m gspn_jax.prepare latents --images IMAGENET/train --vae VAE.safetensors --output LATENTS     (once; 42 GB)
 python train_dit.py --config configs/gspn_b_2.py --data.path LATENTS     (a node of 8 GPUs)
 
 400,000 steps of 256 images (80 epochs); warm-up over 5 epochs, 25,025 steps, then half a cosine.

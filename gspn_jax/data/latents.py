@@ -98,15 +98,21 @@ class LatentMetadata:
 
 def write_shard(path: pathlib.Path, labels: Int32[np.ndarray, " N"],
                 moments: Float16[np.ndarray, "N V h w 2C"]) -> Shard:
-    """Writes the records to `path` by way of a temporary file, so that a shard is whole or absent."""
+    """Writes the records to `path` by way of a temporary file, so that a shard is whole or absent.
+
+    Raises DataError for moments that are not finite, and OSError for a disk that is full.
+    """
     if moments.dtype != np.float16 or not np.isfinite(moments).all():
-        raise ValueError(f"moments must be finite float16, found {moments.dtype} of magnitude up to "
-                         f"{np.abs(moments).max()}")
+        raise DataError(f"the moments for {path} must be finite float16, found {moments.dtype} of magnitude up to "
+                        f"{np.abs(moments).max()}")
     with replacing(path) as temporary:
-        writer = ArrayRecordWriter(str(temporary), WRITER_OPTIONS)
-        for label, values in zip(labels, moments, strict=True):
-            writer.write(np.asarray(label, "<i4").tobytes() + np.asarray(values, "<f2").tobytes())
-        writer.close()
+        try:
+            writer = ArrayRecordWriter(str(temporary), WRITER_OPTIONS)
+            for label, values in zip(labels, moments, strict=True):
+                writer.write(np.asarray(label, "<i4").tobytes() + np.asarray(values, "<f2").tobytes())
+            writer.close()
+        except RuntimeError as error:  # what array_record raises for a full disk
+            raise OSError(f"{path} cannot be written: {error}") from error
     return Shard(path.name, len(labels), path.stat().st_size)
 
 

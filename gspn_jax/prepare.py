@@ -1,0 +1,292 @@
+"""Prepares what training and evaluation read.
+
+python -m gspn_jax.prepare latents --images IMAGENET/train --vae VAE.safetensors --output LATENTS
+python -m gspn_jax.prepare latents --help
+
+`latents` encodes every image and its mirror image once. The same command goes on where a killed one stopped, and the
+result is the same to the byte. On several hosts with a common file system, each runs it with its own --host.
+"""
+
+import collections
+import concurrent.futures
+import contextlib
+import dataclasses
+import hashlib
+import json
+import logging
+import os
+import pathlib
+import shutil
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from typing import Literal
+
+import numpy as np
+
+from gspn_jax import cli
+from gspn_jax.config import ConfigError
+
+log = logging.getLogger(__name__)
+
+_CHANNELS = 3
+_SPARE_DISK = 1.01
+"""Room for what array_record adds to the records."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Latents:
+    """Encode images once: give --images, --tars or --tfds."""
+
+    vae: str
+    """Weights of the autoencoder: sd-vae-ft-ema or sd-vae-ft-mse, .safetensors or .bin (both encode alike)."""
+    output: str
+    """The folder to write, which a training run then takes as data.path."""
+    images: str | None = None
+    """A folder with one folder of images a class."""
+    tars: str | None = None
+    """A folder with ILSVRC2012_img_train.tar, or with one tar a class."""
+    tfds: str | None = None
+    """The name of a tensorflow-datasets set that is prepared as array_record, such as imagenet2012."""
+    tfds_dir: str | None = None
+    """Where tensorflow-datasets keeps its sets."""
+    tfds_split: str = "train"
+    image_size: int = 256
+    """Side of the square that each image is scaled and cropped to, as ADM does."""
+    flips: bool = True
+    """Encode the mirror image too: twice the time and the disk."""
+    bad_images: Literal["error", "skip"] = "error"
+    """What a corrupt image does: stop with its name, or be left out with a warning."""
+    shard_size: int = 4096
+    """Images a file; a killed run loses at most the file it was writing."""
+    batch_size: int = 64
+    """Images at a time, over the devices of this host."""
+    threads: int = os.cpu_count() or 1
+    """Threads that decode images."""
+    num_hosts: int = 1
+    host: int = 0
+    """Which of `num_hosts` this is; 0 writes the metadata at the end."""
+
+    def __post_init__(self) -> None:
+        if sum(bool(name) for name in (self.images, self.tars, self.tfds)) != 1:
+            raise ConfigError(f"one of --images, --tars and --tfds must be given, found --images {self.images} "
+                              f"--tars {self.tars} --tfds {self.tfds}")
+        for name in ("image_size", "shard_size", "batch_size", "threads", "num_hosts"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"--{name.replace('_', '-')} must be 1 or more, found {getattr(self, name)}")
+        if not 0 <= self.host < self.num_hosts:
+            raise ConfigError(f"--host must be in 0..{self.num_hosts - 1}, found {self.host}")
+
+
+def main(argv: list[str] | None = None) -> None:
+    import tyro
+
+    cli.setup()
+    # Autotuning may choose other kernels in another process, whose results differ in the last bit.
+    if "xla_gpu_deterministic_ops" not in (flags := os.environ.get("XLA_FLAGS", "")):
+        os.environ["XLA_FLAGS"] = f"{flags} --xla_gpu_deterministic_ops=true"
+    from gspn_jax.data import DataError
+    from gspn_jax.state_dict import WeightsError
+
+    argv = sys.argv[1:] if argv is None else argv
+    with cli.user_errors(DataError, WeightsError, ImportError):
+        if argv[:1] != ["latents"]:
+            if argv and argv[0] not in ("-h", "--help"):
+                raise ConfigError(f"gspn_jax.prepare can prepare: latents, found {argv[0]!r}")
+            print(__doc__)
+            return
+        prepare_latents(tyro.cli(Latents, args=argv[1:], prog="python -m gspn_jax.prepare latents"))
+
+
+def prepare_latents(arguments: Latents) -> None:
+    """Writes this host's shards of the set that `arguments` ask for and, on host 0, the metadata of the whole.
+
+    Raises ConfigError, WeightsError or DataError with one sentence for what cannot be used; OSError for a full disk.
+    """
+    from gspn_jax import autoencoder
+    from gspn_jax.data.latents import METADATA, LatentMetadata, replacing, shard_name
+
+    # --- what can be wrong is found first
+    output = pathlib.Path(arguments.output)
+    weights, config = autoencoder.load(arguments.vae)
+    if config.image_channels != _CHANNELS or arguments.image_size % config.factor:
+        raise ConfigError(f"--image-size must be a multiple of {config.factor} and the autoencoder one of RGB images, "
+                          f"found {arguments.image_size} and {config.image_channels} channels")
+    source = _source(arguments)
+    with open(arguments.vae, "rb") as file:
+        vae_sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+    output.mkdir(parents=True, exist_ok=True)
+    settings = {"vae_sha256": vae_sha256, "images": source.fingerprint, "image_size": arguments.image_size,
+                "flips": arguments.flips, "bad_images": arguments.bad_images, "shard_size": arguments.shard_size,
+                "batch_size": arguments.batch_size}
+    if (output / METADATA).exists():
+        found = LatentMetadata.read(output)
+        if (found.vae_sha256, found.image_size, found.flips) != (vae_sha256, arguments.image_size, arguments.flips):
+            raise ConfigError(f"{output} holds latents of other weights, another size or other flips: choose another "
+                              "--output, or delete it")
+        _remove_notes(output)  # unless a kill came between the metadata and this
+        print(f"{output} is complete: {found.count:,} latents of {len(found.class_names)} classes")
+        return
+    _check_settings(output, settings)
+
+    # --- this host's shards that are not there yet
+    side = arguments.image_size // config.factor
+    latent_shape = (side, side, config.latent_channels)
+    parts = [range(start, min(start + arguments.shard_size, len(source)))
+             for start in range(0, len(source), arguments.shard_size)]
+    paths = [output / shard_name(number, len(parts)) for number in range(len(parts))]
+    mine = [number for number in range(arguments.host, len(parts), arguments.num_hosts) if not paths[number].exists()]
+    _check_disk(output, sum(len(parts[number]) for number in mine), latent_shape, arguments.flips)
+    with replacing(_settings_path(output, arguments.host)) as temporary:
+        temporary.write_text(json.dumps(settings))
+    vae = autoencoder.Autoencoder(weights, config, batch_size=arguments.batch_size)
+    _encode_shards(arguments, source, vae, {paths[number]: parts[number] for number in mine})
+
+    # --- the metadata of the whole
+    missing = sum(not path.exists() for path in paths)
+    if arguments.host or missing:
+        print(f"host {arguments.host} is done" + (f"; {missing} of {len(paths)} shards of other hosts are missing: "
+              "run the command of host 0 again when they are there" if missing else ""))
+        return
+    _finish(output, paths, LatentMetadata(
+        vae_sha256=vae_sha256, image_size=arguments.image_size, latent_shape=latent_shape, flips=arguments.flips,
+        scaling_factor=autoencoder.LATENT_SCALE, class_names=source.class_names, class_counts=(), shards=()))
+
+
+def _source(arguments: Latents):
+    if arguments.images:
+        from gspn_jax.data.sources import FolderSource
+
+        return FolderSource(arguments.images, arguments.image_size, _CHANNELS)
+    if arguments.tars:
+        from gspn_jax.data.tar_source import TarSource
+
+        return TarSource(arguments.tars, arguments.image_size, _CHANNELS)
+    from gspn_jax.data.tfds_source import TfdsSource
+
+    return TfdsSource(arguments.tfds, arguments.tfds_dir, arguments.tfds_split, arguments.image_size, _CHANNELS)
+
+
+def _settings_path(output: pathlib.Path, host: int | str) -> pathlib.Path:
+    return output / f"preparation-{host}.json"
+
+
+def _counts_path(shard: pathlib.Path) -> pathlib.Path:
+    return shard.with_suffix(".json")
+
+
+def _check_settings(output: pathlib.Path, settings: dict) -> None:
+    """What goes on must go on as it began, or the shards would not belong together."""
+    for path in output.glob(_settings_path(output, "*").name):
+        before = json.loads(path.read_text())
+        changed = [name for name in settings if before.get(name) != settings[name]]
+        if changed:
+            raise ConfigError(f"{output} was begun with other settings ({', '.join(changed)}): repeat them, choose "
+                              "another --output, or delete it")
+
+
+def _check_disk(output: pathlib.Path, images: int, latent_shape: tuple[int, int, int], flips: bool) -> None:
+    from gspn_jax.data.latents import record_type
+
+    needed = int(_SPARE_DISK * images * record_type(latent_shape, flips).itemsize)
+    free = shutil.disk_usage(output).free
+    if free < needed:
+        raise ConfigError(f"the latents of {images:,} images need {needed / 1e9:.1f} GB in {output}, found "
+                          f"{free / 1e9:.1f} GB free")
+
+
+def _encode_shards(arguments: Latents, source, vae, shards: dict[pathlib.Path, range]) -> None:
+    """Each shard: its images decoded by threads that work ahead, encoded batch by batch, and written whole."""
+    from tqdm import tqdm
+
+    from gspn_jax.data import DataError
+    from gspn_jax.data.latents import replacing, write_shard
+
+    waited, start, done = 0.0, time.perf_counter(), 0
+    indices = [index for part in shards.values() for index in part]
+    ahead = 4 * max(arguments.batch_size, arguments.threads)
+    with (tqdm(total=len(indices), unit="image", dynamic_ncols=True, desc="encoding") as bar,
+          concurrent.futures.ThreadPoolExecutor(arguments.threads) as pool,
+          contextlib.closing(_ahead(pool, source, indices, ahead)) as decoded):
+        for path, part in shards.items():
+            moments, labels, skipped = [], [], 0
+            for first in range(0, len(part), arguments.batch_size):
+                images = []
+                for _ in part[first:first + arguments.batch_size]:
+                    before = time.perf_counter()
+                    try:
+                        record = next(decoded)()
+                    except DataError as error:
+                        if arguments.bad_images == "error":
+                            raise
+                        skipped += 1
+                        log.warning("%s; it is left out", error)
+                    else:
+                        images.append(record["image"])
+                        labels.append(record["label"])
+                    waited += time.perf_counter() - before
+                    done += 1
+                if images:
+                    moments.append(_views(vae, np.stack(images), arguments.flips))
+                bar.update(min(arguments.batch_size, len(part) - first))
+                bar.set_postfix_str(f"{waited / (time.perf_counter() - start):.0%} waiting for decoding", refresh=False)
+            if not labels:
+                raise DataError(f"none of {len(part)} images in a row can be used, from number {part[0]} of the set")
+            # The counts come first: a shard that is there has them.
+            with replacing(_counts_path(path)) as temporary:
+                counts = np.bincount(labels, minlength=len(source.class_names))
+                temporary.write_text(json.dumps({"classes": counts.tolist(), "skipped": skipped}))
+            write_shard(path, np.array(labels, np.int32), np.concatenate(moments))
+    if done:
+        seconds = time.perf_counter() - start
+        print(f"{done:,} images in {seconds:.0f} s, {done / seconds:.1f} images/s, {waited / seconds:.0%} of the time "
+              "waiting for decoding")
+
+
+def _ahead(pool: concurrent.futures.Executor, source, indices: Iterable[int], count: int) -> Iterator:
+    """For each index in order, a call that waits for its record; `count` of them are being decoded at any time."""
+    queue: collections.deque[concurrent.futures.Future] = collections.deque()
+    remaining = iter(indices)
+    try:
+        for index in remaining:
+            queue.append(pool.submit(source.__getitem__, index))
+            if len(queue) >= count:
+                yield queue.popleft().result
+        while queue:
+            yield queue.popleft().result
+    finally:
+        for future in queue:
+            future.cancel()
+
+
+def _views(vae, images: np.ndarray, flips: bool) -> np.ndarray:
+    """Moments [N, V, h, w, 2C] in float16 of the images and, with `flips`, of their mirror images."""
+    views = [images, images[:, :, ::-1]] if flips else [images]
+    with np.errstate(over="ignore"):  # what float16 cannot hold becomes infinite, which is not written
+        return np.stack([vae.encode(view).astype(np.float16) for view in views], axis=1)
+
+
+def _finish(output: pathlib.Path, paths: list[pathlib.Path], metadata) -> None:
+    """Writes the metadata from the notes on each shard, which are then removed."""
+    from gspn_jax.data.latents import Shard
+
+    parts = [json.loads(_counts_path(path).read_text()) for path in paths]
+    shards = tuple(Shard(path.name, sum(part["classes"]), path.stat().st_size)
+                   for path, part in zip(paths, parts, strict=True))
+    counts = np.sum([part["classes"] for part in parts], axis=0)
+    metadata = dataclasses.replace(metadata, shards=shards, class_counts=tuple(counts.tolist()))
+    metadata.write(output)
+    _remove_notes(output)
+    skipped = sum(part["skipped"] for part in parts)
+    print(f"{metadata.count:,} latents of {len(counts)} classes in {output}"
+          + (f"; bad images left out: {skipped:,}" if skipped else ""))
+
+
+def _remove_notes(output: pathlib.Path) -> None:
+    for pattern in (_settings_path(output, "*").name, "latents-*.json"):
+        for path in output.glob(pattern):
+            path.unlink(missing_ok=True)
+
+
+if __name__ == "__main__":
+    main()
