@@ -4,8 +4,8 @@
 
 The line loop is what a short program in another library does: one direction after the other, a Python loop over lines,
 each line vectorised over batch, positions and channels. It runs in PyTorch with autograd where PyTorch is installed
-(on the GPU if JAX has one), else in NumPy with the adjoint loop. Both sides run in one process and get the best of
-`--repeats` runs; "gradients" times forward and backward together. A ratio above 1 means that this project is faster.
+(on the GPU if JAX has one), else in NumPy with the adjoint loop. Both sides take turns in one process, and each gets
+the best of `--repeats` runs; "gradients" times forward and backward together. A ratio above 1: this project is faster.
 """
 
 import argparse
@@ -41,15 +41,16 @@ CONVOLUTIONS = [
 ]
 
 
-def best_ms(run: Callable[[], None], repeats: int) -> float:
-    """The shortest of `repeats` timed runs in milliseconds, after one that is not timed."""
-    run()
+def best_ms(runs: list[Callable[[], None]], repeats: int) -> list[float]:
+    """The shortest of `repeats` timed runs of each in milliseconds, taken in turns, after one that is not timed."""
     times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        run()
-        times.append(time.perf_counter() - start)
-    return min(times) * 1e3
+    for _ in range(repeats + 1):
+        times.append([])
+        for run in runs:
+            start = time.perf_counter()
+            run()
+            times[-1].append(time.perf_counter() - start)
+    return [min(column) * 1e3 for column in zip(*times[1:], strict=True)]
 
 
 def random_inputs(batch, height, width, channels, groups) -> list[np.ndarray]:
@@ -188,8 +189,8 @@ def grouped_convolution(x, kernel):
 
 def compare(name: str, ours: tuple, theirs: tuple, against: str, repeats: int) -> list[dict]:
     rows = []
-    for what, run, other in zip(("forward", "gradients"), ours, theirs, strict=True):
-        ours_ms, other_ms = best_ms(run, repeats), best_ms(other, repeats)
+    for what, *runs in zip(("forward", "gradients"), ours, theirs, strict=True):
+        ours_ms, other_ms = best_ms(runs, repeats)
         rows.append({"case": name, "pass": what, "ms": round(ours_ms, 3), "against": against,
                      "against_ms": round(other_ms, 3), "ratio": round(other_ms / ours_ms, 2)})
         print(f"{name:44s} {what:10s} {ours_ms:9.2f} {other_ms:9.2f} {other_ms / ours_ms:7.1f}x  {against}", flush=True)

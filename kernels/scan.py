@@ -3,7 +3,8 @@
 All directions with the same number of lines advance together in one loop, and each reads its line where it lies in the
 image's frame, so nothing is flipped, rotated or transposed. The backward pass is the adjoint scan written out, from the
 saved states: left to autodiff, every step of the loop would add a full-size cotangent.
-Weights are computed line by line: on 2 CPU cores 11 ms against 17 ms for all of them first (B=8, 16x16, C=256).
+Four directions, forward and with gradients, B=8, 16x16, C=256 on 2 CPU cores: 11 and 46 ms; with all weights computed
+first 25 and 101 ms; with lines moved to a leading axis as inputs of lax.scan, and its autodiff, 29 and 144 ms.
 """
 
 import functools
@@ -175,7 +176,7 @@ def _loops(shape: tuple[int, ...], directions: tuple[str, ...], chunk: int | Non
     """One loop if all directions have as many lines, else one for rows and one for columns.
 
     Accelerators run the chunks side by side where they divide the lines: few, wide steps. A CPU does not: a line and
-    its weights stay in its cache (41 against 185 ms with gradients, chunk=2, B=8, 16x16, C=256, 2 cores).
+    its weights stay in its cache (37 against 107 ms with gradients, chunk=2, B=8, 16x16, C=256, 2 cores).
     """
     side_by_side = jax.default_backend() != "cpu"
     loops = {}
