@@ -5,8 +5,8 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 GPU ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L >/dev/null 2>&1 && echo 1 || echo 0)
-EXTRAS := dev$(if $(filter 1,$(GPU)),$(comma)cuda13)
 comma := ,
+EXTRAS := dev$(if $(filter 1,$(GPU)),$(comma)cuda13)
 READY := $(VENV)/.ready-gpu$(GPU)
 TORCH_READY := $(VENV)/.ready-torch
 

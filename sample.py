@@ -2,6 +2,7 @@
 
 python sample.py --run runs/digits --classes 0 1 2                         a labelled grid, samples.png
 python sample.py --run runs/digits --num-samples 50000 --output s.npz      an .npz of the ADM layout; resumable
+python sample.py --run runs/gspn_xl_2 --vae VAE.safetensors                a run on latents, decoded to images
 python sample.py --run runs/digits --help                                  every flag with its value
 """
 
@@ -13,6 +14,10 @@ from typing import Literal
 
 from gspn_jax import cli
 from gspn_jax.config import Config, ConfigError, MeshConfig, SamplerConfig
+
+
+DECODED_AT_A_TIME = 16
+"""Bounds the memory of decoding, which at 256 pixels is more than that of sampling."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +45,10 @@ class Arguments:
     batch_size: int = 64
     """Images at a time, over all devices."""
     image_size: tuple[int, int] | None = None
-    """Height and width; the size trained on by default."""
+    """Height and width, of the latents where those were trained on; the size trained on by default."""
+    vae: str | None = None
+    """Weights of the autoencoder (.safetensors or .bin) that decodes what a run on latents draws; without it a grid
+    shows the first three latent channels."""
     sampler: SamplerConfig = SamplerConfig()
     mesh: MeshConfig = MeshConfig()
 
@@ -60,9 +68,11 @@ class Arguments:
 def main(argv: list[str] | None = None) -> None:
     cli.setup()
     from gspn_jax.data import DataError
+    from gspn_jax.state_dict import WeightsError
     from gspn_jax.training.checkpoints import CheckpointError
 
-    with cli.user_errors(DataError, CheckpointError):
+    with cli.user_errors(DataError, CheckpointError, WeightsError, ImportError):
+        cli.join_other_hosts()
         run(*_parse(argv))
 
 
@@ -108,6 +118,7 @@ def run(arguments: Arguments, config: Config, step: int) -> pathlib.Path:
     else:
         labels = np.repeat([_class(name, names) for name in arguments.classes] or range(min(10, len(names))),
                            arguments.per_class)
+    vae = _autoencoder(arguments, config)
     seeds = arguments.seed + np.arange(len(labels))
     batch_size = min(arguments.batch_size, len(labels))
 
@@ -119,7 +130,8 @@ def run(arguments: Arguments, config: Config, step: int) -> pathlib.Path:
         def progress(evaluations: int, total: int) -> None:  # called from the device's thread, in any order
             bar.update(max(0, batch * total + evaluations - bar.n))
 
-        sampler = Sampler(config, mesh, image_size=size, progress=progress)
+        sampler = Sampler(config, mesh, image_size=size, progress=progress,
+                          decode=vae.decode if vae else None)
         bar.reset(sampler.evaluations * -(-len(labels) // batch_size))
         params = checkpoints.restore_params(arguments.run, step, config, mesh, ema_decay=arguments.ema)
 
@@ -133,7 +145,7 @@ def run(arguments: Arguments, config: Config, step: int) -> pathlib.Path:
             batch = -(-count // batch_size)
             bar.update(max(0, batch * sampler.evaluations - bar.n))
 
-        shape = (*size, config.data.channels)
+        shape = (*(vae.config.factor * side for side in size), 3) if vae else (*size, config.data.channels)
         if arguments.num_samples:
             settings = dataclasses.asdict(dataclasses.replace(arguments, step=step, output=str(path)))
             settings = {k: list(v) if isinstance(v, tuple) else v for k, v in settings.items() if k != "mesh"}
@@ -147,6 +159,25 @@ def run(arguments: Arguments, config: Config, step: int) -> pathlib.Path:
             grid(np.concatenate(images), [names[label] for label in labels], columns=arguments.per_class).save(path)
     print(f"{len(labels)} images of step {step} in {path}")
     return path
+
+
+def _autoencoder(arguments: Arguments, config: Config):
+    """The decoder of a run on latents; None for a run on pixels, and for a grid of the latents themselves."""
+    from gspn_jax import autoencoder
+
+    if config.data.source != "latents":
+        if arguments.vae:
+            raise ConfigError(f"--vae is for a run on latents, found one with data.source {config.data.source!r}")
+        return None
+    if not arguments.vae:
+        if arguments.num_samples:
+            raise ConfigError("--num-samples of a run on latents needs --vae to decode them")
+        return None
+    weights, sizes = autoencoder.load(arguments.vae)
+    if sizes.latent_channels != config.data.channels:
+        raise ConfigError(f"--vae must be of {config.data.channels} latent channels, as the run is, found "
+                          f"{sizes.latent_channels} in {arguments.vae}")
+    return autoencoder.Autoencoder(weights, sizes, batch_size=DECODED_AT_A_TIME)
 
 
 def _class(name: str, names: list[str]) -> int:

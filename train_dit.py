@@ -19,6 +19,7 @@ def main(argv: list[str] | None = None) -> None:
     from gspn_jax.training.loop import Interrupted, NonFiniteError, train
 
     with cli.user_errors(DataError, CheckpointError):
+        cli.join_other_hosts()
         config = cli.parse_config(argv, program="train_dit.py", description="Train a class-conditional denoiser.")
         try:
             train(config)

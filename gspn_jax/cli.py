@@ -35,6 +35,28 @@ def setup() -> None:
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache))
 
 
+def join_other_hosts() -> None:
+    """Joins the processes of a job by jax.distributed: a Slurm step of several tasks, or JAX_COORDINATOR_ADDRESS
+    (host:port), JAX_NUM_PROCESSES and JAX_PROCESS_ID in the environment. Does nothing for a single process.
+
+    Raises ConfigError when only some of the three variables are set.
+    """
+    names = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+    missing = [name for name in names if name not in os.environ]
+    in_slurm = int(os.environ.get("SLURM_NTASKS", 1)) > 1 and "SLURM_PROCID" in os.environ
+    if len(missing) == 3 and not in_slurm:
+        return
+    if missing and not in_slurm:
+        raise ConfigError(f"several processes need {', '.join(names)} in the environment, found no {missing[0]}")
+    import jax
+
+    if missing:
+        jax.distributed.initialize()  # finds its place from Slurm's variables
+    else:
+        address, count, index = (os.environ[name] for name in names)
+        jax.distributed.initialize(address, int(count), int(index))
+
+
 def load_config(path: str | pathlib.Path) -> Config:
     """The `config` that a config file defines. Raises ConfigError for a file that is missing or defines none."""
     path = pathlib.Path(path)

@@ -6,6 +6,7 @@ import os
 import pathlib
 import random
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -28,8 +29,8 @@ def command(run_dir: pathlib.Path) -> list[str]:
     return [sys.executable, str(ROOT / "train_dit.py"), "--config", str(path)]
 
 
-def start(run_dir: pathlib.Path) -> subprocess.Popen:
-    env = os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0", "PYTHONPATH": str(ROOT)}
+def start(run_dir: pathlib.Path, **more: str) -> subprocess.Popen:
+    env = os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0", "PYTHONPATH": str(ROOT)} | more
     return subprocess.Popen(command(run_dir), env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
 
 
@@ -105,6 +106,24 @@ def test_sigterm_saves_and_the_same_command_goes_on(tmp_path, uninterrupted):
         assert f"stopped by SIGTERM and saved at step {step}" in errors
         finish(run_dir)
     jax.tree.map(np.testing.assert_array_equal, everything(run_dir), everything(uninterrupted))
+
+
+def test_two_processes_are_one_run(tmp_path, uninterrupted):
+    """Each reads its half of every batch; checkpoints, logs and grids are written once."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    run_dir = tmp_path / "run"
+    processes = [start(run_dir, JAX_COORDINATOR_ADDRESS=address, JAX_NUM_PROCESSES="2", JAX_PROCESS_ID=str(i))
+                 for i in range(2)]
+    for process in processes:
+        _, errors = process.communicate(timeout=300)
+        assert process.returncode == 0, errors
+    found, wanted = losses(run_dir), losses(uninterrupted)
+    assert found.keys() == wanted.keys()
+    np.testing.assert_allclose(list(found.values()), list(wanted.values()), rtol=1e-3)
+    assert len(list((run_dir / "tensorboard").iterdir())) == 1
+    assert checkpoints.steps(run_dir)[-1] == 60
 
 
 def test_a_finished_run_is_left_alone(uninterrupted):

@@ -5,6 +5,7 @@ import json
 
 import jax
 import numpy as np
+from PIL import Image
 
 from gspn_jax import models
 from gspn_jax.config import DataConfig
@@ -39,6 +40,8 @@ def test_the_loss_sees_the_latents_unchanged(tmp_path, monkeypatch):
 
 
 def test_a_run_on_latents_trains(tmp_path):
-    train(config(tmp_path, steps=2, log_every=1, save_every=2))
+    train(config(tmp_path, steps=2, log_every=1, save_every=2, sample_every=2))
     lines = (tmp_path / "run/metrics.jsonl").read_text().splitlines()
     assert len(lines) == 2 and all(np.isfinite(json.loads(line)["loss"]) for line in lines)
+    with Image.open(tmp_path / "run/samples/step_0000002.png") as image:
+        assert image.mode == "RGB"  # three channels of the latents
