@@ -10,6 +10,7 @@ the best of `--repeats` runs; "gradients" times forward and backward together. A
 
 import argparse
 import datetime
+import importlib.metadata
 import importlib.util
 import json
 import os
@@ -224,6 +225,7 @@ def main() -> None:
         record = {
             "date": datetime.date.today().isoformat(), "device": jax.devices()[0].device_kind,
             "machine": platform.machine(), "cpus": os.cpu_count(), "jax": jax.__version__,
+            "against": f"torch {importlib.metadata.version('torch')}" if with_torch else f"numpy {np.__version__}",
             "backend": args.backend or available_backends()[0], "repeats": args.repeats, "results": rows,
         }
         args.out.write_text(json.dumps(record, indent=1) + "\n")
