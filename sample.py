@@ -15,7 +15,6 @@ from typing import Literal
 from gspn_jax import cli
 from gspn_jax.config import Config, ConfigError, MeshConfig, SamplerConfig
 
-
 DECODED_AT_A_TIME = 16
 """Bounds the memory of decoding, which at 256 pixels is more than that of sampling."""
 

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Int, UInt8
+from jaxtyping import Float, Int, UInt8
 
 from gspn_jax import models
 from gspn_jax.config import Config, ConfigError
@@ -15,6 +15,10 @@ from gspn_jax.diffusion import samplers
 from gspn_jax.training import sharding
 
 Progress = Callable[[int, int], None]
+Decode = Callable[[Float[np.ndarray, "N h w C"]], UInt8[np.ndarray, "N H W 3"]]
+
+LATENT_RANGE = 3.0
+"""Latents have about unit variance: few lie outside of [-3, 3], which is shown as black to white."""
 
 
 class Sampler:
@@ -24,16 +28,17 @@ class Sampler:
     """
 
     def __init__(self, config: Config, mesh: Mesh, *, image_size: int | tuple[int, int] | None = None,
-                 progress: Progress | None = None):
+                 progress: Progress | None = None, decode: Decode | None = None):
         """`image_size` None is the size trained on. `progress` is called with the network evaluations of a batch that
-        are done and their total (`evaluations`)."""
+        are done and their total (`evaluations`). `decode` makes images of latents, in the scale they are trained on;
+        without it the first three channels are shown."""
         size = config.data.image_size if image_size is None else image_size
         height, width = (size, size) if isinstance(size, int) else size
         arch = models.resolve(config.model)
         if height % arch.patch or width % arch.patch:
             raise ConfigError(f"the image size must be a multiple of the patch ({arch.patch}), found {height}x{width}")
         self.evaluations = len(samplers.make_table(config.sampler, config.diffusion).time)
-        self._config, self._mesh = config, mesh
+        self._config, self._mesh, self._decode = config, mesh, decode
         self._devices = mesh.shape["data"] * mesh.shape["fsdp"]
         graphdef, shapes = models.abstract(config)
         shape = (height, width, config.data.channels)
@@ -48,7 +53,9 @@ class Sampler:
             x = samplers.sample(config.sampler, config.diffusion, denoise, shape, labels, keys,
                                 null_class=config.data.num_classes, learn_sigma=learn_sigma, progress=progress,
                                 clip_denoised=config.sampler.clip_denoised)
-            return to_uint8(x)
+            if decode is not None:
+                return x
+            return to_uint8(x[..., :3] / LATENT_RANGE if config.data.source == "latents" else x)
 
         split = sharding.batch_sharding(mesh)
         self._draw = jax.jit(draw, in_shardings=(sharding.param_shardings(shapes, mesh), split, split),
@@ -66,4 +73,5 @@ class Sampler:
         padded = [jax.make_array_from_callback(a.shape, split, lambda index, a=a: a[index])
                   for a in (np.pad(labels, (0, padding)), np.pad(seeds, (0, padding)))]
         images = self._draw(params, *padded)
-        return np.asarray(images.addressable_data(0))[:len(labels)]
+        images = np.asarray(images.addressable_data(0))[:len(labels)]
+        return images if self._decode is None else self._decode(images)

@@ -71,6 +71,7 @@ def test_an_image_is_its_seed_and_class_whatever_the_batch_and_mesh(run_dir, mes
     (["--classes", "12"], "--classes must be numbers in 0..9 or names (0, 1, 2, 3, 4, ...), found '12'"),
     (["--classes", "cat"], "--classes must be numbers in 0..9"),
     (["--step", "7"], "no checkpoint of step 7"),
+    (["--vae", "x.bin"], "--vae is for a run on latents, found one with data.source 'digits'"),
     (["--ema", "0.5"], "must be one that the run kept"),
     (["--output", "x.jpg"], "--output must end in .png, found 'x.jpg'"),
     (["--num-samples", "5", "--output", "x.png"], "--output must end in .npz"),
