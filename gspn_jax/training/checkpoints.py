@@ -1,5 +1,6 @@
 """Checkpoints by orbax: asynchronous, the latest and periodic ones kept, with the config and the data's fingerprint."""
 
+import fcntl
 import json
 import logging
 import pathlib
@@ -82,14 +83,24 @@ def restore_params(run_dir: str | pathlib.Path, step: int, config: Config, mesh:
 
 
 class Checkpoints:
-    """The checkpoints of a run that trains. Close it (or use `with`) to wait for the last save."""
+    """The checkpoints of a run that trains; use it in a `with` statement, whose end waits for the last save.
+
+    Raises CheckpointError when another process trains in the same run directory.
+    """
 
     def __init__(self, config: Config, fingerprint: str, class_names: Sequence[str]):
         self._config, self._fingerprint = config, fingerprint
         self._meta = {"config": to_dict(config), "fingerprint": fingerprint, "class_names": list(class_names)}
         self._folder = folder(config.run_dir)
         self._folder.mkdir(parents=True, exist_ok=True)
+        self._lock = (self._folder.parent / "lock").open("w")  # held until closed, however the process ends
         if jax.process_index() == 0:
+            try:
+                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                self._lock.close()
+                raise CheckpointError(f"another process is training in {config.run_dir}: wait for it, or choose another "
+                                      "run_dir") from error
             for left in self._folder.glob("*orbax-checkpoint-tmp*"):  # a save that was killed; orbax leaves it
                 log.warning("removing the unfinished checkpoint %s", left)
                 shutil.rmtree(left)
@@ -107,6 +118,7 @@ class Checkpoints:
 
     def __exit__(self, *_) -> None:
         self._manager.close()
+        self._lock.close()
 
     def save(self, step: int, state: TrainState) -> None:
         """Copies the state to the host and writes it in the background; a step that is saved already is left alone."""

@@ -53,6 +53,14 @@ def test_a_new_run_has_nothing_to_restore(tmp_path):
         assert restorer.restore(abstract_state(config, mesh_of())) is None
 
 
+def test_two_processes_do_not_train_in_one_folder(tmp_path):
+    config = tiny.config(tmp_path)
+    with Checkpoints(config, "f", NAMES), pytest.raises(CheckpointError, match=f"another process .* in {tmp_path}"):
+        Checkpoints(config, "f", NAMES)
+    with Checkpoints(config, "f", NAMES):
+        pass
+
+
 def test_the_latest_two_and_the_periodic_ones_are_kept(tmp_path):
     config = tiny.config(tmp_path, keep_every=20)
     save(config, 10, 20, 25, 30, 40, 45, 50)
