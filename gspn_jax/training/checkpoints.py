@@ -99,8 +99,8 @@ class Checkpoints:
                 fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
                 self._lock.close()
-                raise CheckpointError(f"another process is training in {config.run_dir}: wait for it, or choose another "
-                                      "run_dir") from error
+                raise CheckpointError(f"another process is training in {config.run_dir}: wait for it, or choose "
+                                      "another run_dir") from error
             for left in self._folder.glob("*orbax-checkpoint-tmp*"):  # a save that was killed; orbax leaves it
                 log.warning("removing the unfinished checkpoint %s", left)
                 shutil.rmtree(left)
