@@ -9,6 +9,7 @@ import multiprocessing
 import os
 import shutil
 import signal
+import sys
 import threading
 import weakref
 from typing import Self
@@ -19,7 +20,7 @@ from absl import flags
 from jaxtyping import Float32, Int32, UInt8
 
 from gspn_jax.config import ConfigError, DataConfig
-from gspn_jax.data.latents import LatentDraws
+from gspn_jax.data.latents import LatentBatches
 from gspn_jax.data.sources import DataError, Source
 
 logger = logging.getLogger("gspn_jax.data")
@@ -56,9 +57,9 @@ def make_loader(config: DataConfig, source: Source, *, batch_size: int, seed: in
                           f"found {batch_size}")
     if not 0 <= host < num_hosts:
         raise ValueError(f"host must be in [0, {num_hosts}), found {host}")
-    if config.source == "latents":  # drawn from a batch at a time: records are small and come by the ten thousand
-        order = grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat()
-        dataset = order.batch(batch_size // num_hosts).map_with_index(LatentDraws(source, seed=seed, flip=config.flip))
+    if config.source == "latents":  # a batch at a time: records are small and come by the ten thousand
+        batches = LatentBatches(source, batch_size=batch_size // num_hosts, seed=seed, flip=config.flip)
+        dataset = grain.MapDataset.range(sys.maxsize).map(batches)
     else:
         tries = 1 if config.bad_images == "error" else min(len(source), _MAX_BAD_IN_A_ROW)
         records = _Records(source, tries, (config.image_size, config.image_size, config.channels))
