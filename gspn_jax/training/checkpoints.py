@@ -21,8 +21,10 @@ from gspn_jax.training.state import TrainState
 
 log = logging.getLogger(__name__)
 
-FIXED = ("model", "data", "diffusion", "train.batch_size", "train.seed", "train.ema_decays", "train.accumulate")
-"""What a run cannot change when it goes on: its parameters or its stream of batches would not be the same run's."""
+FIXED = ("model", "data", "diffusion", "train.batch_size", "train.accumulate", "train.seed", "train.ema_decays")
+FREE = ("model.remat", "model.backend", "data.path", "data.workers", "data.bad_images")
+"""What a run cannot change when it goes on, and what of that it can all the same: its parameters and its stream of
+batches must stay the same run's. The content of the data is compared by its fingerprint."""
 
 
 class CheckpointError(ValueError):
@@ -152,22 +154,23 @@ class Checkpoints:
     def _check_same_run(self, step: int) -> None:
         _, meta = read_meta(self._config.run_dir, step)
         # through JSON, so that both sides are lists where one was a tuple
-        saved, now = meta["config"], json.loads(json.dumps(to_dict(self._config)))
-        for name in FIXED:
-            before, wanted = _field(saved, name), _field(now, name)
-            if before != wanted:
-                what = f"{name}: {before!r}, found {wanted!r}"
-                if isinstance(before, dict):
-                    changed = next(k for k in wanted if before.get(k) != wanted[k])
-                    what = f"{name}.{changed}: {before.get(changed)!r}, found {wanted[changed]!r}"
-                raise CheckpointError(f"the run in {self._config.run_dir} was started with {what}; "
+        saved, now = _flat(meta["config"]), _flat(json.loads(json.dumps(to_dict(self._config))))
+        changes = {name: f"{name} {saved.get(name)!r}, found {now.get(name)!r}"
+                   for name in sorted(saved.keys() | now.keys()) if saved.get(name) != now.get(name)}
+        for name, change in changes.items():
+            if name.startswith(FIXED) and name not in FREE:
+                raise CheckpointError(f"the run in {self._config.run_dir} was started with {change}; "
                                       "choose another run_dir to start a new run")
+        if changes:
+            log.info("going on with other settings than before: was %s", "; was ".join(changes.values()))
         if meta["fingerprint"] != self._fingerprint:
             raise CheckpointError(f"the run in {self._config.run_dir} was started on data with fingerprint "
                                   f"{meta['fingerprint']}, found {self._fingerprint}: the data set has changed")
 
 
-def _field(values: dict[str, Any], name: str) -> Any:
-    for part in name.split("."):
-        values = values.get(part)
-    return values
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"train": {"steps": 3}} -> {"train.steps": 3}."""
+    flat = {}
+    for name, value in values.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return flat

@@ -79,10 +79,10 @@ def test_what_a_killed_save_left_is_swept(tmp_path):
 
 
 @pytest.mark.parametrize(("change", "said"), [
-    (lambda c: dataclasses.replace(c, model=ModelConfig(preset="DiT-B/2")), "model.preset: 'DiT-S/2', found 'DiT-B/2'"),
-    (lambda c: dataclasses.replace(c, train=dataclasses.replace(c.train, seed=1)), "train.seed: 0, found 1"),
+    (lambda c: dataclasses.replace(c, model=ModelConfig(preset="DiT-B/2")), "model.depth 2, found None"),
+    (lambda c: dataclasses.replace(c, train=dataclasses.replace(c.train, seed=1)), "train.seed 0, found 1"),
     (lambda c: dataclasses.replace(c, train=dataclasses.replace(c.train, batch_size=32)),
-     "train.batch_size: 16, found 32"),
+     "train.batch_size 16, found 32"),
 ])
 def test_a_run_does_not_go_on_as_another(tmp_path, change, said):
     config = tiny.config(tmp_path)
@@ -99,13 +99,17 @@ def test_another_data_set_is_noticed(tmp_path):
         restorer.restore(abstract_state(config, mesh_of()))
 
 
-def test_more_steps_or_another_learning_rate_may_go_on(tmp_path):
+def test_what_does_not_make_it_another_run_may_change_and_is_logged(tmp_path, caplog):
     config = tiny.config(tmp_path)
     save(config, 3)
     config = dataclasses.replace(config, train=dataclasses.replace(config.train, steps=99),
-                                 optimizer=dataclasses.replace(config.optimizer, learning_rate=5e-4))
-    with Checkpoints(config, "f", NAMES) as restorer:
+                                 optimizer=dataclasses.replace(config.optimizer, learning_rate=5e-4),
+                                 model=dataclasses.replace(config.model, remat="full"),
+                                 data=dataclasses.replace(config.data, workers=2))
+    with caplog.at_level("INFO"), Checkpoints(config, "f", NAMES) as restorer:
         assert restorer.restore(abstract_state(config, mesh_of()))[0] == 3
+    assert "was data.workers 0, found 2; was model.remat 'none', found 'full'; " in caplog.text
+    assert "was optimizer.learning_rate 0.001, found 0.0005; was train.steps 20, found 99" in caplog.text
 
 
 def test_the_config_and_class_names_are_saved_with_it(tmp_path):
