@@ -30,8 +30,8 @@ from gspn_jax.config import ConfigError
 log = logging.getLogger(__name__)
 
 _CHANNELS = 3
-_SPARE_DISK = 1.01
-"""Room for what array_record adds to the records."""
+_SPARE_RATIO, _SPARE_BYTES = 1.01, 2**18
+"""What array_record adds to the records, and to each shard."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,7 +136,7 @@ def prepare_latents(arguments: Latents) -> None:
              for start in range(0, len(source), arguments.shard_size)]
     paths = [output / shard_name(number, len(parts)) for number in range(len(parts))]
     mine = [number for number in range(arguments.host, len(parts), arguments.num_hosts) if not paths[number].exists()]
-    _check_disk(output, sum(len(parts[number]) for number in mine), latent_shape, arguments.flips)
+    _check_disk(output, [len(parts[number]) for number in mine], latent_shape, arguments.flips)
     with replacing(_settings_path(output, arguments.host)) as temporary:
         temporary.write_text(json.dumps(settings))
     vae = autoencoder.Autoencoder(weights, config, batch_size=arguments.batch_size)
@@ -185,13 +185,14 @@ def _check_settings(output: pathlib.Path, settings: dict) -> None:
                               "another --output, or delete it")
 
 
-def _check_disk(output: pathlib.Path, images: int, latent_shape: tuple[int, int, int], flips: bool) -> None:
+def _check_disk(output: pathlib.Path, records: list[int], latent_shape: tuple[int, int, int], flips: bool) -> None:
+    """`records` are those of each shard to write."""
     from gspn_jax.data.latents import record_type
 
-    needed = int(_SPARE_DISK * images * record_type(latent_shape, flips).itemsize)
+    needed = int(_SPARE_RATIO * sum(records) * record_type(latent_shape, flips).itemsize) + _SPARE_BYTES * len(records)
     free = shutil.disk_usage(output).free
     if free < needed:
-        raise ConfigError(f"the latents of {images:,} images need {needed / 1e9:.1f} GB in {output}, found "
+        raise ConfigError(f"the latents of {sum(records):,} images need {needed / 1e9:.1f} GB in {output}, found "
                           f"{free / 1e9:.1f} GB free")
 
 
