@@ -21,7 +21,7 @@ from gspn_jax import prepare
 from gspn_jax.autoencoder import LATENT_SCALE
 from gspn_jax.config import DataConfig
 from gspn_jax.data import make_source
-from gspn_jax.data.latents import METADATA
+from gspn_jax.data.latents import METADATA, LatentSource
 from gspn_jax.data.sources import FolderSource
 from tests.autoencoder import numpy_vae
 
@@ -134,6 +134,38 @@ def test_tars_and_hosts_give_the_same_bytes_as_the_folder(vae, images, tmp_path,
     assert contents(tmp_path / "hosts") == contents(tmp_path / "folder")
     prepare.main(flags(vae, tmp_path / "hosts", images=images))
     assert "is complete: 14 latents of 3 classes" in capsys.readouterr().out
+
+
+def test_a_tensorflow_datasets_set_is_prepared_without_tensorflow(vae, images, tmp_path, capsys):
+    import tensorflow_datasets as tfds
+
+    class TinyPhotos(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+        name, VERSION = "tiny_photos", tfds.core.Version("1.0.0")
+
+        def _info(self):
+            features = {"image": tfds.features.Image(shape=(None, None, 3)),
+                        "label": tfds.features.ClassLabel(names=list(CLASSES))}
+            return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features),
+                                         supervised_keys=("image", "label"))
+
+        def _split_generators(self, download_manager):
+            return {"train": self._generate_examples()}
+
+        def _generate_examples(self):
+            for path in images.glob("*/*.JPEG"):
+                yield path.name, {"image": io.BytesIO(path.read_bytes()), "label": path.parent.name}
+
+    tfds.display_progress_bar(False)
+    TinyPhotos(data_dir=str(tmp_path / "tfds"), file_format="array_record").download_and_prepare()
+    capsys.readouterr()
+    prepare.main(flags(vae, tmp_path / "out", tfds="tiny_photos", tfds_dir=tmp_path / "tfds"))
+    prepare.main(flags(vae, tmp_path / "folder", images=images))
+    assert "14 latents of 3 classes" in capsys.readouterr().out
+    records = []  # tensorflow-datasets keeps an order of its own
+    for name in ("out", "folder"):
+        source = LatentSource(DataConfig(source="latents", path=str(tmp_path / name), image_size=SIDE // 2, channels=4))
+        records.append(sorted((int(source[i]["label"]), source[i]["moments"].tobytes()) for i in range(COUNT)))
+    assert records[0] == records[1]
 
 
 def test_a_bad_image_is_named_or_left_out_and_counted(vae, images, tmp_path, capsys, caplog):

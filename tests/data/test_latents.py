@@ -194,6 +194,13 @@ def test_a_shard_is_whole_or_absent(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_disk_that_fills_up_leaves_no_shard(tmp_path):
+    (tmp_path / "shard.tmp").symlink_to("/dev/full")
+    with pytest.raises(OSError, match=r"shard cannot be written: .*[Nn]o space left"):
+        write_shard(tmp_path / "shard", np.zeros(9, np.int32), np.zeros((9, 2, 32, 32, 8), np.float16))
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_metadata_survive_the_disk(folder):
     metadata = LatentMetadata.read(folder)
     assert metadata.count == COUNT and len(metadata.shards) == 3 and dataclasses.is_dataclass(metadata.shards[0])
