@@ -1,6 +1,6 @@
 """Samples a checkpoint.
 
-python sample.py --run runs/digits --classes 0 1 2                         a labelled grid, samples.png
+python sample.py --run runs/digits --classes 0 1 2                         a labelled grid, RUN/grid_0.png
 python sample.py --run runs/digits --num-samples 50000 --output s.npz      an .npz of the ADM layout; resumable
 python sample.py --run runs/gspn_xl_2 --vae VAE.safetensors                a run on latents, decoded to images
 python sample.py --run runs/digits --help                                  every flag with its value
@@ -8,6 +8,7 @@ python sample.py --run runs/digits --help                                  every
 
 import argparse
 import dataclasses
+import itertools
 import pathlib
 import sys
 from typing import Literal
@@ -30,7 +31,8 @@ class Arguments:
     ema: float | None = None
     """The EMA decay to sample from: the first of the run by default; 0 is the parameters themselves."""
     output: str | None = None
-    """samples.png for a grid, samples.npz for --num-samples, in the run directory by default."""
+    """Where to write; in the run directory by default: grid_0.png, grid_1.png, ... or samples.npz for --num-samples.
+    A file that exists is never overwritten."""
     classes: tuple[str, ...] = ()
     """Classes of the grid by number or name; the first ten by default."""
     per_class: int = 8
@@ -61,7 +63,13 @@ class Arguments:
 
     @property
     def path(self) -> pathlib.Path:
-        return pathlib.Path(self.output or f"{self.run}/samples.{'npz' if self.num_samples else 'png'}")
+        """`output`, or the file it stands for: the first grid_N.png that is free."""
+        if self.output:
+            return pathlib.Path(self.output)
+        folder = pathlib.Path(self.run)
+        if self.num_samples:
+            return folder / "samples.npz"
+        return next(path for i in itertools.count() if not (path := folder / f"grid_{i}.png").exists())
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -109,6 +117,8 @@ def run(arguments: Arguments, config: Config, step: int) -> pathlib.Path:
     path = arguments.path
     if not path.parent.is_dir():
         raise ConfigError(f"--output must lie in a folder that exists, found {str(path)!r}")
+    if path.exists():
+        raise ConfigError(f"{path} exists already: choose another --output, or delete it")
     names = checkpoints.read_meta(arguments.run, step)[1]["class_names"]
     if arguments.num_samples:
         classes, count = config.data.num_classes, arguments.num_samples

@@ -4,7 +4,7 @@ python train_dit.py --config configs/cifar10.py --data.path CIFAR_FOLDER/train  
 
 Not yet run in full. A trial on 2 CPU cores with --model.patch 4 --model.remat full --train.steps 1000
 --train.ema-decays 0.99 0.995 took 31 minutes beside other work and reached a loss of 0.177 after 64,000 images:
-colours and layout, no objects (README).
+blots of plausible colour, no objects (README).
 """
 
 from gspn_jax.config import (

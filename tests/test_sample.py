@@ -27,6 +27,12 @@ def test_a_grid_of_the_classes_asked_for(run_dir, tmp_path, capsys):
     assert f"4 images of step 2 in {path}" in capsys.readouterr().out
 
 
+def test_each_grid_without_a_name_gets_a_file_of_its_own(run_dir):
+    for _ in range(2):
+        sample.main(["--run", str(run_dir), "--classes", "1", "--per-class", "1"])
+    assert sorted(path.name for path in run_dir.glob("grid_*")) == ["grid_0.png", "grid_1.png"]
+
+
 def test_thousands_go_to_an_adm_npz_and_a_kill_loses_nothing(run_dir, tmp_path, monkeypatch):
     command = ["--run", str(run_dir), "--num-samples", "20", "--batch-size", "8", "--labels", "balanced"]
     sample.main([*command, "--output", str(tmp_path / "whole.npz")])
@@ -96,10 +102,11 @@ def test_a_folder_that_is_no_run_is_named(tmp_path, capsys):
     assert f"no checkpoint in {tmp_path / 'checkpoints'}" in capsys.readouterr().err
 
 
-def test_a_result_is_never_overwritten(run_dir, tmp_path, capsys):
-    path = pathlib.Path(tmp_path / "x.npz")
+@pytest.mark.parametrize(("name", "flags"), [("x.npz", ["--num-samples", "2"]), ("x.png", [])])
+def test_a_result_is_never_overwritten(run_dir, tmp_path, capsys, name, flags):
+    path = pathlib.Path(tmp_path / name)
     path.write_bytes(b"precious")
     with pytest.raises(SystemExit) as stopped:
-        sample.main(["--run", str(run_dir), "--num-samples", "2", "--output", str(path)])
+        sample.main(["--run", str(run_dir), *flags, "--output", str(path)])
     assert stopped.value.code == 2 and path.read_bytes() == b"precious"
     assert "exists already" in capsys.readouterr().err
