@@ -26,6 +26,7 @@ import numpy as np
 
 from gspn_jax import cli
 from gspn_jax.config import ConfigError
+from gspn_jax.files import replacing
 
 log = logging.getLogger(__name__)
 
@@ -104,7 +105,7 @@ def prepare_latents(arguments: Latents) -> None:
     Raises ConfigError, WeightsError or DataError with one sentence for what cannot be used; OSError for a full disk.
     """
     from gspn_jax import autoencoder
-    from gspn_jax.data.latents import METADATA, LatentMetadata, replacing, shard_name
+    from gspn_jax.data.latents import METADATA, LatentMetadata, shard_name
 
     # --- what can be wrong is found first
     output = pathlib.Path(arguments.output)
@@ -201,7 +202,7 @@ def _encode_shards(arguments: Latents, source, vae, shards: dict[pathlib.Path, r
     from tqdm import tqdm
 
     from gspn_jax.data import DataError
-    from gspn_jax.data.latents import replacing, write_shard
+    from gspn_jax.data.latents import write_shard
 
     waited, start, done = 0.0, time.perf_counter(), 0
     indices = [index for part in shards.values() for index in part]

@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Int, UInt8
 
 from gspn_jax.config import ConfigError
+from gspn_jax.files import replacing
 
 Draw = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
@@ -53,27 +54,11 @@ def write_npz(path: pathlib.Path, draw: Draw, labels: Int[np.ndarray, " N"], see
             file.flush()
             os.fsync(file.fileno())
             count = batch.stop
-            _replace(state, lambda target, count=count: target.write_text(
-                json.dumps({"images": count, "settings": settings})))
+            with replacing(state) as temporary:
+                temporary.write_text(json.dumps({"images": count, "settings": settings}))
             done(count)
     images: UInt8[np.ndarray, "N H W C"] = np.memmap(pixels, np.uint8, "r", shape=(total, *shape))
-    _replace(path, lambda target: _save(target, images, labels))
+    with replacing(path) as temporary, open(temporary, "wb") as file:  # to a name, savez would append ".npz"
+        np.savez(file, arr_0=images, arr_1=labels.astype(np.int64))
     del images
     shutil.rmtree(partial)
-
-
-def _save(target: pathlib.Path, images: np.ndarray, labels: np.ndarray) -> None:
-    with open(target, "wb") as file:  # a name would get ".npz" appended
-        np.savez(file, arr_0=images, arr_1=labels.astype(np.int64))
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _replace(path: pathlib.Path, write: Callable[[pathlib.Path], object]) -> None:
-    """Writes beside `path` and moves it there: a reader finds the old file or the whole new one."""
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        write(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -5,12 +5,9 @@ both little-endian: the mean and the log-variance of each of C channels, unscale
 set has flips, its mirror image (flipping a latent is not encoding the flipped image).
 """
 
-import contextlib
 import dataclasses
 import json
-import os
 import pathlib
-from collections.abc import Iterator
 
 import numpy as np
 from array_record.python.array_record_data_source import ArrayRecordDataSource
@@ -22,6 +19,7 @@ from scipy.special import ndtri
 from gspn_jax.config import ConfigError, DataConfig
 from gspn_jax.data.decoding import DataError
 from gspn_jax.data.sources import hash_of
+from gspn_jax.files import replacing
 
 FORMAT_VERSION = 1
 METADATA = "metadata.json"
@@ -126,19 +124,6 @@ def record_type(latent_shape: tuple[int, int, int], flips: bool) -> np.dtype:
     """A record of the set, as NumPy reads it."""
     height, width, channels = latent_shape
     return np.dtype([("label", "<i4"), ("moments", "<f2", (1 + flips, height, width, 2 * channels))])
-
-
-@contextlib.contextmanager
-def replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
-    """A temporary file beside `path` to write; it takes the place of `path` at the end, and is gone on an error."""
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        yield temporary
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 class LatentSource:

@@ -109,9 +109,9 @@ class Checkpoints:
         policies = [checkpoint_managers.LatestN(2)]
         if config.train.keep_every:
             policies.append(checkpoint_managers.EveryNSteps(config.train.keep_every))
-        self._items = ("params", "opt_state", *(f"ema_{ema.name(d)}" for d in config.train.ema_decays))
+        averages = (f"ema_{ema.name(decay)}" for decay in config.train.ema_decays)
         self._manager = ocp.CheckpointManager(
-            self._folder, item_names=(*self._items, "meta"),
+            self._folder, item_names=("params", "opt_state", *averages, "meta"),
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=checkpoint_managers.AnyPreservationPolicy(policies)))
 
@@ -126,8 +126,7 @@ class Checkpoints:
         """Copies the state to the host and writes it in the background; a step that is saved already is left alone."""
         if step in self._manager.all_steps():
             return
-        items = {"params": state.params, "opt_state": state.opt_state,
-                 **{f"ema_{name}": average for name, average in state.ema.items()}}
+        items = _items(state)
         self._manager.save(step, args=ocp.args.Composite(
             **{name: ocp.args.StandardSave(item) for name, item in items.items()},
             meta=ocp.args.JsonSave(self._meta)), force=True)
@@ -141,8 +140,7 @@ class Checkpoints:
         if step is None:
             return None
         self._check_same_run(step)
-        items = {"params": target.params, "opt_state": target.opt_state,
-                 **{f"ema_{name}": average for name, average in target.ema.items()}}
+        items = _items(target)
         read = self._manager.restore(step, args=ocp.args.Composite(
             **{name: ocp.args.StandardRestore(item) for name, item in items.items()}))
         scalars = jax.jit(lambda: (jnp.asarray(step, jnp.int32), jnp.zeros((), jnp.bool_)),
@@ -166,6 +164,12 @@ class Checkpoints:
         if meta["fingerprint"] != self._fingerprint:
             raise CheckpointError(f"the run in {self._config.run_dir} was started on data with fingerprint "
                                   f"{meta['fingerprint']}, found {self._fingerprint}: the data set has changed")
+
+
+def _items(state: TrainState) -> dict[str, Any]:
+    """What a checkpoint holds of a state, by name: each average apart, so that sampling reads only one."""
+    return {"params": state.params, "opt_state": state.opt_state} | {
+        f"ema_{name}": average for name, average in state.ema.items()}
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

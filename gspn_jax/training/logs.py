@@ -1,7 +1,6 @@
 """What a run writes for people: the progress line, metrics.jsonl (the source of truth) and TensorBoard events."""
 
 import json
-import os
 import pathlib
 import time
 
@@ -9,6 +8,8 @@ import numpy as np
 import tensorboardX
 from PIL import Image
 from tqdm import tqdm
+
+from gspn_jax.files import replacing
 
 
 class RunLog:
@@ -77,6 +78,5 @@ def _truncate(path: pathlib.Path, last_step: int) -> None:
                 kept.append(line)
         except (json.JSONDecodeError, KeyError):
             continue  # the line that a kill cut short
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(line + "\n" for line in kept))
-    os.replace(temporary, path)
+    with replacing(path) as temporary:
+        temporary.write_text("".join(line + "\n" for line in kept))
