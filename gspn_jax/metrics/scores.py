@@ -11,16 +11,12 @@ from gspn_jax.metrics.inception_score import InceptionScore
 from gspn_jax.metrics.kid import kernel_distance
 from gspn_jax.metrics.moments import Moments, on_host
 from gspn_jax.metrics.neighbours import precision_recall
+from gspn_jax.metrics.reference import METRICS, NEEDS, Reference
 
 if TYPE_CHECKING:
     from gspn_jax.metrics.inception import Features
-    from gspn_jax.metrics.reference import Reference
 
-METRICS = ("fid", "sfid", "is", "kid", "precision", "recall")
-
-NEEDS = {"fid": "moments", "sfid": "spatial moments", "is": None, "kid": "features", "precision": "features",
-         "recall": "features"}
-"""What a metric needs of the reference."""
+__all__ = ["METRICS", "Collector", "check_names"]
 
 
 def check_names(names: Sequence[str], field: str) -> None:
@@ -60,7 +56,7 @@ class Collector:
         if self._features is not None:
             self._features.append(on_host(features.pool)[kept])
 
-    def scores(self, reference: "Reference | None" = None) -> dict[str, float]:
+    def scores(self, reference: Reference | None = None) -> dict[str, float]:
         """The metrics in the order of `names`. Only the Inception score needs no `reference`.
 
         Raises ConfigError when the reference lacks what a metric needs, and ValueError for too few images.
@@ -68,8 +64,8 @@ class Collector:
         found: dict[str, float] = {}
         if reference is not None:
             reference.check(self.names)
-        elif any(NEEDS[name] for name in self.names):
-            raise ConfigError(f"{', '.join(name for name in self.names if NEEDS[name])} must have a reference, "
+        elif any(name in NEEDS for name in self.names):
+            raise ConfigError(f"{', '.join(name for name in self.names if name in NEEDS)} must have a reference, "
                               "found none")
         if self._pool:
             found["fid"] = reference.pool.distance(self._pool.gaussian())

@@ -1,0 +1,165 @@
+"""Reference statistics: read in every dialect in use, completed from the images in them, and written.
+
+Dialects: the ADM evaluator's (`arr_0` images, `mu`, `sigma`, `mu_s`, `sigma_s`), `ref_mu` and `ref_sigma`, `mu` and
+`sigma` alone (pytorch-fid), and what `python -m gspn_jax.prepare stats` writes: ADM's names, and beside or in place of
+the images `features`, their pool features, with `inception_sha256`, `num_images` and `source`.
+"""
+
+import dataclasses
+import hashlib
+import pathlib
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+from jaxtyping import Array, Bool, Float32, UInt8
+
+from gspn_jax.config import ConfigError
+from gspn_jax.files import replacing
+from gspn_jax.metrics import npz
+from gspn_jax.metrics.frechet import Gaussian
+from gspn_jax.metrics.moments import Moments, on_host
+from gspn_jax.metrics.neighbours import radii
+
+if TYPE_CHECKING:
+    from gspn_jax.metrics.inception import Features
+
+METRICS = ("fid", "sfid", "is", "kid", "precision", "recall")
+
+NEEDS = {"fid": "pool", "sfid": "spatial", "kid": "features", "precision": "features", "recall": "features"}
+"""What a metric needs of the reference."""
+
+_SIZES = {"pool": 2048, "spatial": 2023}
+_DIALECTS = {"pool": (("mu", "sigma"), ("ref_mu", "ref_sigma")),
+             "spatial": (("mu_s", "sigma_s"), ("ref_mu_s", "ref_sigma_s"))}
+_MISSING = {"pool": "mu and sigma (or ref_mu and ref_sigma)", "spatial": "mu_s and sigma_s",
+            "features": "arr_0 (images) or features"}
+
+Extract = Callable[[UInt8[np.ndarray, "n H W 3"]], "tuple[Features, Bool[Array, ' m']]"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Reference:
+    """What samples are compared with. `pool` and `spatial`: the Gaussians of FID and sFID. `features`: pool features
+    of single images, for KID, precision and recall. `images`: those that a file holds in place of what is missing."""
+
+    path: str
+    sha256: str
+    """Of the file."""
+    pool: Gaussian | None = None
+    spatial: Gaussian | None = None
+    features: Float32[np.ndarray, "M 2048"] | None = None
+    images: npz.StoredImages | None = None
+    num_images: int | None = None
+    """How many images the statistics are of, where the file says so."""
+    inception_sha256: str | None = None
+    """Of the weights behind the statistics (`inception.digest`), where the file says so."""
+    _radii: dict[bool, np.ndarray] = dataclasses.field(default_factory=dict, repr=False, compare=False)
+
+    @property
+    def allowed(self) -> tuple[str, ...]:
+        """The metrics that can be computed against this reference."""
+        return tuple(name for name in METRICS if self._has(NEEDS.get(name)))
+
+    def _has(self, part: str | None) -> bool:
+        return part is None or self.images is not None or getattr(self, part) is not None
+
+    def check(self, names: Sequence[str]) -> None:
+        """Raises ConfigError, naming what the file lacks, unless all metrics `names` can be computed."""
+        lacking = [name for name in names if name not in self.allowed]
+        if lacking:
+            missing = dict.fromkeys(_MISSING[NEEDS[name]] for name in lacking)
+            raise ConfigError(f"{' and '.join(missing)} must be in the reference for {', '.join(lacking)}, found none "
+                              f"in {self.path}, which allows {', '.join(self.allowed)}")
+
+    def check_inception(self, sha256: str) -> None:
+        """Raises ConfigError when the file says that its statistics come from other weights than these."""
+        if self.inception_sha256 not in (None, sha256):
+            raise ConfigError(f"the reference {self.path} must be of the Inception weights in use ({sha256[:12]}...), "
+                              f"found statistics of {self.inception_sha256[:12]}...")
+
+    def complete(self, names: Sequence[str], extract: Extract, batch_size: int) -> "Reference":
+        """With what the metrics `names` need computed from the images, `batch_size` at a time, where the file has no
+        more than those. Raises ConfigError as `check`."""
+        self.check(names)
+        missing = {part for name in names if (part := NEEDS.get(name)) and getattr(self, part) is None}
+        if not missing:
+            return self
+        from tqdm import tqdm
+
+        moments, features = {"pool": Moments(), "spatial": Moments()}, []
+        with tqdm(total=len(self.images), unit="image", desc="reference images", dynamic_ncols=True) as bar:
+            for images in self.images.batches(batch_size):
+                found, mask = extract(images)
+                for part in missing & moments.keys():
+                    moments[part].add(getattr(found, part), mask)
+                if "features" in missing:
+                    features.append(on_host(found.pool)[on_host(mask)])
+                bar.update(len(images))
+        new = {part: moments[part].gaussian() for part in missing & moments.keys()}
+        if "features" in missing:
+            new["features"] = np.concatenate(features)
+        return dataclasses.replace(self, **new)
+
+    def radii(self, *, float16: bool) -> Float32[np.ndarray, " M"]:
+        """Those of `features` for precision and recall, computed once."""
+        if float16 not in self._radii:
+            self._radii[float16] = radii(self.features, float16=float16)
+        return self._radii[float16]
+
+    def write(self, path: str | pathlib.Path, *, source: str,
+              images: UInt8[np.ndarray, "M H W 3"] | None = None) -> None:
+        """Writes everything but `images`, of which those given take the place, in ADM's names; whole or not at all."""
+        arrays = {"num_images": np.array(self.num_images), "source": np.array(source)}
+        if self.inception_sha256:
+            arrays["inception_sha256"] = np.array(self.inception_sha256)
+        for part in ("pool", "spatial"):
+            if gaussian := getattr(self, part):
+                arrays |= dict(zip(_DIALECTS[part][0], (gaussian.mean, gaussian.cov), strict=True))
+        if self.features is not None:
+            arrays["features"] = self.features
+        if images is not None:
+            arrays["arr_0"] = images
+        with replacing(pathlib.Path(path)) as temporary, open(temporary, "wb") as file:
+            np.savez(file, **arrays)
+
+
+def read_reference(path: str | pathlib.Path, what: str = "the reference") -> Reference:
+    """The statistics in a file of any dialect; `what` names the setting in errors.
+
+    Raises ConfigError for what is no .npz, holds none of the known names, or has them in other shapes.
+    """
+    found = npz.names(path, what)
+    parts = {"pool": _gaussian(path, found, "pool"), "spatial": _gaussian(path, found, "spatial")}
+    if "features" in found:
+        features = npz.read(path, "features")
+        if features.ndim != 2 or features.shape[1] != _SIZES["pool"] or not np.isfinite(features).all():
+            raise ConfigError(f"'features' in {path} must be finite [N, {_SIZES['pool']}], found "
+                              f"{list(features.shape)}")
+        parts["features"] = features.astype(np.float32)
+    if "arr_0" in found:
+        parts["images"] = npz.StoredImages(path, what)
+    if not any(value is not None for value in parts.values()):
+        raise ConfigError(f"{what} must have mu and sigma, ref_mu and ref_sigma, or images as arr_0, found "
+                          f"{', '.join(found) or 'nothing'} in {path}")
+    if "num_images" in found:
+        parts["num_images"] = int(npz.read(path, "num_images"))
+    if "inception_sha256" in found:
+        parts["inception_sha256"] = str(npz.read(path, "inception_sha256"))
+    with open(path, "rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return Reference(str(path), digest, **parts)
+
+
+def _gaussian(path: str | pathlib.Path, found: Sequence[str], part: str) -> Gaussian | None:
+    for mean_name, cov_name in _DIALECTS[part]:
+        if mean_name in found and cov_name in found:
+            mean, cov = (npz.read(path, name) for name in (mean_name, cov_name))
+            size = _SIZES[part]
+            if mean.shape != (size,) or cov.shape != (size, size):
+                raise ConfigError(f"{mean_name!r} and {cov_name!r} in {path} must be of {size} features, found "
+                                  f"{list(mean.shape)} and {list(cov.shape)}")
+            if not (np.isfinite(mean).all() and np.isfinite(cov).all()):
+                raise ConfigError(f"{mean_name!r} and {cov_name!r} in {path} must be finite, found NaN or infinity")
+            return Gaussian(mean.astype(np.float64), cov.astype(np.float64))
+    return None
