@@ -9,6 +9,10 @@ from typing import Any, Literal
 
 Mixer = Literal["attention", "gspn"]
 Remat = Literal["none", "dots", "full"]
+Metric = Literal["fid", "sfid", "is", "kid", "precision", "recall"]
+
+CHANGEABLE = ("data", "train.batch_size", "train.accumulate", "train.seed")
+"""What `train.allow_change` can name."""
 
 
 class ConfigError(ValueError):
@@ -218,6 +222,9 @@ class TrainConfig:
     """The latest checkpoint is replaced every so many steps."""
     keep_every: int = 0
     """Checkpoints at multiples of this are kept for good; 0 keeps the latest only."""
+    allow_change: tuple[str, ...] = ()
+    """What a run may change when it goes on, although it is then no longer the run that was started: "data",
+    "train.batch_size", "train.accumulate", "train.seed"."""
 
     def __post_init__(self) -> None:
         _positive(self, "train", "steps", "batch_size", "accumulate", "log_every", "save_every")
@@ -229,6 +236,8 @@ class TrainConfig:
         _check(len(self.ema_decays) > 0, "train.ema_decays", "at least one decay", self.ema_decays)
         for decay in self.ema_decays:
             _check(0.0 <= decay < 1.0, "train.ema_decays", "decays in [0, 1)", self.ema_decays)
+        for name in self.allow_change:
+            _one_of("train.allow_change", name, CHANGEABLE)
         parse_precision(self.precision)
 
 

@@ -8,13 +8,14 @@ the images `features`, their pool features, with `inception_sha256`, `num_images
 import dataclasses
 import hashlib
 import pathlib
-from collections.abc import Callable, Sequence
+import typing
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 from jaxtyping import Array, Bool, Float32, UInt8
 
-from gspn_jax.config import ConfigError
+from gspn_jax.config import ConfigError, Metric
 from gspn_jax.files import replacing
 from gspn_jax.metrics import npz
 from gspn_jax.metrics.frechet import Gaussian
@@ -24,7 +25,7 @@ from gspn_jax.metrics.neighbours import radii
 if TYPE_CHECKING:
     from gspn_jax.metrics.inception import Features
 
-METRICS = ("fid", "sfid", "is", "kid", "precision", "recall")
+METRICS = typing.get_args(Metric)
 
 NEEDS = {"fid": "pool", "sfid": "spatial", "kid": "features", "precision": "features", "recall": "features"}
 """What a metric needs of the reference."""
@@ -68,9 +69,11 @@ class Reference:
         """Raises ConfigError, naming what the file lacks, unless all metrics `names` can be computed."""
         lacking = [name for name in names if name not in self.allowed]
         if lacking:
-            missing = dict.fromkeys(_MISSING[NEEDS[name]] for name in lacking)
-            raise ConfigError(f"{' and '.join(missing)} must be in the reference for {', '.join(lacking)}, found none "
-                              f"in {self.path}, which allows {', '.join(self.allowed)}")
+            parts = dict.fromkeys(NEEDS[name] for name in lacking)
+            wanted = [f"{_MISSING[part]} for {_listed(name for name in lacking if NEEDS[name] == part)}"
+                      for part in parts]
+            raise ConfigError(f"the reference {self.path} must have {', and '.join(wanted)}; found what allows "
+                              f"{_listed(self.allowed)} only")
 
     def check_inception(self, sha256: str) -> None:
         """Raises ConfigError when the file says that its statistics come from other weights than these."""
@@ -149,6 +152,11 @@ def read_reference(path: str | pathlib.Path, what: str = "the reference") -> Ref
     with open(path, "rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     return Reference(str(path), digest, **parts)
+
+
+def _listed(names: Iterable[str]) -> str:
+    *first, last = names
+    return f"{', '.join(first)} and {last}" if first else last
 
 
 def _gaussian(path: str | pathlib.Path, found: Sequence[str], part: str) -> Gaussian | None:
