@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float32, UInt8
 
+from gspn_jax.config import ConfigError
 from gspn_jax.files import replacing
 from gspn_jax.state_dict import WeightsError, read_state_dict
 
@@ -26,6 +27,8 @@ POOL, SPATIAL, LOGITS = 2048, 2023, 1008
 """Number of features of each kind."""
 TENSORS, VALUES = 472, 23_885_392
 """In a file of weights, `num_batches_tracked` left out."""
+PUBLISHED = "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth"
+"""The weights as pytorch-fid publishes them; the name ends in the first 8 hex digits of the file's SHA-256."""
 
 _EPSILON = 1e-3
 _SPATIAL_CHANNELS = 7
@@ -197,6 +200,14 @@ def expected_shapes() -> dict[str, tuple[int, ...]]:
     return shapes | {"fc.weight": (LOGITS, POOL), "fc.bias": (LOGITS,)}
 
 
+def require(path: str | None, flag: str) -> str:
+    """`path` if it is a file; else ConfigError says which weights `flag` needs and where they are."""
+    if path is None or not pathlib.Path(path).is_file():
+        raise ConfigError(f"{flag} must be the Inception-v3 weights of 2015-12-05 (95 MB, download {PUBLISHED}), found "
+                          + (f"nothing at {path}" if path else f"no {flag}"))
+    return path
+
+
 def load(path: str | pathlib.Path) -> dict[str, Float32[np.ndarray, "..."]]:
     """Reads the weights that pytorch-fid and torch-fidelity publish (.pth, which needs PyTorch), or `convert`ed ones.
 
@@ -266,7 +277,12 @@ def convert(path: str | pathlib.Path, output: str | pathlib.Path) -> None:
 
     state_dict = {name: np.ascontiguousarray(value) for name, value in read(path).items()}
     with replacing(pathlib.Path(output)) as temporary:
-        save_file(state_dict, temporary, metadata={"tensors_sha256": digest(state_dict)})
+        save_file(state_dict, temporary, metadata={"source_sha256": sha256_of(path)})
+
+
+def sha256_of(path: str | pathlib.Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def digest(state_dict: Mapping[str, np.ndarray]) -> str:
