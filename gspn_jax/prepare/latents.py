@@ -1,102 +1,50 @@
-"""Prepares what training and evaluation read.
+"""Images to latents, once: every image and its mirror image, encoded shard by shard; a killed run loses one shard."""
 
-python -m gspn_jax.prepare latents --images IMAGENET/train --vae VAE.safetensors --output LATENTS
-python -m gspn_jax.prepare latents --help
-
-`latents` encodes every image and its mirror image once. The same command goes on where a killed one stopped, and the
-result is the same to the byte. On several hosts with a common file system, each runs it with its own --host.
-"""
-
-import collections
 import concurrent.futures
 import contextlib
 import dataclasses
 import hashlib
 import json
 import logging
-import os
 import pathlib
 import shutil
-import sys
 import time
-from collections.abc import Iterable, Iterator
-from typing import Literal
 
 import numpy as np
 
-from gspn_jax import cli
 from gspn_jax.config import ConfigError
 from gspn_jax.files import replacing
+from gspn_jax.prepare.images import CHANNELS, ImageFlags, read_ahead
 
 log = logging.getLogger(__name__)
 
-_CHANNELS = 3
 _SPARE_RATIO, _SPARE_BYTES = 1.01, 2**18
 """What array_record adds to the records, and to each shard."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Latents:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Latents(ImageFlags):
     """Encode images once: give --images, --tars or --tfds."""
 
     vae: str
     """Weights of the autoencoder: sd-vae-ft-ema or sd-vae-ft-mse, .safetensors or .bin (both encode alike)."""
     output: str
     """The folder to write, which a training run then takes as data.path."""
-    images: str | None = None
-    """A folder with one folder of images a class."""
-    tars: str | None = None
-    """A folder with ILSVRC2012_img_train.tar, or with one tar a class."""
-    tfds: str | None = None
-    """The name of a tensorflow-datasets set that is prepared as array_record, such as imagenet2012."""
-    tfds_dir: str | None = None
-    """Where tensorflow-datasets keeps its sets."""
-    tfds_split: str = "train"
     image_size: int = 256
     """Side of the square that each image is scaled and cropped to, as ADM does."""
     flips: bool = True
     """Encode the mirror image too: twice the time and the disk."""
-    bad_images: Literal["error", "skip"] = "error"
-    """What a corrupt image does: stop with its name, or be left out with a warning."""
     shard_size: int = 4096
     """Images a file; a killed run loses at most the file it was writing."""
-    batch_size: int = 64
-    """Images at a time, over the devices of this host."""
-    threads: int = os.cpu_count() or 1
-    """Threads that decode images."""
     num_hosts: int = 1
     host: int = 0
     """Which of `num_hosts` this is; 0 writes the metadata at the end."""
 
     def __post_init__(self) -> None:
-        if sum(bool(name) for name in (self.images, self.tars, self.tfds)) != 1:
-            raise ConfigError(f"one of --images, --tars and --tfds must be given, found --images {self.images} "
-                              f"--tars {self.tars} --tfds {self.tfds}")
-        for name in ("image_size", "shard_size", "batch_size", "threads", "num_hosts"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"--{name.replace('_', '-')} must be 1 or more, found {getattr(self, name)}")
+        super().__post_init__()
+        self.check_positive("image_size", "shard_size", "num_hosts")
         if not 0 <= self.host < self.num_hosts:
             raise ConfigError(f"--host must be in 0..{self.num_hosts - 1}, found {self.host}")
-
-
-def main(argv: list[str] | None = None) -> None:
-    import tyro
-
-    cli.setup()
-    # Autotuning may choose other kernels in another process, whose results differ in the last bit.
-    if "xla_gpu_deterministic_ops" not in (flags := os.environ.get("XLA_FLAGS", "")):
-        os.environ["XLA_FLAGS"] = f"{flags} --xla_gpu_deterministic_ops=true"
-    from gspn_jax.data import DataError
-    from gspn_jax.state_dict import WeightsError
-
-    argv = sys.argv[1:] if argv is None else argv
-    with cli.user_errors(DataError, WeightsError, ImportError):
-        if argv[:1] != ["latents"]:
-            if argv and argv[0] not in ("-h", "--help"):
-                raise ConfigError(f"gspn_jax.prepare can prepare: latents, found {argv[0]!r}")
-            print(__doc__)
-            return
-        prepare_latents(tyro.cli(Latents, args=argv[1:], prog="python -m gspn_jax.prepare latents"))
 
 
 def prepare_latents(arguments: Latents) -> None:
@@ -110,10 +58,10 @@ def prepare_latents(arguments: Latents) -> None:
     # --- what can be wrong is found first
     output = pathlib.Path(arguments.output)
     weights, config = autoencoder.load(arguments.vae)
-    if config.image_channels != _CHANNELS or arguments.image_size % config.factor:
+    if config.image_channels != CHANNELS or arguments.image_size % config.factor:
         raise ConfigError(f"--image-size must be a multiple of {config.factor} and the autoencoder one of RGB images, "
                           f"found {arguments.image_size} and {config.image_channels} channels")
-    source = _source(arguments)
+    source = arguments.source(arguments.image_size)
     with open(arguments.vae, "rb") as file:
         vae_sha256 = hashlib.file_digest(file, "sha256").hexdigest()
     output.mkdir(parents=True, exist_ok=True)
@@ -152,20 +100,6 @@ def prepare_latents(arguments: Latents) -> None:
     _finish(output, paths, LatentMetadata(
         vae_sha256=vae_sha256, image_size=arguments.image_size, latent_shape=latent_shape, flips=arguments.flips,
         scaling_factor=autoencoder.LATENT_SCALE, class_names=source.class_names, class_counts=(), shards=()))
-
-
-def _source(arguments: Latents):
-    if arguments.images:
-        from gspn_jax.data.sources import FolderSource
-
-        return FolderSource(arguments.images, arguments.image_size, _CHANNELS)
-    if arguments.tars:
-        from gspn_jax.data.tar_source import TarSource
-
-        return TarSource(arguments.tars, arguments.image_size, _CHANNELS)
-    from gspn_jax.data.tfds_source import TfdsSource
-
-    return TfdsSource(arguments.tfds, arguments.tfds_dir, arguments.tfds_split, arguments.image_size, _CHANNELS)
 
 
 def _settings_path(output: pathlib.Path, host: int | str) -> pathlib.Path:
@@ -209,7 +143,7 @@ def _encode_shards(arguments: Latents, source, vae, shards: dict[pathlib.Path, r
     ahead = 4 * max(arguments.batch_size, arguments.threads)
     with (tqdm(total=len(indices), unit="image", dynamic_ncols=True, desc="encoding") as bar,
           concurrent.futures.ThreadPoolExecutor(arguments.threads) as pool,
-          contextlib.closing(_ahead(pool, source, indices, ahead)) as decoded):
+          contextlib.closing(read_ahead(pool, source, indices, ahead)) as decoded):
         for path, part in shards.items():
             moments, labels, skipped = [], [], 0
             for first in range(0, len(part), arguments.batch_size):
@@ -245,22 +179,6 @@ def _encode_shards(arguments: Latents, source, vae, shards: dict[pathlib.Path, r
               "waiting for decoding")
 
 
-def _ahead(pool: concurrent.futures.Executor, source, indices: Iterable[int], count: int) -> Iterator:
-    """For each index in order, a call that waits for its record; `count` of them are being decoded at any time."""
-    queue: collections.deque[concurrent.futures.Future] = collections.deque()
-    remaining = iter(indices)
-    try:
-        for index in remaining:
-            queue.append(pool.submit(source.__getitem__, index))
-            if len(queue) >= count:
-                yield queue.popleft().result
-        while queue:
-            yield queue.popleft().result
-    finally:
-        for future in queue:
-            future.cancel()
-
-
 def _views(vae, images: np.ndarray, flips: bool) -> np.ndarray:
     """Moments [N, V, h, w, 2C] in float16 of the images and, with `flips`, of their mirror images."""
     views = [images, images[:, :, ::-1]] if flips else [images]
@@ -288,7 +206,3 @@ def _remove_notes(output: pathlib.Path) -> None:
     for pattern in (_settings_path(output, "*").name, "latents-*.json"):
         for path in output.glob(pattern):
             path.unlink(missing_ok=True)
-
-
-if __name__ == "__main__":
-    main()

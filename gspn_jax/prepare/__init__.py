@@ -1,0 +1,45 @@
+"""Prepares what training and evaluation read.
+
+python -m gspn_jax.prepare latents --images IMAGENET/train --vae VAE.safetensors --output LATENTS
+python -m gspn_jax.prepare stats --images IMAGENET/train --image-size 256 --inception INCEPTION.pth --output REF.npz
+python -m gspn_jax.prepare latents --help
+
+`latents` encodes every image and its mirror image once; on several hosts with a common file system, each runs it with
+its own --host. `stats` makes the reference statistics of FID and the other metrics. The same command goes on where a
+killed one stopped, and the result is the same to the byte.
+"""
+
+import os
+import sys
+
+from gspn_jax import cli
+from gspn_jax.config import ConfigError
+
+COMMANDS = ("latents", "stats")
+
+
+def main(argv: list[str] | None = None) -> None:
+    import tyro
+
+    cli.setup()
+    # Autotuning may choose other kernels in another process, whose results differ in the last bit.
+    if "xla_gpu_deterministic_ops" not in (flags := os.environ.get("XLA_FLAGS", "")):
+        os.environ["XLA_FLAGS"] = f"{flags} --xla_gpu_deterministic_ops=true"
+    from gspn_jax.data import DataError
+    from gspn_jax.state_dict import WeightsError
+
+    argv = sys.argv[1:] if argv is None else argv
+    command = argv[0] if argv else "--help"
+    with cli.user_errors(DataError, WeightsError, ImportError):
+        if command in ("-h", "--help"):
+            print(__doc__)
+        elif command == "latents":
+            from gspn_jax.prepare.latents import Latents, prepare_latents
+
+            prepare_latents(tyro.cli(Latents, args=argv[1:], prog="python -m gspn_jax.prepare latents"))
+        elif command == "stats":
+            from gspn_jax.prepare.stats import Stats, prepare_stats
+
+            prepare_stats(tyro.cli(Stats, args=argv[1:], prog="python -m gspn_jax.prepare stats"))
+        else:
+            raise ConfigError(f"gspn_jax.prepare can prepare: {', '.join(COMMANDS)}, found {command!r}")

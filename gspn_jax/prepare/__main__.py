@@ -1,0 +1,3 @@
+from gspn_jax.prepare import main
+
+main()

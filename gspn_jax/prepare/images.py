@@ -1,0 +1,85 @@
+"""The images to prepare from: the flags that name them, and reading them in order by threads that work ahead."""
+
+import collections
+import concurrent.futures
+import dataclasses
+import os
+from collections.abc import Callable, Iterable, Iterator
+from typing import ClassVar, Literal
+
+import numpy as np
+
+from gspn_jax.config import ConfigError
+from gspn_jax.data.sources import Source
+
+CHANNELS = 3
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ImageFlags:
+    """Which images, and how they are read."""
+
+    KINDS: ClassVar[tuple[str, ...]] = ("images", "tars", "tfds")
+    """Flags of which one must be given."""
+
+    images: str | None = None
+    """A folder with one folder of images a class."""
+    tars: str | None = None
+    """A folder with ILSVRC2012_img_train.tar, or with one tar a class."""
+    tfds: str | None = None
+    """The name of a tensorflow-datasets set that is prepared as array_record, such as imagenet2012."""
+    tfds_dir: str | None = None
+    """Where tensorflow-datasets keeps its sets."""
+    tfds_split: str = "train"
+    bad_images: Literal["error", "skip"] = "error"
+    """What a corrupt image does: stop with its name, or be left out with a warning."""
+    batch_size: int = 64
+    """Images at a time, over the devices of this host."""
+    threads: int = os.cpu_count() or 1
+    """Threads that decode images."""
+
+    def __post_init__(self) -> None:
+        if sum(bool(getattr(self, kind)) for kind in self.KINDS) != 1:
+            *first, last = (f"--{kind}" for kind in self.KINDS)
+            found = " ".join(f"--{kind} {getattr(self, kind)}" for kind in self.KINDS)
+            raise ConfigError(f"one of {', '.join(first)} and {last} must be given, found {found}")
+        self.check_positive("batch_size", "threads")
+
+    def check_positive(self, *names: str) -> None:
+        for name in names:
+            if getattr(self, name) < 1:
+                raise ConfigError(f"--{name.replace('_', '-')} must be 1 or more, found {getattr(self, name)}")
+
+    def source(self, image_size: int) -> Source:
+        """The images as RGB squares of that size. Raises ConfigError for a set that cannot be read."""
+        if self.images:
+            from gspn_jax.data.sources import FolderSource
+
+            return FolderSource(self.images, image_size, CHANNELS)
+        if self.tars:
+            from gspn_jax.data.tar_source import TarSource
+
+            return TarSource(self.tars, image_size, CHANNELS)
+        from gspn_jax.data.tfds_source import TfdsSource
+
+        return TfdsSource(self.tfds, self.tfds_dir, self.tfds_split, image_size, CHANNELS)
+
+
+Record = dict[str, np.ndarray | np.int32]
+
+
+def read_ahead(pool: concurrent.futures.Executor, source: Source, indices: Iterable[int],
+               count: int) -> Iterator[Callable[[], Record]]:
+    """For each index in order, a call that waits for its record; `count` of them are being decoded at any time."""
+    queue: collections.deque[concurrent.futures.Future] = collections.deque()
+    remaining = iter(indices)
+    try:
+        for index in remaining:
+            queue.append(pool.submit(source.__getitem__, index))
+            if len(queue) >= count:
+                yield queue.popleft().result
+        while queue:
+            yield queue.popleft().result
+    finally:
+        for future in queue:
+            future.cancel()
