@@ -16,9 +16,6 @@ from typing import Literal
 from gspn_jax import cli
 from gspn_jax.config import Config, ConfigError, MeshConfig, SamplerConfig
 
-DECODED_AT_A_TIME = 16
-"""Bounds the memory of decoding, which at 256 pixels is more than that of sampling."""
-
 
 @dataclasses.dataclass(frozen=True)
 class Arguments:
@@ -107,11 +104,11 @@ def _parse(argv: list[str] | None) -> tuple[Arguments, Config, int]:
 def run(arguments: Arguments, config: Config, step: int) -> pathlib.Path:
     """Draws what `arguments` ask for from the checkpoint of `step`; returns the file written."""
     import numpy as np
-    from tqdm import tqdm
 
     from gspn_jax.data.images import grid
+    from gspn_jax.drawing import Drawing, draw_labels, load_autoencoder
+    from gspn_jax.files import sha256_of
     from gspn_jax.sample_files import write_npz
-    from gspn_jax.sampling import Sampler
     from gspn_jax.training import checkpoints, sharding
 
     path = arguments.path
@@ -121,72 +118,31 @@ def run(arguments: Arguments, config: Config, step: int) -> pathlib.Path:
         raise ConfigError(f"{path} exists already: choose another --output, or delete it")
     names = checkpoints.read_meta(arguments.run, step)[1]["class_names"]
     if arguments.num_samples:
-        classes, count = config.data.num_classes, arguments.num_samples
-        labels = (np.random.default_rng(arguments.seed).integers(classes, size=count)
-                  if arguments.labels == "random" else np.arange(count) % classes)
+        labels = draw_labels(arguments.labels, arguments.num_samples, config.data.num_classes, arguments.seed)
     else:
         labels = np.repeat([_class(name, names) for name in arguments.classes] or range(min(10, len(names))),
                            arguments.per_class)
-    vae = _autoencoder(arguments, config)
+    if arguments.num_samples and config.data.source == "latents" and not arguments.vae:
+        raise ConfigError("--num-samples of a run on latents needs --vae to decode them")
+    vae = load_autoencoder(arguments.vae, config)
     seeds = arguments.seed + np.arange(len(labels))
-    batch_size = min(arguments.batch_size, len(labels))
-
-    mesh = sharding.make_mesh(arguments.mesh)
-    size = arguments.image_size or (config.data.image_size,) * 2
-    with tqdm(unit="evaluation", desc="sampling") as bar:
-        batch = 0
-
-        def progress(evaluations: int, total: int) -> None:  # called from the device's thread, in any order
-            bar.update(max(0, batch * total + evaluations - bar.n))
-
-        sampler = Sampler(config, mesh, image_size=size, progress=progress,
-                          decode=vae.decode if vae else None)
-        bar.reset(sampler.evaluations * -(-len(labels) // batch_size))
-        params = checkpoints.restore_params(arguments.run, step, config, mesh, ema_decay=arguments.ema)
-
-        def draw(labels: np.ndarray, seeds: np.ndarray) -> np.ndarray:
-            # every batch has the same shape, so that the sampler is compiled once
-            padded = [np.resize(a, batch_size) for a in (labels, seeds)]
-            return sampler(params, *padded)[:len(labels)]
-
-        def done(count: int) -> None:
-            nonlocal batch
-            batch = -(-count // batch_size)
-            bar.update(max(0, batch * sampler.evaluations - bar.n))
-
-        shape = (*(vae.config.factor * side for side in size), 3) if vae else (*size, config.data.channels)
+    with Drawing(arguments.run, step, config, sharding.make_mesh(arguments.mesh), total=len(labels),
+                 batch_size=arguments.batch_size, ema=arguments.ema, image_size=arguments.image_size,
+                 vae=vae) as drawing:
         if arguments.num_samples:
-            settings = dataclasses.asdict(dataclasses.replace(arguments, step=step, output=str(path)))
-            settings = {k: list(v) if isinstance(v, tuple) else v for k, v in settings.items() if k != "mesh"}
-            settings["sampler"]["guidance_interval"] = list(settings["sampler"]["guidance_interval"])
-            write_npz(path, draw, labels, seeds, shape=shape, batch_size=batch_size, settings=settings, done=done)
+            settings = drawing.settings() | {"labels": arguments.labels, "seed": arguments.seed,
+                                             "vae_sha256": sha256_of(arguments.vae) if vae else None}
+            write_npz(path, drawing, labels, seeds, shape=drawing.shape, batch_size=drawing.batch_size,
+                      settings=settings, done=drawing.done)
         else:
             images = []
-            for start in range(0, len(labels), batch_size):
-                images.append(draw(labels[start:start + batch_size], seeds[start:start + batch_size]))
-                done(start + len(images[-1]))
+            for start in range(0, len(labels), drawing.batch_size):
+                batch = slice(start, start + drawing.batch_size)
+                images.append(drawing(labels[batch], seeds[batch]))
+                drawing.done(start + len(images[-1]))
             grid(np.concatenate(images), [names[label] for label in labels], columns=arguments.per_class).save(path)
     print(f"{len(labels)} images of step {step} in {path}")
     return path
-
-
-def _autoencoder(arguments: Arguments, config: Config):
-    """The decoder of a run on latents; None for a run on pixels, and for a grid of the latents themselves."""
-    from gspn_jax import autoencoder
-
-    if config.data.source != "latents":
-        if arguments.vae:
-            raise ConfigError(f"--vae is for a run on latents, found one with data.source {config.data.source!r}")
-        return None
-    if not arguments.vae:
-        if arguments.num_samples:
-            raise ConfigError("--num-samples of a run on latents needs --vae to decode them")
-        return None
-    weights, sizes = autoencoder.load(arguments.vae)
-    if sizes.latent_channels != config.data.channels:
-        raise ConfigError(f"--vae must be of {config.data.channels} latent channels, as the run is, found "
-                          f"{sizes.latent_channels} in {arguments.vae}")
-    return autoencoder.Autoencoder(weights, sizes, batch_size=DECODED_AT_A_TIME)
 
 
 def _class(name: str, names: list[str]) -> int:

@@ -19,7 +19,8 @@ Draw = Callable[[np.ndarray, np.ndarray], np.ndarray]
 def write_npz(path: pathlib.Path, draw: Draw, labels: Int[np.ndarray, " N"], seeds: Int[np.ndarray, " N"], *,
               shape: tuple[int, int, int], batch_size: int, settings: dict[str, Any],
               done: Callable[[int], None] = lambda count: None) -> None:
-    """Draws N images batch by batch into `path`: `arr_0` uint8 [N, H, W, C] and `arr_1` int64 labels [N].
+    """Draws N images batch by batch into `path`: `arr_0` uint8 [N, H, W, C], `arr_1` int64 labels [N], and `settings`
+    as JSON text, which say how the images were made.
 
     Finished batches lie in `<path>.partial/` until the whole is there; a second call with the same `settings` (JSON
     values) goes on behind them. `done` is called with the number of images that exist.
@@ -59,6 +60,6 @@ def write_npz(path: pathlib.Path, draw: Draw, labels: Int[np.ndarray, " N"], see
             done(count)
     images: UInt8[np.ndarray, "N H W C"] = np.memmap(pixels, np.uint8, "r", shape=(total, *shape))
     with replacing(path) as temporary, open(temporary, "wb") as file:  # to a name, savez would append ".npz"
-        np.savez(file, arr_0=images, arr_1=labels.astype(np.int64))
+        np.savez(file, arr_0=images, arr_1=labels.astype(np.int64), settings=np.array(json.dumps(settings)))
     del images
     shutil.rmtree(partial)

@@ -29,6 +29,7 @@ def assert_whole(path):
         np.testing.assert_array_equal(file["arr_0"], draw(LABELS, SEEDS))
         np.testing.assert_array_equal(file["arr_1"], LABELS)
         assert file["arr_0"].dtype == np.uint8 and file["arr_1"].dtype == np.int64
+        assert json.loads(str(file["settings"])) == {"seed": 100}
     assert not path.with_name(path.name + ".partial").exists()
 
 

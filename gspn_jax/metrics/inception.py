@@ -18,7 +18,7 @@ import numpy as np
 from jaxtyping import Array, Float, Float32, UInt8
 
 from gspn_jax.config import ConfigError
-from gspn_jax.files import replacing
+from gspn_jax.files import replacing, sha256_of
 from gspn_jax.state_dict import WeightsError, read_state_dict
 
 SIZE = 299
@@ -278,11 +278,6 @@ def convert(path: str | pathlib.Path, output: str | pathlib.Path) -> None:
     state_dict = {name: np.ascontiguousarray(value) for name, value in read(path).items()}
     with replacing(pathlib.Path(output)) as temporary:
         save_file(state_dict, temporary, metadata={"source_sha256": sha256_of(path)})
-
-
-def sha256_of(path: str | pathlib.Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def digest(state_dict: Mapping[str, np.ndarray]) -> str:

@@ -15,7 +15,7 @@ from jax.sharding import AxisType
 from jaxtyping import Float, UInt8
 
 from gspn_jax.config import ConfigError
-from gspn_jax.files import replacing
+from gspn_jax.files import replacing, sha256_of
 from gspn_jax.metrics import inception, npz
 from gspn_jax.metrics.extractor import Extractor
 from gspn_jax.metrics.inception import Features
@@ -92,7 +92,7 @@ def check_file(path: str | pathlib.Path, *, record: str | pathlib.Path | None = 
     variances = np.concatenate([value for name, value in state_dict.items() if name.endswith("running_var")])
     yield Check(bool((variances > 0).all()), f"variances positive, the smallest {variances.min():.3g}")
 
-    sha256, digest = inception.sha256_of(path), inception.digest(state_dict)
+    sha256, digest = sha256_of(path), inception.digest(state_dict)
     yield Check(None, f"SHA-256 of the file {sha256}, of its tensors {digest}")
     yield _known_file(path, sha256)
 

@@ -6,6 +6,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from gspn_jax.config import ConfigError
+from gspn_jax.files import sha256_of
 from gspn_jax.metrics import inception, self_test
 from gspn_jax.metrics.known_features import KNOWN_FEATURES, STRIDE
 
@@ -57,13 +58,13 @@ def test_a_sound_file_passes_and_is_not_vouched_for(weights, tmp_path):
 
 
 def test_what_is_known_of_a_file_is_said_and_no_more(weights, tmp_path, monkeypatch):
-    sha256 = inception.sha256_of(weights)
+    sha256 = sha256_of(weights)
     monkeypatch.setitem(self_test.KNOWN_FILES, sha256[:8], "THE FILE")
     known = self_test._known_file(weights, sha256)
     assert known.passed and "first 8 digits are those of THE FILE" in known.text
     inception.convert(weights, tmp_path / "converted.safetensors")
     converted = self_test._known_file(tmp_path / "converted.safetensors",
-                                      inception.sha256_of(tmp_path / "converted.safetensors"))
+                                      sha256_of(tmp_path / "converted.safetensors"))
     assert converted.passed is None and "says that it was converted from THE FILE" in converted.text
 
 
