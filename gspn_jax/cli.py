@@ -31,6 +31,8 @@ def setup() -> None:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     for name in ("gspn_jax", "kernels"):
         logging.getLogger(name).setLevel(logging.INFO)
+    for name in ("absl", "asyncio"):  # orbax's tracebacks for each file it cannot write; what it raises is reported
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME", pathlib.Path.home() / ".cache")) / "gspn_jax" / "jax"
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache))
 

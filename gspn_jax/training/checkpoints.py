@@ -1,22 +1,33 @@
-"""Checkpoints by orbax: asynchronous, the latest and periodic ones kept, with the config and the data's fingerprint."""
+"""Checkpoints by orbax: asynchronous, the latest and periodic ones kept, with the config and the data's fingerprint.
 
+Each carries a manifest (`training.manifest`) that is verified before it is restored. What is not whole is passed over
+with a line that says what is wrong with it; a run that has checkpoints never starts anew by itself.
+"""
+
+import concurrent.futures
 import fcntl
+import gc
 import json
 import logging
+import os
 import pathlib
+import re
 import shutil
-from collections.abc import Sequence
+import tempfile
+import time
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
-from orbax.checkpoint import checkpoint_managers
 
 from gspn_jax import models
-from gspn_jax.config import Config, from_dict, to_dict
-from gspn_jax.training import ema, sharding
+from gspn_jax.config import CHANGEABLE, Config, from_dict, to_dict
+from gspn_jax.training import ema, manifest, sharding
 from gspn_jax.training.state import TrainState
 
 log = logging.getLogger(__name__)
@@ -25,6 +36,11 @@ FIXED = ("model", "data", "diffusion", "train.batch_size", "train.accumulate", "
 FREE = ("model.remat", "model.backend", "data.path", "data.workers", "data.bad_images")
 """What a run cannot change when it goes on, and what of that it can all the same: its parameters and its stream of
 batches must stay the same run's. The content of the data is compared by its fingerprint."""
+SHAPES = ("data.channels", "data.num_classes")
+"""What of `config.CHANGEABLE` the parameters' shapes depend on, so that not even asking for it by name changes it."""
+
+LATEST = 2
+"""Checkpoints that are kept beside the periodic ones."""
 
 
 class CheckpointError(ValueError):
@@ -36,31 +52,57 @@ def folder(run_dir: str | pathlib.Path) -> pathlib.Path:
 
 
 def steps(run_dir: str | pathlib.Path) -> list[int]:
-    """The steps of the committed checkpoints of a run, ascending."""
+    """The steps of the checkpoints of a run, ascending, whole or not."""
     where = folder(run_dir)
     return sorted(int(p.name) for p in where.iterdir() if p.name.isdigit()) if where.is_dir() else []
 
 
+def newest_whole(run_dir: str | pathlib.Path, wanted: Callable[[str], bool] = lambda item: True
+                 ) -> tuple[int, dict[int, str]] | None:
+    """(the newest step whose files are those of its manifest, {newer step: what is wrong with it}).
+
+    None for a run without checkpoints. Only the items that are `wanted` are verified. Logs a line for each step that
+    is passed over; raises CheckpointError when none is whole.
+    """
+    found, wrong = steps(run_dir), {}
+    for step in reversed(found):
+        problem = manifest.problem(folder(run_dir) / str(step), wanted)
+        if problem is None:
+            return step, wrong
+        log.error("the checkpoint of step %d in %s is not whole and is passed over: %s", step, folder(run_dir), problem)
+        wrong[step] = problem
+    if found:
+        said = "; ".join(f"step {step}: {problem}" for step, problem in wrong.items())
+        raise CheckpointError(f"{folder(run_dir)} must hold a whole checkpoint, found none ({said}): put back a copy, "
+                              "or choose another run_dir to start anew")
+    return None
+
+
 def read_meta(run_dir: str | pathlib.Path, step: int | None = None) -> tuple[int, dict[str, Any]]:
-    """(step, {"config", "fingerprint", "class_names"}) of the latest checkpoint, or of the one asked for.
+    """(step, {"config", "fingerprint", "class_names", "notes"}) of the checkpoint asked for, or of the newest one that
+    can be sampled from (the state of the optimizer is not verified).
 
     Raises CheckpointError when there is none.
     """
-    found = steps(run_dir)
-    if not found:
-        raise CheckpointError(f"no checkpoint in {folder(run_dir)}: expected a run directory written by train_dit.py")
-    step = found[-1] if step is None else step
-    if step not in found:
-        raise CheckpointError(f"no checkpoint of step {step} in {folder(run_dir)}, found steps {found}")
+    if step is None:
+        newest = newest_whole(run_dir, lambda item: item != "opt_state")
+        if newest is None:
+            raise CheckpointError(f"no checkpoint in {folder(run_dir)}: expected a run directory written by "
+                                  "train_dit.py")
+        step = newest[0]
+    elif step not in steps(run_dir):
+        raise CheckpointError(f"no checkpoint of step {step} in {folder(run_dir)}, found steps {steps(run_dir)}")
+    else:
+        _verify(run_dir, step, "meta")
     path = folder(run_dir) / str(step) / "meta" / "metadata"
     try:
         return step, json.loads(path.read_text())
-    except (OSError, json.JSONDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} must be the JSON that was saved with the checkpoint, found {error}") from error
 
 
 def read_config(run_dir: str | pathlib.Path, step: int | None = None) -> tuple[int, Config]:
-    """(step, config) of the latest checkpoint, or of the one asked for. Raises CheckpointError, ConfigError."""
+    """(step, config) of the checkpoint asked for, or of the newest whole one. Raises CheckpointError, ConfigError."""
     step, meta = read_meta(run_dir, step)
     return step, from_dict(meta["config"])
 
@@ -69,7 +111,8 @@ def restore_params(run_dir: str | pathlib.Path, step: int, config: Config, mesh:
                    ema_decay: float | None = None) -> Any:
     """The averaged parameters of a checkpoint, sharded over `mesh`; `ema_decay` None is the first of the config.
 
-    A decay of 0 gives the parameters themselves. Raises CheckpointError for a decay that was not kept.
+    A decay of 0 gives the parameters themselves. Raises CheckpointError for a decay that was not kept, and for files
+    that are not those that were saved.
     """
     decays = config.train.ema_decays
     if ema_decay is not None and ema_decay not in (0.0, *decays):
@@ -77,93 +120,241 @@ def restore_params(run_dir: str | pathlib.Path, step: int, config: Config, mesh:
                               f"the parameters themselves, found {ema_decay}")
     decay = decays[0] if ema_decay is None else ema_decay
     item = "params" if decay == 0.0 and 0.0 not in decays else f"ema_{ema.name(decay)}"
+    _verify(run_dir, step, item)
     _, shapes = models.abstract(config)
     target = jax.tree.map(lambda s, where: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where),
                           shapes, sharding.param_shardings(shapes, mesh))
-    with ocp.CheckpointManager(folder(run_dir), item_names=(item,)) as manager:
-        return manager.restore(step, args=ocp.args.Composite(**{item: ocp.args.StandardRestore(target)}))[item]
+    return _read(folder(run_dir) / str(step), {item: target})[item]
+
+
+def _verify(run_dir: str | pathlib.Path, step: int, item: str) -> None:
+    """Raises CheckpointError unless the item's files are as they were saved; the first host looks for all."""
+    if jax.process_index():
+        return
+    problem = manifest.problem(folder(run_dir) / str(step), lambda name: name == item)
+    if problem:
+        raise CheckpointError(f"the checkpoint of step {step} in {folder(run_dir)} must be as it was saved, but "
+                              f"{problem}")
+
+
+def _read(where: pathlib.Path, targets: dict[str, Any]) -> dict[str, Any]:
+    """The items of a checkpoint in the shapes and shardings of `targets`; each device reads its own part."""
+    with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as reader:
+        read = reader.restore(where, args=ocp.args.Composite(
+            **{name: ocp.args.StandardRestore(target) for name, target in targets.items()}))
+    return {name: read[name] for name in targets}
 
 
 class Checkpoints:
     """The checkpoints of a run that trains; use it in a `with` statement, whose end waits for the last save.
 
-    Raises CheckpointError when another process trains in the same run directory.
+    `notes` is a dict of JSON values that is saved with each checkpoint and comes back with `restore`. Raises
+    CheckpointError when another process trains in the same run directory.
     """
 
     def __init__(self, config: Config, fingerprint: str, class_names: Sequence[str]):
         self._config, self._fingerprint = config, fingerprint
         self._meta = {"config": to_dict(config), "fingerprint": fingerprint, "class_names": list(class_names)}
+        self.notes: dict[str, Any] = {}
         self._folder = folder(config.run_dir)
         self._folder.mkdir(parents=True, exist_ok=True)
-        self._lock = (self._folder.parent / "lock").open("w")  # held until closed, however the process ends
-        if jax.process_index() == 0:
+        self._first_host = jax.process_index() == 0
+        if self._first_host:
+            self._lock = (self._folder.parent / "lock").open("w")  # held until closed, however the process ends
             try:
                 fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
                 self._lock.close()
                 raise CheckpointError(f"another process is training in {config.run_dir}: wait for it, or choose "
                                       "another run_dir") from error
-            for left in self._folder.glob("*orbax-checkpoint-tmp*"):  # a save that was killed; orbax leaves it
-                log.warning("removing the unfinished checkpoint %s", left)
-                shutil.rmtree(left)
-        policies = [checkpoint_managers.LatestN(2)]
-        if config.train.keep_every:
-            policies.append(checkpoint_managers.EveryNSteps(config.train.keep_every))
-        averages = (f"ema_{ema.name(decay)}" for decay in config.train.ema_decays)
-        self._manager = ocp.CheckpointManager(
-            self._folder, item_names=("params", "opt_state", *averages, "meta"),
-            options=ocp.CheckpointManagerOptions(
-                preservation_policy=checkpoint_managers.AnyPreservationPolicy(policies)))
+            self._sweep()
+        self._saving: pathlib.Path | None = None
+        self._writer = ocp.AsyncCheckpointer(
+            ocp.CompositeCheckpointHandler(),
+            async_options=ocp.options.AsyncOptions(post_finalization_callback=self._write_manifest))
+        self._pool = concurrent.futures.ThreadPoolExecutor(1, "checkpoint")
+        self._commit: concurrent.futures.Future | None = None
 
     def __enter__(self) -> "Checkpoints":
         return self
 
-    def __exit__(self, *_) -> None:
-        self._manager.close()
-        self._lock.close()
+    def __exit__(self, kind, *_) -> None:
+        try:
+            self.wait()
+        except CheckpointError as error:
+            if kind is None:
+                raise
+            log.error("%s", error)  # what ended the run is raised already
+        finally:
+            self._pool.shutdown()
+            self._writer.close()
+            if self._first_host:
+                self._lock.close()
 
     def save(self, step: int, state: TrainState) -> None:
-        """Copies the state to the host and writes it in the background; a step that is saved already is left alone."""
-        if step in self._manager.all_steps():
+        """Copies the state to the host and writes it in the background; a step that is saved already is left alone.
+
+        Raises CheckpointError when the save before this one failed, or the disk has no room for this one.
+        """
+        self.wait()
+        if step in steps(self._config.run_dir):
             return
         items = _items(state)
-        self._manager.save(step, args=ocp.args.Composite(
-            **{name: ocp.args.StandardSave(item) for name, item in items.items()},
-            meta=ocp.args.JsonSave(self._meta)), force=True)
+        needed = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(items))
+        free = shutil.disk_usage(self._folder).free
+        if self._first_host and free < needed:
+            raise CheckpointError(f"the checkpoint of step {step} needs {needed / 1e9:.2f} GB in {self._folder}, found "
+                                  f"{free / 1e9:.2f} GB free; {self._last_whole()}")
+        self._saving = self._folder / str(step)
+        failure = None
+        try:
+            if self._first_host:
+                with tempfile.TemporaryFile(dir=self._folder):
+                    pass  # a folder that cannot be written is found before orbax's threads find it, one by one
+            self._writer.save(self._saving, args=ocp.args.Composite(
+                **{name: ocp.args.StandardSave(item) for name, item in items.items()},
+                meta=ocp.args.JsonSave(self._meta | {"notes": self.notes})))
+        except (OSError, ValueError, RuntimeError) as error:
+            failure = self._failure(error)
+        if failure:
+            raise failure
+        self._commit = self._pool.submit(self._finish)
+
+    def wait(self) -> None:
+        """Until the last save is committed. Raises CheckpointError when it failed."""
+        if self._commit is None:
+            return
+        error = self._commit.exception()
+        self._commit = None
+        if isinstance(error, (OSError, ValueError, RuntimeError)):
+            failure, error = self._failure(error), None
+            gc.collect()  # the writes that orbax has given up would complain if they went when the interpreter does
+            raise failure
+        if error:
+            raise error
+
+    def check(self) -> None:
+        """Raises CheckpointError when the last save has failed already; does not wait."""
+        if self._commit is not None and self._commit.done():
+            self.wait()
 
     def restore(self, target: TrainState) -> tuple[int, TrainState] | None:
-        """The latest checkpoint in the shapes and shardings of `target`; None when the run has none yet.
+        """The newest whole checkpoint in the shapes and shardings of `target`; None when the run has none yet.
 
-        Raises CheckpointError when the checkpoint belongs to another model, data set or stream of batches.
+        Newer ones that are not whole are moved to checkpoints/damaged. Raises CheckpointError when none is whole, and
+        when the checkpoint belongs to another model, data set or stream of batches.
         """
-        step = self._manager.latest_step()
+        self.wait()
+        start = time.perf_counter()
+        step = self._agree_on_step()
         if step is None:
             return None
         self._check_same_run(step)
-        items = _items(target)
-        read = self._manager.restore(step, args=ocp.args.Composite(
-            **{name: ocp.args.StandardRestore(item) for name, item in items.items()}))
+        verified = time.perf_counter()
+        where = self._folder / str(step)
+        read = _read(where, _items(target))
         scalars = jax.jit(lambda: (jnp.asarray(step, jnp.int32), jnp.zeros((), jnp.bool_)),
                           out_shardings=(target.step.sharding, target.halted.sharding))()
         state = TrainState(step=scalars[0], params=read["params"], opt_state=read["opt_state"],
                            ema={name: read[f"ema_{name}"] for name in target.ema}, halted=scalars[1])
+        jax.block_until_ready(state)
+        log.info("restored step %d: %.2f GB verified in %.1f s and read in %.1f s", step, manifest.size(where) / 1e9,
+                 verified - start, time.perf_counter() - verified)
         return step, state
+
+    def _agree_on_step(self) -> int | None:
+        """What the first host finds on the disk, on every host."""
+        none, failed = -1, -2
+        step, failure = none, None
+        if self._first_host:
+            try:
+                step = self._newest()
+            except (CheckpointError, OSError) as error:
+                step, failure = failed, error
+        if jax.process_count() > 1:
+            step = int(multihost_utils.broadcast_one_to_all(np.int32(step)))
+        if failure:
+            raise failure
+        if step == failed:
+            raise CheckpointError(f"the first host found no whole checkpoint in {self._folder}")
+        return None if step == none else step
+
+    def _newest(self) -> int:
+        """The newest whole step, -1 for a run without checkpoints; moves newer ones aside."""
+        found = newest_whole(self._config.run_dir)
+        if found is None:
+            return -1
+        step, wrong = found
+        for number in wrong:
+            aside = self._folder / "damaged" / f"{number}-{time.time_ns()}"
+            aside.parent.mkdir(exist_ok=True)
+            os.replace(self._folder / str(number), aside)
+            log.error("going back to step %d: the checkpoint of step %d is now in %s", step, number, aside)
+        return step
+
+    def _write_manifest(self) -> None:
+        """Called by orbax on the first host when all hosts have written and nothing is committed yet."""
+        written, = self._folder.glob(f"{self._saving.name}.orbax-checkpoint-tmp*")
+        manifest.write(written)
+
+    def _finish(self) -> None:
+        """In the background: after the commit, what is no longer kept is deleted."""
+        self._writer.wait_until_finished()
+        if self._first_host:
+            for step in set(steps(self._config.run_dir)) - self._kept():
+                going = self._folder / f"deleting-{step}"
+                os.replace(self._folder / str(step), going)  # a kill leaves no half of a checkpoint under its name
+                shutil.rmtree(going)
+
+    def _kept(self) -> set[int]:
+        found, every = steps(self._config.run_dir), self._config.train.keep_every
+        return set(found[-LATEST:]) | {step for step in found if every and step % every == 0}
+
+    def _sweep(self) -> None:
+        """Removes what a killed save or deletion left: orbax does not."""
+        for pattern in ("*orbax-checkpoint-tmp*", "deleting-*"):
+            for left in self._folder.glob(pattern):
+                log.warning("removing the unfinished checkpoint %s", left)
+                shutil.rmtree(left, ignore_errors=True)  # a failed save may be writing still: swept at the next start
+
+    def _failure(self, error: Exception) -> CheckpointError:
+        code = getattr(error, "errno", None) or next(iter(re.findall(r"os_error_code='(\d+)'", str(error))), None)
+        said = os.strerror(int(code)) if code else f"{type(error).__name__}: {str(error).strip()}".splitlines()[0]
+        if self._first_host:
+            self._sweep()
+        return CheckpointError(f"the checkpoint of step {self._saving.name} could not be written ({said}); "
+                               f"{self._last_whole()}")
+
+    def _last_whole(self) -> str:
+        found = steps(self._config.run_dir)
+        return (f"the last one is of step {found[-1]}, from which the same command goes on" if found
+                else "the run has none yet")
 
     def _check_same_run(self, step: int) -> None:
         _, meta = read_meta(self._config.run_dir, step)
+        self.notes = dict(meta.get("notes", {}))
+        allowed = self._config.train.allow_change
         # through JSON, so that both sides are lists where one was a tuple
         saved, now = _flat(meta["config"]), _flat(json.loads(json.dumps(to_dict(self._config))))
         changes = {name: f"{name} {saved.get(name)!r}, found {now.get(name)!r}"
                    for name in sorted(saved.keys() | now.keys()) if saved.get(name) != now.get(name)}
         for name, change in changes.items():
-            if name.startswith(FIXED) and name not in FREE:
-                raise CheckpointError(f"the run in {self._config.run_dir} was started with {change}; "
-                                      "choose another run_dir to start a new run")
+            if not name.startswith(FIXED) or name in FREE:
+                continue
+            asked = next((a for a in CHANGEABLE if name not in SHAPES and f"{name}.".startswith(f"{a}.")), None)
+            if asked is None or asked not in allowed:
+                raise CheckpointError(f"the run in {self._config.run_dir} was started with {change}; choose another "
+                                      "run_dir to start a new run"
+                                      + (f", or go on all the same with --train.allow-change {asked}" if asked else ""))
         if changes:
             log.info("going on with other settings than before: was %s", "; was ".join(changes.values()))
         if meta["fingerprint"] != self._fingerprint:
-            raise CheckpointError(f"the run in {self._config.run_dir} was started on data with fingerprint "
-                                  f"{meta['fingerprint']}, found {self._fingerprint}: the data set has changed")
+            said = (f"the run in {self._config.run_dir} was started on data with fingerprint {meta['fingerprint']}, "
+                    f"found {self._fingerprint}: the data set has changed")
+            if "data" not in allowed:
+                raise CheckpointError(f"{said}; choose another run_dir to start a new run, or go on all the same with "
+                                      "--train.allow-change data")
+            log.warning("%s, as --train.allow-change asks", said)
 
 
 def _items(state: TrainState) -> dict[str, Any]:

@@ -34,10 +34,15 @@ def assert_equal(a, b):
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(a), jax.device_get(b))
 
 
-@pytest.mark.parametrize("other", [(1, 1, 1), (8, 1, 1), (1, 4, 1), (2, 2, 2)], ids=str)
-def test_a_state_comes_back_on_any_mesh(tmp_path, other):
+@pytest.mark.parametrize(("one", "other"), [
+    ((2, 2, 1), (1, 1, 1)), ((2, 2, 1), (8, 1, 1)), ((2, 2, 1), (1, 4, 1)), ((2, 2, 1), (2, 2, 2)),
+    ((1, 1, 1), (2, 2, 2)), ((8, 1, 1), (1, 1, 4)), ((1, 8, 1), (1, 2, 1)), ((1, 1, 8), (2, 4, 1)),
+    ((2, 2, 2), (1, 1, 3)),
+], ids=str)
+def test_a_state_comes_back_on_any_mesh(tmp_path, one, other):
+    """Every shard is read by the device that holds it: what is restored is sharded as the target asks."""
     config = tiny.config(tmp_path)
-    state = save(config, 12, mesh=mesh_of(2, 2, 1))
+    state = save(config, 12, mesh=mesh_of(*one))
     target = abstract_state(config, mesh_of(*other))
     with Checkpoints(config, "f", NAMES) as restorer:
         step, restored = restorer.restore(target)
@@ -82,7 +87,7 @@ def test_what_a_killed_save_left_is_swept(tmp_path):
     (lambda c: dataclasses.replace(c, model=ModelConfig(preset="DiT-B/2")), "model.depth 2, found None"),
     (lambda c: dataclasses.replace(c, train=dataclasses.replace(c.train, seed=1)), "train.seed 0, found 1"),
     (lambda c: dataclasses.replace(c, train=dataclasses.replace(c.train, batch_size=32)),
-     "train.batch_size 16, found 32"),
+     "train.batch_size 16, found 32; .* --train.allow-change train.batch_size"),
 ])
 def test_a_run_does_not_go_on_as_another(tmp_path, change, said):
     config = tiny.config(tmp_path)
@@ -95,7 +100,27 @@ def test_a_run_does_not_go_on_as_another(tmp_path, change, said):
 def test_another_data_set_is_noticed(tmp_path):
     config = tiny.config(tmp_path)
     save(config, 3)
-    with Checkpoints(config, "g", NAMES) as restorer, pytest.raises(CheckpointError, match="fingerprint f, found g"):
+    with (Checkpoints(config, "g", NAMES) as restorer,
+          pytest.raises(CheckpointError, match=r"fingerprint f, found g.*--train.allow-change data")):
+        restorer.restore(abstract_state(config, mesh_of()))
+
+
+def test_what_is_asked_for_by_name_may_change(tmp_path, caplog):
+    config = tiny.config(tmp_path)
+    save(config, 3)
+    changed = tiny.config(tmp_path, batch_size=32, allow_change=("train.batch_size",))
+    with Checkpoints(changed, "f", NAMES) as restorer:
+        assert restorer.restore(abstract_state(config, mesh_of()))[0] == 3
+    with Checkpoints(changed, "g", NAMES) as restorer, pytest.raises(CheckpointError, match="data set has changed"):
+        restorer.restore(abstract_state(config, mesh_of()))
+    changed = dataclasses.replace(tiny.config(tmp_path, allow_change=("data",)),
+                                  data=dataclasses.replace(config.data, flip=True))
+    with Checkpoints(changed, "g", NAMES) as restorer:
+        assert restorer.restore(abstract_state(config, mesh_of()))[0] == 3
+    assert "as --train.allow-change asks" in caplog.text
+    changed = dataclasses.replace(changed, data=dataclasses.replace(config.data, num_classes=11))
+    with (Checkpoints(changed, "g", NAMES) as restorer,
+          pytest.raises(CheckpointError, match=r"data.num_classes 10, found 11; choose another run_dir .* run$")):
         restorer.restore(abstract_state(config, mesh_of()))
 
 
@@ -136,6 +161,3 @@ def test_what_is_missing_is_named(tmp_path):
         checkpoints.read_config(tmp_path, 5)
     with pytest.raises(CheckpointError, match=r"one that the run kept \(0.9, 0.99\)"):
         checkpoints.restore_params(tmp_path, 3, config, mesh_of(), ema_decay=0.5)
-    (checkpoints.folder(tmp_path) / "3" / "meta" / "metadata").write_text("{")
-    with pytest.raises(CheckpointError, match="must be the JSON that was saved"):
-        checkpoints.read_config(tmp_path)

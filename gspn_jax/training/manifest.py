@@ -1,0 +1,84 @@
+"""The manifest of a checkpoint: the SHA-256 of every file, so that a disk's mistake is found before it is trained on.
+
+It is written into the checkpoint before the rename that commits it: a committed checkpoint has one, and a folder
+without one was never finished.
+"""
+
+import concurrent.futures
+import hashlib
+import json
+import os
+import pathlib
+from collections.abc import Callable
+
+from gspn_jax.files import replacing
+
+NAME = "manifest.json"
+LATER = ("_CHECKPOINT_METADATA",)
+"""Orbax writes the time of the commit into it; nothing that is restored is read from it."""
+THREADS = min(8, os.cpu_count() or 1)
+"""hashlib lets go of the interpreter, so that files are read and hashed side by side."""
+
+
+def _sha256(path: pathlib.Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write(folder: pathlib.Path) -> None:
+    """Hashes the files of `folder` into its manifest. Raises OSError."""
+    skipped = {folder / name for name in (NAME, *LATER)}
+    paths = sorted(path for path in folder.rglob("*") if path.is_file() and path not in skipped)
+    with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
+        hashes = list(pool.map(_sha256, paths))
+    files = {path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": digest}
+             for path, digest in zip(paths, hashes, strict=True)}
+    with replacing(folder / NAME) as temporary:
+        temporary.write_text(json.dumps({"version": 1, "files": files}, indent=1) + "\n")
+
+
+def size(folder: pathlib.Path) -> int:
+    """Bytes of a checkpoint as its manifest has them."""
+    return sum(file["bytes"] for file in _read(folder).values())
+
+
+def problem(folder: pathlib.Path, wanted: Callable[[str], bool] = lambda item: True) -> str | None:
+    """What is wrong with a checkpoint, as a clause such as "params/d/4f is missing"; None when it is whole.
+
+    Only the files of items (the checkpoint's sub-folders) that are `wanted` are read.
+    """
+    try:
+        files = _read(folder)
+    except FileNotFoundError:
+        return f"it has no {NAME}: it was never finished"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"its {NAME} cannot be read ({type(error).__name__}: {error})"
+    files = {name: file for name, file in files.items() if wanted(name.split("/")[0])}
+
+    def check(entry: tuple[str, dict]) -> str | None:
+        name, expected = entry
+        path = folder / name
+        try:
+            found = path.stat().st_size
+            if found != expected["bytes"]:
+                return f"{name} has {found} bytes, not the {expected['bytes']} that were written"
+            if _sha256(path) != expected["sha256"]:
+                return f"the content of {name} has changed (its SHA-256 is not that of the manifest)"
+        except FileNotFoundError:
+            return f"{name} is missing"
+        except OSError as error:
+            return f"{name} cannot be read ({error.strerror})"
+        return None
+
+    with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
+        return next((found for found in pool.map(check, files.items()) if found), None)
+
+
+def _read(folder: pathlib.Path) -> dict[str, dict]:
+    """{path: {"bytes", "sha256"}}. Raises OSError, ValueError, KeyError, TypeError or AttributeError."""
+    files = json.loads((folder / NAME).read_text())["files"]
+    if not files:
+        raise ValueError("it names no file")
+    for file in files.values():
+        int(file["bytes"]), file["sha256"].lower()
+    return files
