@@ -1,0 +1,240 @@
+"""Reference statistics of a set of images: moments of all, pool features of some; a killed run goes on."""
+
+import concurrent.futures
+import contextlib
+import dataclasses
+import hashlib
+import json
+import logging
+import os
+import pathlib
+import shutil
+from collections.abc import Iterator
+from typing import ClassVar
+
+import numpy as np
+from jaxtyping import UInt8
+
+from gspn_jax.config import ConfigError
+from gspn_jax.data.flat_folder import FlatFolder
+from gspn_jax.data.sources import Source, hash_of
+from gspn_jax.files import replacing
+from gspn_jax.prepare.images import ImageFlags, read_ahead
+
+log = logging.getLogger(__name__)
+
+_PARTS = ("pool", "spatial")
+_STATE_BYTES = 3 * 8 * (2048**2 + 2023**2)
+"""The sums of a part twice, while one state replaces another, and the result."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Stats(ImageFlags):
+    """Reference statistics for FID, sFID, KID, precision and recall: give --images, --tars, --tfds or --npz."""
+
+    KINDS: ClassVar[tuple[str, ...]] = (*ImageFlags.KINDS, "npz")
+
+    images: str | None = None
+    """A folder of images, in class folders or not."""
+    inception: str | None = None
+    """Weights of Inception-v3 (.pth or .safetensors)."""
+    output: str
+    """The .npz to write, which training takes as eval.reference and `gspn_jax.evaluate` as --reference."""
+    npz: str | None = None
+    """An .npz with images as arr_0, of the size that they have there."""
+    image_size: int | None = None
+    """Side of the square that each image is scaled and cropped to, as ADM does: the size of the samples."""
+    keep: int = 10_000
+    """Of how many images, spread evenly over the set, single features are kept for KID, precision and recall."""
+    keep_images: bool = False
+    """Keep those images too, so that the ADM evaluator can read the file (2 GB for 10,000 of 256 pixels)."""
+    save_every: int = 10_000
+    """A killed run loses at most so many images."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check_positive("save_every")
+        if self.keep < 0:
+            raise ConfigError(f"--keep must be 0 or more, found {self.keep}")
+        if bool(self.npz) == (self.image_size is not None):
+            raise ConfigError("--image-size must be given, as the size of the samples, unless the images are those of "
+                              f"--npz, found --image-size {self.image_size}")
+        if self.image_size is not None:
+            self.check_positive("image_size")
+        if pathlib.Path(self.output).suffix != ".npz":
+            raise ConfigError(f"--output must end in .npz, found {self.output!r}")
+
+    def source(self, image_size: int) -> Source:
+        """As `ImageFlags.source`, but images need not lie in class folders."""
+        return FlatFolder(self.images, image_size) if self.images else super().source(image_size)
+
+
+class _Set:
+    """The images in order, whatever they come from."""
+
+    def __init__(self, arguments: Stats):
+        self._arguments = arguments
+        if arguments.npz:
+            from gspn_jax.metrics.npz import StoredImages
+
+            self._stored = StoredImages(arguments.npz, "--npz")
+            self.size, self.side = len(self._stored), self._stored.shape[1:3]
+            with open(arguments.npz, "rb") as file:
+                self.fingerprint = hashlib.file_digest(file, "sha256").hexdigest()
+        else:
+            self._source = arguments.source(arguments.image_size)
+            self.size, self.side = len(self._source), (arguments.image_size,) * 2
+            if arguments.images:
+                names = [os.path.relpath(path, arguments.images) for path in self._source.files]
+                self.fingerprint = hash_of([*names, repr([os.path.getsize(path) for path in self._source.files])])
+            else:
+                self.fingerprint = self._source.fingerprint
+        self.name = next(getattr(arguments, kind) for kind in arguments.KINDS if getattr(arguments, kind))
+
+    def read(self, indices: range | np.ndarray) -> Iterator[UInt8[np.ndarray, "H W 3"] | None]:
+        """The images of ascending indices; None for one that is bad and left out.
+
+        Raises DataError for a bad image that must not be left out.
+        """
+        from gspn_jax.data import DataError
+
+        if (arguments := self._arguments).npz:
+            wanted, start = set(indices), int(indices[0])
+            for batch in self._stored.batches(arguments.batch_size, start):
+                for number, image in enumerate(batch, start):
+                    if number in wanted:
+                        yield image
+                    if number == indices[-1]:
+                        return
+                start += len(batch)
+            return
+        ahead = 4 * max(arguments.batch_size, arguments.threads)
+        with (concurrent.futures.ThreadPoolExecutor(arguments.threads) as pool,
+              contextlib.closing(read_ahead(pool, self._source, indices, ahead)) as records):
+            for record in records:
+                try:
+                    yield record()["image"]
+                except DataError as error:
+                    if arguments.bad_images == "error":
+                        raise
+                    log.warning("%s; it is left out", error)
+                    yield None
+
+
+def prepare_stats(arguments: Stats) -> None:
+    """Writes the statistics that `arguments` ask for. The same arguments go on behind a killed run's last save, and
+    end in the same file.
+
+    Raises ConfigError, WeightsError or DataError with one sentence for what cannot be used; OSError for a full disk.
+    """
+    from tqdm import tqdm
+
+    from gspn_jax.metrics import inception
+    from gspn_jax.metrics.extractor import Extractor
+    from gspn_jax.metrics.reference import Reference
+
+    # --- what can be wrong is found first
+    output = pathlib.Path(arguments.output)
+    if output.exists():
+        raise ConfigError(f"{output} exists already: choose another --output, or delete it")
+    if not output.parent.is_dir():
+        raise ConfigError(f"--output must lie in a folder that exists, found {arguments.output!r}")
+    weights = inception.read(inception.require(arguments.inception, "--inception"))
+    sha256 = inception.digest(weights)
+    images = _Set(arguments)
+    chosen = np.unique(np.linspace(0, images.size - 1, min(arguments.keep, images.size)).astype(int))
+    kept_bytes = len(chosen) * (3 * 4 * 2048 + arguments.keep_images * 3 * int(np.prod(images.side)))
+    if (free := shutil.disk_usage(output.parent).free) < (needed := _STATE_BYTES + kept_bytes):
+        raise ConfigError(f"the statistics need {needed / 1e9:.1f} GB in {output.parent}, found {free / 1e9:.1f} GB "
+                          "free")
+    extractor = Extractor(inception.from_state_dict(weights), batch_size=arguments.batch_size)
+    settings = {"inception_sha256": sha256, "images": images.fingerprint, "image_size": list(images.side),
+                "keep": len(chosen), "bad_images": arguments.bad_images, "batch_size": extractor.batch_size,
+                "save_every": arguments.save_every}
+
+    # --- the images that a run before this one has not seen
+    progress = _Progress(output.with_name(output.name + ".partial"), settings)
+    with tqdm(total=images.size, initial=progress.done, unit="image", desc="features", dynamic_ncols=True) as bar:
+        while progress.done < images.size:
+            part = range(progress.done, min(progress.done + arguments.save_every, images.size))
+            usable = ((index, image) for index, image in zip(part, images.read(part), strict=True) if image is not None)
+            for batch in _batches(usable, extractor.batch_size):
+                indices = [index for index, _ in batch]
+                progress.add(*extractor(np.stack([image for _, image in batch])), np.isin(indices, chosen))
+                bar.update(indices[-1] + 1 - bar.n)
+            progress.save(part.stop)
+            bar.update(part.stop - bar.n)
+
+    # --- the result
+    count = progress.moments["pool"].count
+    if count < 2:
+        raise ConfigError(f"statistics need at least 2 images that can be used, found {count} of {images.size}")
+    reference = Reference(str(output), "", progress.moments["pool"].gaussian(), progress.moments["spatial"].gaussian(),
+                          features=progress.features() if len(chosen) else None, num_images=count,
+                          inception_sha256=sha256)
+    kept = None
+    if arguments.keep_images and len(chosen):
+        kept = np.stack([image for image in images.read(chosen) if image is not None])
+    reference.write(output, source=images.name, images=kept)
+    shutil.rmtree(progress.folder)
+    left_out = images.size - count
+    print(f"statistics of {count:,} images of {images.side[0]}x{images.side[1]} in {output}"
+          + (f"; bad images left out: {left_out:,}" if left_out else "")
+          + f"; they allow {', '.join(reference.allowed)}")
+
+
+def _batches(items: Iterator, size: int) -> Iterator[list]:
+    batch = []
+    for item in items:
+        batch.append(item)
+        if len(batch) == size:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
+
+
+class _Progress:
+    """What is known of the images so far; `folder` holds what was known at the last save."""
+
+    def __init__(self, folder: pathlib.Path, settings: dict):
+        from gspn_jax.metrics.moments import Moments
+
+        self.folder, self._settings = folder, settings
+        self.done, self.moments, self._features = 0, {part: Moments() for part in _PARTS}, []
+        folder.mkdir(exist_ok=True)
+        if not self._state.exists():
+            return
+        with np.load(self._state, allow_pickle=False) as state:
+            before = json.loads(str(state["settings"]))
+            changed = [name for name in settings if before.get(name) != settings[name]]
+            if changed:
+                raise ConfigError(f"{folder} was begun with other settings ({', '.join(changed)}): repeat them, choose "
+                                  "another --output, or delete it")
+            self.done = int(state["done"])
+            self._features = [state["features"]]
+            for part, moments in self.moments.items():
+                moments.restore({name.removeprefix(f"{part}."): state[name] for name in state.files
+                                 if name.startswith(f"{part}.")})
+
+    @property
+    def _state(self) -> pathlib.Path:
+        return self.folder / "state.npz"
+
+    def add(self, features, mask, chosen: np.ndarray) -> None:
+        """Adds a batch, and keeps the pool features of the rows that are `chosen`."""
+        for part, moments in self.moments.items():
+            moments.add(getattr(features, part), mask)
+        if chosen.any():
+            self._features.append(np.asarray(features.pool)[:len(chosen)][chosen])
+
+    def features(self) -> np.ndarray:
+        return np.concatenate([*self._features, np.zeros((0, 2048), np.float32)])
+
+    def save(self, done: int) -> None:
+        """Notes that the first `done` images are in. Sums are drained here, so that going on changes no bit."""
+        self.done = done
+        arrays = {f"{part}.{name}": array for part, moments in self.moments.items()
+                  for name, array in moments.state().items()}
+        with replacing(self._state) as temporary, open(temporary, "wb") as file:
+            np.savez(file, settings=json.dumps(self._settings), done=done, features=self.features(), **arrays)
