@@ -17,10 +17,11 @@ class DataError(ValueError):
     """An image that cannot be used; the message is one sentence naming the image and what is wrong with it."""
 
 
-def decode_image(encoded: bytes, name: str, size: int, channels: int) -> UInt8[np.ndarray, "S S C"]:
+def decode_image(encoded: bytes, name: str, size: int | None, channels: int) -> UInt8[np.ndarray, "H W C"]:
     """Decodes a JPEG, PNG or other file that Pillow reads and fits it to [size, size, channels] (see `fit_image`).
 
-    EXIF orientation is not applied, as in ADM and DiT, so that statistics stay comparable.
+    With `size` None it keeps its size. EXIF orientation is not applied, as in ADM and DiT, so that statistics stay
+    comparable.
 
     Raises DataError, naming `name`, for a file that is empty, truncated, damaged, or not an image.
     """
@@ -29,6 +30,9 @@ def decode_image(encoded: bytes, name: str, size: int, channels: int) -> UInt8[n
     try:
         with Image.open(io.BytesIO(encoded)) as image:
             image.load()
+            if size is None:
+                image = _to_mode(image, "L" if channels == 1 else "RGB")
+                return np.array(image).reshape(image.height, image.width, channels)
             return fit_image(image, size, channels)
     except UnidentifiedImageError as error:
         raise DataError(f"{name} is not a usable image: its format is not recognised") from error
