@@ -229,7 +229,8 @@ class _Progress:
             self._features.append(np.asarray(features.pool)[:len(chosen)][chosen])
 
     def features(self) -> np.ndarray:
-        return np.concatenate([*self._features, np.zeros((0, 2048), np.float32)])
+        kept = [features for features in self._features if len(features)]
+        return np.concatenate(kept) if kept else np.zeros((0, 0), np.float32)
 
     def save(self, done: int) -> None:
         """Notes that the first `done` images are in. Sums are drained here, so that going on changes no bit."""
