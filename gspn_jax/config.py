@@ -5,7 +5,7 @@ Every error is a `ConfigError` whose message is one sentence naming the field, w
 """
 
 import dataclasses
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 Mixer = Literal["attention", "gspn"]
 Remat = Literal["none", "dots", "full"]
@@ -242,6 +242,50 @@ class TrainConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class EvalConfig:
+    """Metrics of samples while training goes on: of averaged parameters, on the mesh that trains."""
+
+    every: int = 0
+    """Evaluates every so many steps and at the last; 0 is never."""
+    num_samples: int = 10_000
+    """Published numbers are of 50,000; fewer give a higher FID, which still tells checkpoints apart."""
+    metrics: tuple[Metric, ...] = ("fid",)
+    """With "fid", the checkpoint of the lowest one is kept for good beside the latest."""
+    reference: str | None = None
+    """Reference statistics (.npz), such as `python -m gspn_jax.prepare stats` makes; only "is" needs none."""
+    inception: str | None = None
+    """Weights of Inception-v3 of 2015 (.pth or .safetensors)."""
+    vae: str | None = None
+    """Weights of the autoencoder that decodes the samples of a run on latents."""
+    batch_size: int = 64
+    """Samples at a time over all devices: bounds the memory of sampling, decoding and Inception."""
+    ema: float | None = None
+    """The EMA decay to sample from; None is the first of train.ema_decays, 0 the parameters themselves."""
+    guidance_scale: float | None = None
+    """None is that of the sampler."""
+    steps: int | None = None
+    """Sampling steps; None is those of the sampler."""
+    labels: Literal["random", "balanced"] = "random"
+    """Uniform at random, as published numbers use, or equally many of each class."""
+    seed: int = 0
+    """Sample i is drawn from seed + i, at each evaluation."""
+
+    def __post_init__(self) -> None:
+        _check(self.every >= 0, "eval.every", "0 or more", self.every)
+        _check(self.num_samples > 3, "eval.num_samples", "4 or more", self.num_samples)
+        _check(len(self.metrics) > 0 and len(set(self.metrics)) == len(self.metrics), "eval.metrics",
+               "some metrics, each once", self.metrics)
+        for name in self.metrics:
+            _one_of("eval.metrics", name, get_args(Metric))
+        _positive(self, "eval", "batch_size")
+        _check(self.guidance_scale is None or self.guidance_scale >= 0, "eval.guidance_scale", "0 or more, or None",
+               self.guidance_scale)
+        _check(self.steps is None or self.steps > 0, "eval.steps", "greater than 0, or None", self.steps)
+        _one_of("eval.labels", self.labels, ("random", "balanced"))
+        _check(self.seed >= 0, "eval.seed", "0 or more", self.seed)
+
+
+@dataclasses.dataclass(frozen=True)
 class Config:
     """One experiment. `run_dir` receives checkpoints, logs and sample grids."""
 
@@ -253,6 +297,7 @@ class Config:
     optimizer: OptimizerConfig = OptimizerConfig()
     mesh: MeshConfig = MeshConfig()
     train: TrainConfig = TrainConfig()
+    eval: EvalConfig = EvalConfig()
 
     def __post_init__(self) -> None:
         _check(bool(self.run_dir), "run_dir", "a folder", self.run_dir)
@@ -265,6 +310,21 @@ class Config:
                    f"at most diffusion.timesteps ({self.diffusion.timesteps})", self.sampler.steps)
         _check(self.optimizer.warmup_steps <= self.train.steps, "optimizer.warmup_steps",
                f"at most train.steps ({self.train.steps})", self.optimizer.warmup_steps)
+        if self.eval.every:
+            self._check_eval()
+
+    def _check_eval(self) -> None:
+        if self.diffusion.objective != "flow":
+            _check((self.eval.steps or 1) <= self.diffusion.timesteps, "eval.steps",
+                   f"at most diffusion.timesteps ({self.diffusion.timesteps})", self.eval.steps)
+        _check(self.eval.ema in (None, 0.0, *self.train.ema_decays), "eval.ema",
+               f"None, 0 or one of train.ema_decays {self.train.ema_decays}", self.eval.ema)
+        _check(self.eval.reference is not None or self.eval.metrics == ("is",), "eval.reference",
+               f"a file of reference statistics for eval.metrics {self.eval.metrics}", self.eval.reference)
+        latents = self.data.source == "latents"
+        _check(latents == (self.eval.vae is not None), "eval.vae",
+               "the weights of the autoencoder for a run on latents" if latents else "None for a run on pixels",
+               self.eval.vae)
 
 
 def to_dict(config: Config) -> dict[str, Any]:

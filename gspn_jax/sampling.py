@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import Array, Float, Int, UInt8
 
 from gspn_jax import models
 from gspn_jax.config import Config, ConfigError
@@ -59,11 +59,20 @@ class Sampler:
 
         split = sharding.batch_sharding(mesh)
         self._draw = jax.jit(draw, in_shardings=(sharding.param_shardings(shapes, mesh), split, split),
-                             out_shardings=sharding.replicated(mesh))
+                             out_shardings=split)
+        self._gather = jax.jit(lambda images: images, out_shardings=sharding.replicated(mesh))
 
     def __call__(self, params: Any, labels: Sequence[int] | Int[np.ndarray, " N"],
                  seeds: Sequence[int] | Int[np.ndarray, " N"]) -> UInt8[np.ndarray, "N H W C"]:
         """One image per (label, seed), seeds 0 .. 2**32-1. Raises ConfigError for a label out of range."""
+        images = self._gather(self.draw(params, labels, seeds))
+        images = np.asarray(images.addressable_data(0))[:len(labels)]
+        return images if self._decode is None else self._decode(images)
+
+    def draw(self, params: Any, labels: Sequence[int] | Int[np.ndarray, " N"],
+             seeds: Sequence[int] | Int[np.ndarray, " N"]) -> UInt8[Array, "M H W C"] | Float[Array, "M h w C"]:
+        """What `__call__` makes, left on the devices, split over the mesh and not decoded: M is N, rounded up to a
+        multiple of the devices that images are split over."""
         labels, seeds = np.asarray(labels, np.int32), np.asarray(seeds, np.uint32)
         bad = labels[(labels < 0) | (labels >= self._config.data.num_classes)]
         if bad.size:
@@ -72,6 +81,4 @@ class Sampler:
         split = sharding.batch_sharding(self._mesh)
         padded = [jax.make_array_from_callback(a.shape, split, lambda index, a=a: a[index])
                   for a in (np.pad(labels, (0, padding)), np.pad(seeds, (0, padding)))]
-        images = self._draw(params, *padded)
-        images = np.asarray(images.addressable_data(0))[:len(labels)]
-        return images if self._decode is None else self._decode(images)
+        return self._draw(params, *padded)

@@ -6,10 +6,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
-from jaxtyping import Float, Float32, UInt8
+from jaxtyping import Array, Float, Float32, UInt8
 
 from gspn_jax.autoencoder import model
 from gspn_jax.autoencoder.model import LATENT_SCALE, AutoencoderConfig
+
+
+def decode_to_uint8(params: Mapping[str, Float32[Array, "..."]], config: AutoencoderConfig,
+                    latents: Float[Array, "N h w D"]) -> UInt8[Array, "N H W C"]:
+    """0..255 images of latents in the scale that is trained on (times LATENT_SCALE)."""
+    images = model.decode(params, config, latents / LATENT_SCALE)
+    return jnp.clip(127.5 * images + 128, 0, 255).astype(jnp.uint8)
 
 
 class Autoencoder:
@@ -32,11 +39,8 @@ class Autoencoder:
         def encode(params, images):
             return model.encode(params, config, images.astype(jnp.float32) / 127.5 - 1)
 
-        def decode(params, latents):
-            images = model.decode(params, config, latents / LATENT_SCALE)
-            return jnp.clip(127.5 * images + 128, 0, 255).astype(jnp.uint8)
-
-        self._encode, self._decode = jax.jit(encode), jax.jit(decode)
+        self._encode = jax.jit(encode)
+        self._decode = jax.jit(lambda params, latents: decode_to_uint8(params, config, latents))
 
     def encode(self, images: UInt8[np.ndarray, "N H W C"]) -> Float32[np.ndarray, "N h w 2D"]:
         """Mean and log-variance of the posterior of 0..255 images, neither scaled nor clipped."""

@@ -6,17 +6,17 @@ the images `features`, their pool features, with `inception_sha256`, `num_images
 """
 
 import dataclasses
-import hashlib
 import pathlib
 import typing
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING
 
+import jax
 import numpy as np
 from jaxtyping import Array, Bool, Float32, UInt8
 
 from gspn_jax.config import ConfigError, Metric
-from gspn_jax.files import replacing
+from gspn_jax.files import replacing, sha256_of
 from gspn_jax.metrics import npz
 from gspn_jax.metrics.frechet import Gaussian
 from gspn_jax.metrics.moments import Moments, on_host
@@ -91,7 +91,8 @@ class Reference:
         from tqdm import tqdm
 
         moments, features = {"pool": Moments(), "spatial": Moments()}, []
-        with tqdm(total=len(self.images), unit="image", desc="reference images", dynamic_ncols=True) as bar:
+        with tqdm(total=len(self.images), unit="image", desc="reference images", dynamic_ncols=True,
+                  disable=jax.process_index() > 0) as bar:
             for images in self.images.batches(batch_size):
                 found, mask = extract(images)
                 for part in missing & moments.keys():
@@ -149,9 +150,7 @@ def read_reference(path: str | pathlib.Path, what: str = "the reference") -> Ref
         parts["num_images"] = int(npz.read(path, "num_images"))
     if "inception_sha256" in found:
         parts["inception_sha256"] = str(npz.read(path, "inception_sha256"))
-    with open(path, "rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return Reference(str(path), digest, **parts)
+    return Reference(str(path), sha256_of(path), **parts)
 
 
 def _listed(names: Iterable[str]) -> str:

@@ -3,7 +3,6 @@
 import concurrent.futures
 import contextlib
 import dataclasses
-import hashlib
 import json
 import logging
 import os
@@ -18,7 +17,7 @@ from jaxtyping import UInt8
 from gspn_jax.config import ConfigError
 from gspn_jax.data.flat_folder import FlatFolder
 from gspn_jax.data.sources import Source, hash_of
-from gspn_jax.files import replacing
+from gspn_jax.files import replacing, sha256_of
 from gspn_jax.prepare.images import ImageFlags, read_ahead
 
 log = logging.getLogger(__name__)
@@ -79,8 +78,7 @@ class _Set:
 
             self._stored = StoredImages(arguments.npz, "--npz")
             self.size, self.side = len(self._stored), self._stored.shape[1:3]
-            with open(arguments.npz, "rb") as file:
-                self.fingerprint = hashlib.file_digest(file, "sha256").hexdigest()
+            self.fingerprint = sha256_of(arguments.npz)
         else:
             self._source = arguments.source(arguments.image_size)
             self.size, self.side = len(self._source), (arguments.image_size,) * 2

@@ -148,7 +148,8 @@ def _read(where: pathlib.Path, targets: dict[str, Any]) -> dict[str, Any]:
 class Checkpoints:
     """The checkpoints of a run that trains; use it in a `with` statement, whose end waits for the last save.
 
-    `notes` is a dict of JSON values that is saved with each checkpoint and comes back with `restore`. Raises
+    `notes` is a dict of JSON values that is saved with each checkpoint and comes back with `restore`. `best_step` is
+    kept beside the latest and the periodic ones. Raises
     CheckpointError when another process trains in the same run directory.
     """
 
@@ -156,6 +157,7 @@ class Checkpoints:
         self._config, self._fingerprint = config, fingerprint
         self._meta = {"config": to_dict(config), "fingerprint": fingerprint, "class_names": list(class_names)}
         self.notes: dict[str, Any] = {}
+        self.best_step: int | None = None
         self._folder = folder(config.run_dir)
         self._folder.mkdir(parents=True, exist_ok=True)
         self._first_host = jax.process_index() == 0
@@ -308,7 +310,7 @@ class Checkpoints:
 
     def _kept(self) -> set[int]:
         found, every = steps(self._config.run_dir), self._config.train.keep_every
-        return set(found[-LATEST:]) | {step for step in found if every and step % every == 0}
+        return set(found[-LATEST:]) | {self.best_step} | {step for step in found if every and step % every == 0}
 
     def _sweep(self) -> None:
         """Removes what a killed save or deletion left: orbax does not."""
