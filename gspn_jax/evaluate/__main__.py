@@ -1,0 +1,3 @@
+from gspn_jax.evaluate import main
+
+main()

@@ -1,0 +1,129 @@
+"""Evaluation of images that are there: an .npz of the ADM layout, or a folder."""
+
+import concurrent.futures
+import contextlib
+import dataclasses
+import json
+import os
+import pathlib
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import Int, UInt8
+from tqdm import tqdm
+
+from gspn_jax.config import ConfigError, MeshConfig
+from gspn_jax.data.flat_folder import FlatFolder
+from gspn_jax.evaluate import report
+from gspn_jax.evaluate.scoring import FEWEST, ScoreFlags, Scorer, finish
+from gspn_jax.files import sha256_of
+from gspn_jax.metrics import npz
+from gspn_jax.prepare.images import read_ahead
+from gspn_jax.training import sharding
+
+CHUNK = 64
+"""Images that are read at a time."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FileFlags(ScoreFlags):
+    """Scores images that are there; the result goes beside them unless --output says where."""
+
+    samples: str
+    """An .npz with uint8 images [N, H, W, 3] as arr_0, or a folder with PNG or JPEG files."""
+    image_size: int | None = None
+    """Scale and crop the images of a folder to a square of this size, as ADM does; by default they are not touched."""
+    threads: int = os.cpu_count() or 1
+    """Threads that decode the images of a folder."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("image_size", "threads"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ConfigError(f"--{name.replace('_', '-')} must be 1 or more, found {value}")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Samples:
+    size: tuple[int, int]
+    count: int
+    labels: Int[np.ndarray, " N"] | None
+    about: dict[str, Any]
+    """What a result tells of them."""
+    warnings: list[str]
+    chunks: Iterator[UInt8[np.ndarray, "n H W 3"]]
+
+
+def evaluate_files(flags: FileFlags) -> dict[str, Any]:
+    """Scores `flags.samples`, prints the table and writes the JSON; returns what it wrote."""
+    path = pathlib.Path(flags.samples)
+    if not path.exists():
+        raise ConfigError(f"--samples must be an .npz file or a folder of images, found nothing at {flags.samples!r}")
+    samples = _folder(flags, path) if path.is_dir() else _npz(flags, path)
+    if samples.count < FEWEST:
+        raise ConfigError(f"--samples must hold {FEWEST} images or more, found {samples.count}")
+    scorer = Scorer(flags, sharding.make_mesh(MeshConfig()))
+    start = time.perf_counter()
+    with (contextlib.closing(samples.chunks) as chunks,
+          tqdm(total=samples.count, unit="image", desc="scoring", dynamic_ncols=True,
+               disable=jax.process_index() > 0) as bar):
+        result = scorer.score(_counted(chunks, bar), labels=samples.labels, warnings=samples.warnings,
+                              samples=samples.about | {"source": str(path), "count": samples.count,
+                                                       "image_size": list(samples.size)})
+    result["environment"]["seconds"] = time.perf_counter() - start
+    whole = path.resolve()  # "." has no name
+    beside = whole.with_name((whole.name if whole.is_dir() else whole.stem) + ".json")
+    finish(result, pathlib.Path(flags.output) if flags.output else report.free_path(beside))
+    return result
+
+
+def _counted(chunks: Iterator[np.ndarray], bar: tqdm) -> Iterator[np.ndarray]:
+    for chunk in chunks:
+        yield chunk
+        bar.update(len(chunk))
+
+
+def _npz(flags: FileFlags, path: pathlib.Path) -> _Samples:
+    if flags.image_size is not None:
+        raise ConfigError("--image-size is for the images of a folder, found an .npz, which is scored as it is")
+    images = npz.StoredImages(path, "--samples")
+    found = npz.names(path, "--samples")
+    labels = npz.read(path, "arr_1") if "arr_1" in found else None
+    if labels is not None and (labels.shape != (len(images),) or labels.dtype.kind not in "iu"):
+        labels = None  # something else that another program keeps there
+    about = json.loads(str(npz.read(path, "settings"))) if "settings" in found else {}
+    return _Samples(size=images.shape[1:3], count=len(images), labels=labels,
+                    about=about | {"sha256": sha256_of(path)}, warnings=[], chunks=images.batches(CHUNK))
+
+
+def _folder(flags: FileFlags, path: pathlib.Path) -> _Samples:
+    if (path / "checkpoints").is_dir():
+        raise ConfigError(f"--samples must be an .npz file or a folder of images, found the run directory {path}: give "
+                          "it as --run")
+    folder = FlatFolder(path, flags.image_size)
+    # files are often sorted by class, which would be the end of the Inception score
+    order = np.random.default_rng(0).permutation(len(folder))
+
+    def chunks() -> Iterator[UInt8[np.ndarray, "n H W 3"]]:
+        with concurrent.futures.ThreadPoolExecutor(flags.threads) as pool, contextlib.closing(
+                read_ahead(pool, folder, order, 2 * max(CHUNK, flags.threads))) as decoded:
+            waiting = []
+            for record in decoded:
+                waiting.append(record()["image"])
+                if len(waiting) == CHUNK:
+                    yield np.stack(waiting)
+                    waiting = []
+            if waiting:
+                yield np.stack(waiting)
+
+    warnings = []
+    if flags.image_size is not None:
+        warnings.append(f"the images were scaled and cropped to {flags.image_size}x{flags.image_size} here, by ADM's "
+                        "filter: another filter gives another FID")
+    jpeg = sum(not name.lower().endswith(".png") for name in folder.files)
+    if jpeg:
+        warnings.append(f"{jpeg:,} of the samples are JPEG files: what compression took away counts against them")
+    return _Samples(size=folder.shape[:2], count=len(folder), labels=None, about={}, warnings=warnings, chunks=chunks())

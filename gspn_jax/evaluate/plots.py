@@ -1,0 +1,106 @@
+"""Pictures of results: FID against the images seen in training, FID and Inception score against guidance.
+
+Only results that can be compared are joined by a line: of as many samples, drawn and scored alike.
+"""
+
+import collections
+import json
+import pathlib
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Literal, NamedTuple
+
+from gspn_jax.config import ConfigError
+from gspn_jax.evaluate.report import NAMES
+
+Against = Literal["images", "guidance"]
+
+AXIS = {"images": "training images seen", "guidance": "guidance scale"}
+_DRAWN = {"images": ("fid",), "guidance": ("fid", "is")}
+_FORMATS = (".png", ".svg", ".pdf")
+
+
+class Point(NamedTuple):
+    line: str
+    """What all points of a line have in common; its label."""
+    x: float
+    metrics: Mapping[str, float]
+
+
+def draw(paths: Sequence[str | pathlib.Path], against: Against, output: str | pathlib.Path) -> str:
+    """Draws what is found at `paths`: run directories, or files that an evaluation wrote. Returns a line that says so.
+
+    Raises ConfigError for an output that exists or is of another kind, without points, and without matplotlib.
+    """
+    output = pathlib.Path(output)
+    if output.suffix not in _FORMATS or not output.parent.is_dir() or output.exists():
+        raise ConfigError(f"--output must be a new {', '.join(_FORMATS)} file in a folder that exists, found "
+                          f"{str(output)!r}")
+    points = [point for path in map(pathlib.Path, paths) for point in _points_at(path, against)]
+    if not any("fid" in point.metrics for point in points):
+        raise ConfigError(f"--plot must name run directories or JSON files with FID of a run's samples, found none in "
+                          f"{', '.join(map(str, paths))}")
+    return _draw(points, against, output)
+
+
+def draw_results(results: Iterable[Mapping[str, Any]], against: Against, output: pathlib.Path) -> str:
+    """Draws results that are at hand; where it cannot be drawn, the line returned says why."""
+    points = [_point(result, against) for result in results]
+    try:
+        return _draw(points, against, output)
+    except ConfigError as error:
+        return f"no picture: {error}"
+
+
+def _points_at(path: pathlib.Path, against: Against) -> list[Point]:
+    """Those of a JSON file, or of a run: its evaluations and, against images, what it logged while it trained."""
+    if path.is_file():
+        return [_point(_read(path), against)]
+    if not path.is_dir():
+        raise ConfigError(f"--plot must name run directories or JSON files of evaluations, found nothing at {path}")
+    points = [_point(_read(file), against) for file in sorted((path / "evaluation").glob("*.json"))]
+    return points + (_logged(path) if against == "images" else [])
+
+
+def _read(path: pathlib.Path) -> dict[str, Any]:
+    try:
+        result = json.loads(path.read_text())
+        if "sampler" in result["samples"]:
+            return result
+    except (ValueError, KeyError, TypeError):  # no JSON, or other JSON
+        pass
+    raise ConfigError(f"{path} must be the result of an evaluation of a run's samples, found something else")
+
+
+def _point(result: Mapping[str, Any], against: Against) -> Point:
+    samples = result["samples"]
+    sampler = samples["sampler"]
+    shared = [pathlib.Path(samples["run"]).name, f"EMA {samples['ema_decay']:g}",
+              f"{sampler['name']} {sampler['steps']} steps", f"{samples['count']:,} samples"]
+    if against == "images":
+        shared.insert(3, f"guidance {sampler['guidance_scale']:g}")
+        return Point(", ".join(shared), samples["images_seen"], result["metrics"])
+    shared.insert(1, f"step {samples['step']:,}")
+    return Point(", ".join(shared), sampler["guidance_scale"], result["metrics"])
+
+
+def _draw(points: Sequence[Point], against: Against, output: pathlib.Path) -> str:
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ConfigError("drawing needs matplotlib (pip install matplotlib), found none") from error
+
+    names = [name for name in _DRAWN[against] if any(name in point.metrics for point in points)]
+    lines: dict[str, list[Point]] = collections.defaultdict(list)
+    for point in points:
+        lines[point.line].append(point)
+    figure = Figure(figsize=(6 * len(names), 4.5), layout="constrained")
+    for name, axes in zip(names, figure.subplots(1, len(names), squeeze=False)[0], strict=True):
+        for label, line in lines.items():
+            drawn = sorted((point.x, point.metrics[name]) for point in line if name in point.metrics)
+            axes.plot(*zip(*drawn, strict=True), marker="o", label=label)
+        axes.set_xlabel(AXIS[against])
+        axes.set_ylabel(NAMES[name])
+        axes.grid(alpha=0.3)
+    figure.axes[0].legend(fontsize="small")
+    figure.savefig(output, dpi=150)
+    return f"{len(points)} results drawn in {output}"

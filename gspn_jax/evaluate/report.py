@@ -1,0 +1,96 @@
+"""A result as people read and compare it: the table, the JSON, and what would make a comparison unfair."""
+
+import datetime
+import importlib.metadata
+import itertools
+import json
+import pathlib
+import platform
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import Int
+
+from gspn_jax.files import replacing
+from gspn_jax.metrics.reference import NEEDS
+
+PUBLISHED_SAMPLES = 50_000
+"""That published numbers are computed of."""
+
+NAMES = {"fid": "FID", "sfid": "sFID", "is": "Inception score", "kid": "KID", "precision": "precision",
+         "recall": "recall"}
+
+_PACKAGES = ("gspn-jax", "jax", "jaxlib", "flax", "numpy", "scipy")
+
+
+def unfair(names: Sequence[str], count: int, size: tuple[int, int], reference_size: tuple[int, int] | None,
+           classes: Int[np.ndarray, " N"] | None) -> list[str]:
+    """Why the metrics `names` of `count` images of `size` would not compare with published ones; a sentence each.
+
+    `classes` are those of the images in their order, asked for or predicted.
+    """
+    said = []
+    if count < PUBLISHED_SAMPLES and any(name in NEEDS for name in names):
+        said.append(f"{count:,} samples, where published numbers are of {PUBLISHED_SAMPLES:,}: fewer samples give a "
+                    "higher FID, so compare only with results of as many")
+    if reference_size is not None and tuple(size) != tuple(reference_size):
+        said.append(f"the samples are {_by(size)} and the images of the reference {_by(reference_size)}: the metrics "
+                    "see the difference in sharpness")
+    if "is" in names and classes is not None and sorted_by_class(classes):
+        said.append("the samples are sorted by class, so that each part of the Inception score has few of them: it is "
+                    "far from that of shuffled samples")
+    return said
+
+
+def sorted_by_class(classes: Int[np.ndarray, " N"]) -> bool:
+    """Whether equal classes stand side by side far more often than in a random order."""
+    if len(classes) < 2:
+        return False
+    shares = np.unique(classes, return_counts=True)[1] / len(classes)
+    by_chance = (shares**2).sum()
+    return bool((classes[1:] == classes[:-1]).mean() > by_chance + 0.5 * (1 - by_chance))
+
+
+def _by(size: Sequence[int]) -> str:
+    return "x".join(map(str, size))
+
+
+def environment() -> dict[str, Any]:
+    """Versions and devices, as JSON values."""
+    versions = {"python": platform.python_version()}
+    for name in _PACKAGES:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:  # used from a checkout
+            versions[name] = None
+    return {"versions": versions, "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+            "hosts": jax.process_count(),
+            "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")}
+
+
+def table(result: Mapping[str, Any]) -> str:
+    """The metrics, one a line, below what they are of."""
+    samples, reference = result["samples"], result["reference"]
+    lines = [f"samples          {samples['count']:,} of {_by(samples['image_size'])} from {samples['source']}"]
+    if "sampler" in samples:
+        sampler = samples["sampler"]
+        lines.append(f"                 step {samples['step']}, EMA {samples['ema_decay']:g}, {sampler['name']} "
+                     f"{sampler['steps']} steps, guidance {sampler['guidance_scale']:g}, seed {samples['seed']}, "
+                     f"{samples['labels']} labels")
+    if reference:
+        lines.append(f"reference        {reference['path']}")
+    lines += [f"{NAMES[name]:16} {value:.6g}" for name, value in result["metrics"].items()]
+    return "\n".join(lines + [f"warning: {text}" for text in result["warnings"]])
+
+
+def write(path: pathlib.Path, result: Mapping[str, Any]) -> None:
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def free_path(path: pathlib.Path) -> pathlib.Path:
+    """`path`, or NAME_1, NAME_2, ... where it exists."""
+    names = itertools.chain([path], (path.with_stem(f"{path.stem}_{i}") for i in itertools.count(1)))
+    return next(name for name in names if not name.exists())

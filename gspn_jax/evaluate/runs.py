@@ -1,0 +1,147 @@
+"""Evaluation of a checkpoint: images are drawn, decoded and scored in one pass, for one guidance scale or several."""
+
+import dataclasses
+import json
+import pathlib
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import numpy as np
+
+from gspn_jax.config import Config, ConfigError, MeshConfig, SamplerConfig
+from gspn_jax.diffusion.samplers import sampler_name
+from gspn_jax.drawing import Drawing, Labels, draw_labels, load_autoencoder
+from gspn_jax.evaluate import plots, report
+from gspn_jax.evaluate.scoring import FEWEST, ScoreFlags, Scorer, finish
+from gspn_jax.files import sha256_of
+from gspn_jax.metrics.npz import StoredImages
+from gspn_jax.sample_files import write_npz
+from gspn_jax.training import sharding
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunFlags(ScoreFlags):
+    """Draws from a run and scores what it draws; results go to RUN/evaluation unless --output says where. What is there
+    already is not drawn again."""
+
+    run: str
+    """The run directory that train_dit.py wrote."""
+    step: int | None = None
+    """The checkpoint; the latest by default."""
+    ema: float | None = None
+    """The EMA decay to sample from: the first of the run by default; 0 is the parameters themselves."""
+    num_samples: int = report.PUBLISHED_SAMPLES
+    labels: Labels = "random"
+    """Uniform at random, or equally many of each class in turn, which lowers FID by about 0.1."""
+    seed: int = 0
+    """Image i is drawn from seed + i; random labels come from it too."""
+    vae: str | None = None
+    """Weights of the autoencoder (.safetensors or .bin) that decodes what a run on latents draws."""
+    image_size: tuple[int, int] | None = None
+    """Height and width, of the latents where those were trained on; the size trained on by default."""
+    guidance_scales: tuple[float, ...] = ()
+    """Evaluate at each of these in place of --sampler.guidance-scale, and draw FID against them."""
+    save_samples: str | None = None
+    """Write the images to this .npz first, and score that; a killed command then goes on where it was."""
+    sampler: SamplerConfig = SamplerConfig()
+    mesh: MeshConfig = MeshConfig()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, least in (("num_samples", FEWEST), ("seed", 0)):
+            if getattr(self, name) < least:
+                raise ConfigError(f"--{name.replace('_', '-')} must be {least} or more, found {getattr(self, name)}")
+        if len(self.guidance_scales) > 1 and (self.output or self.save_samples):
+            raise ConfigError("--output and --save-samples are for one guidance scale, found --guidance-scales "
+                              + " ".join(f"{scale:g}" for scale in self.guidance_scales))
+        if self.save_samples and pathlib.Path(self.save_samples).suffix != ".npz":
+            raise ConfigError(f"--save-samples must end in .npz, found {self.save_samples!r}")
+
+
+def evaluate_run(flags: RunFlags, config: Config, step: int) -> list[dict[str, Any]]:
+    """Scores the checkpoint of `step` at each guidance scale; returns the results, which are also printed and written.
+    """
+    # --- what can be wrong is found first
+    if config.data.source == "latents" and not flags.vae:
+        raise ConfigError("a run on latents needs --vae to decode what it draws, found none")
+    if config.data.source != "latents" and config.data.channels != 3:
+        raise ConfigError(f"Inception takes colour images, found a run with data.channels {config.data.channels}")
+    if flags.save_samples and jax.process_count() > 1:
+        raise ConfigError(f"--save-samples is for a single process, found {jax.process_count()}")
+    mesh = sharding.make_mesh(flags.mesh)
+    scales = flags.guidance_scales or (flags.sampler.guidance_scale,)
+    configs = [dataclasses.replace(config, sampler=dataclasses.replace(flags.sampler, guidance_scale=scale))
+               for scale in scales]
+    vae = load_autoencoder(flags.vae, config)
+    scorer = Scorer(flags, mesh)
+    folder = pathlib.Path(flags.run) / "evaluation"
+    folder.mkdir(exist_ok=True)
+
+    # --- draw and score
+    labels = draw_labels(flags.labels, flags.num_samples, config.data.num_classes, flags.seed)
+    seeds = flags.seed + np.arange(flags.num_samples)
+    results = []
+    for number, config in enumerate(configs):
+        of = f" {number + 1} of {len(configs)}" if len(configs) > 1 else ""
+        with Drawing(flags.run, step, config, mesh, total=flags.num_samples, batch_size=flags.batch_size,
+                     ema=flags.ema, image_size=flags.image_size, vae=vae,
+                     description=f"guidance {config.sampler.guidance_scale:g}{of}") as drawing:
+            samples = drawing.settings() | {
+                "labels": flags.labels, "seed": flags.seed, "vae_sha256": sha256_of(flags.vae) if flags.vae else None}
+            about = samples | {"source": str(flags.run), "count": flags.num_samples}
+            again = flags.output or flags.save_samples  # a file is asked for
+            if not again and (found := _finished(folder, about, scorer)) is not None:
+                path, result = found
+                drawing.done(flags.num_samples)
+                print(f"\n{report.table(result)}\nfrom {path}, which has it already")
+                results.append(result)
+                continue
+            start = time.perf_counter()
+            images = _drawn(drawing, labels, seeds)
+            if flags.save_samples:
+                write_npz(pathlib.Path(flags.save_samples), drawing, labels, seeds, shape=drawing.shape,
+                          batch_size=drawing.batch_size, settings=samples, done=drawing.done)
+                images = StoredImages(flags.save_samples, "--save-samples").batches(drawing.batch_size)
+            result = scorer.score(images, samples=about, labels=labels, warnings=_uneven(flags, config))
+        result["environment"]["seconds"] = time.perf_counter() - start
+        name = (f"step_{step:07d}_{sampler_name(config.sampler, config.diffusion)}{config.sampler.steps}_guidance_"
+                f"{config.sampler.guidance_scale:g}_{flags.num_samples}.json")
+        finish(result, pathlib.Path(flags.output) if flags.output else report.free_path(folder / name))
+        results.append(result)
+    if len(results) > 1 and jax.process_index() == 0:
+        print(plots.draw_results(results, "guidance", report.free_path(folder / f"guidance_step_{step:07d}.png")))
+    return results
+
+
+def _drawn(drawing: Drawing, labels: np.ndarray, seeds: np.ndarray) -> Iterator[np.ndarray]:
+    for start in range(0, len(labels), drawing.batch_size):
+        batch = slice(start, start + drawing.batch_size)
+        images = drawing(labels[batch], seeds[batch])
+        drawing.done(start + len(images))
+        yield images
+
+
+def _uneven(flags: RunFlags, config: Config) -> list[str]:
+    left = flags.num_samples % config.data.num_classes
+    return [f"{flags.num_samples:,} balanced labels of {config.data.num_classes:,} classes give {left:,} of them one "
+            "image more than the others"] if flags.labels == "balanced" and left else []
+
+
+def _finished(folder: pathlib.Path, about: dict[str, Any], scorer: Scorer) -> tuple[pathlib.Path, dict] | None:
+    """The result in `folder` of the same samples, weights and reference that has all the metrics wanted.
+
+    Not asked for among several hosts, of which one might see it before another."""
+    if jax.process_count() > 1:
+        return None
+    about = {name: value for name, value in about.items() if name not in ("source", "run")}  # the folder may have moved
+    for path in sorted(folder.glob("*.json")):
+        try:
+            result = json.loads(path.read_text())
+        except json.JSONDecodeError:
+            continue
+        same = result.get("settings") == scorer.settings() and about.items() <= result.get("samples", {}).items()
+        if same and set(scorer.names) <= result["metrics"].keys():
+            return path, result
+    return None

@@ -1,0 +1,121 @@
+"""What every evaluation shares: its flags, and images in, metrics out."""
+
+import dataclasses
+import pathlib
+from collections.abc import Iterable
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Int, UInt8
+
+from gspn_jax.config import ConfigError
+from gspn_jax.evaluate import report
+from gspn_jax.files import sha256_of
+from gspn_jax.metrics import inception
+from gspn_jax.metrics.extractor import Extractor
+from gspn_jax.metrics.moments import on_host
+from gspn_jax.metrics.reference import NEEDS, read_reference
+from gspn_jax.metrics.scores import Collector, check_names
+
+FEWEST = 4
+"""Images that all metrics need at least."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ScoreFlags:
+    """What to compute, and against what."""
+
+    inception: str | None = None
+    """The Inception-v3 weights of 2015: pytorch-fid's .pth, or .safetensors made of it by gspn_jax.prepare."""
+    reference: str | None = None
+    """The reference statistics (.npz), such as VIRTUAL_imagenet256_labeled.npz; only the Inception score needs none."""
+    metrics: tuple[str, ...] = ()
+    """Some of fid, sfid, is, kid, precision, recall; by default all that the reference allows."""
+    float16: bool = False
+    """Compare for precision and recall in float16, as the ADM evaluator does."""
+    output: str | None = None
+    """The JSON file to write, which must not exist."""
+    batch_size: int = 64
+    """Images at a time, over all devices."""
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1:
+            raise ConfigError(f"--batch-size must be 1 or more, found {self.batch_size}")
+        if self.metrics:
+            check_names(self.metrics, "--metrics")
+        if self.output:
+            path = pathlib.Path(self.output)
+            if path.suffix != ".json" or not path.parent.is_dir() or path.exists():
+                raise ConfigError("--output must be a new .json file in a folder that exists, found "
+                                  f"{self.output!r}")
+
+
+class Scorer:
+    """Reads weights and reference once, and scores any number of sets of images against them."""
+
+    def __init__(self, flags: ScoreFlags, mesh: Mesh):
+        """Raises ConfigError or WeightsError for what is missing or does not go together, before any work on a device.
+        """
+        path = inception.require(flags.inception, "--inception")
+        self._reference = read_reference(flags.reference, "--reference") if flags.reference else None
+        self.names = flags.metrics or (self._reference.allowed if self._reference else ("is",))
+        needing = [name for name in self.names if name in NEEDS]
+        if self._reference:
+            self._reference.check(self.names)
+        elif needing:
+            raise ConfigError(f"{', '.join(needing)} need a --reference, found none")
+        state_dict = inception.read(path)
+        digest = inception.digest(state_dict)
+        if self._reference:
+            self._reference.check_inception(digest)
+        self.inception = {"path": str(path), "sha256": sha256_of(path), "tensors_sha256": digest}
+        self._flags, self._mesh = flags, mesh
+        self._extractor: Extractor | None = None
+        self._params = inception.from_state_dict(state_dict)
+
+    @property
+    def reference(self) -> dict[str, Any] | None:
+        """What of the reference belongs into a result, as JSON values."""
+        if self._reference is None:
+            return None
+        images = self._reference.images
+        return {"path": self._reference.path, "sha256": self._reference.sha256,
+                "num_images": self._reference.num_images, "image_size": list(images.shape[1:3]) if images else None}
+
+    def settings(self) -> dict[str, Any]:
+        """What decides a result beside the samples."""
+        reference = self.reference
+        return {"reference_sha256": reference and reference["sha256"], "float16": self._flags.float16,
+                "inception_tensors_sha256": self.inception["tensors_sha256"]}
+
+    def score(self, images: Iterable[UInt8[np.ndarray, "n H W 3"]], *, samples: dict[str, Any],
+              labels: Int[np.ndarray, " N"] | None = None, warnings: Iterable[str] = ()) -> dict[str, Any]:
+        """The result, as JSON values, of images that come in chunks of any size.
+
+        `samples` tells what they are, with "count" and "image_size"; `labels` are their classes, where known.
+        """
+        if self._extractor is None:
+            self._extractor = Extractor(self._params, batch_size=self._flags.batch_size, mesh=self._mesh)
+            if self._reference:
+                self._reference = self._reference.complete(self.names, self._extractor, self._extractor.batch_size)
+        collector, predicted = Collector(self.names, float16=self._flags.float16), []
+        for features, mask in self._extractor.stream(images):
+            collector.add(features, mask)
+            if labels is None and "is" in self.names:
+                predicted.append(on_host(features.logits.argmax(1))[on_host(mask)])
+        reference = self.reference
+        said = [*warnings, *report.unfair(self.names, collector.count, tuple(samples["image_size"]),
+                                          reference and reference["image_size"],
+                                          np.concatenate(predicted) if predicted else labels)]
+        return {"metrics": collector.scores(self._reference), "samples": samples, "reference": reference,
+                "inception": self.inception, "settings": self.settings(), "warnings": said,
+                "environment": report.environment()}
+
+
+def finish(result: dict[str, Any], path: pathlib.Path) -> None:
+    """Prints the result and writes it, on the first host."""
+    if jax.process_index() == 0:
+        report.write(path, result)
+        print(f"\n{report.table(result)}\nwritten to {path}")
