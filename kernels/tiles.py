@@ -1,0 +1,111 @@
+"""How the GPU kernel cuts an image: which channels a block takes, how a line is spread over threads, what fits on chip."""
+
+import dataclasses
+import itertools
+import math
+
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+WARPGROUP = 128
+VECTOR = 2
+"""Neighbouring channels that one thread takes: 4 bytes of bfloat16 at a time."""
+QUANTUM = WARPGROUP * VECTOR
+"""Elements of a line that one warpgroup takes at once: positions along the line times channels."""
+TILE = 1024
+"""Elements of a line held in registers at a time, 8 a thread."""
+SLABS = (64, 32, 16, 8)
+"""Channels that a block may take, best first: 64 of bfloat16 are a whole 128-byte cache line."""
+SHARED_BYTES = 200 * 1024
+"""Of the 227 KiB of shared memory that a block may have on compute capability 9.0; the rest is left for the L1 cache."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """How an image [height, width, channels] is walked; `rows` and `columns` say so for lines that are rows or columns.
+
+    `joint`: a block has one warpgroup for each direction, and they add up their results in shared memory. Otherwise a
+    block walks in one direction, its warpgroups share each line, and every direction writes its result by itself.
+    """
+
+    height: int
+    width: int
+    channels: int
+    slab: int
+    joint: bool
+    rows: "Lines"
+    columns: "Lines"
+    warpgroups: int
+
+    @property
+    def slabs(self) -> int:
+        return math.ceil(self.channels / self.slab)
+
+    def lines(self, direction: str) -> "Lines":
+        """The cut of the lines of scans in `direction`."""
+        return self.rows if direction in ("down", "up") else self.columns
+
+    @property
+    def state_positions(self) -> int:
+        """Positions of a line of the longer kind, with one beyond each end."""
+        return max(self.rows.padded, self.columns.padded) + 2
+
+
+@dataclasses.dataclass(frozen=True)
+class Lines:
+    """`count` lines of `length` positions, `padded` to whole tiles of `positions`."""
+
+    count: int
+    length: int
+    padded: int
+    positions: int
+
+    @property
+    def tiles(self) -> int:
+        return self.padded // self.positions
+
+
+def make_plan(height: int, width: int, channels: int, *, directions: int, states: int) -> Plan | None:
+    """The plan with the least padding, then the widest slab; None when no line of the map fits in shared memory.
+
+    `states`: float32 values kept between lines for each position and channel of each direction, twice.
+    """
+    best, least = None, math.inf
+    for joint, slab in itertools.product((True, False), SLABS):
+        quantum = QUANTUM // slab
+        padded_height, padded_width = _up(height, quantum), _up(width, quantum)
+        padded_channels = max(_up(channels, VECTOR), slab)
+        state = 2 * states * (max(padded_height, padded_width) + 2) * slab * 4
+        shared = directions * state + padded_height * padded_width * slab * 4 if joint else state
+        wide_enough = slab >= 32 or slab >= channels
+        if shared > SHARED_BYTES or (joint and (directions == 1 or not wide_enough)):
+            continue
+        waste = padded_height * padded_width * padded_channels
+        if waste < least:
+            rows, columns = (
+                Lines(count, length, padded, _positions(padded, quantum, slab))
+                for count, length, padded in ((height, width, padded_width), (width, height, padded_height))
+            )
+            shares = max(n for n in (1, 2, 4) if rows.tiles % n == columns.tiles % n == 0)
+            best = Plan(padded_height, padded_width, padded_channels, slab, joint, rows, columns,
+                        directions if joint else shares)  # fmt: skip
+            least = waste
+    return best
+
+
+def _positions(padded: int, quantum: int, slab: int) -> int:
+    """The most positions of a tile that divide a line and stay within TILE elements."""
+    return max(p for p in range(quantum, padded + 1, quantum) if padded % p == 0 and (p == quantum or p * slab <= TILE))
+
+
+def _up(number: int, multiple: int) -> int:
+    return math.ceil(number / multiple) * multiple
+
+
+def layout(slab: int) -> object:
+    """Spreads a tile [positions, slab] over a warpgroup: a thread takes VECTOR channels of every few positions."""
+    lanes = slab // VECTOR
+    if lanes == 32:
+        tiles, warp, lane = ((4, slab), (VECTOR,)), (-3,), (-2,)
+    else:  # a warp takes several positions
+        tiles, warp, lane = ((QUANTUM // slab, slab), (32 // lanes, slab), (VECTOR,)), (-5,), (-3, -2)
+    return plgpu.Layout.TILED(plgpu.Tiling(tiles), warp_dims=warp, lane_dims=lane, vector_dim=-1)
