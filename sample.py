@@ -76,7 +76,7 @@ def main(argv: list[str] | None = None) -> None:
     from gspn_jax.training.checkpoints import CheckpointError
 
     with cli.user_errors(DataError, CheckpointError, WeightsError, ImportError):
-        cli.join_other_hosts()
+        argv = cli.join_other_hosts(argv)
         run(*_parse(argv))
 
 

@@ -1,15 +1,12 @@
 """Trains a denoiser: python train_dit.py --config configs/digits.py [--train.steps 2000 ...].
 
 The same command goes on from the latest checkpoint of its run directory. Exit codes: 0 done, 1 a non-finite loss,
-2 input that cannot be used, 75 stopped by a signal after saving.
+2 input that cannot be used, 75 stopped by a signal after saving, or by the loss of another host.
 """
 
 import sys
 
 from gspn_jax import cli
-
-INTERRUPTED = 75
-"""EX_TEMPFAIL of sysexits.h: the same command goes on."""
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -19,7 +16,7 @@ def main(argv: list[str] | None = None) -> None:
     from gspn_jax.training.loop import Interrupted, NonFiniteError, train
 
     with cli.user_errors(DataError, CheckpointError):
-        cli.join_other_hosts()
+        argv = cli.join_other_hosts(argv)
         config = cli.parse_config(argv, program="train_dit.py", description="Train a class-conditional denoiser.")
         try:
             train(config)
@@ -27,7 +24,7 @@ def main(argv: list[str] | None = None) -> None:
             sys.exit(f"error: {error}")
         except Interrupted as stopped:
             print(stopped, file=sys.stderr)
-            sys.exit(INTERRUPTED)
+            sys.exit(cli.INTERRUPTED)
 
 
 if __name__ == "__main__":

@@ -8,22 +8,48 @@ import os
 import pathlib
 import sys
 from collections.abc import Iterator, Sequence
+from typing import NoReturn
 
 from gspn_jax.config import Config, ConfigError
 
 USAGE_ERROR = 2
 """Exit code for input that cannot be used."""
+INTERRUPTED = 75
+"""Exit code of a run that the same command goes on with: EX_TEMPFAIL of sysexits.h."""
 
 
 @contextlib.contextmanager
 def user_errors(*kinds: type[Exception]) -> Iterator[None]:
-    """Turns ConfigError, OSError and the given kinds into one line on stderr and exit code 2."""
+    """Turns ConfigError, OSError and the given kinds into one line on stderr and exit code 2, and the loss of another
+    host into one with code 75."""
     try:
         yield
     except (ConfigError, OSError, *kinds) as error:
         text = f"{error.strerror}: {error.filename}" if isinstance(error, OSError) and error.filename else str(error)
         print(f"error: {text}", file=sys.stderr)
-        sys.exit(USAGE_ERROR)
+        _leave(USAGE_ERROR)
+    except RuntimeError as error:
+        if not _lost_host(error):
+            raise
+        print(f"another host, or the connection to it, was lost ({str(error).splitlines()[0]}); the same command on "
+              "all hosts goes on from the newest checkpoint", file=sys.stderr)
+        _leave(INTERRUPTED)
+
+
+def _leave(code: int) -> NoReturn:
+    """Ends a process that others may be waiting for: an orderly end would wait for them in turn."""
+    jax = sys.modules.get("jax")
+    if jax and jax.distributed.is_initialized():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
+
+
+def _lost_host(error: RuntimeError) -> bool:
+    jax = sys.modules.get("jax")
+    return bool(jax and jax.distributed.is_initialized() and isinstance(error, jax.errors.JaxRuntimeError)
+                and "RESOURCE_EXHAUSTED" not in str(error))
 
 
 def setup() -> None:
@@ -37,26 +63,47 @@ def setup() -> None:
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache))
 
 
-def join_other_hosts() -> None:
-    """Joins the processes of a job by jax.distributed: a Slurm step of several tasks, or JAX_COORDINATOR_ADDRESS
-    (host:port), JAX_NUM_PROCESSES and JAX_PROCESS_ID in the environment. Does nothing for a single process.
+HOSTS = {"--coordinator": "JAX_COORDINATOR_ADDRESS", "--num-processes": "JAX_NUM_PROCESSES",
+         "--process-id": "JAX_PROCESS_ID"}
+"""The flags by which a process finds the others, and the variables that say the same."""
+HEARTBEAT_SECONDS = 60
+"""A host that has not been heard of for so long is lost, and the others stop. GSPN_HEARTBEAT_SECONDS changes it."""
 
-    Raises ConfigError when only some of the three variables are set.
+
+def join_other_hosts(argv: Sequence[str] | None = None) -> list[str]:
+    """Joins the processes of a job by jax.distributed; returns `argv` (of the process by default) without our flags.
+
+    The place of this process comes from --coordinator HOST:PORT --num-processes N --process-id I, from the variables
+    JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID, or from Slurm if the step has several tasks. Does
+    nothing for a single process. Raises ConfigError when only some of the three are given, or one is no number.
     """
-    names = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
-    missing = [name for name in names if name not in os.environ]
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for flag, variable in HOSTS.items():
+        parser.add_argument(flag, dest=variable, default=os.environ.get(variable))
+    chosen, rest = parser.parse_known_args(argv)
+    place = vars(chosen)
+    missing = [name for name in place if place[name] is None]
     in_slurm = int(os.environ.get("SLURM_NTASKS", 1)) > 1 and "SLURM_PROCID" in os.environ
     if len(missing) == 3 and not in_slurm:
-        return
+        return rest
     if missing and not in_slurm:
-        raise ConfigError(f"several processes need {', '.join(names)} in the environment, found no {missing[0]}")
+        flag = next(flag for flag, name in HOSTS.items() if name == missing[0])
+        raise ConfigError(f"several processes need {', '.join(HOSTS)} or {', '.join(HOSTS.values())} in the "
+                          f"environment, found no {flag} or {missing[0]}")
+    arguments = {}
+    if not missing:
+        address, count, index = place.values()
+        if not (count.isdigit() and index.isdigit() and int(index) < int(count)):
+            raise ConfigError(f"--process-id must be a number below --num-processes, found {index!r} of {count!r}")
+        host, _, port = address.rpartition(":")
+        if not host or not port.isdigit():
+            raise ConfigError(f"--coordinator must be HOST:PORT, found {address!r}")
+        arguments = {"coordinator_address": address, "num_processes": int(count), "process_id": int(index)}
     import jax
 
-    if missing:
-        jax.distributed.initialize()  # finds its place from Slurm's variables
-    else:
-        address, count, index = (os.environ[name] for name in names)
-        jax.distributed.initialize(address, int(count), int(index))
+    seconds = int(os.environ.get("GSPN_HEARTBEAT_SECONDS", HEARTBEAT_SECONDS))
+    jax.distributed.initialize(**arguments, heartbeat_timeout_seconds=seconds)  # alone, it asks Slurm's variables
+    return rest
 
 
 def load_config(path: str | pathlib.Path) -> Config:

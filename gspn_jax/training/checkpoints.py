@@ -149,8 +149,8 @@ class Checkpoints:
     """The checkpoints of a run that trains; use it in a `with` statement, whose end waits for the last save.
 
     `notes` is a dict of JSON values that is saved with each checkpoint and comes back with `restore`. `best_step` is
-    kept beside the latest and the periodic ones. Raises
-    CheckpointError when another process trains in the same run directory.
+    kept beside the latest and the periodic ones. Raises CheckpointError when another process trains in the same run
+    directory.
     """
 
     def __init__(self, config: Config, fingerprint: str, class_names: Sequence[str]):
@@ -181,6 +181,8 @@ class Checkpoints:
         return self
 
     def __exit__(self, kind, *_) -> None:
+        if kind and issubclass(kind, jax.errors.JaxRuntimeError) and jax.process_count() > 1:
+            return  # another host may be gone, and without it no save ends
         try:
             self.wait()
         except CheckpointError as error:
@@ -319,9 +321,12 @@ class Checkpoints:
                 log.warning("removing the unfinished checkpoint %s", left)
                 shutil.rmtree(left, ignore_errors=True)  # a failed save may be writing still: swept at the next start
 
-    def _failure(self, error: Exception) -> CheckpointError:
+    def _failure(self, error: Exception) -> Exception:
+        """What to raise: JaxRuntimeError when hosts lost one another, CheckpointError for the disk's fault."""
         code = getattr(error, "errno", None) or next(iter(re.findall(r"os_error_code='(\d+)'", str(error))), None)
         said = os.strerror(int(code)) if code else f"{type(error).__name__}: {str(error).strip()}".splitlines()[0]
+        if not code and jax.process_count() > 1:
+            return jax.errors.JaxRuntimeError(said)
         if self._first_host:
             self._sweep()
         return CheckpointError(f"the checkpoint of step {self._saving.name} could not be written ({said}); "
