@@ -2,8 +2,6 @@
 
 import logging
 import pathlib
-import signal
-import threading
 from typing import Any
 
 import jax
@@ -15,8 +13,10 @@ from gspn_jax.data.images import grid
 from gspn_jax.sampling import Sampler
 from gspn_jax.training import ema, sharding
 from gspn_jax.training.checkpoints import Checkpoints
+from gspn_jax.training.evaluation import Evaluation, Record
 from gspn_jax.training.logs import RunLog
-from gspn_jax.training.state import abstract_state, create_state
+from gspn_jax.training.signals import Stop
+from gspn_jax.training.state import TrainState, abstract_state, create_state
 from gspn_jax.training.step import make_step
 from gspn_jax.training.throughput import Throughput, peak_flops
 
@@ -45,10 +45,13 @@ def train(config: Config) -> pathlib.Path:
     sharding.check_batch(config, mesh)
     source = data.make_source(config.data)
     first_host = jax.process_index() == 0
+    evaluation = Evaluation(config, mesh) if config.eval.every else None
     run_dir = pathlib.Path(config.run_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
 
-    with Checkpoints(config, source.fingerprint, source.class_names) as checkpoints, _Stop() as stop:
+    # a signal is noted until the last save is on the disk
+    with Stop() as stop, Checkpoints(config, source.fingerprint, source.class_names) as checkpoints:
+        checkpoints.best_step = Record.read(run_dir).best_step
         # --- state: the latest checkpoint, or born sharded
         restored = checkpoints.restore(abstract_state(config, mesh))
         first_step, state = restored or (0, create_state(config, mesh))
@@ -70,6 +73,12 @@ def train(config: Config) -> pathlib.Path:
             meter = Throughput(flops, peak * jax.device_count() if peak else None)
             window: list[dict[str, jax.Array]] = []
             saved = first_step
+            if evaluation and evaluation.missed(first_step):
+                with meter.pause():
+                    _evaluate(evaluation, first_step, state, checkpoints, run_log, stop)
+                if evaluation.stopped_by:
+                    raise Interrupted(f"stopped by {evaluation.stopped_by} while evaluating step {first_step}; the "
+                                      "same command goes on")
             for step in range(first_step + 1, config.train.steps + 1):
                 with meter.waiting():
                     batch = next(batches)
@@ -83,9 +92,11 @@ def train(config: Config) -> pathlib.Path:
                 window.append(metrics)
                 run_log.advance(step)
 
-                asked = stop.asked
+                asked = stop.asked()
+                checkpoints.check()
                 last = step == config.train.steps or asked is not None
-                saving = last or step % config.train.save_every == 0
+                evaluating = evaluation and not asked and evaluation.due(step)
+                saving = last or evaluating or step % config.train.save_every == 0
                 sampling = sampler and (last or step % config.train.sample_every == 0)
                 if not (saving or sampling or step % config.train.log_every == 0):
                     continue
@@ -105,9 +116,26 @@ def train(config: Config) -> pathlib.Path:
                     if saving:
                         checkpoints.save(step, state)
                         saved = step
-                if asked and step < config.train.steps:
+                    if evaluating:
+                        _evaluate(evaluation, step, state, checkpoints, run_log, stop)
+                        asked = evaluation.stopped_by
+                if asked and (step < config.train.steps or (evaluation and evaluation.missed(step))):
+                    checkpoints.wait()
                     raise Interrupted(f"stopped by {asked} and saved at step {step}; the same command goes on")
     return run_dir
+
+
+def _evaluate(evaluation: Evaluation, step: int, state: TrainState, checkpoints: Checkpoints, run_log: RunLog,
+              stop: Stop) -> None:
+    """Logs the metrics of `step`, which is saved, and keeps its checkpoint if it is the best. If a signal stops the
+    evaluation, the run that goes on begins with it."""
+    scores = evaluation(step, state, stop.asked)
+    if scores is None:
+        return
+    run_log.metrics(step, {f"eval/{name}": value for name, value in scores.items()})
+    checkpoints.best_step = evaluation.best_step
+    shown = ", ".join(f"{name} {value:.5g}" for name, value in scores.items() if name != "seconds")
+    run_log.say(f"step {step}: {shown}" + (" (the lowest FID: kept)" if evaluation.best_step == step else ""))
 
 
 def sample_grid(sampler: Sampler, averages: dict[str, Any], config: Config, class_names: tuple[str, ...]):
@@ -132,26 +160,3 @@ def _advice(step: int, metrics: dict[str, np.ndarray], config: Config) -> str:
             f"applied and the state of step {step - 1} is saved: try a lower optimizer.learning_rate (now "
             f"{config.optimizer.learning_rate:g}), a smaller optimizer.clip_norm (now {config.optimizer.clip_norm:g}), "
             "more optimizer.warmup_steps, or train.precision 'params=float32,compute=float32'")
-
-
-class _Stop:
-    """Notes SIGINT and SIGTERM, so that the loop can save before it stops; a second SIGINT stops at once."""
-
-    def __init__(self) -> None:
-        self.asked: str | None = None
-        self._before: dict[int, Any] = {}
-
-    def __enter__(self) -> "_Stop":
-        if threading.current_thread() is threading.main_thread():  # signals reach no other thread
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._before[number] = signal.signal(number, self._note)
-        return self
-
-    def __exit__(self, *_) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _note(self, number: int, _frame) -> None:
-        if self.asked and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.asked = signal.Signals(number).name
