@@ -118,6 +118,12 @@ def test_a_run_on_latents_is_drawn_decoded_and_scored_without_files(folder, tmp_
     evaluate(folder, *command, "--sampler.guidance-scale", "2")  # is there already
     assert "guidance_2_8.json, which has it already" in capsys.readouterr().out
 
+    with open(folder / "run" / "metrics.jsonl", "a") as log:  # as an evaluation in training writes it
+        log.write('{"step": 2, "time": 0.0, "eval/fid": 300.0, "eval/seconds": 1.0}\n')
+    main(["--plot", str(folder / "run"), "--output", str(tmp_path / "fid.svg")])
+    assert "3 results drawn in" in capsys.readouterr().out
+    assert "in training, EMA 0.9, heun 3 steps" in (tmp_path / "fid.svg").read_text()
+
     kept = tmp_path / "kept.npz"
     evaluate(folder, *command, "--save-samples", str(kept), "--output", str(tmp_path / "kept.json"))
     with np.load(kept) as drawn:
@@ -125,3 +131,11 @@ def test_a_run_on_latents_is_drawn_decoded_and_scored_without_files(folder, tmp_
         np.testing.assert_allclose(one["metrics"]["is"], inception_score(drawn["arr_0"]), rtol=1e-5)
         assert json.loads(str(drawn["settings"]))["parameters_sha256"] == samples["parameters_sha256"]
     assert json.loads((tmp_path / "kept.json").read_text())["metrics"] == pytest.approx(one["metrics"], rel=1e-6)
+
+
+def test_greyscale_samples_are_scored_as_three_equal_channels(folder, tmp_path):
+    np.savez(tmp_path / "grey.npz", arr_0=images(3)[..., :1])
+    evaluate(folder, "--samples", str(tmp_path / "grey.npz"), "--metrics", "is")
+    result = json.loads((tmp_path / "grey.json").read_text())
+    truth = inception_score(images(3)[..., :1].repeat(3, axis=3))
+    np.testing.assert_allclose(result["metrics"]["is"], truth, rtol=1e-5)

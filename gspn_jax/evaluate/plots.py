@@ -10,7 +10,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 from gspn_jax.config import ConfigError
+from gspn_jax.diffusion.samplers import sampler_name
 from gspn_jax.evaluate.report import NAMES
+from gspn_jax.training import checkpoints
 
 Against = Literal["images", "guidance"]
 
@@ -61,6 +63,27 @@ def _points_at(path: pathlib.Path, against: Against) -> list[Point]:
     return points + (_logged(path) if against == "images" else [])
 
 
+def _logged(run: pathlib.Path) -> list[Point]:
+    """The evaluations during training that metrics.jsonl tells of, drawn as the latest checkpoint's config says."""
+    log = run / "metrics.jsonl"
+    lines = [json.loads(line) for line in log.read_text().splitlines()] if log.is_file() else []
+    evaluated = [line for line in lines if "eval/fid" in line]
+    if not evaluated:
+        return []
+    config = checkpoints.read_config(run)[1]
+    wanted, sampler = config.eval, config.sampler
+    ema = config.train.ema_decays[0] if wanted.ema is None else wanted.ema
+    guidance = sampler.guidance_scale if wanted.guidance_scale is None else wanted.guidance_scale
+    label = _label(run.resolve().name, "in training", ema, sampler_name(sampler, config.diffusion),
+                   wanted.steps or sampler.steps, f"guidance {guidance:g}", wanted.num_samples)
+    return [Point(label, line["step"] * config.train.batch_size, {"fid": line["eval/fid"]}) for line in evaluated]
+
+
+def _label(run: str, when: str, ema: float, sampler: str, steps: int, guidance: str, count: int) -> str:
+    parts = (run, when, f"EMA {ema:g}", f"{sampler} {steps} steps", guidance, f"{count:,} samples")
+    return ", ".join(part for part in parts if part)
+
+
 def _read(path: pathlib.Path) -> dict[str, Any]:
     try:
         result = json.loads(path.read_text())
@@ -74,13 +97,11 @@ def _read(path: pathlib.Path) -> dict[str, Any]:
 def _point(result: Mapping[str, Any], against: Against) -> Point:
     samples = result["samples"]
     sampler = samples["sampler"]
-    shared = [pathlib.Path(samples["run"]).name, f"EMA {samples['ema_decay']:g}",
-              f"{sampler['name']} {sampler['steps']} steps", f"{samples['count']:,} samples"]
-    if against == "images":
-        shared.insert(3, f"guidance {sampler['guidance_scale']:g}")
-        return Point(", ".join(shared), samples["images_seen"], result["metrics"])
-    shared.insert(1, f"step {samples['step']:,}")
-    return Point(", ".join(shared), sampler["guidance_scale"], result["metrics"])
+    images = against == "images"
+    label = _label(pathlib.Path(samples["run"]).resolve().name, "" if images else f"step {samples['step']:,}",
+                   samples["ema_decay"], sampler["name"], sampler["steps"],
+                   f"guidance {sampler['guidance_scale']:g}" if images else "", samples["count"])
+    return Point(label, samples["images_seen"] if images else sampler["guidance_scale"], result["metrics"])
 
 
 def _draw(points: Sequence[Point], against: Against, output: pathlib.Path) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jaxtyping import UInt8
 
 from gspn_jax.config import Config, ConfigError, MeshConfig, SamplerConfig
 from gspn_jax.diffusion.samplers import sampler_name
@@ -66,8 +67,6 @@ def evaluate_run(flags: RunFlags, config: Config, step: int) -> list[dict[str, A
     # --- what can be wrong is found first
     if config.data.source == "latents" and not flags.vae:
         raise ConfigError("a run on latents needs --vae to decode what it draws, found none")
-    if config.data.source != "latents" and config.data.channels != 3:
-        raise ConfigError(f"Inception takes colour images, found a run with data.channels {config.data.channels}")
     if flags.save_samples and jax.process_count() > 1:
         raise ConfigError(f"--save-samples is for a single process, found {jax.process_count()}")
     mesh = sharding.make_mesh(flags.mesh)
@@ -115,12 +114,13 @@ def evaluate_run(flags: RunFlags, config: Config, step: int) -> list[dict[str, A
     return results
 
 
-def _drawn(drawing: Drawing, labels: np.ndarray, seeds: np.ndarray) -> Iterator[np.ndarray]:
+def _drawn(drawing: Drawing, labels: np.ndarray, seeds: np.ndarray) -> Iterator[UInt8[np.ndarray, "n H W 3"]]:
+    """Batch after batch; greyscale as three equal channels."""
     for start in range(0, len(labels), drawing.batch_size):
         batch = slice(start, start + drawing.batch_size)
         images = drawing(labels[batch], seeds[batch])
         drawing.done(start + len(images))
-        yield images
+        yield images if images.shape[3] == 3 else images.repeat(3, axis=3)
 
 
 def _uneven(flags: RunFlags, config: Config) -> list[str]:

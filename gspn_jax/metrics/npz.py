@@ -37,6 +37,8 @@ def read(path: str | pathlib.Path, name: str) -> np.ndarray:
 class StoredImages:
     """The images uint8 [N, H, W, 3] under `key` of an .npz, compressed or not, without reading them all at once.
 
+    Greyscale images, which have one channel in the file and in `shape`, are read as three equal ones.
+
     Raises ConfigError, in which `what` names the file's part, for a file without such images.
     """
 
@@ -47,7 +49,7 @@ class StoredImages:
             raise ConfigError(f"{what} must have images as {key!r}, found {', '.join(found) or 'nothing'} in {path}")
         with self._open() as file:
             self.shape, fortran, dtype = self._header(file)
-        if len(self.shape) != 4 or self.shape[3] != 3 or dtype != np.uint8 or fortran or 0 in self.shape:
+        if len(self.shape) != 4 or self.shape[3] not in (1, 3) or dtype != np.uint8 or fortran or 0 in self.shape:
             raise ConfigError(f"{what} must have images as uint8 [N, H, W, 3], found {dtype} {list(self.shape)} in "
                               f"{key!r} of {path}")
 
@@ -64,7 +66,8 @@ class StoredImages:
                 for first in range(start, len(self), size):
                     count = min(size, len(self) - first)
                     data = file.read(count * image)
-                    yield np.frombuffer(data, np.uint8).reshape(count, *self.shape[1:])
+                    images = np.frombuffer(data, np.uint8).reshape(count, *self.shape[1:])
+                    yield images if self.shape[3] == 3 else images.repeat(3, axis=3)
         except _DAMAGE as error:
             raise ConfigError(f"{self._key!r} in {self.path} cannot be read: {error}") from error
 

@@ -2,11 +2,13 @@
 
 python -m gspn_jax.prepare latents --images IMAGENET/train --vae VAE.safetensors --output LATENTS
 python -m gspn_jax.prepare stats --images IMAGENET/train --image-size 256 --inception INCEPTION.pth --output REF.npz
+python -m gspn_jax.prepare inception --weights INCEPTION.pth --output INCEPTION.safetensors
 python -m gspn_jax.prepare latents --help
 
 `latents` encodes every image and its mirror image once; on several hosts with a common file system, each runs it with
 its own --host. `stats` makes the reference statistics of FID and the other metrics. The same command goes on where a
-killed one stopped, and the result is the same to the byte.
+killed one stopped, and the result is the same to the byte. `inception` makes of the weights that pytorch-fid publishes
+a file that is read without PyTorch.
 """
 
 import os
@@ -15,7 +17,7 @@ import sys
 from gspn_jax import cli
 from gspn_jax.config import ConfigError
 
-COMMANDS = ("latents", "stats")
+COMMANDS = ("latents", "stats", "inception")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -41,5 +43,9 @@ def main(argv: list[str] | None = None) -> None:
             from gspn_jax.prepare.stats import Stats, prepare_stats
 
             prepare_stats(tyro.cli(Stats, args=argv[1:], prog="python -m gspn_jax.prepare stats"))
+        elif command == "inception":
+            from gspn_jax.prepare.inception import Inception, prepare_inception
+
+            prepare_inception(tyro.cli(Inception, args=argv[1:], prog="python -m gspn_jax.prepare inception"))
         else:
             raise ConfigError(f"gspn_jax.prepare can prepare: {', '.join(COMMANDS)}, found {command!r}")
