@@ -103,6 +103,7 @@ def _parse(argv: list[str] | None) -> tuple[Arguments, Config, int]:
 
 def run(arguments: Arguments, config: Config, step: int) -> pathlib.Path:
     """Draws what `arguments` ask for from the checkpoint of `step`; returns the file written."""
+    import jax
     import numpy as np
 
     from gspn_jax.data.images import grid
@@ -129,20 +130,53 @@ def run(arguments: Arguments, config: Config, step: int) -> pathlib.Path:
     with Drawing(arguments.run, step, config, sharding.make_mesh(arguments.mesh), total=len(labels),
                  batch_size=arguments.batch_size, ema=arguments.ema, image_size=arguments.image_size,
                  vae=vae) as drawing:
+        made = drawing.settings()  # every host has a part in it
+        if jax.process_index() > 0:
+            _follow(drawing, labels, seeds)
+            return path
+        draw = _led(drawing, seeds[0])
         if arguments.num_samples:
-            settings = drawing.settings() | {"labels": arguments.labels, "seed": arguments.seed,
+            settings = made | {"labels": arguments.labels, "seed": arguments.seed,
                                              "vae_sha256": sha256_of(arguments.vae) if vae else None}
-            write_npz(path, drawing, labels, seeds, shape=drawing.shape, batch_size=drawing.batch_size,
+            write_npz(path, draw, labels, seeds, shape=drawing.shape, batch_size=drawing.batch_size,
                       settings=settings, done=drawing.done)
         else:
             images = []
             for start in range(0, len(labels), drawing.batch_size):
                 batch = slice(start, start + drawing.batch_size)
-                images.append(drawing(labels[batch], seeds[batch]))
+                images.append(draw(labels[batch], seeds[batch]))
                 drawing.done(start + len(images[-1]))
             grid(np.concatenate(images), [names[label] for label in labels], columns=arguments.per_class).save(path)
+        draw(None, None)
     print(f"{len(labels)} images of step {step} in {path}")
     return path
+
+
+def _led(drawing, first_seed: int):
+    """`drawing` on the first host, which writes: it tells the others what is drawn, None that all is."""
+    import jax
+    import numpy as np
+    from jax.experimental import multihost_utils
+
+    def draw(labels, seeds):
+        if jax.process_count() > 1:
+            multihost_utils.broadcast_one_to_all(np.int32(_DONE if seeds is None else seeds[0] - first_seed))
+        return None if seeds is None else drawing(labels, seeds)
+
+    return draw
+
+
+def _follow(drawing, labels, seeds) -> None:
+    """What the other hosts do: they draw their part of what the first one asks for."""
+    import numpy as np
+    from jax.experimental import multihost_utils
+
+    while (start := int(multihost_utils.broadcast_one_to_all(np.int32(0)))) != _DONE:
+        batch = slice(start, start + drawing.batch_size)
+        drawing(labels[batch], seeds[batch])
+
+
+_DONE = -1
 
 
 def _class(name: str, names: list[str]) -> int:

@@ -5,6 +5,7 @@ import json
 import os
 import pathlib
 import random
+import shutil
 import signal
 import socket
 import subprocess
@@ -29,9 +30,10 @@ def command(run_dir: pathlib.Path) -> list[str]:
     return [sys.executable, str(ROOT / "train_dit.py"), "--config", str(path)]
 
 
-def start(run_dir: pathlib.Path, **more: str) -> subprocess.Popen:
+def start(run_dir: pathlib.Path, arguments: list[str] | None = None, **more: str) -> subprocess.Popen:
     env = os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0", "PYTHONPATH": str(ROOT)} | more
-    return subprocess.Popen(command(run_dir), env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(arguments or command(run_dir), env=env, text=True, stdout=subprocess.DEVNULL,
+                            stderr=subprocess.PIPE)
 
 
 def finish(run_dir: pathlib.Path) -> None:
@@ -108,22 +110,101 @@ def test_sigterm_saves_and_the_same_command_goes_on(tmp_path, uninterrupted):
     jax.tree.map(np.testing.assert_array_equal, everything(run_dir), everything(uninterrupted))
 
 
-def test_two_processes_are_one_run(tmp_path, uninterrupted):
-    """Each reads its half of every batch; checkpoints, logs and grids are written once."""
+def start_hosts(run_dir: pathlib.Path, count: int, arguments: list[str] | None = None) -> list[subprocess.Popen]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
-    run_dir = tmp_path / "run"
-    processes = [start(run_dir, JAX_COORDINATOR_ADDRESS=address, JAX_NUM_PROCESSES="2", JAX_PROCESS_ID=str(i))
-                 for i in range(2)]
-    for process in processes:
-        _, errors = process.communicate(timeout=300)
-        assert process.returncode == 0, errors
+    return [start(run_dir, arguments, JAX_COORDINATOR_ADDRESS=address, JAX_NUM_PROCESSES=str(count),
+                  JAX_PROCESS_ID=str(i), GSPN_HEARTBEAT_SECONDS="20") for i in range(count)]
+
+
+def end(processes: list[subprocess.Popen]) -> list[tuple[int, str]]:
+    """Exit code and stderr of each; fails when one of them goes on waiting for the others."""
+    errors = [process.communicate(timeout=120)[1] for process in processes]
+    return [(process.returncode, text) for process, text in zip(processes, errors, strict=True)]
+
+
+def assert_is_one_run(run_dir: pathlib.Path, uninterrupted: pathlib.Path) -> None:
+    """What one process alone ends with, but for the order of float32 sums; logs and checkpoints are written once."""
     found, wanted = losses(run_dir), losses(uninterrupted)
-    assert found.keys() == wanted.keys()
-    np.testing.assert_allclose(list(found.values()), list(wanted.values()), rtol=1e-3)
-    assert len(list((run_dir / "tensorboard").iterdir())) == 1
-    assert checkpoints.steps(run_dir)[-1] == 60
+    assert found[60] == pytest.approx(wanted[60], rel=1e-3)
+    # Adam turns the rounding of a gradient near 0 into up to its whole step; 60 of them with 1e-3 could make 6e-2
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-3, rtol=0), everything(run_dir),
+                 everything(uninterrupted))
+    assert checkpoints.steps(run_dir) == checkpoints.steps(uninterrupted)
+
+
+def preempt(run_dir: pathlib.Path, count: int, step: int) -> None:
+    """SIGTERM for the last of the hosts after `step`, and another one for all: they stop after the same step."""
+    processes = start_hosts(run_dir, count)
+    wait_for_step(processes[0], run_dir, step)
+    processes[-1].send_signal(signal.SIGTERM)
+    time.sleep(0.05)
+    for process in processes:
+        process.send_signal(signal.SIGTERM)
+    ended, saved = end(processes), checkpoints.steps(run_dir)[-1]
+    for code, errors in ended:
+        assert code == 75 and f"stopped by SIGTERM and saved at step {saved}" in errors, errors
+
+
+def lose_one(run_dir: pathlib.Path, count: int, step: int) -> None:
+    """SIGKILL for the last of the hosts after `step`: the others stop and say why."""
+    processes = start_hosts(run_dir, count)
+    wait_for_step(processes[0], run_dir, step)
+    processes[-1].send_signal(signal.SIGKILL)
+    *others, (killed, _) = end(processes)
+    assert killed == -signal.SIGKILL
+    for code, errors in others:
+        assert code == 75 and "another host, or the connection to it, was lost" in errors, errors
+
+
+def test_two_processes_are_one_run(tmp_path, uninterrupted):
+    """Through a preemption and the loss of one; one process alone ends what two began."""
+    run_dir = tmp_path / "run"
+    preempt(run_dir, 2, 5)
+    lose_one(run_dir, 2, 40)
+    finish(run_dir)
+    assert_is_one_run(run_dir, uninterrupted)
+
+
+@pytest.mark.slow
+def test_two_processes_sample_what_one_does(tmp_path, uninterrupted):
+    outputs = []
+    for count in (1, 2):
+        flags = ["--run", str(uninterrupted), "--num-samples", "20", "--batch-size", "8", "--output",
+                 str(tmp_path / f"{count}.npz")]
+        for code, errors in end(start_hosts(uninterrupted, count, [sys.executable, str(ROOT / "sample.py"), *flags])):
+            assert code == 0, errors
+        with np.load(tmp_path / f"{count}.npz") as file:
+            outputs.append((file["arr_0"].astype(int), file["arr_1"]))
+    (one, labels), (two, same_labels) = outputs
+    np.testing.assert_array_equal(labels, same_labels)
+    assert np.abs(one - two).max() <= 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [2, 4])
+def test_several_processes_are_one_run_to_the_end(tmp_path, uninterrupted, count):
+    run_dir = tmp_path / "run"
+    lose_one(run_dir, count, 5)
+    preempt(run_dir, count, 15)
+    for code, errors in end(start_hosts(run_dir, count)):
+        assert code == 0, errors
+    assert_is_one_run(run_dir, uninterrupted)
+    assert len(list((run_dir / "tensorboard").iterdir())) == 3  # a file a start, from one host
+
+
+def test_a_damaged_checkpoint_costs_the_steps_since_the_one_before(tmp_path, uninterrupted):
+    run_dir = shutil.copytree(uninterrupted, tmp_path / "run")
+    data = max((run_dir / "checkpoints" / "60" / "params").rglob("*"), key=lambda p: p.stat().st_size * p.is_file())
+    content = bytearray(data.read_bytes())
+    content[100] ^= 1
+    data.write_bytes(content)
+    process = start(run_dir)
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+    assert "the checkpoint of step 60" in errors and "going back to step 56" in errors
+    jax.tree.map(np.testing.assert_array_equal, everything(run_dir), everything(uninterrupted))
 
 
 def test_a_finished_run_is_left_alone(uninterrupted):

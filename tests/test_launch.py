@@ -1,0 +1,77 @@
+"""The launch files give the command that they promise, checked without a cluster."""
+
+import os
+import pathlib
+import subprocess
+
+import pytest
+import yaml
+
+from gspn_jax import cli
+from gspn_jax.config import ConfigError
+
+LAUNCH = pathlib.Path(__file__).parents[1] / "docs" / "launch"
+
+
+@pytest.fixture
+def commands(tmp_path):
+    """srun and scontrol that only note how they were called; srun ends with the code in $CODE."""
+    for name, code in (("srun", "${CODE:-0}"), ("scontrol", "0")):
+        path = tmp_path / name
+        path.write_text(f'#!/bin/bash\necho {name} "$@" >> {tmp_path}/called\nexit {code}\n')
+        path.chmod(0o755)
+    return tmp_path
+
+
+@pytest.mark.parametrize(("code", "requeued"), [(0, False), (1, False), (2, False), (75, True), (134, True)])
+def test_the_slurm_script_starts_the_run_and_queues_it_again_when_it_was_stopped(commands, code, requeued):
+    env = os.environ | {"PATH": f"{commands}:{os.environ['PATH']}", "CODE": str(code), "SLURM_JOB_ID": "77",
+                        "PYTHON": "python"}
+    done = subprocess.run(["bash", LAUNCH / "slurm.sh", "--config", "configs/gspn_xl_2.py", "--data.path", "my data"],
+                          env=env, timeout=20)
+    assert done.returncode == code
+    called = (commands / "called").read_text().splitlines()
+    assert called[0] == ("srun --kill-on-bad-exit=1 python train_dit.py --config configs/gspn_xl_2.py --data.path "
+                         "my data")
+    assert called[1:] == (["scontrol requeue 77"] if requeued else [])
+
+
+def test_the_slurm_script_asks_for_a_task_a_host_and_a_signal_before_the_end():
+    lines = (LAUNCH / "slurm.sh").read_text().splitlines()
+    for option in ("--ntasks-per-node=1", "--requeue", "--signal=TERM@120"):
+        assert f"#SBATCH {option}" in lines
+
+
+def test_the_kubernetes_job_starts_the_run_on_every_host():
+    service, job = yaml.safe_load_all((LAUNCH / "kubernetes.yaml").read_text())
+    pod = job["spec"]["template"]["spec"]
+    container, = pod["containers"]
+    assert container["command"] == ["python", "train_dit.py"]
+    config = cli.parse_config(container["args"], program="train_dit.py", description="")
+    assert config.run_dir == "/runs/xl" and config.data.path == "/data/latents"
+    env = {variable["name"]: variable for variable in container["env"]}
+    assert set(env) == set(cli.HOSTS.values())
+    assert int(env["JAX_NUM_PROCESSES"]["value"]) == job["spec"]["completions"] == job["spec"]["parallelism"]
+    name = job["metadata"]["name"]
+    assert env["JAX_COORDINATOR_ADDRESS"]["value"] == f"{name}-0.{pod['subdomain']}:1234"
+    assert service["metadata"]["name"] == pod["subdomain"] and service["spec"]["selector"] == {"job-name": name}
+    ignored = [code for rule in job["spec"]["podFailurePolicy"]["rules"] if rule["action"] == "Ignore"
+               for code in rule["onExitCodes"]["values"]]
+    assert ignored == [cli.INTERRUPTED]
+
+
+@pytest.mark.parametrize(("flags", "said"), [
+    (["--coordinator", "a:1"], "found no --num-processes or JAX_NUM_PROCESSES"),
+    (["--num-processes", "2", "--process-id", "0"], "found no --coordinator or JAX_COORDINATOR_ADDRESS"),
+    (["--coordinator", "a:1", "--num-processes", "2", "--process-id", "2"], "must be a number below --num-processes"),
+    (["--coordinator", "a:1", "--num-processes", "two", "--process-id", "0"], "found '0' of 'two'"),
+    (["--coordinator", "a", "--num-processes", "2", "--process-id", "0"], "must be HOST:PORT, found 'a'"),
+])
+def test_half_of_a_place_among_the_hosts_is_refused(flags, said):
+    with pytest.raises(ConfigError, match=said):
+        cli.join_other_hosts(flags)
+
+
+def test_a_single_process_joins_nobody_and_keeps_its_flags():
+    flags = ["--config", "c.py", "--train.steps", "3"]
+    assert cli.join_other_hosts(flags) == flags
