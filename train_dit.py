@@ -1,6 +1,6 @@
 """Trains a denoiser: python train_dit.py --config configs/digits.py [--train.steps 2000 ...].
 
-The same command goes on from the latest checkpoint of its run directory. Exit codes: 0 done, 1 a non-finite loss,
+The same command goes on from the latest checkpoint of its run directory. Exit codes: 0 done, 1 numbers that went bad,
 2 input that cannot be used, 75 stopped by a signal after saving, or by the loss of another host.
 """
 
@@ -13,14 +13,15 @@ def main(argv: list[str] | None = None) -> None:
     cli.setup()
     from gspn_jax.data import DataError  # after setup: importing JAX reads the environment
     from gspn_jax.training.checkpoints import CheckpointError
-    from gspn_jax.training.loop import Interrupted, NonFiniteError, train
+    from gspn_jax.training.loop import Interrupted, train
+    from gspn_jax.training.spikes import DivergedError
 
     with cli.user_errors(DataError, CheckpointError):
         argv = cli.join_other_hosts(argv)
         config = cli.parse_config(argv, program="train_dit.py", description="Train a class-conditional denoiser.")
         try:
             train(config)
-        except NonFiniteError as error:
+        except DivergedError as error:
             sys.exit(f"error: {error}")
         except Interrupted as stopped:
             print(stopped, file=sys.stderr)

@@ -286,6 +286,30 @@ class EvalConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class GuardConfig:
+    """What a run does when its numbers go bad. A spike is looked for when losses are logged, before they are saved."""
+
+    nonfinite: Literal["stop", "skip"] = "stop"
+    """A loss or gradient that is not finite: stop before its update, or leave that update out and count it."""
+    nonfinite_limit: int = 10
+    """With "skip": updates a run may leave out before it stops."""
+    spike_factor: float = 0.0
+    """Standard deviations by which the mean loss of `spike_steps` steps exceeds the median before it in a spike; the
+    run then goes back to its newest checkpoint and on with another order of the data. 0 never looks; 6 is cautious."""
+    spike_steps: int = 5
+    spike_window: int = 200
+    """Steps before that the median and the standard deviation are taken over."""
+    max_rollbacks: int = 3
+    """Spikes a run may answer by going back before it stops."""
+
+    def __post_init__(self) -> None:
+        _one_of("guard.nonfinite", self.nonfinite, ("stop", "skip"))
+        _positive(self, "guard", "spike_steps", "spike_window")
+        for name in ("nonfinite_limit", "spike_factor", "max_rollbacks"):
+            _check(getattr(self, name) >= 0, f"guard.{name}", "0 or more", getattr(self, name))
+
+
+@dataclasses.dataclass(frozen=True)
 class Config:
     """One experiment. `run_dir` receives checkpoints, logs and sample grids."""
 
@@ -297,6 +321,7 @@ class Config:
     optimizer: OptimizerConfig = OptimizerConfig()
     mesh: MeshConfig = MeshConfig()
     train: TrainConfig = TrainConfig()
+    guard: GuardConfig = GuardConfig()
     eval: EvalConfig = EvalConfig()
 
     def __post_init__(self) -> None:

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from gspn_jax.data.decoding import DataError
     from gspn_jax.data.loader import Loader, make_loader
-    from gspn_jax.data.prefetch import prefetch_to_device
+    from gspn_jax.data.prefetch import DevicePrefetcher, prefetch_to_device
     from gspn_jax.data.sources import Source, make_source
 
-__all__ = ["DataError", "Loader", "Source", "make_loader", "make_source", "prefetch_to_device"]
+__all__ = ["DataError", "DevicePrefetcher", "Loader", "Source", "make_loader", "make_source", "prefetch_to_device"]
 
 _MODULES = {"DataError": "decoding", "Loader": "loader", "Source": "sources", "make_loader": "loader",
-            "make_source": "sources", "prefetch_to_device": "prefetch"}
+            "make_source": "sources", "DevicePrefetcher": "prefetch", "prefetch_to_device": "prefetch"}
 
 
 def __getattr__(name: str):

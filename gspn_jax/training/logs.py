@@ -36,6 +36,19 @@ class RunLog:
             self._jsonl.close()
             self._events.close()
 
+    def rewind(self, step: int) -> None:
+        """Forgets what was logged after `step`, to which the run goes back."""
+        if not self._enabled:
+            return
+        self._jsonl.close()
+        self._events.close()
+        path = self._dir / "metrics.jsonl"
+        _truncate(path, step)
+        self._jsonl = path.open("a", buffering=1)
+        self._events = tensorboardX.SummaryWriter(str(self._dir / "tensorboard"), purge_step=step + 1)
+        self._bar.reset()
+        self._bar.update(step)
+
     def advance(self, step: int) -> None:
         if self._enabled:
             self._bar.update(step - self._bar.n)

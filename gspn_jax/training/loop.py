@@ -1,5 +1,6 @@
 """A training run, read top to bottom: the loop owns nothing but order."""
 
+import contextlib
 import logging
 import pathlib
 from typing import Any
@@ -16,6 +17,7 @@ from gspn_jax.training.checkpoints import Checkpoints
 from gspn_jax.training.evaluation import Evaluation, Record
 from gspn_jax.training.logs import RunLog
 from gspn_jax.training.signals import Stop
+from gspn_jax.training.spikes import DivergedError, Guard
 from gspn_jax.training.state import TrainState, abstract_state, create_state
 from gspn_jax.training.step import make_step
 from gspn_jax.training.throughput import Throughput, peak_flops
@@ -25,7 +27,7 @@ log = logging.getLogger(__name__)
 GRID_PER_CLASS, GRID_CLASSES = 4, 10
 
 
-class NonFiniteError(RuntimeError):
+class NonFiniteError(DivergedError):
     """The loss or the gradient is not finite; the message says at which step and what to try."""
 
 
@@ -36,8 +38,9 @@ class Interrupted(RuntimeError):
 def train(config: Config) -> pathlib.Path:
     """Runs `config` to its last step, from its latest checkpoint if there is one; returns the run directory.
 
-    Raises ConfigError, DataError or CheckpointError before any device work, NonFiniteError at a bad step (nothing of
-    which is applied), and Interrupted after SIGINT or SIGTERM.
+    Raises ConfigError, DataError or CheckpointError before any device work, CheckpointError when a checkpoint cannot be
+    written, NonFiniteError at a bad step (nothing of which is applied), DivergedError when numbers go bad more often
+    than `config.guard` allows, and Interrupted after SIGINT or SIGTERM.
     """
     # --- what can be wrong is found first
     models.resolve(config.model)
@@ -53,13 +56,20 @@ def train(config: Config) -> pathlib.Path:
     with Stop() as stop, Checkpoints(config, source.fingerprint, source.class_names) as checkpoints:
         checkpoints.best_step = Record.read(run_dir).best_step
         # --- state: the latest checkpoint, or born sharded
-        restored = checkpoints.restore(abstract_state(config, mesh))
+        target = abstract_state(config, mesh)
+        restored = checkpoints.restore(target)
         first_step, state = restored or (0, create_state(config, mesh))
+        guard = Guard(config.guard, checkpoints.notes)
 
         # --- data and step
         batch_size = config.train.batch_size
-        loader = data.make_loader(config.data, source, batch_size=batch_size, seed=config.train.seed,
-                                  start_step=first_step, num_hosts=jax.process_count(), host=jax.process_index())
+
+        def open_batches(start_step: int) -> data.DevicePrefetcher:
+            loader = data.make_loader(
+                config.data, source, batch_size=batch_size, seed=guard.data_seed(config.train.seed),
+                start_step=start_step, num_hosts=jax.process_count(), host=jax.process_index())
+            return data.prefetch_to_device(loader, sharding.batch_sharding(mesh))
+
         train_step = make_step(config, mesh)
         sampler = Sampler(config, mesh) if config.train.sample_every else None
 
@@ -67,19 +77,21 @@ def train(config: Config) -> pathlib.Path:
         size = config.data.image_size
         flops = models.forward_flops(models.resolve(config.model), config.data.channels, size, size)
         peak = peak_flops(jax.devices()[0].device_kind)
-        with (data.prefetch_to_device(loader, sharding.batch_sharding(mesh)) as batches,
+        with (contextlib.ExitStack() as opened,
               RunLog(run_dir, start_step=first_step, steps=config.train.steps, enabled=first_host) as run_log):
+            batches = opened.enter_context(open_batches(first_step))
             run_log.say(_opening(config, mesh, source, first_step))
             meter = Throughput(flops, peak * jax.device_count() if peak else None)
             window: list[dict[str, jax.Array]] = []
-            saved = first_step
+            saved = step = first_step
             if evaluation and evaluation.missed(first_step):
                 with meter.pause():
                     _evaluate(evaluation, first_step, state, checkpoints, run_log, stop)
                 if evaluation.stopped_by:
                     raise Interrupted(f"stopped by {evaluation.stopped_by} while evaluating step {first_step}; the "
                                       "same command goes on")
-            for step in range(first_step + 1, config.train.steps + 1):
+            while step < config.train.steps:
+                step += 1
                 with meter.waiting():
                     batch = next(batches)
                 if step == first_step + 1:
@@ -101,22 +113,40 @@ def train(config: Config) -> pathlib.Path:
                 if not (saving or sampling or step % config.train.log_every == 0):
                     continue
                 values = jax.device_get(window)
-                bad = next((i for i, v in enumerate(values) if not v["finite"]), None)
-                if bad is not None:
+                finite = [v for v in values if v["finite"]]
+                if len(finite) < len(values) and config.guard.nonfinite == "stop":
+                    bad = next(i for i, v in enumerate(values) if not v["finite"])
                     good_step = step - len(values) + bad
                     if good_step > saved:
                         checkpoints.save(good_step, state)
                     raise NonFiniteError(_advice(good_step + 1, values[bad], config))
-                run_log.metrics(step, {name: float(np.mean([v[name] for v in values]))
-                                       for name in values[0] if name != "finite"} | meter.read())
+                guard.left_out(step, len(values) - len(finite))
+                spike = guard.see(v["loss"] for v in finite)
+                if spike is not None and saved:
+                    with meter.pause():
+                        state = None  # two states may not fit
+                        back, state = checkpoints.restore(target)
+                        guard.go_back(step, spike, back)
+                        guard.recall(checkpoints.notes)
+                        opened.close()
+                        batches = opened.enter_context(open_batches(back))
+                        run_log.rewind(back)
+                    log.warning("the loss rose to %.4g before step %d: back to step %d, and on with another order of "
+                                "the data", spike, step, back)
+                    step, window = back, []
+                    continue
+                run_log.metrics(step, {name: float(np.mean([v[name] for v in finite]))
+                                       for name in values[0] if name != "finite" and finite} | meter.read()
+                                | ({"skipped": guard.skipped} if guard.skipped else {}))
                 window = []
+                checkpoints.notes = guard.notes
                 with meter.pause():
                     if sampling:
                         run_log.image(step, "samples", sample_grid(sampler, state.ema, config, source.class_names))
                     if saving:
                         checkpoints.save(step, state)
                         saved = step
-                    if evaluating:
+                if evaluating:
                         _evaluate(evaluation, step, state, checkpoints, run_log, stop)
                         asked = evaluation.stopped_by
                 if asked and (step < config.train.steps or (evaluation and evaluation.missed(step))):

@@ -1,5 +1,6 @@
 """One optimizer step, as a pure function of state, batch and seed."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -66,7 +67,8 @@ def make_step(config: Config, mesh: Mesh) -> Step:
     """The jitted step: (state, {"image", "label"} global arrays) -> (state, metrics).
 
     The state is donated. The randomness of a step is fold_in(key(seed), step). A step whose loss or gradient is not
-    finite changes nothing, and neither does any step after it (`state.halted`); metrics["finite"] says so.
+    finite changes nothing, and neither does any step after it (`state.halted`); metrics["finite"] says so. With
+    guard.nonfinite "skip" only the step's number grows, and the next one goes on.
     """
     graphdef, _ = models.abstract(config)
     optimizer = make_optimizer(config.optimizer, config.train.steps)
@@ -85,9 +87,12 @@ def make_step(config: Config, mesh: Mesh) -> Step:
                          ema=ema.update(state.ema, params, state.step), halted=jnp.zeros((), jnp.bool_))
         good = finite & ~state.halted
         new = jax.tree.map(lambda n, o: jnp.where(good, n, o), new, state)
+        new = dataclasses.replace(new, halted=~good)
+        if config.guard.nonfinite == "skip":
+            new = dataclasses.replace(new, step=state.step + 1, halted=jnp.zeros((), jnp.bool_))
         metrics |= {"loss": loss, "grad_norm": grad_norm, "learning_rate": jnp.asarray(schedule(state.step)),
                     "finite": finite}
-        return TrainState(new.step, new.params, new.opt_state, new.ema, halted=~good), metrics
+        return new, metrics
 
     state_shardings = jax.tree.map(lambda s: s.sharding, abstract_state(config, mesh))
     return jax.jit(step, donate_argnums=0, in_shardings=(state_shardings, sharding.batch_sharding(mesh)),
