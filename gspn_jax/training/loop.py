@@ -146,7 +146,7 @@ def train(config: Config) -> pathlib.Path:
                     if saving:
                         checkpoints.save(step, state)
                         saved = step
-                if evaluating:
+                    if evaluating:
                         _evaluate(evaluation, step, state, checkpoints, run_log, stop)
                         asked = evaluation.stopped_by
                 if asked and (step < config.train.steps or (evaluation and evaluation.missed(step))):
