@@ -9,8 +9,11 @@ from PIL import Image
 from safetensors.numpy import save_file
 
 from gspn_jax import prepare
+from gspn_jax.config import MeshConfig
 from gspn_jax.evaluate import main, report
-from gspn_jax.metrics import inception, self_test
+from gspn_jax.evaluate.scoring import ScoreFlags, Scorer
+from gspn_jax.metrics import inception, npz, self_test
+from gspn_jax.training import sharding
 
 
 @pytest.fixture(scope="module")
@@ -53,6 +56,26 @@ def test_each_unfair_comparison_is_named():
     assert said(size=(64, 64), reference=None) == ""
     assert "sorted by class" in said(classes=np.repeat(np.arange(10), 5))
     assert said(names=("fid",), classes=np.repeat(np.arange(10), 5)) == ""
+
+
+def test_greyscale_images_are_read_as_three_equal_channels(tmp_path):
+    grey = np.random.default_rng(0).integers(0, 256, (5, 4, 6, 1), np.uint8)
+    np.savez(tmp_path / "grey.npz", arr_0=grey)
+    images = np.concatenate(list(npz.StoredImages(tmp_path / "grey.npz", "--samples").batches(2)))
+    np.testing.assert_array_equal(images, np.concatenate([grey] * 3, axis=3))
+
+
+def test_by_default_all_metrics_that_the_reference_allows_are_computed(weights, tmp_path):
+    np.savez(tmp_path / "full.npz", arr_0=np.zeros((4, 8, 8, 3), np.uint8))
+    np.savez(tmp_path / "mu.npz", mu=np.zeros(2048), sigma=np.eye(2048))
+
+    def names(**flags) -> tuple[str, ...]:
+        return Scorer(ScoreFlags(inception=str(weights), **flags), sharding.make_mesh(MeshConfig())).names
+
+    assert names(reference=str(tmp_path / "full.npz")) == ("fid", "sfid", "is", "kid", "precision", "recall")
+    assert names(reference=str(tmp_path / "mu.npz")) == ("fid", "is")
+    assert names() == ("is",)
+    assert names(reference=str(tmp_path / "full.npz"), metrics=("kid", "fid")) == ("kid", "fid")
 
 
 # --- wrong requests
