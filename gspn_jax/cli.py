@@ -119,7 +119,10 @@ def load_config(path: str | pathlib.Path) -> Config:
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
-    except (SyntaxError, NameError, TypeError, ImportError, AttributeError) as error:
+    except ConfigError:
+        raise
+    except (SyntaxError, NameError, TypeError, ImportError, AttributeError, LookupError, ValueError,
+            ArithmeticError) as error:
         found = f"{type(error).__name__}: {error}"
         raise ConfigError(f"{path} must define `config = Config(...)`, found {found}") from error
     config = getattr(module, "config", None)
