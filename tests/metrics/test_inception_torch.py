@@ -14,7 +14,7 @@ import torch_inception  # noqa: E402
 
 pytestmark = pytest.mark.torch
 
-TOLERANCE, CAUGHT = 1e-5, 1e-3  # relative L2, float32 against float64; the smallest known mistake is 2e-3
+TOLERANCE, CAUGHT = 1e-5, 2e-4  # relative L2, float32 against float64; the smallest known mistake is 5e-4
 
 
 @functools.cache

@@ -7,9 +7,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-MISTAKES = ("half-pixel resize", "divided by 127.5", "bfloat16 convolutions", "padding counted", "average in 7c",
-            "no resize", "logits with bias", "spatial in NCHW order", "spatial before ReLU", "spatial of 6c",
-            "epsilon of 1e-5")
+MISTAKES = ("half-pixel resize", "divided by 127.5", "bfloat16 convolutions", "TF32 convolutions", "padding counted",
+            "average in 7c", "no resize", "logits with bias", "spatial in NCHW order", "spatial before ReLU",
+            "spatial of 6c", "epsilon of 1e-5")
 
 
 def resize(images: np.ndarray, *, half_pixel: bool = False) -> np.ndarray:
@@ -26,6 +26,12 @@ def resize(images: np.ndarray, *, half_pixel: bool = False) -> np.ndarray:
     return along(along(images.astype(np.float64), 1), 2)
 
 
+def to_tf32(x: torch.Tensor) -> torch.Tensor:
+    """Rounded to 10 bits behind the leading one, as the tensor cores of NVIDIA GPUs do with float32."""
+    bits = x.float().view(torch.int32)
+    return ((bits + 0x1000) & ~0x1FFF).view(torch.float32).double()
+
+
 def features(weights: dict[str, np.ndarray], images: np.ndarray, mistake: str | None = None) -> dict[str, np.ndarray]:
     """{"pool", "spatial", "logits"} of uint8 images [N, H, W, 3]."""
     assert mistake is None or mistake in MISTAKES
@@ -36,6 +42,8 @@ def features(weights: dict[str, np.ndarray], images: np.ndarray, mistake: str | 
         kernel = w[f"{name}.conv.weight"]
         if mistake == "bfloat16 convolutions":
             x, kernel = x.to(torch.bfloat16).double(), kernel.to(torch.bfloat16).double()
+        if mistake == "TF32 convolutions":
+            x, kernel = to_tf32(x), to_tf32(kernel)
         y = F.conv2d(x, kernel, stride=stride, padding=padding)
         y = F.batch_norm(y, w[f"{name}.bn.running_mean"], w[f"{name}.bn.running_var"], w[f"{name}.bn.weight"],
                          w[f"{name}.bn.bias"], eps=epsilon)
