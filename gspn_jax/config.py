@@ -360,12 +360,18 @@ def to_dict(config: Config) -> dict[str, Any]:
 def from_dict(values: dict[str, Any]) -> Config:
     """The inverse of `to_dict`, also after a trip through JSON (lists become tuples again).
 
-    Raises ConfigError for a field that does not exist, such as one written by another version.
+    Raises ConfigError for a field that does not exist, such as one written by another version, and for other damage.
     """
-    return _build(Config, values, "config")
+    try:
+        return _build(Config, values, "config")
+    except ConfigError:
+        raise
+    except (TypeError, AttributeError, ValueError) as error:  # values of another type do not compare
+        raise ConfigError(f"the saved config must be one that to_dict gives, found other values ({error})") from error
 
 
 def _build(cls: type, values: dict[str, Any], where: str) -> Any:
+    _check(isinstance(values, dict), where, "a group of fields", values)
     fields = {field.name: field for field in dataclasses.fields(cls)}
     for name in values:
         _check(name in fields, f"{where}.{name}", "one of " + ", ".join(fields), name)

@@ -91,10 +91,11 @@ class LatentMetadata:
             fields = {field.name: values[field.name] for field in dataclasses.fields(cls)}
             fields = {name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}
             metadata, count = cls(**fields | {"shards": shards}), values["count"]
+            whole = count == metadata.count == sum(metadata.class_counts)
         except (json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError) as error:
             raise ConfigError(f"{path} must be the metadata of a set of latents, found a file that cannot be read as "
                               f"such ({type(error).__name__}: {error})") from error
-        if not count == metadata.count == sum(metadata.class_counts):
+        if not whole:
             raise ConfigError(f"{path} must count the same latents in all, in its shards and in its classes, found "
                               f"{count}, {metadata.count} and {sum(metadata.class_counts)}")
         return metadata

@@ -1,6 +1,9 @@
 """Arrays out of .npz files that others wrote: checked, never unpickled, and images read batch by batch."""
 
+import lzma
 import pathlib
+import struct
+import tokenize
 import zipfile
 import zlib
 from collections.abc import Iterator
@@ -11,7 +14,9 @@ from jaxtyping import UInt8
 
 from gspn_jax.config import ConfigError
 
-_DAMAGE = (zipfile.BadZipFile, zlib.error, ValueError, EOFError, NotImplementedError)
+_DAMAGE = (zipfile.BadZipFile, zlib.error, lzma.LZMAError, struct.error, tokenize.TokenError, SyntaxError, ValueError,
+           OverflowError, MemoryError, EOFError, OSError, NotImplementedError, RuntimeError)
+"""What zipfile and NumPy raise for files that others wrote, found by tests/test_fuzz.py."""
 
 
 def names(path: str | pathlib.Path, what: str) -> tuple[str, ...]:
@@ -21,7 +26,7 @@ def names(path: str | pathlib.Path, what: str) -> tuple[str, ...]:
     try:
         with zipfile.ZipFile(path) as archive:
             return tuple(name.removesuffix(".npy") for name in archive.namelist())
-    except zipfile.BadZipFile as error:
+    except _DAMAGE as error:
         raise ConfigError(f"{what} must be an .npz file, found {str(path)!r}, which is none: {error}") from error
 
 
@@ -49,7 +54,7 @@ class StoredImages:
             raise ConfigError(f"{what} must have images as {key!r}, found {', '.join(found) or 'nothing'} in {path}")
         with self._open() as file:
             self.shape, fortran, dtype = self._header(file)
-        if len(self.shape) != 4 or self.shape[3] not in (1, 3) or dtype != np.uint8 or fortran or 0 in self.shape:
+        if len(self.shape) != 4 or self.shape[3] not in (1, 3) or dtype != np.uint8 or fortran or min(self.shape) < 1:
             raise ConfigError(f"{what} must have images as uint8 [N, H, W, 3], found {dtype} {list(self.shape)} in "
                               f"{key!r} of {path}")
 
@@ -75,6 +80,8 @@ class StoredImages:
         archive = zipfile.ZipFile(self.path)
         try:
             return archive.open(f"{self._key}.npy")
+        except _DAMAGE as error:
+            raise ConfigError(f"{self._key!r} in {self.path} cannot be read: {error}") from error
         finally:
             archive.close()  # the member stays readable
 

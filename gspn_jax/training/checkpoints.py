@@ -96,9 +96,12 @@ def read_meta(run_dir: str | pathlib.Path, step: int | None = None) -> tuple[int
         _verify(run_dir, step, "meta")
     path = folder(run_dir) / str(step) / "meta" / "metadata"
     try:
-        return step, json.loads(path.read_text())
+        meta = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} must be the JSON that was saved with the checkpoint, found {error}") from error
+    if not isinstance(meta, dict) or not {"config", "fingerprint", "class_names"} <= meta.keys():
+        raise CheckpointError(f"{path} must have the config, fingerprint and class_names of a run, found other JSON")
+    return step, meta
 
 
 def read_config(run_dir: str | pathlib.Path, step: int | None = None) -> tuple[int, Config]:
