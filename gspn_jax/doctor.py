@@ -1,0 +1,287 @@
+"""Looks at a machine, and at the config of a run, before the run is started: says in plain words what will not work.
+
+python -m gspn_jax.doctor                              the machine
+python -m gspn_jax.doctor --config configs/digits.py   and a run: mesh, memory, disk, data set, files of weights
+
+Exit codes: 0 nothing found that would stop the run, 1 something that would, 2 a config that cannot be used.
+"""
+
+import contextlib
+import importlib.metadata
+import os
+import pathlib
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import numpy as np
+
+from gspn_jax import cli
+from gspn_jax.config import Config, ConfigError
+
+OLDEST, TOO_NEW = (0, 10, 2), (0, 13)
+"""The versions of JAX that the tests run with: from the first, before the second."""
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+WRITTEN_BYTES = 2**26
+REDUCED_VALUES = 2**22
+KEPT_CHECKPOINTS = 3
+"""The latest two and the one that is being written."""
+TOLERANCE = 1e-4
+"""Of a backend's values and gradients against those of the scan, relative to the largest."""
+
+
+MARKS = {True: "ok     ", False: "PROBLEM", None: "note   "}
+
+
+class Finding(NamedTuple):
+    """`works` None: a note."""
+
+    works: bool | None
+    text: str
+
+
+Findings = Iterator[Finding]
+
+
+def main(argv: list[str] | None = None) -> None:
+    cli.setup()
+    from gspn_jax.data import DataError
+    from gspn_jax.state_dict import WeightsError
+
+    argv = sys.argv[1:] if argv is None else argv
+    if argv and argv[0] in ("-h", "--help"):
+        print(__doc__)
+        return
+    with cli.user_errors():
+        argv = cli.join_other_hosts(argv)
+        config = cli.parse_config(argv, program="gspn_jax.doctor", description=__doc__) if argv else None
+    checks: dict[str, Callable[[], Findings]] = {"versions": versions, "devices": devices, "kernels": kernels}
+    if config:
+        checks |= {"mesh": lambda: mesh(config), "memory": lambda: memory(config), "disk": lambda: disk(config),
+                   "data": lambda: data_set(config), "files": lambda: weight_files(config)}
+    wrong = []
+    for name, check in checks.items():
+        print(f"{name}:", flush=True)
+        try:
+            for finding in check():
+                print(" ", MARKS[finding.works], finding.text, flush=True)
+                if finding.works is False:
+                    wrong.append(finding.text)
+        except (ConfigError, DataError, WeightsError, OSError, ImportError) as error:
+            print(" ", MARKS[False], error, flush=True)
+            wrong.append(str(error))
+    if wrong:
+        print(f"{len(wrong)} of these would stop the run or make it wrong:", *wrong, sep="\n  ")
+        sys.exit(1)
+    print("nothing was found that would stop a run" + ("" if config else "; --config CONFIG looks at one run"))
+
+
+def versions() -> Findings:
+    import jax
+
+    found = {name: importlib.metadata.version(name) for name in PACKAGES}
+    yield Finding(sys.version_info >= (3, 11), f"Python {sys.version.split()[0]} (3.11 or newer is needed)")
+    number = tuple(int(part) for part in jax.__version__.split(".")[:3] if part.isdigit())
+    yield Finding(OLDEST <= number < TOO_NEW, f"JAX {jax.__version__} (0.10.2 to 0.12 are supported)")
+    yield Finding(None, ", ".join(f"{name} {version}" for name, version in found.items()))
+
+
+def devices() -> Findings:
+    import jax
+
+    found = jax.devices()
+    yield Finding(None, f"{len(found)} {found[0].device_kind} by {jax.default_backend()}, "
+                        f"{jax.process_count()} process{'es' if jax.process_count() > 1 else ''}")
+    if jax.default_backend() == "cpu" and shutil.which("nvidia-smi"):
+        yield Finding(False, "this machine has nvidia-smi, but JAX sees no GPU: install jax[cuda13], or look at what "
+                             "`python -c 'import jax; jax.devices()'` says")
+    stats = jax.local_devices()[0].memory_stats() or {}
+    if "bytes_limit" in stats:
+        used = stats["bytes_in_use"] / stats["bytes_limit"]
+        yield Finding(used < 0.1, f"{stats['bytes_limit'] / 1e9:.1f} GB of memory a device, {used:.0%} in use")
+    x = np.random.default_rng(0).standard_normal((256, 256)).astype(np.float32)
+    for device in jax.local_devices():
+        y = np.asarray(jax.device_put(x, device) @ jax.device_put(x.T, device))
+        wrong = np.abs(y - x.astype(np.float64) @ x.T.astype(np.float64)).max()
+        if wrong > 1:  # TF32 is at about 0.05
+            yield Finding(False, f"{device} multiplies matrices wrongly (off by {wrong:.3g}): it may be faulty")
+    yield Finding(True, "every device multiplies matrices as NumPy does")
+
+
+def kernels() -> Findings:
+    """Each backend against a loop in float64 (the scan) or against the scan, forward and backward."""
+    import jax
+
+    from kernels import line_scan, stochastic_weights
+    from kernels.api import available_backends
+
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((2, 16, 16, 64)).astype(np.float32)
+    gates = rng.standard_normal((2, 16, 16, 3, 64)).astype(np.float32)
+
+    def run(backend: str):
+        def total(x, gates):
+            h = line_scan(x, *stochastic_weights(gates, direction="down"), direction="down", backend=backend)
+            return (h * h).sum(), h
+        (_, h), gradients = jax.jit(jax.value_and_grad(total, (0, 1), has_aux=True))(x, gates)
+        return [np.asarray(a, np.float64) for a in (h, *gradients)]
+
+    left, center, right = (np.asarray(w, np.float64) for w in stochastic_weights(gates, direction="down"))
+    h, wanted = np.zeros((2, 18, 64)), []
+    for t in range(16):
+        h[:, 1:-1] = left[:, t] * h[:, :-2] + center[:, t] * h[:, 1:-1] + right[:, t] * h[:, 2:] + x[:, t]
+        wanted.append(h[:, 1:-1].copy())
+    scan = run("scan")
+    yield _same("the 'scan' backend", "a float64 loop", scan[:1], [np.stack(wanted, 1)])
+    for backend in available_backends():
+        if backend != "scan":
+            yield _same(f"the {backend!r} backend", "the scan, with gradients,", run(backend), scan)
+    missing = {"mosaic_gpu"} - set(available_backends())
+    if missing:
+        yield Finding(None, "the GPU kernel 'mosaic_gpu' cannot run here; the scan is used")
+
+
+def _same(what: str, reference: str, found: list[np.ndarray], wanted: list[np.ndarray]) -> Finding:
+    off = max(np.abs(a - b).max() / np.abs(b).max() for a, b in zip(found, wanted, strict=True))
+    return Finding(bool(off < TOLERANCE), f"{what} agrees with {reference} to {off:.1e} (at most {TOLERANCE:.0e})")
+
+
+def mesh(config: Config) -> Findings:
+    """Builds the mesh and sums over all of it, checking the values and taking the time."""
+    import jax
+    from jax.sharding import NamedSharding, PartitionSpec
+
+    from gspn_jax.training import sharding
+
+    found = sharding.make_mesh(config.mesh)
+    sharding.check_batch(config, found)
+    yield Finding(True, "mesh " + " x ".join(f"{name} {size}" for name, size in found.shape.items()))
+    count = len(jax.devices())
+    if count == 1:
+        return
+    split = NamedSharding(found, PartitionSpec(found.axis_names))
+    values = jax.jit(lambda: jax.numpy.broadcast_to(jax.numpy.arange(count, dtype=jax.numpy.float32)[:, None],
+                                                    (count, REDUCED_VALUES)), out_shardings=split)()
+    reduce = jax.jit(lambda a: a.sum(0), out_shardings=NamedSharding(found, PartitionSpec()))
+    total = jax.block_until_ready(reduce(values))
+    right = bool((np.asarray(total.addressable_data(0)) == count * (count - 1) / 2).all())
+    start = time.perf_counter()
+    for _ in range(3):
+        jax.block_until_ready(reduce(values))
+    seconds = (time.perf_counter() - start) / 3
+    size = 4 * REDUCED_VALUES
+    yield Finding(right, f"an all-reduce of {size / 1e6:.0f} MB over {count} devices is "
+                         f"{'right' if right else 'WRONG'} and takes {1e3 * seconds:.1f} ms "
+                         f"({2 * (count - 1) / count * size / seconds / 1e9:.1f} GB/s a device)")
+
+
+def memory(config: Config) -> Findings:
+    """The state of training against the memory of a device; activations come on top."""
+    import jax
+
+    from gspn_jax.training import sharding
+    from gspn_jax.training.state import abstract_state
+
+    state = abstract_state(config, sharding.make_mesh(config.mesh))
+    share = sum(np.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
+    limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
+    text = f"the state takes {share / 1e9:.2f} GB a device, gradients and activations come on top"
+    # a gradient of the parameters is held beside the state, which has about four copies of them
+    yield Finding(None if limit is None else bool(1.25 * share < limit),
+                  text + (f" (the device has {limit / 1e9:.1f} GB)" if limit else ""))
+
+
+def disk(config: Config) -> Findings:
+    """Writes and reads a file in the run directory, and compares the free space with what checkpoints take."""
+    import jax
+
+    from gspn_jax.training import checkpoints, sharding
+    from gspn_jax.training.state import abstract_state
+
+    run_dir = pathlib.Path(config.run_dir)
+    parent = next(p for p in (run_dir.absolute(), *run_dir.absolute().parents) if p.exists())
+    content = os.urandom(WRITTEN_BYTES)
+    with contextlib.ExitStack() as opened:
+        try:
+            file = opened.enter_context(tempfile.NamedTemporaryFile(dir=parent))
+        except OSError as error:
+            yield Finding(False, f"run_dir {config.run_dir} cannot be written: {error.strerror} in {parent}")
+            return
+        start = time.perf_counter()
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+        write = time.perf_counter() - start
+        with contextlib.suppress(OSError):  # forget what is cached, where the system can
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        start = time.perf_counter()
+        same = pathlib.Path(file.name).read_bytes() == content
+        read = time.perf_counter() - start
+    yield Finding(same, f"{parent} is written at {WRITTEN_BYTES / write / 1e6:.0f} MB/s and read at "
+                        f"{WRITTEN_BYTES / read / 1e6:.0f} MB/s" + ("" if same else ", but what is read is not what "
+                                                                    "was written"))
+    state = abstract_state(config, sharding.make_mesh(config.mesh))
+    size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
+    periodic = config.train.steps // config.train.keep_every if config.train.keep_every else 0
+    needed = (KEPT_CHECKPOINTS + periodic) * size
+    free = shutil.disk_usage(parent).free
+    yield Finding(free > needed, f"{KEPT_CHECKPOINTS + periodic} checkpoints of {size / 1e9:.2f} GB need "
+                                 f"{needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free"
+                                 + (f" ({periodic} of them by train.keep_every)" if periodic else "")
+                                 + f"; saving one takes about {size * write / WRITTEN_BYTES:.0f} s beside the training")
+    found = checkpoints.newest_whole(run_dir)
+    if found:
+        step, wrong = found
+        yield Finding(None, f"{run_dir} has a run: training goes on from step {step}"
+                      + (f"; newer ones that are not whole: {wrong}" if wrong else ""))
+
+
+def data_set(config: Config) -> Findings:
+    """Opens the set and reads batches for a moment."""
+    import jax
+
+    from gspn_jax import data
+
+    source = data.make_source(config.data)
+    yield Finding(True, f"{len(source):,} images of {len(source.class_names)} classes")
+    hosts = jax.process_count()
+    with data.make_loader(config.data, source, batch_size=config.train.batch_size, seed=config.train.seed,
+                          num_hosts=hosts, host=jax.process_index()) as loader:
+        next(loader)
+        start, count = time.perf_counter(), 0
+        while count < 3 or (time.perf_counter() - start < 2 and count < 50):
+            next(loader)
+            count += 1
+        rate = count * config.train.batch_size / hosts / (time.perf_counter() - start)
+    yield Finding(None, f"this host reads {rate:,.0f} images/s")
+
+
+def weight_files(config: Config) -> Findings:
+    """The files that evaluation during training needs, if the config asks for it."""
+    from gspn_jax import autoencoder
+    from gspn_jax.metrics import inception
+    from gspn_jax.metrics.reference import read_reference
+
+    settings = config.eval
+    if not settings.every:
+        yield Finding(None, "none is needed: eval.every is 0")
+        return
+    weights = inception.read(inception.require(settings.inception, "--eval.inception"))
+    yield Finding(True, f"Inception weights {settings.inception}")
+    if settings.reference:
+        reference = read_reference(settings.reference, "eval.reference")
+        reference.check(settings.metrics)
+        reference.check_inception(inception.digest(weights))
+        yield Finding(True, f"reference statistics {settings.reference} for {', '.join(settings.metrics)}")
+    if config.data.source == "latents" and not settings.vae:
+        yield Finding(False, "eval.vae must be the autoencoder's weights, which decode the samples of a run on latents")
+    if settings.vae:
+        autoencoder.load(settings.vae)
+        yield Finding(True, f"autoencoder {settings.vae}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,82 @@
+"""The doctor finds nothing wrong where nothing is, and says in words what would not work."""
+
+import numpy as np
+import pytest
+
+import kernels.api
+from gspn_jax import doctor
+from gspn_jax.training import checkpoints
+from tests.training import tiny
+from tests.training.test_checkpoints import save
+
+TINY = "from tests.training import tiny\nimport dataclasses\nconfig = tiny.config({!r})\n"
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    monkeypatch.setattr(doctor, "WRITTEN_BYTES", 2**16)
+    monkeypatch.setattr(doctor, "REDUCED_VALUES", 2**10)
+
+
+def look(tmp_path, capsys, *flags):
+    """(exit code, what is printed) for a tiny run."""
+    path = tmp_path / "c.py"
+    path.write_text(TINY.format(str(tmp_path / "run")))
+    code = 0
+    try:
+        doctor.main(["--config", str(path), *flags])
+    except SystemExit as stopped:
+        code = stopped.code
+    return code, capsys.readouterr().out
+
+
+def test_a_machine_and_a_run_in_order(tmp_path, capsys):
+    code, shown = look(tmp_path, capsys)
+    assert code == 0 and "PROBLEM" not in shown
+    for said in ("JAX ", "8 cpu", "the 'scan' backend agrees with a float64 loop", "an all-reduce of 0 MB over 8 devices "
+                 "is right", "the state takes", "is written at", "checkpoints of", "1,797 images of 10 classes",
+                 "images/s", "nothing was found that would stop a run"):
+        assert said in shown
+    assert not (tmp_path / "run").exists()  # it only looks
+
+
+@pytest.mark.parametrize(("flags", "said"), [
+    (["--mesh.fsdp", "3"], "must be the 8 devices there are"),
+    (["--train.batch-size", "12"], "train.batch_size must be a multiple of 8"),
+    (["--data.source", "folder", "--data.path", "/no/such/folder"], "/no/such/folder"),
+    (["--run-dir", "/proc/run"], "run_dir /proc/run cannot be written"),
+    (["--eval.every", "5", "--eval.metrics", "is", "--eval.inception", "/no/such/file"], "/no/such/file"),
+])
+def test_what_would_not_work_is_said_in_words(flags, said, tmp_path, capsys):
+    code, shown = look(tmp_path, capsys, *flags)
+    assert code == 1 and said in shown.rsplit("would stop the run", 1)[1]
+
+
+def test_a_kernel_with_wrong_values_is_found(monkeypatch, capsys):
+    scan = kernels.api._BACKENDS["scan"]
+    monkeypatch.setitem(kernels.api._BACKENDS, "scan", scan._replace(
+        line_scan=lambda x, *rest: scan.line_scan(x * np.float32(1.01), *rest)))
+    finding, *_ = list(doctor.kernels())
+    assert finding.works is False and "agrees with a float64 loop to 1" in finding.text
+
+
+def test_a_disk_that_is_too_small_is_found(monkeypatch, tmp_path):
+    monkeypatch.setattr(doctor.shutil, "disk_usage", lambda path: type("usage", (), {"free": 1000}))
+    found = list(doctor.disk(tiny.config(tmp_path / "run", keep_every=5)))
+    assert [finding.works for finding in found] == [True, False]
+    assert "7 checkpoints of" in found[1].text and "4 of them by train.keep_every" in found[1].text
+
+
+def test_the_checkpoints_of_a_run_are_looked_at(tmp_path):
+    config = tiny.config(tmp_path)
+    save(config, 3, 6)
+    (checkpoints.folder(tmp_path) / "6" / "manifest.json").unlink()
+    *_, finding = doctor.disk(config)
+    assert "goes on from step 3" in finding.text and "never finished" in finding.text
+    assert checkpoints.steps(tmp_path) == [3, 6]  # nothing is moved
+
+
+def test_without_a_config_the_machine_alone_is_looked_at(capsys):
+    doctor.main([])
+    shown = capsys.readouterr().out
+    assert "kernels:" in shown and "disk:" not in shown and "--config CONFIG looks at one run" in shown
