@@ -33,8 +33,8 @@ def look(tmp_path, capsys, *flags):
 def test_a_machine_and_a_run_in_order(tmp_path, capsys):
     code, shown = look(tmp_path, capsys)
     assert code == 0 and "PROBLEM" not in shown
-    for said in ("JAX ", "8 cpu", "the 'scan' backend agrees with a float64 loop", "an all-reduce of 0 MB over 8 devices "
-                 "is right", "the state takes", "is written at", "checkpoints of", "1,797 images of 10 classes",
+    for said in ("JAX ", "8 cpu", "the 'scan' backend agrees with a float64 loop", "an all-reduce of 0 MB over 8 "
+                 "devices is right", "the state takes", "is written at", "checkpoints of", "1,797 images of 10 classes",
                  "images/s", "nothing was found that would stop a run"):
         assert said in shown
     assert not (tmp_path / "run").exists()  # it only looks
