@@ -27,6 +27,8 @@ $(READY): pyproject.toml constraints.txt
 
 $(TORCH_READY): $(READY)
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[oracle]'
+	@# without torchvision, which its metrics do not use and which does not load beside every build of PyTorch
+	$(BIN)/python -m pip install --quiet --no-deps -c constraints.txt torch-fidelity
 	@touch $@
 
 demo: $(READY)
