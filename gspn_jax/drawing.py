@@ -48,7 +48,7 @@ def load_autoencoder(path: str | None, config: Config) -> autoencoder.Autoencode
 
 
 class Drawing:
-    """`drawing(labels, seeds)` are images of the checkpoint of `step`; use it in a `with` statement, to end its bar.
+    """`drawing(labels, seeds)` are images of the checkpoint of `step`; draw in a `with` statement, which has the bar.
 
     An image is its seed and label, whatever the batch or the mesh (see `sampling.Sampler`).
     """
@@ -70,10 +70,12 @@ class Drawing:
                                 decode=vae.decode if vae else None)
         self._params = checkpoints.restore_params(run, step, config, mesh, ema_decay=self._ema)
         self._batches = 0
-        self._bar = tqdm(unit="evaluation", desc=description, dynamic_ncols=True, disable=jax.process_index() > 0,
-                         total=self._sampler.evaluations * -(-total // self.batch_size))
+        self._evaluations = self._sampler.evaluations * -(-total // self.batch_size)
+        self._description = description
 
     def __enter__(self) -> "Drawing":
+        self._bar = tqdm(unit="evaluation", desc=self._description, dynamic_ncols=True, total=self._evaluations,
+                         disable=jax.process_index() > 0)
         return self
 
     def __exit__(self, *_) -> None:

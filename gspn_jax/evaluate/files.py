@@ -67,6 +67,7 @@ def evaluate_files(flags: FileFlags) -> dict[str, Any]:
         raise ConfigError(f"--samples must hold {FEWEST} images or more, found {samples.count}")
     scorer = Scorer(flags, sharding.make_mesh(MeshConfig()))
     start = time.perf_counter()
+    scorer.prepare()
     with (contextlib.closing(samples.chunks) as chunks,
           tqdm(total=samples.count, unit="image", desc="scoring", dynamic_ncols=True,
                disable=jax.process_index() > 0) as bar):

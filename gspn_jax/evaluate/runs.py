@@ -79,39 +79,43 @@ def evaluate_run(flags: RunFlags, config: Config, step: int) -> list[dict[str, A
     folder.mkdir(exist_ok=True)
 
     # --- draw and score
-    labels = draw_labels(flags.labels, flags.num_samples, config.data.num_classes, flags.seed)
-    seeds = flags.seed + np.arange(flags.num_samples)
     results = []
     for number, config in enumerate(configs):
         of = f" {number + 1} of {len(configs)}" if len(configs) > 1 else ""
-        with Drawing(flags.run, step, config, mesh, total=flags.num_samples, batch_size=flags.batch_size,
-                     ema=flags.ema, image_size=flags.image_size, vae=vae,
-                     description=f"guidance {config.sampler.guidance_scale:g}{of}") as drawing:
-            samples = drawing.settings() | {
-                "labels": flags.labels, "seed": flags.seed, "vae_sha256": sha256_of(flags.vae) if flags.vae else None}
-            about = samples | {"source": str(flags.run), "count": flags.num_samples}
-            again = flags.output or flags.save_samples  # a file is asked for
-            if not again and (found := _finished(folder, about, scorer)) is not None:
-                path, result = found
-                drawing.done(flags.num_samples)
-                print(f"\n{report.table(result)}\nfrom {path}, which has it already")
-                results.append(result)
-                continue
-            start = time.perf_counter()
-            images = _drawn(drawing, labels, seeds)
-            if flags.save_samples:
-                write_npz(pathlib.Path(flags.save_samples), drawing, labels, seeds, shape=drawing.shape,
-                          batch_size=drawing.batch_size, settings=samples, done=drawing.done)
-                images = StoredImages(flags.save_samples, "--save-samples").batches(drawing.batch_size)
-            result = scorer.score(images, samples=about, labels=labels, warnings=_uneven(flags, config))
-        result["environment"]["seconds"] = time.perf_counter() - start
-        name = (f"step_{step:07d}_{sampler_name(config.sampler, config.diffusion)}{config.sampler.steps}_guidance_"
-                f"{config.sampler.guidance_scale:g}_{flags.num_samples}.json")
-        finish(result, pathlib.Path(flags.output) if flags.output else report.free_path(folder / name))
+        drawing = Drawing(flags.run, step, config, mesh, total=flags.num_samples, batch_size=flags.batch_size,
+                          ema=flags.ema, image_size=flags.image_size, vae=vae,
+                          description=f"guidance {config.sampler.guidance_scale:g}{of}")
+        about = drawing.settings() | {"labels": flags.labels, "seed": flags.seed,
+                                      "vae_sha256": sha256_of(flags.vae) if flags.vae else None}
+        result = None if flags.output or flags.save_samples else _finished(folder, flags, about, scorer)
+        if result is None:
+            result = _evaluate(flags, config, drawing, about, scorer)
+            name = (f"step_{step:07d}_{sampler_name(config.sampler, config.diffusion)}{config.sampler.steps}_guidance_"
+                    f"{config.sampler.guidance_scale:g}_{flags.num_samples}.json")
+            finish(result, pathlib.Path(flags.output) if flags.output else report.free_path(folder / name))
         results.append(result)
     if len(results) > 1 and jax.process_index() == 0:
         print(plots.draw_results(results, "guidance", report.free_path(folder / f"guidance_step_{step:07d}.png")))
     return results
+
+
+def _evaluate(flags: RunFlags, config: Config, drawing: Drawing, about: dict[str, Any],
+              scorer: Scorer) -> dict[str, Any]:
+    """Draws and scores; `about` tells how images are made, and goes into a file of samples as well."""
+    labels = draw_labels(flags.labels, flags.num_samples, config.data.num_classes, flags.seed)
+    seeds = flags.seed + np.arange(flags.num_samples)
+    start = time.perf_counter()
+    scorer.prepare()
+    with drawing:
+        images = _drawn(drawing, labels, seeds)
+        if flags.save_samples:
+            write_npz(pathlib.Path(flags.save_samples), drawing, labels, seeds, shape=drawing.shape,
+                      batch_size=drawing.batch_size, settings=about, done=drawing.done)
+            images = StoredImages(flags.save_samples, "--save-samples").batches(drawing.batch_size)
+        result = scorer.score(images, labels=labels, warnings=_uneven(flags, config),
+                              samples=about | {"source": str(flags.run), "count": flags.num_samples})
+    result["environment"]["seconds"] = time.perf_counter() - start
+    return result
 
 
 def _drawn(drawing: Drawing, labels: np.ndarray, seeds: np.ndarray) -> Iterator[UInt8[np.ndarray, "n H W 3"]]:
@@ -129,13 +133,13 @@ def _uneven(flags: RunFlags, config: Config) -> list[str]:
             "image more than the others"] if flags.labels == "balanced" and left else []
 
 
-def _finished(folder: pathlib.Path, about: dict[str, Any], scorer: Scorer) -> tuple[pathlib.Path, dict] | None:
-    """The result in `folder` of the same samples, weights and reference that has all the metrics wanted.
+def _finished(folder: pathlib.Path, flags: RunFlags, about: dict[str, Any], scorer: Scorer) -> dict[str, Any] | None:
+    """The result in `folder` of the same samples, weights and reference that has all the metrics wanted; printed.
 
-    Not asked for among several hosts, of which one might see it before another."""
+    Not looked for among several hosts, of which one might see it before another."""
     if jax.process_count() > 1:
         return None
-    about = {name: value for name, value in about.items() if name not in ("source", "run")}  # the folder may have moved
+    about = {name: value for name, value in about.items() if name != "run"} | {"count": flags.num_samples}  # may move
     for path in sorted(folder.glob("*.json")):
         try:
             result = json.loads(path.read_text())
@@ -143,5 +147,6 @@ def _finished(folder: pathlib.Path, about: dict[str, Any], scorer: Scorer) -> tu
             continue
         same = result.get("settings") == scorer.settings() and about.items() <= result.get("samples", {}).items()
         if same and set(scorer.names) <= result["metrics"].keys():
-            return path, result
+            print(f"\n{report.table(result)}\nfrom {path}, which has it already")
+            return result
     return None

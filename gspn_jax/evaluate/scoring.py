@@ -1,6 +1,7 @@
 """What every evaluation shares: its flags, and images in, metrics out."""
 
 import dataclasses
+import logging
 import pathlib
 from collections.abc import Iterable
 from typing import Any
@@ -18,6 +19,8 @@ from gspn_jax.metrics.extractor import Extractor
 from gspn_jax.metrics.moments import on_host
 from gspn_jax.metrics.reference import NEEDS, read_reference
 from gspn_jax.metrics.scores import Collector, check_names
+
+log = logging.getLogger(__name__)
 
 FEWEST = 4
 """Images that all metrics need at least."""
@@ -90,21 +93,26 @@ class Scorer:
         return {"reference_sha256": reference and reference["sha256"], "float16": self._flags.float16,
                 "inception_tensors_sha256": self.inception["tensors_sha256"]}
 
+    def prepare(self) -> None:
+        """Puts the network onto the devices and computes what the reference has as images only, both once."""
+        if self._extractor is None:
+            self._extractor = Extractor(self._params, batch_size=self._flags.batch_size, mesh=self._mesh)
+            if self._reference:
+                self._reference = self._reference.complete(self.names, self._extractor, self._extractor.batch_size)
+
     def score(self, images: Iterable[UInt8[np.ndarray, "n H W 3"]], *, samples: dict[str, Any],
               labels: Int[np.ndarray, " N"] | None = None, warnings: Iterable[str] = ()) -> dict[str, Any]:
         """The result, as JSON values, of images that come in chunks of any size.
 
         `samples` tells what they are, with "count" and "image_size"; `labels` are their classes, where known.
         """
-        if self._extractor is None:
-            self._extractor = Extractor(self._params, batch_size=self._flags.batch_size, mesh=self._mesh)
-            if self._reference:
-                self._reference = self._reference.complete(self.names, self._extractor, self._extractor.batch_size)
+        self.prepare()
         collector, predicted = Collector(self.names, float16=self._flags.float16), []
         for features, mask in self._extractor.stream(images):
             collector.add(features, mask)
             if labels is None and "is" in self.names:
                 predicted.append(on_host(features.logits.argmax(1))[on_host(mask)])
+        log.info("%s images are scored; computing %s", f"{collector.count:,}", ", ".join(self.names))
         reference = self.reference
         said = [*warnings, *report.unfair(self.names, collector.count, tuple(samples["image_size"]),
                                           reference and reference["image_size"],

@@ -105,7 +105,7 @@ def check_file(path: str | pathlib.Path, *, record: str | pathlib.Path | None = 
     spread = Extractor(params, batch_size=2)
     beside = extract(spread, [np.resize(np.concatenate([images[0], 255 - images[0]]), (spread.batch_size, 32, 32, 3))])
     yield _compared({name: distance(beside[name][:1], found[name][:1]) for name in found},
-                    f"features alone on a device against beside other images on {jax.local_device_count()}")
+                    f"an image alone on one device against among others on {jax.local_device_count()}")
     changed = distance(extract(extractor, [_half_pixel(images[0])])["pool"], found["pool"][:1])
     yield Check(changed > 10 * TOLERANCE, f"another resize (half-pixel centres) would show: relative L2 {changed:.2g}")
 
