@@ -1,0 +1,132 @@
+"""What safety costs: step time with saving on against off, and the time from the start to the first step.
+
+python benchmarks/safety.py saving [--hidden 384 --depth 12 --save-every 40]
+python benchmarks/safety.py start [--presets GSPN-XL/2 DiT-B/4 ...]           all presets by default
+
+`saving` trains the same model in turns of --save-every steps, with a save at the end of the turn or without, and prints
+the ratio of their times; what a save costs shrinks with the distance between saves. `start` starts a process per
+preset that imports, traces, lowers and compiles initialisation and the step for 256-pixel latents (without running
+them: that is the device's time), first with an empty compilation cache, then with the one that is left.
+"""
+
+import argparse
+import datetime
+import json
+import os
+import pathlib
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+
+ROOT = pathlib.Path(__file__).parents[1]
+TURNS = 6
+
+START = """
+import sys, time
+start = time.perf_counter()
+from gspn_jax import cli
+cli.setup()
+import jax, numpy as np
+from gspn_jax.config import Config, DataConfig, ModelConfig, TrainConfig
+from gspn_jax.training import loop, sharding, state, step
+config = Config("unused", model=ModelConfig(preset=sys.argv[1]), train=TrainConfig(batch_size=8),
+                data=DataConfig(source="latents", path="unused", image_size=32, channels=4, num_classes=1000))
+mesh = sharding.make_mesh(config.mesh, jax.devices()[:1])
+target = state.abstract_state(config, mesh)
+shardings = jax.tree.map(lambda s: s.sharding, target)
+jax.jit(lambda key: state._build(config, key), out_shardings=shardings).lower(jax.random.key(0)).compile()
+rows = sharding.batch_sharding(mesh)
+batch = {"image": jax.ShapeDtypeStruct((8, 32, 32, 4), np.float32, sharding=rows),
+         "label": jax.ShapeDtypeStruct((8,), np.int32, sharding=rows)}
+step.make_step(config, mesh).lower(target, batch).compile()
+print(time.perf_counter() - start)
+"""
+
+
+def measure_start(presets: list[str]) -> dict:
+    """Seconds to a compiled first step by preset, cold and warm."""
+    rows = {}
+    with tempfile.TemporaryDirectory() as cache:
+        env = os.environ | {"XDG_CACHE_HOME": cache, "PYTHONPATH": str(ROOT)}
+        env.pop("JAX_COMPILATION_CACHE_DIR", None)
+        for preset in presets:
+            cold, warm = (float(subprocess.run([sys.executable, "-c", START, preset], env=env, check=True, text=True,
+                                               stdout=subprocess.PIPE).stdout) for _ in range(2))
+            rows[preset] = {"cold_seconds": cold, "warm_seconds": warm}
+            print(f"{preset:12} cold {cold:6.1f} s   warm {warm:6.1f} s", flush=True)
+    return {"presets": rows, "slowest_warm_seconds": max(row["warm_seconds"] for row in rows.values())}
+
+
+def measure_saving(hidden: int, depth: int, save_every: int) -> dict:
+    """Seconds a step with a save in each turn and without, in turns; what a save holds up, and what a restore takes."""
+    import jax
+    import numpy as np
+
+    from gspn_jax.config import Config, DataConfig, ModelConfig, TrainConfig
+    from gspn_jax.training import sharding
+    from gspn_jax.training.checkpoints import Checkpoints
+    from gspn_jax.training.state import abstract_state, create_state
+    from gspn_jax.training.step import make_step
+
+    with tempfile.TemporaryDirectory() as run_dir:
+        config = Config(run_dir, model=ModelConfig(preset="GSPN-S/2", hidden=hidden, depth=depth), data=DataConfig(),
+                        train=TrainConfig(batch_size=8))
+        mesh = sharding.make_mesh(config.mesh)
+        batch = jax.device_put({"image": np.zeros((8, 8, 8, 1), np.uint8), "label": np.zeros(8, np.int32)},
+                               sharding.batch_sharding(mesh))
+        state, step = create_state(config, mesh), make_step(config, mesh)
+        state, _ = jax.block_until_ready(step(state, batch))
+        bytes_saved = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+        seconds, blocked, number = {True: [], False: []}, [], 0
+        with Checkpoints(config, "f", ["0"] * 10) as saver:
+            for turn in range(2 * TURNS + 2):
+                saving = turn % 2 == 0
+                saver.wait()  # a turn pays for its own save only
+                start = time.perf_counter()
+                if saving:
+                    number += 1
+                    saver.save(number, state)
+                    held_up = time.perf_counter() - start
+                for _ in range(save_every):
+                    state, _ = jax.block_until_ready(step(state, batch))
+                if turn >= 2:  # the first of each kind warms up
+                    seconds[saving].append((time.perf_counter() - start) / save_every)
+                    blocked += [held_up] if saving else []
+            saver.wait()
+            start = time.perf_counter()
+            saver.restore(abstract_state(config, mesh))
+            restore = time.perf_counter() - start
+    on, off = (statistics.median(seconds[saving]) for saving in (True, False))
+    return {"checkpoint_mb": bytes_saved / 1e6, "save_every": save_every, "step_ms_saving": 1e3 * on,
+            "step_ms_not_saving": 1e3 * off, "ratio": on / off, "save_blocks_ms": 1e3 * statistics.median(blocked),
+            "restore_seconds": restore}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("saving", "start"))
+    parser.add_argument("--presets", nargs="+")
+    parser.add_argument("--hidden", type=int, default=384)
+    parser.add_argument("--depth", type=int, default=12)
+    parser.add_argument("--save-every", type=int, default=40)
+    parser.add_argument("--output", type=pathlib.Path, default=pathlib.Path(__file__).parent / "results")
+    arguments = parser.parse_args()
+    import jax
+
+    from gspn_jax.models.presets import PRESETS
+
+    if arguments.what == "start":
+        result = measure_start(arguments.presets or list(PRESETS))
+    else:
+        result = measure_saving(arguments.hidden, arguments.depth, arguments.save_every)
+    about = {"device": f"{jax.device_count()} x {jax.devices()[0].device_kind}", "jax": jax.__version__,
+             "python": sys.version.split()[0], "date": datetime.date.today().isoformat()}
+    path = arguments.output / f"{arguments.what}_{jax.default_backend()}.json"
+    path.write_text(json.dumps(about | result, indent=1) + "\n")
+    print(json.dumps({name: value for name, value in result.items() if name != "presets"}, indent=1))
+
+
+if __name__ == "__main__":
+    main()
