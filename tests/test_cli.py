@@ -1,5 +1,6 @@
 """train_dit.py's command line: overrides with types, and every mistake as one sentence with exit code 2."""
 
+import os
 import pathlib
 
 import pytest
@@ -73,3 +74,13 @@ def test_no_config_at_all_says_what_is_needed(capsys):
     with pytest.raises(SystemExit) as stopped:
         train_dit.main([])
     assert stopped.value.code == 2 and "needs --config configs/NAME.py" in capsys.readouterr().err
+
+
+def test_compiled_programs_are_kept_on_the_disk_by_default(tmp_path, monkeypatch):
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    cli.setup()
+    assert os.environ["JAX_COMPILATION_CACHE_DIR"] == str(tmp_path / "gspn_jax" / "jax")
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "/elsewhere")
+    cli.setup()
+    assert os.environ["JAX_COMPILATION_CACHE_DIR"] == "/elsewhere"
