@@ -3,6 +3,11 @@
 import dataclasses
 import functools
 import json
+import os
+import pathlib
+import socket
+import subprocess
+import sys
 
 import jax
 import numpy as np
@@ -20,6 +25,7 @@ from gspn_jax.training.loop import train
 from tests.autoencoder import numpy_vae
 from tests.training import tiny
 
+ROOT = pathlib.Path(__file__).parents[1]
 COUNT = 5
 """Samples and reference images: a part of one batch of the eight devices."""
 
@@ -151,3 +157,32 @@ def test_a_sweep_evaluates_each_guidance_scale_once_and_draws_them(folder, capsy
     command(folder, "--guidance-scales", "2", "2.5", "--seed", "9")
     said = capsys.readouterr().out
     assert said.count("which has it already") == 1 and said.count("written to") == 1
+
+
+@pytest.mark.slow
+def test_two_processes_give_the_numbers_of_one(folder, tmp_path):
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    call = [sys.executable, "-m", "gspn_jax.evaluate", "--run", str(folder / "run"), "--inception",
+            str(folder / "inception.safetensors"), "--vae", str(folder / "vae.safetensors"), "--reference",
+            str(folder / "ref.npz"), "--metrics", "is", "kid", "precision", "--num-samples", "6", "--batch-size", "4"]
+    env = os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0", "PYTHONPATH": str(ROOT)}
+    results = []
+    for count in (1, 2):
+        output = tmp_path / f"{count}.json"
+        place = [["--coordinator", f"localhost:{port}", "--num-processes", "2", "--process-id", str(i)] if count == 2
+                 else [] for i in range(count)]
+        processes = [subprocess.Popen([*call, "--output", str(output), *flags], env=env, cwd=tmp_path,
+                                      stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for flags in place]
+        try:
+            said = [process.communicate(timeout=400)[0] for process in processes]
+        finally:
+            for process in processes:
+                process.kill()
+        assert [process.returncode for process in processes] == [0] * count, said
+        assert [f"written to {output}" in text for text in said] == [True] + [False] * (count - 1)
+        results.append(json.loads(output.read_text()))
+    one, two = results
+    assert one["samples"] == two["samples"] and two["environment"]["hosts"] == 2
+    assert two["metrics"] == {name: pytest.approx(value, rel=1e-5) for name, value in one["metrics"].items()}

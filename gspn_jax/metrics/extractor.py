@@ -35,7 +35,7 @@ class Extractor:
         whole = NamedSharding(mesh, PartitionSpec())
         self._params = {name: _put(value, whole) for name, value in params.items()}
         # apart, because images come in several sizes: the long compilation is that of the network
-        self._resize = jax.jit(inception.resize, in_shardings=self._split, out_shardings=self._split)
+        self._resize = jax.jit(inception.resize, out_shardings=self._split)  # from wherever on these devices they are
         self._network = jax.jit(inception.network, in_shardings=(whole, self._split), out_shardings=self._split)
 
     def __call__(self, images: UInt8[Array | np.ndarray, "n H W 3"]) -> tuple[Features, Bool[Array, " N"]]:
@@ -50,7 +50,9 @@ class Extractor:
         if padding:
             pad = jnp.pad if isinstance(images, jax.Array) else np.pad
             images = pad(images, ((0, padding), *[(0, 0)] * (images.ndim - 1)))
-        features = self._network(self._params, self._resize(_put(images, self._split)))
+        if not isinstance(images, jax.Array) or images.sharding.device_set != self._split.device_set:
+            images = _put(images, self._split)
+        features = self._network(self._params, self._resize(images))
         return features, _put(np.arange(self.batch_size) < count, self._split)
 
     def stream(self, chunks: Iterable[UInt8[np.ndarray, "n H W 3"]]) -> Iterator[tuple[Features, Bool[Array, " N"]]]:
