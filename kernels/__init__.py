@@ -2,6 +2,7 @@
 
 from kernels.api import available_backends, line_scan, propagate
 from kernels.depthwise import depthwise_conv
+from kernels.sharding import sharded
 from kernels.weights import stochastic_weights
 
-__all__ = ["available_backends", "depthwise_conv", "line_scan", "propagate", "stochastic_weights"]
+__all__ = ["available_backends", "depthwise_conv", "line_scan", "propagate", "sharded", "stochastic_weights"]

@@ -8,27 +8,36 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from kernels import scan
-from kernels.weights import check_direction
+from kernels import mosaic_gpu, scan
+from kernels.sharding import over_shards
+from kernels.weights import DIRECTIONS, check_direction
 
 logger = logging.getLogger(__name__)
 
 
 class _Backend(NamedTuple):
-    """The two operators, taking checked arguments by position, and whether this machine can run them."""
+    """The two operators, taking checked arguments by position, and what they can do."""
 
     line_scan: Callable
     propagate: Callable
-    available: Callable[[], bool]
+    missing: Callable[[], str | None]
+    """Why this machine cannot run it, in words, or None."""
+    refuses: Callable[[Array, int], str | None]
+    """Why it cannot take x [B, H, W, C] in that many directions, in words, or None."""
 
 
-_BACKENDS = {"scan": _Backend(scan.line_scan, scan.propagate, lambda: True)}
-"""By name, best first."""
+_BACKENDS = {
+    "mosaic_gpu": _Backend(
+        mosaic_gpu.line_scan, over_shards(mosaic_gpu.propagate), mosaic_gpu.missing, mosaic_gpu.refuses
+    ),
+    "scan": _Backend(scan.line_scan, scan.propagate, lambda: None, lambda x, directions: None),
+}
+"""By name, best first; the last takes everything."""
 
 
 def available_backends() -> tuple[str, ...]:
     """Names of the backends that this machine can run, best first."""
-    return tuple(name for name, backend in _BACKENDS.items() if backend.available())
+    return tuple(name for name, backend in _BACKENDS.items() if backend.missing() is None)
 
 
 def line_scan(
@@ -50,7 +59,7 @@ def line_scan(
     Neighbours outside the map count as 0, whatever their weight. G divides C: group g weighs the C/G consecutive
     channels from g C/G. `direction`, where the scan goes: "down", "up" (lines are rows), "right", "left" (columns).
     `chunk=k` restarts h every k lines from the line where the scan starts; None never does.
-    `backend`: a name from `available_backends()`, or None for the best of them.
+    `backend`: a name from `available_backends()`, or None for the best of them that takes these arguments.
 
     The state is float32 and the result has the dtype of `x`. Differentiable in reverse mode, once.
     Raises ValueError for wrong shapes, group counts, directions, chunks or backends.
@@ -61,7 +70,7 @@ def line_scan(
     _check_groups(center, x, "center", axis=3)
     for name, weight in (("left", left), ("center", center), ("right", right)):
         _check_shape(name, weight, (*x.shape[:3], center.shape[3]))
-    return _choose(backend).line_scan(x, left, center, right, direction, chunk)
+    return _choose(backend, x, 1).line_scan(x, left, center, right, direction, chunk)
 
 
 def propagate(
@@ -94,22 +103,26 @@ def propagate(
             _check_shape(name, array, (*x.shape[:3], 4, x.shape[3]))
     if merge.shape not in ((4,), (4, x.shape[3])):
         raise ValueError(f"merge must have shape [4] or {[4, x.shape[3]]}, found {list(merge.shape)}.")
-    return _choose(backend).propagate(x, gates, lam, out_gate, merge, skip, chunk)
+    return _choose(backend, x, len(DIRECTIONS)).propagate(x, gates, lam, out_gate, merge, skip, chunk)
 
 
-def _choose(name: str | None) -> _Backend:
-    available = available_backends()
-    if name is None:
-        name = available[0]
-        _log_choice(name)
-    if name not in available:
-        raise ValueError(f"backend must be None or one of {', '.join(map(repr, available))} here, found {name!r}.")
-    return _BACKENDS[name]
+def _choose(name: str | None, x: Array, directions: int) -> _Backend:
+    if name is not None and name not in _BACKENDS:
+        raise ValueError(f"backend must be None or one of {', '.join(map(repr, _BACKENDS))}, found {name!r}.")
+    reasons = []
+    for candidate in _BACKENDS if name is None else (name,):
+        backend = _BACKENDS[candidate]
+        reason = backend.missing() or backend.refuses(x, directions)
+        if reason is None:
+            _log_choice(candidate, "".join(reasons))
+            return backend
+        reasons.append(f" The {candidate!r} backend {reason}.")
+    raise ValueError(f"backend must be one that can run this, found {name!r}, which {reason}; 'scan' runs everywhere.")
 
 
 @functools.cache
-def _log_choice(name: str) -> None:
-    logger.info("Line scans run on the %r backend.", name)
+def _log_choice(name: str, reasons: str) -> None:
+    logger.info("Line scans run on the %r backend.%s", name, reasons)
 
 
 def _check_x(x: Array) -> None:

@@ -1,4 +1,4 @@
-"""What differs between the versions of JAX that we support, in one place; the only module that may look into `jax._src`.
+"""What differs between the versions of JAX that we support; the only module that may look into `jax._src`.
 
 Seen by running 0.10.2, 0.11.2 and 0.12.0: the form of `plgpu.load`, where the interpreter's parameters live, and what
 the interpreter cannot do (layouts, before 0.11).

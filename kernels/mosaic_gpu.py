@@ -49,6 +49,32 @@ class _Inputs(NamedTuple):
     """[K, P, C] float32, the same for each of the P positions of a tile"""
 
 
+COMPUTE_CAPABILITY = 9.0
+
+
+def missing() -> str | None:
+    """Why this machine cannot run the kernel, or None."""
+    if compat.interpreting():
+        return None
+    device = jax.devices()[0]
+    if device.platform != "gpu":
+        return f"needs an NVIDIA GPU, and this machine's device is {device.device_kind!r}"
+    capability = str(getattr(device, "compute_capability", "unknown"))
+    if not capability.replace(".", "", 1).isdigit() or float(capability) < COMPUTE_CAPABILITY:
+        return (f"needs an NVIDIA GPU of compute capability {COMPUTE_CAPABILITY} or newer, and "
+                f"{device.device_kind!r} has {capability}")
+    return None
+
+
+def refuses(x: Float[Array, "B H W C"], directions: int) -> str | None:
+    """Why the kernel cannot take `x` in that many directions, or None."""
+    if x.dtype not in (jnp.float32, jnp.bfloat16):
+        return f"takes float32 and bfloat16, not {x.dtype}"
+    if tiles.make_plan(*x.shape[1:], directions=directions, states=2) is None:
+        return f"has no room on chip for lines of {max(x.shape[1:3])} positions"
+    return None
+
+
 def propagate(
     x: Float[Array, "B H W C"],
     gates: Float[Array, "B H W 4 3 G"],
@@ -82,7 +108,7 @@ def _padded(job: _Job, inputs: _Inputs) -> Float[Array, "B H W C"]:
     """Spreads grouped weights over their channels and fills the map up to whole tiles; neither happens to our presets
     in maps of 16, 32 or 64."""
     _, height, width, channels = inputs.x.shape
-    plan = _plan(job, height, width, channels, backward=True)
+    plan = _plan(job, height, width, channels)
     groups = inputs.weights.shape[-1]
     if groups != channels:
         inputs = inputs._replace(weights=jnp.repeat(inputs.weights, channels // groups, axis=-1))
@@ -99,12 +125,9 @@ def _padded(job: _Job, inputs: _Inputs) -> Float[Array, "B H W C"]:
     return _run(job, (height, width), filled)[:, :height, :width, :channels]
 
 
-def _plan(job: _Job, height: int, width: int, channels: int, *, backward: bool) -> tiles.Plan:
-    plan = tiles.make_plan(height, width, channels, directions=len(job.directions), states=1 + backward)
-    if plan is None:
-        raise ValueError(f"The mosaic_gpu backend has no room for lines of {max(height, width)} positions; "
-                         "backend='scan' takes any.")
-    return plan
+def _plan(job: _Job, height: int, width: int, channels: int) -> tiles.Plan:
+    """One plan for both passes: the backward one hands on two values a position."""
+    return tiles.make_plan(height, width, channels, directions=len(job.directions), states=2)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -128,7 +151,7 @@ _run.defvjp(_run_forward, _run_backward)
 def _forward(job: _Job, size: tuple[int, int], inputs: _Inputs, *, save: bool) -> tuple[Array, tuple[Array, ...]]:
     """(y, states of each direction if `save`)."""
     batch, _, _, channels = inputs.x.shape
-    plan = _plan(job, *size, channels, backward=True)
+    plan = _plan(job, *size, channels)
     body = functools.partial(_forward_body, job=job, plan=plan, save=save)
     shape = inputs.x.shape if plan.joint else _with_directions(inputs.x.shape, job)
     outputs = [jax.ShapeDtypeStruct(shape, inputs.x.dtype)]
@@ -143,12 +166,12 @@ def _backward(
 ) -> _Inputs:
     """The cotangents of `inputs`."""
     batch, _, _, channels = inputs.x.shape
-    plan = _plan(job, *size, channels, backward=True)
+    plan = _plan(job, *size, channels)
     body = functools.partial(_backward_body, job=job, plan=plan)
     by_merge = None
     if inputs.merge is not None:
-        length = max(plan.rows.padded, plan.columns.padded)
-        by_merge = jax.ShapeDtypeStruct((batch, len(job.directions), plan.slabs, length, plan.slab), jnp.float32)
+        positions = _writers(plan) * max(plan.rows.positions, plan.columns.positions)
+        by_merge = jax.ShapeDtypeStruct((batch, len(job.directions), plan.slabs, positions, plan.slab), jnp.float32)
     shape = inputs.x.shape if plan.joint else _with_directions(inputs.x.shape, job)
     outputs = _Inputs(*(None if a is None else jax.ShapeDtypeStruct(a.shape, a.dtype) for a in inputs))
     outputs = outputs._replace(x=jax.ShapeDtypeStruct(shape, inputs.x.dtype), merge=by_merge)
@@ -186,9 +209,14 @@ def _tiled_merge(inputs: _Inputs, plan: tiles.Plan) -> _Inputs:
     return inputs._replace(merge=jnp.broadcast_to(inputs.merge[:, None], (directions, positions, channels)))
 
 
-def _merge_cotangent(partial: Float[Array, "B K S L slab"], job: _Job, plan: tiles.Plan) -> Float[Array, "K C"]:
-    """Sums what the blocks left; channels that the last slab shares with the one before it are counted once."""
-    by_slab = jnp.stack([partial[:, k, :, :plan.lines(direction).padded].sum((0, 2))
+def _writers(plan: tiles.Plan) -> int:
+    """Warpgroups that work on one direction of a block."""
+    return 1 if plan.joint else plan.warpgroups
+
+
+def _merge_cotangent(partial: Float[Array, "B K S P slab"], job: _Job, plan: tiles.Plan) -> Float[Array, "K C"]:
+    """Sums what the warpgroups left; channels that the last slab shares with the one before it are counted once."""
+    by_slab = jnp.stack([partial[:, k, :, :_writers(plan) * plan.lines(direction).positions].sum((0, 2))
                          for k, direction in enumerate(job.directions)])
     whole = by_slab[:, :-1].reshape(len(job.directions), -1)
     last = by_slab[:, -1, plan.slabs * plan.slab - plan.channels:]
@@ -318,8 +346,10 @@ def _clear(walk: _Walk, shared: _Shared, kinds: int) -> None:
     zeros = compat.zeros((walk.lines.positions, plan.slab), tiles.layout(plan.slab))
 
     def clear_state():
-        for parity, kind, n, offset in itertools.product((0, 1), range(kinds), range(walk.lines.tiles), (0, 2)):
-            shared.state[walk.state(parity, kind, n * walk.lines.positions, offset)] = zeros
+        @pl.loop(0, walk.lines.tiles)
+        def _(n):
+            for parity, kind, offset in itertools.product((0, 1), range(kinds), (0, 2)):
+                shared.state[walk.state(parity, kind, n * walk.lines.positions, offset)] = zeros
 
     if not plan.joint:
         pl.when(walk.warpgroup == 0)(clear_state)
@@ -337,15 +367,11 @@ def _clear(walk: _Walk, shared: _Shared, kinds: int) -> None:
         plgpu.barrier_arrive(shared.turn.at[0])
 
 
-def _add(walk: _Walk, shared: _Shared, output: Any, t: Array, results: Sequence[tuple[Any, Array]]) -> None:
-    """Hands in what this direction has for line t, as (position, tile).
+def _take_turn(walk: _Walk, shared: _Shared, t: Array, results: Sequence[tuple[Any, Array]]) -> None:
+    """Adds what this direction has for line t, as (position, tile), to the total.
 
-    The directions add to the total in turns, always in the same order, so that the sum is the same every time.
+    The directions do so in turns, always in the same order, so that the sum is the same every time.
     """
-    if not walk.plan.joint:
-        for position, tile in results:
-            output[walk.index(t, position, walk.k)] = tile.astype(output.dtype)
-        return
     plgpu.barrier_wait(shared.turn.at[walk.k])
     for position, tile in results:
         index = (*walk.pixels(t, position), slice(None))
@@ -430,10 +456,11 @@ def _forward_body(inputs: _Inputs, outputs, state, total, turn, meeting, *, job:
                     y = y + skip * x
                 if inputs.merge is not None:
                     y = y * _read_merge(walk, inputs.merge)
-                results.append((position, y))
-            if not plan.joint:
-                _meet(plan, shared)
-            _add(walk, shared, outputs[0], t, results)
+                if plan.joint:
+                    results.append((position, y))
+                else:
+                    outputs[0][walk.index(t, position, walk.k)] = y.astype(outputs[0].dtype)
+            _take_turn(walk, shared, t, results) if plan.joint else _meet(plan, shared)
             return following
 
         lax.fori_loop(0, lines.count, step, tuple(fetch(walk, 0, p) for p in walk.positions()))
@@ -459,54 +486,66 @@ def _backward_body(inputs, outputs, state, total, turn, meeting, *, job: _Job, p
     def visit(walk: _Walk) -> None:
         lines, k = walk.lines, walk.k
         _clear(walk, shared, 2)
-        merge = _read_merge(walk, inputs.merge) if inputs.merge is not None else None
-        zeros = compat.zeros((lines.positions, plan.slab), tiles.layout(plan.slab))
+        layout = tiles.layout(plan.slab)
+        zeros = compat.zeros((lines.positions, plan.slab), layout)
 
         def step(n, carry):
             t, parity = lines.count - 1 - n, n % 2
-            following, results = [], []
-            for position, (from_center, h, by_merge) in zip(walk.positions(), carry, strict=True):
-                read = functools.partial(walk.read, index=walk.index(t, position, k))
-                gy = walk.read(cotangent, walk.index(t, position))
+            (by_merge, carried), following, results = carry, [], []
+            for position, (from_center, h) in zip(walk.positions(), carried, strict=True):
+                h = h.astype(jnp.float32)
+                here = walk.index(t, position, k)
                 x = walk.read(inputs.x, walk.index(t, position))
+                gy = walk.read(cotangent, walk.index(t, position))
+
+                # the adjoint of h, and what the pixel's own terms get; few values are alive at a time
+                adjoint = from_center + walk.read(state, walk.state(parity, 0, position, 2))
+                adjoint = adjoint + walk.read(state, walk.state(parity, 1, position, 0))
+                by_x = None
+                if job.out_gate:
+                    out_gate, scaled = walk.read(inputs.out_gate, here), gy * _read_merge(walk, inputs.merge)
+                    term = out_gate * h
+                    by.out_gate[here] = (scaled * h).astype(by.out_gate.dtype)
+                    if job.skip:
+                        skip = walk.read(inputs.skip, here)
+                        term = term + skip * x
+                        by.skip[here] = (scaled * x).astype(by.skip.dtype)
+                        by_x = scaled * skip
+                    by_merge = by_merge + gy * term
+                    adjoint = adjoint + scaled * out_gate
+                else:
+                    adjoint = adjoint + gy
+                adjoint_x = adjoint
+                if job.lam:
+                    by.lam[here] = (adjoint * x).astype(by.lam.dtype)
+                    adjoint_x = adjoint * walk.read(inputs.lam, here)
+                if by_x is not None:
+                    adjoint_x = adjoint_x + by_x
+                if plan.joint:
+                    results.append((position, adjoint_x))
+                else:
+                    by.x[here] = adjoint_x.astype(by.x.dtype)
+
+                # the weights once more, and what they get
                 left, center, right = (walk.read(inputs.weights, walk.index(t, position, k, j)) for j in range(3))
                 has_left, has_right = walk.neighbours(position)
                 if job.logits:
                     odds = [_odds(logits) for logits in (left, center, right)]
                     a, b, c = (1.0 + odd for odd in odds)
                     left, center, right = b * c, a * c, a * b
-                    sigmoid_scale = 1.0 / (a * left)
-                    complements = [odd * product * sigmoid_scale
+                    scale = 1.0 / (a * left)
+                    complements = [odd * product * scale
                                    for odd, product in zip(odds, (left, center, right), strict=True)]
                 left, right = jnp.where(has_left, left, 0.0), jnp.where(has_right, right, 0.0)
                 if job.logits:
                     scale = 1.0 / (left + center + right)
                     left, center, right = left * scale, center * scale, right * scale
-
-                if job.out_gate:
-                    out_gate = read(inputs.out_gate)
-                    term = out_gate * h
-                    scaled = gy * merge
-                    by.out_gate[walk.index(t, position, k)] = (scaled * h).astype(by.out_gate.dtype)
-                    drive = scaled * out_gate
-                else:
-                    drive = gy
-                by_x = None
-                if job.skip:
-                    skip = read(inputs.skip)
-                    term = term + skip * x
-                    by.skip[walk.index(t, position, k)] = (scaled * x).astype(by.skip.dtype)
-                    by_x = scaled * skip
-                if job.out_gate:
-                    by_merge = by_merge + gy * term
-
-                handed = from_center + walk.read(state, walk.state(parity, 0, position, 2))
-                handed = handed + walk.read(state, walk.state(parity, 1, position, 0))
-                adjoint = drive + handed
-
+                state[walk.state(1 - parity, 0, position, 1)] = walk.unless_first(t, left * adjoint)
+                state[walk.state(1 - parity, 1, position, 1)] = walk.unless_first(t, right * adjoint)
                 # line t - 1, which for the first line of a chunk is not there
-                before = [walk.read(saved[k], walk.index(lax.max(t - 1, 0), position, halo=halo)) for halo in range(3)]
-                h_before = before[1]
+                stored = [compat.load(saved[k], walk.index(lax.max(t - 1, 0), position, halo=halo), layout)
+                          for halo in range(3)]
+                before = [tile.astype(jnp.float32) for tile in stored]
                 by_weights = [jnp.where(has_left, adjoint * before[0], 0.0), adjoint * before[1],
                               jnp.where(has_right, adjoint * before[2], 0.0)]
                 if job.logits:
@@ -516,30 +555,17 @@ def _backward_body(inputs, outputs, state, total, turn, meeting, *, job: _Job, p
                 for j, gradient in enumerate(by_weights):
                     gradient = walk.unless_first(t, gradient)
                     by.weights[walk.index(t, position, k, j)] = gradient.astype(by.weights.dtype)
-
-                state[walk.state(1 - parity, 0, position, 1)] = walk.unless_first(t, left * adjoint)
-                state[walk.state(1 - parity, 1, position, 1)] = walk.unless_first(t, right * adjoint)
-                if job.lam:
-                    lam = read(inputs.lam)
-                    by.lam[walk.index(t, position, k)] = (adjoint * x).astype(by.lam.dtype)
-                    adjoint_x = adjoint * lam
-                else:
-                    adjoint_x = adjoint
-                results.append((position, adjoint_x if by_x is None else by_x + adjoint_x))
-                following.append((walk.unless_first(t, center * adjoint), h_before, by_merge))
-            if not plan.joint:
-                _meet(plan, shared)
-            # `t` counts lines, and turns are taken in the order of the walk
-            _add(walk, shared, by.x, t, results)
-            return tuple(following)
+                following.append((walk.unless_first(t, center * adjoint), stored[1]))
+            _take_turn(walk, shared, t, results) if plan.joint else _meet(plan, shared)
+            return by_merge, tuple(following)
 
         last = lines.count - 1
-        start = tuple((zeros, walk.read(saved[k], walk.index(last, p, halo=1)), zeros) for p in walk.positions())
-        end = lax.fori_loop(0, lines.count, step, start)
+        start = tuple((zeros, compat.load(saved[k], walk.index(last, p, halo=1), layout)) for p in walk.positions())
+        by_merge, _ = lax.fori_loop(0, lines.count, step, (zeros, start))
         if job.out_gate:
-            slab = lax.axis_index("slab")
-            for position, (_, _, by_merge) in zip(walk.positions(), end, strict=True):
-                by.merge[walk.image, k, slab, pl.ds(position, lines.positions), :] = by_merge
+            writer = 0 if plan.joint else walk.warpgroup
+            mine = pl.ds(writer * lines.positions, lines.positions)
+            by.merge[walk.image, k, lax.axis_index("slab"), mine, :] = by_merge
         _finish(walk, shared, by.x)
 
     _walk(job, plan, visit)

@@ -1,4 +1,4 @@
-"""How the GPU kernel cuts an image: which channels a block takes, how a line is spread over threads, what fits on chip."""
+"""How the GPU kernel cuts an image: the channels of a block, the threads of a line, and what fits on chip."""
 
 import dataclasses
 import itertools
@@ -11,12 +11,13 @@ VECTOR = 2
 """Neighbouring channels that one thread takes: 4 bytes of bfloat16 at a time."""
 QUANTUM = WARPGROUP * VECTOR
 """Elements of a line that one warpgroup takes at once: positions along the line times channels."""
-TILE = 1024
-"""Elements of a line held in registers at a time, 8 a thread."""
+TILE = {True: 1024, False: 512}
+"""Elements of a line computed at a time, 8 or 4 a thread, in a joint plan and in another: there a warpgroup carries
+several tiles of a line, and with more of each the backward kernel would spill registers."""
 SLABS = (64, 32, 16, 8)
 """Channels that a block may take, best first: 64 of bfloat16 are a whole 128-byte cache line."""
 SHARED_BYTES = 200 * 1024
-"""Of the 227 KiB of shared memory that a block may have on compute capability 9.0; the rest is left for the L1 cache."""
+"""Of the 227 KiB of shared memory that a block may have on compute capability 9.0; the rest is for the L1 cache."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,7 +83,7 @@ def make_plan(height: int, width: int, channels: int, *, directions: int, states
         waste = padded_height * padded_width * padded_channels
         if waste < least:
             rows, columns = (
-                Lines(count, length, padded, _positions(padded, quantum, slab))
+                Lines(count, length, padded, _positions(padded, quantum, TILE[joint] // slab))
                 for count, length, padded in ((height, width, padded_width), (width, height, padded_height))
             )
             shares = max(n for n in (1, 2, 4) if rows.tiles % n == columns.tiles % n == 0)
@@ -92,9 +93,9 @@ def make_plan(height: int, width: int, channels: int, *, directions: int, states
     return best
 
 
-def _positions(padded: int, quantum: int, slab: int) -> int:
-    """The most positions of a tile that divide a line and stay within TILE elements."""
-    return max(p for p in range(quantum, padded + 1, quantum) if padded % p == 0 and (p == quantum or p * slab <= TILE))
+def _positions(padded: int, quantum: int, most: int) -> int:
+    """The most positions, up to `most`, in whole quanta, that divide a line of `padded`."""
+    return max(p for p in range(quantum, max(most, quantum) + 1, quantum) if padded % p == 0)
 
 
 def _up(number: int, multiple: int) -> int:

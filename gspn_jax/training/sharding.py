@@ -3,14 +3,17 @@
 import logging
 import math
 import re
+from contextlib import AbstractContextManager
 from typing import Any
 
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+import kernels
 from gspn_jax.config import Config, ConfigError, MeshConfig
 
 AXES = ("data", "fsdp", "tensor")
+BATCH_AXES = ("data", "fsdp")
 
 MESH_AXIS = {"embed": "fsdp", "heads": "tensor", "mlp": "tensor", "channels": "tensor", None: None}
 """Logical axis of a weight -> mesh axis."""
@@ -59,7 +62,12 @@ def check_batch(config: Config, mesh: Mesh) -> None:
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Images are split over every axis but "tensor"."""
-    return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+    return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+
+
+def sharded_operator(mesh: Mesh) -> AbstractContextManager[None]:
+    """Inside, line scans are traced for the part of a batch and of the channels that each device has."""
+    return kernels.sharded(mesh, batch=BATCH_AXES, channels=("tensor",))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -78,7 +78,8 @@ def make_step(config: Config, mesh: Mesh) -> Step:
 
     def step(state: TrainState, batch: dict[str, jax.Array]) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(jax.random.key(seed), state.step)
-        (loss, metrics), grads = gradient(state.params, batch, key)
+        with sharding.sharded_operator(mesh):
+            (loss, metrics), grads = gradient(state.params, batch, key)
         grad_norm = optax.tree.norm(grads)
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)

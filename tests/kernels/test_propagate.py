@@ -165,7 +165,8 @@ def test_the_best_backend_is_picked_and_logged_once(caplog):
         propagate(*arrays[:5])
         propagate(*arrays[:5])
     assert [record.getMessage() for record in caplog.records] == [
-        f"Line scans run on the {available_backends()[0]!r} backend."]
+        f"Line scans run on the {available_backends()[0]!r} backend. The 'mosaic_gpu' backend needs an NVIDIA GPU, "
+        f"and this machine's device is 'cpu'."]
     np.testing.assert_array_equal(propagate(*arrays[:5], backend="scan"), propagate(*arrays[:5]))
 
 
@@ -179,7 +180,7 @@ def test_the_best_backend_is_picked_and_logged_once(caplog):
     ({"skip": (2, 4, 4, 4, 1)}, r"skip must have shape \[2, 4, 4, 4, 6\], found \[2, 4, 4, 4, 1\]\."),
     ({"merge": (6,)}, r"merge must have shape \[4\] or \[4, 6\], found \[6\]\."),
     ({"chunk": -1}, r"chunk must be None or a whole number of lines from 1, found -1\."),
-    ({"backend": "mosaic"}, r"backend must be None or one of 'scan'.* found 'mosaic'\."),
+    ({"backend": "mosaic"}, r"backend must be None or one of 'mosaic_gpu', 'scan', found 'mosaic'\."),
 ])
 def test_wrong_arguments_get_one_sentence(change, sentence):
     shapes = {"x": (2, 4, 4, 6), "gates": (2, 4, 4, 4, 3, 6), "lam": (2, 4, 4, 4, 6), "out_gate": (2, 4, 4, 4, 6),

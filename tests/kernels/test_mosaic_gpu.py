@@ -1,0 +1,200 @@
+"""The GPU kernel on a machine without one: interpreted with race detection against the scan backend, and lowered.
+
+The interpreter gives every warpgroup a thread of XLA's CPU client and blocks it at barriers; the 8 fake devices of
+tests/conftest.py make that pool large enough.
+"""
+
+import contextlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpy_scan as truth
+import pytest
+from jax.sharding import PartitionSpec
+
+from kernels import compat, line_scan, mosaic_gpu, propagate, tiles
+from kernels.sharding import sharded
+
+TOLERANCE = {"float32": 2e-6, "bfloat16": 6e-3}  # relative; the gradients go through states saved in bfloat16
+NAMES = ("y", "x", "gates", "lam", "out_gate", "merge", "skip")
+
+
+def arguments(batch, height, width, channels, *, groups=None, skip=False, merge=(4,), dtype=jnp.float32):
+    rng = np.random.default_rng(0)
+    pixels = (batch, height, width)
+    shapes = [(*pixels, channels), (*pixels, 4, 3, groups or channels), (*pixels, 4, channels), (*pixels, 4, channels)]
+    arrays = [jnp.asarray(rng.normal(size=shape), dtype) for shape in [*shapes, (*pixels, 4, channels)]]
+    return *arrays[:4], jnp.asarray(rng.normal(size=merge), jnp.float32), arrays[4] if skip else None
+
+
+def value_and_gradients(function, arrays):
+    cotangent = jnp.asarray(np.random.default_rng(1).normal(size=arrays[0].shape), arrays[0].dtype)
+
+    def run(arrays):
+        y, pull = jax.vjp(lambda *a: function(*a), *arrays)
+        return y, *pull(cotangent)
+
+    return jax.jit(run)(arrays)
+
+
+@contextlib.contextmanager
+def interpreted(detect_races=True):
+    try:
+        with compat.interpreted(detect_races=detect_races):
+            yield
+    except BaseException:
+        compat.reset_interpreter()
+        raise
+
+
+def run_propagate(backend, chunk=None):
+    return lambda *a: propagate(*a[:5], skip=a[5], chunk=chunk, backend=backend)
+
+
+def assert_same_as_the_scan(arrays, chunk=None, *, races=True):
+    expected = value_and_gradients(run_propagate("scan", chunk), arrays)
+    with interpreted(races):
+        found = jax.block_until_ready(value_and_gradients(run_propagate("mosaic_gpu", chunk), arrays))
+    assert not (races and compat.races_found())
+    for name, a, b in zip(NAMES, found, expected, strict=True):
+        if b is not None:
+            assert a.dtype == b.dtype
+            assert truth.relative_error(a, b) < TOLERANCE[arrays[0].dtype.name], name
+
+
+def test_directions_meet_in_shared_memory():
+    arrays = arguments(1, 4, 4, 64, skip=True, merge=(4, 64))
+    assert tiles.make_plan(4, 4, 64, directions=4, states=2).joint
+    assert_same_as_the_scan(arrays, chunk=3)
+
+
+def small_memory(monkeypatch):
+    """Maps too large to meet on chip, and lines that two warpgroups share, at sizes that can be interpreted."""
+    monkeypatch.setattr(tiles, "SHARED_BYTES", 2**14)
+    monkeypatch.setattr(tiles, "TILE", {True: 256, False: 256})
+    plan = tiles.make_plan(8, 8, 64, directions=4, states=2)
+    assert not plan.joint
+    assert plan.warpgroups == 2
+
+
+def test_directions_apart_and_lines_shared_by_warpgroups(monkeypatch):
+    small_memory(monkeypatch)
+    assert_same_as_the_scan(arguments(1, 8, 8, 64, dtype=jnp.bfloat16))
+
+
+@pytest.mark.slow
+def test_directions_apart_with_chunks_and_a_skip_term(monkeypatch):
+    small_memory(monkeypatch)
+    assert_same_as_the_scan(arguments(1, 8, 8, 64, skip=True), chunk=2)
+
+
+def test_slabs_that_overlap_and_weights_shared_by_channels():
+    """72 channels are two overlapping slabs of 64. They store the same values twice, which counts as a race."""
+    assert_same_as_the_scan(arguments(1, 4, 4, 72, groups=18, dtype=jnp.bfloat16), races=False)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("height", "width", "channels", "groups"), [(4, 8, 64, 1), (5, 3, 12, 6), (16, 16, 64, 64)])
+def test_other_maps(height, width, channels, groups):
+    assert_same_as_the_scan(arguments(1, height, width, channels, groups=groups, skip=True))
+
+
+@pytest.mark.parametrize("direction", ["up", pytest.param("left", marks=pytest.mark.slow)])
+def test_one_direction_with_ready_weights(direction):
+    x, gates, *_ = arguments(2, 4, 8, 64)
+    weights = [0.3 * gates[:, :, :, 0, j] for j in range(3)]
+
+    def run(backend):
+        return value_and_gradients(
+            lambda *a: line_scan(*a, direction=direction, chunk=3, backend=backend), (x, *weights))
+
+    expected = run("scan")
+    with interpreted():
+        found = jax.block_until_ready(run("mosaic_gpu"))
+    assert not compat.races_found()
+    for a, b in zip(found, expected, strict=True):
+        assert truth.relative_error(a, b) < TOLERANCE["float32"]
+
+
+def test_the_interpreter_sees_a_missing_barrier(monkeypatch):
+    """Races are only excluded by a detector that finds them."""
+    small_memory(monkeypatch)
+    monkeypatch.setattr(mosaic_gpu, "_meet", lambda plan, shared: None)
+    with interpreted():
+        jax.block_until_ready(run_propagate("mosaic_gpu")(*arguments(1, 8, 8, 64)))
+    assert compat.races_found()
+
+
+@pytest.mark.parametrize("memory", ["plenty", "little"])
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+def test_every_variant_lowers_for_cuda(memory, dtype, monkeypatch):
+    """The Python half of the compilation, which infers layouts and checks every operation, runs without a GPU."""
+    if memory == "little":
+        small_memory(monkeypatch)
+    skip = dtype == jnp.float32
+    arrays = jax.eval_shape(lambda: arguments(2, 8, 8, 68, skip=skip, dtype=dtype))
+
+    def run(*arrays):
+        y, pull = jax.vjp(lambda *a: mosaic_gpu.propagate(*a, 2 if skip else None), *arrays)
+        return y, pull(y)
+
+    text = jax.jit(run).trace(*arrays).lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("mosaic_gpu") >= 2
+
+
+def test_one_direction_lowers_for_cuda():
+    x = jax.ShapeDtypeStruct((1, 16, 16, 64), jnp.bfloat16)
+
+    def run(*arrays):
+        y, pull = jax.vjp(lambda *a: mosaic_gpu.line_scan(*a, "left", None), *arrays)
+        return pull(y)
+
+    assert "mosaic_gpu" in jax.jit(run).trace(x, x, x, x).lower(lowering_platforms=("cuda",)).as_text()
+
+
+COLLECTIVES = ("all-reduce", "all-gather", "all-to-all", "collective-permute", "reduce-scatter")
+
+
+def test_over_a_mesh_each_device_works_on_its_part(monkeypatch):
+    """Batch and channels sharded over four devices: the same values and gradients, and nothing communicated.
+
+    With one warpgroup a block: the interpreter's threads of four devices would not all find one of XLA's to wait on.
+    """
+    small_memory(monkeypatch)
+    assert tiles.make_plan(4, 4, 64, directions=4, states=2).warpgroups == 1
+    mesh = jax.make_mesh((2, 2), ("data", "tensor"), devices=jax.devices()[:4],
+                         axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    arrays = arguments(2, 4, 4, 128)
+    expected = value_and_gradients(run_propagate("scan"), arrays)
+
+    def run(*arrays):
+        with sharded(mesh, batch=("data",), channels=("tensor",)):
+            return propagate(*arrays[:5], backend="mosaic_gpu")
+
+    placed = tuple(
+        a if a is None or a.ndim == 1 else
+        jax.device_put(a, jax.NamedSharding(mesh, PartitionSpec("data", *(None,) * (a.ndim - 2), "tensor")))
+        for a in arrays)
+    with interpreted(detect_races=False):
+        text = jax.jit(run).lower(*placed).compile().as_text()
+        found = jax.block_until_ready(value_and_gradients(run, placed))
+    assert not any(collective in text for collective in COLLECTIVES)
+    for name, a, b in zip(NAMES, found, expected, strict=True):
+        if b is not None:
+            assert truth.relative_error(a, b) < TOLERANCE["float32"], name
+    for array, source in zip(found[:5], (placed[0], *placed[:4]), strict=True):
+        assert array.sharding.is_equivalent_to(source.sharding, array.ndim)
+
+
+def test_what_cannot_run_says_so_and_names_the_fallback():
+    arrays = arguments(1, 4, 4, 8)
+    with pytest.raises(ValueError, match=r"found 'mosaic_gpu', which needs an NVIDIA GPU, .*; 'scan' runs everywhere"):
+        propagate(*arrays[:5], backend="mosaic_gpu")
+    with compat.interpreted():
+        with pytest.raises(ValueError, match="takes float32 and bfloat16, not float16"):
+            propagate(*(a.astype(jnp.float16) for a in arrays[:5]), backend="mosaic_gpu")
+        long = jax.eval_shape(lambda: arguments(1, 1, 2**14, 8))
+        with pytest.raises(ValueError, match="no room on chip for lines of 16384 positions"):
+            jax.eval_shape(run_propagate("mosaic_gpu"), *long)
+        jax.eval_shape(run_propagate(None), *long)
