@@ -57,9 +57,9 @@ def test_a_run_that_goes_on_judges_as_if_it_had_never_stopped():
     losses[80:] += 0.5
     whole = feed(Guard(LOOKING, {}), losses)
     first = Guard(LOOKING, {})
-    assert feed(first, losses[:60]) is None
+    assert feed(first, losses[:70]) is None
     again = Guard(LOOKING, json.loads(json.dumps(first.notes)))
-    assert 60 + feed(again, losses[60:]) == whole
+    assert 70 + feed(again, losses[70:]) == whole
 
 
 def test_each_rollback_gives_another_order_and_their_number_has_a_limit():
