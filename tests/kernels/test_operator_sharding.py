@@ -10,7 +10,8 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from numpy_scan import relative_error
 
-from kernels import depthwise_conv, propagate
+from kernels import depthwise_conv, propagate, scan, sharded
+from kernels.sharding import over_shards
 
 COLLECTIVES = r"(all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)"
 BATCH, SIZE, CHANNELS = 4, 5, 8
@@ -49,9 +50,9 @@ def test_four_devices_give_the_values_and_gradients_of_one(groups):
 def test_it_runs_inside_shard_map():
     mesh = Mesh(np.asarray(jax.devices()[:4]).reshape(2, 2), ("data", "tensor"))
     one, specs = arrays(CHANNELS), tuple(sharding.spec for sharding in shardings(mesh, CHANNELS))
-    sharded = jax.shard_map(gradients, mesh=mesh, in_specs=specs, out_specs=(*specs[:4], P("data", "tensor")),
-                            check_vma=False)
-    *found, by_merge = jax.jit(sharded)(*one)
+    over_parts = jax.shard_map(gradients, mesh=mesh, in_specs=specs, out_specs=(*specs[:4], P("data", "tensor")),
+                               check_vma=False)
+    *found, by_merge = jax.jit(over_parts)(*one)
     *expected, by_merge_expected = jax.jit(gradients)(*one)
     for a, b in zip(found, expected, strict=True):
         assert relative_error(a, b) < 1e-6
@@ -73,3 +74,36 @@ def test_a_depthwise_convolution_needs_no_communication_and_its_gradient_one_sum
     assert len(re.findall(rf"= \S+ {COLLECTIVES}\(", entry)) == 1 and not re.search(COLLECTIVES, in_loops)
     for found, expected in zip(gradient(*four), gradient(*one), strict=True):
         assert relative_error(found, expected) < 1e-6
+
+
+@pytest.mark.parametrize(("groups", "merge", "batch"), [(CHANNELS, (4,), 4), (1, (4, CHANNELS), 4), (4, (4,), 3)])
+def test_what_a_kernel_is_given_inside_sharded(groups, merge, batch):
+    """A kernel, for which the scan stands here, runs under shard_map: its parts make up the whole, and nothing is
+    communicated but the sum of the gradients of what every device has. A batch of 3 is not split over 2 devices."""
+    mesh = jax.make_mesh((2, 2), ("data", "tensor"), devices=jax.devices()[:4],
+                         axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    rng = np.random.default_rng(0)
+    shapes = ((CHANNELS,), (4, 3, groups), (4, CHANNELS), (4, CHANNELS), (4, CHANNELS))
+    *pixels, skip = [jnp.asarray(rng.normal(size=(batch, SIZE, SIZE, *shape)), jnp.float32) for shape in shapes]
+    operands = (*pixels, jnp.asarray(rng.normal(size=merge), jnp.float32), skip)
+    seen = []
+
+    def kernel(x, gates, lam, out_gate, merge, skip, chunk):
+        seen.append((x.shape, gates.shape))
+        return scan.propagate(x, gates, lam, out_gate, merge, skip, chunk)
+
+    def run(*operands):
+        with sharded(mesh, batch=("data",), channels=("tensor",)):
+            return over_shards(kernel)(*operands, 2)
+
+    def by_operands(function):
+        return jax.jit(jax.grad(lambda *a: (function(*a) ** 2).sum(), argnums=tuple(range(6))))(*operands)
+
+    split = batch // 2 if batch % 2 == 0 else batch
+    compiled = jax.jit(run).lower(*operands).compile()
+    assert set(seen) == {((split, SIZE, SIZE, CHANNELS // 2), (split, SIZE, SIZE, 4, 3, max(groups // 2, 1)))}
+    assert relative_error(compiled(*operands), scan.propagate(*operands, 2)) < 1e-6
+    assert not re.search(r"all-reduce|all-to-all|collective-permute|reduce-scatter", compiled.as_text())
+    expected = by_operands(lambda *a: scan.propagate(*a, 2))
+    for found, right in zip(by_operands(run), expected, strict=True):
+        assert relative_error(found, right) < 1e-6
