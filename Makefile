@@ -4,6 +4,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+JOBS ?= 2
 GPU ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L >/dev/null 2>&1 && echo 1 || echo 0)
 comma := ,
 EXTRAS := dev$(if $(filter 1,$(GPU)),$(comma)cuda13)
@@ -35,10 +36,10 @@ demo: $(READY)
 	$(BIN)/python -m gspn_jax.demo
 
 test: $(READY)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
 test-slow: $(READY)
-	$(BIN)/python -m pytest -m "slow and not torch"
+	$(BIN)/python -m pytest -m "slow and not torch" -n $(JOBS) --dist loadfile
 
 test-torch: $(TORCH_READY)
 	$(BIN)/python -m pytest -m torch
