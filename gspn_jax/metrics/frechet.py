@@ -9,36 +9,45 @@ from jaxtyping import Float
 
 @dataclasses.dataclass(frozen=True)
 class Gaussian:
-    """A mean and a covariance. The covariance's root is computed once: keep the Gaussian that others are compared to.
+    """A mean and a covariance. What costs most of a distance is computed once: keep the Gaussian that others are
+    compared to.
 
-    Raises ValueError for shapes that do not belong together.
+    `count`, where it is known, is the number of rows that the covariance is of: its rank is `count` - 1 at most, and
+    what rounding makes of the other eigenvalues is left out. Raises ValueError for shapes that do not belong together.
     """
 
     mean: Float[np.ndarray, " D"]
     cov: Float[np.ndarray, "D D"]
+    count: int | None = None
 
     def __post_init__(self) -> None:
         if self.mean.ndim != 1 or self.cov.shape != (*self.mean.shape, *self.mean.shape):
             raise ValueError(f"mean and covariance must be [D] and [D, D], found {list(self.mean.shape)} and "
                              f"{list(self.cov.shape)}")
 
+    @property
+    def rank(self) -> int:
+        """The largest that the covariance can have."""
+        return len(self.mean) if self.count is None else min(len(self.mean), self.count - 1)
+
     @functools.cached_property
-    def root(self) -> Float[np.ndarray, "D D"]:
-        """The symmetric root of the covariance; eigenvalues below zero, which rounding makes, count as zero."""
+    def root(self) -> Float[np.ndarray, "D rank"]:
+        """R with R R^T = cov. Eigenvalues below zero, which rounding makes, count as zero."""
         values, vectors = np.linalg.eigh(self.cov.astype(np.float64))
-        return (vectors * np.sqrt(values.clip(0))) @ vectors.T
+        kept = slice(len(values) - self.rank, None)
+        return vectors[:, kept] * np.sqrt(values[kept].clip(0))
 
     def distance(self, other: "Gaussian") -> float:
         """|m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)), 0 or more (Heusel et al. 2017, eq. 6).
 
-        tr (C1 C2)^(1/2) is the sum of the square roots of the eigenvalues of S C2 S with S = C1^(1/2): two symmetric
-        eigenvalue problems in place of a general matrix root, which also exists when a covariance is singular.
+        tr (C1 C2)^(1/2) is the sum of the square roots of the eigenvalues of R^T C2 R with R R^T = C1: two symmetric
+        eigenvalue problems in place of a general matrix root, which also exist when a covariance is singular.
         """
         if self.mean.shape != other.mean.shape:
             raise ValueError("both sides must have the same number of features, found "
                              f"{self.mean.shape[0]} and {other.mean.shape[0]}")
-        product = self.root @ other.cov.astype(np.float64) @ self.root
-        cross = np.sqrt(np.linalg.eigvalsh(product).clip(0)).sum()
+        values = np.linalg.eigvalsh(self.root.T @ other.cov.astype(np.float64) @ self.root)
+        cross = np.sqrt(values[max(0, len(values) - other.rank):].clip(0)).sum()
         difference = self.mean.astype(np.float64) - other.mean
         distance = difference @ difference + np.trace(self.cov) + np.trace(other.cov) - 2 * cross
         return float(max(distance, 0.0))

@@ -69,7 +69,7 @@ class Moments:
         count, first, second = self._total
         offset = first / count
         return Gaussian(np.asarray(self._shift, np.float64) + offset,
-                        (second - count * np.outer(offset, offset)) / (count - 1))
+                        (second - count * np.outer(offset, offset)) / (count - 1), self.count)
 
     def state(self) -> dict[str, np.ndarray]:
         """What `restore` goes on from, to the bit; empty before the first row."""

@@ -134,7 +134,8 @@ def read_reference(path: str | pathlib.Path, what: str = "the reference") -> Ref
     Raises ConfigError for what is no .npz, holds none of the known names, or has them in other shapes.
     """
     found = npz.names(path, what)
-    parts = {"pool": _gaussian(path, found, "pool"), "spatial": _gaussian(path, found, "spatial")}
+    count = int(npz.read(path, "num_images")) if "num_images" in found else None
+    parts = {part: _gaussian(path, found, part, count) for part in _SIZES} | {"num_images": count}
     if "features" in found:
         features = npz.read(path, "features")
         if features.ndim != 2 or features.shape[1] != _SIZES["pool"] or not np.isfinite(features).all():
@@ -143,11 +144,9 @@ def read_reference(path: str | pathlib.Path, what: str = "the reference") -> Ref
         parts["features"] = features.astype(np.float32)
     if "arr_0" in found:
         parts["images"] = npz.StoredImages(path, what)
-    if not any(value is not None for value in parts.values()):
+    if not any(value is not None for name, value in parts.items() if name != "num_images"):
         raise ConfigError(f"{what} must have mu and sigma, ref_mu and ref_sigma, or images as arr_0, found "
                           f"{', '.join(found) or 'nothing'} in {path}")
-    if "num_images" in found:
-        parts["num_images"] = int(npz.read(path, "num_images"))
     if "inception_sha256" in found:
         parts["inception_sha256"] = str(npz.read(path, "inception_sha256"))
     return Reference(str(path), sha256_of(path), **parts)
@@ -158,7 +157,7 @@ def _listed(names: Iterable[str]) -> str:
     return f"{', '.join(first)} and {last}" if first else last
 
 
-def _gaussian(path: str | pathlib.Path, found: Sequence[str], part: str) -> Gaussian | None:
+def _gaussian(path: str | pathlib.Path, found: Sequence[str], part: str, count: int | None) -> Gaussian | None:
     for mean_name, cov_name in _DIALECTS[part]:
         if mean_name in found and cov_name in found:
             mean, cov = (npz.read(path, name) for name in (mean_name, cov_name))
@@ -168,5 +167,5 @@ def _gaussian(path: str | pathlib.Path, found: Sequence[str], part: str) -> Gaus
                                   f"{list(mean.shape)} and {list(cov.shape)}")
             if not (np.isfinite(mean).all() and np.isfinite(cov).all()):
                 raise ConfigError(f"{mean_name!r} and {cov_name!r} in {path} must be finite, found NaN or infinity")
-            return Gaussian(mean.astype(np.float64), cov.astype(np.float64))
+            return Gaussian(mean.astype(np.float64), cov.astype(np.float64), count)
     return None

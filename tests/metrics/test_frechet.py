@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import scipy.linalg
 
-from gspn_jax.metrics.frechet import frechet_distance, moments
+from gspn_jax.metrics.frechet import Gaussian, frechet_distance, moments
 
 
 def random_gaussian(rng, dim):
@@ -33,6 +33,19 @@ def test_singular_covariances_are_fine():
     features = np.random.default_rng(0).normal(size=(10, 64))  # rank 9 in 64 dimensions
     mean, cov = moments(features)
     assert frechet_distance(mean, cov, mean + 1, cov) == pytest.approx(64, rel=1e-6)
+
+
+@pytest.mark.parametrize("counts", [(40, 60), (60, 40), (40, 500), (500, 40)])
+def test_fewer_images_than_features(counts):
+    """Where a covariance is singular, its eigenvalues of zero must not come back as roots of rounding errors."""
+    rng = np.random.default_rng(0)
+    x, y = (rng.normal(size=(count, 300)) * np.geomspace(1, 1e-3, 300) for count in counts)
+    # tr (C1 C2)^(1/2) is the sum of the singular values of X1 X2^T, without a root of anything small
+    centred = [(a - a.mean(0)) / np.sqrt(len(a) - 1) for a in (x, y)]
+    cross = np.linalg.svd(centred[0] @ centred[1].T, compute_uv=False).sum()
+    wanted = ((x.mean(0) - y.mean(0)) ** 2).sum() + sum((a**2).sum() for a in centred) - 2 * cross
+    one, other = (Gaussian(*moments(a), len(a)) for a in (x, y))
+    assert one.distance(other) == pytest.approx(wanted, rel=1e-9)
 
 
 def test_moments_are_those_of_numpy():
