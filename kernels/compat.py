@@ -71,6 +71,15 @@ def load(ref: Any, index: tuple, layout: Any) -> Array:
     return plgpu.load(ref.at[index], layout=layout, optimized=False)
 
 
+def store(ref: Any, index: tuple, value: Array) -> None:
+    """`ref[index] = value` in device memory, in the type of `ref`, whatever the strides."""
+    value = value.astype(ref.dtype)
+    if hasattr(plgpu, "store") and not interpreting():  # JAX 0.12, where an assignment insists on aligned strides
+        plgpu.store(ref.at[index], value, optimized=False)
+    else:
+        ref[index] = value
+
+
 def iota(shape: tuple[int, ...], dimension: int, layout: Any) -> Array:
     """int32 positions along `dimension`, spread as `layout` says."""
     if interpreting():

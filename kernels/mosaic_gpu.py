@@ -401,7 +401,7 @@ def _finish(walk: _Walk, shared: _Shared, output: Any) -> None:
         for position in range(0, plan.width, positions):
             along = pl.ds(position, positions)
             tile = walk.read(shared.total, (row, along, slice(None)))
-            output[walk.image, row, along, pl.ds(walk.start, plan.slab)] = tile.astype(output.dtype)
+            compat.store(output, (walk.image, row, along, pl.ds(walk.start, plan.slab)), tile)
 
 
 def _odds(logits: Array) -> Array:
@@ -448,7 +448,7 @@ def _forward_body(inputs: _Inputs, outputs, state, total, turn, meeting, *, job:
                 state[walk.state(1 - parity, 0, position, 1)] = h
                 if save:
                     saved = outputs[1 + walk.k]
-                    saved[walk.index(t, position, halo=1)] = h.astype(saved.dtype)
+                    compat.store(saved, walk.index(t, position, halo=1), h)
                 y = h
                 if job.out_gate:
                     y = y * out_gate
@@ -459,7 +459,7 @@ def _forward_body(inputs: _Inputs, outputs, state, total, turn, meeting, *, job:
                 if plan.joint:
                     results.append((position, y))
                 else:
-                    outputs[0][walk.index(t, position, walk.k)] = y.astype(outputs[0].dtype)
+                    compat.store(outputs[0], walk.index(t, position, walk.k), y)
             _take_turn(walk, shared, t, results) if plan.joint else _meet(plan, shared)
             return following
 
@@ -486,14 +486,12 @@ def _backward_body(inputs, outputs, state, total, turn, meeting, *, job: _Job, p
     def visit(walk: _Walk) -> None:
         lines, k = walk.lines, walk.k
         _clear(walk, shared, 2)
-        layout = tiles.layout(plan.slab)
-        zeros = compat.zeros((lines.positions, plan.slab), layout)
+        zeros = compat.zeros((lines.positions, plan.slab), tiles.layout(plan.slab))
 
         def step(n, carry):
             t, parity = lines.count - 1 - n, n % 2
             (by_merge, carried), following, results = carry, [], []
-            for position, (from_center, h) in zip(walk.positions(), carried, strict=True):
-                h = h.astype(jnp.float32)
+            for position, from_center in zip(walk.positions(), carried, strict=True):
                 here = walk.index(t, position, k)
                 x = walk.read(inputs.x, walk.index(t, position))
                 gy = walk.read(cotangent, walk.index(t, position))
@@ -504,12 +502,13 @@ def _backward_body(inputs, outputs, state, total, turn, meeting, *, job: _Job, p
                 by_x = None
                 if job.out_gate:
                     out_gate, scaled = walk.read(inputs.out_gate, here), gy * _read_merge(walk, inputs.merge)
+                    h = walk.read(saved[k], walk.index(t, position, halo=1))
                     term = out_gate * h
-                    by.out_gate[here] = (scaled * h).astype(by.out_gate.dtype)
+                    compat.store(by.out_gate, here, scaled * h)
                     if job.skip:
                         skip = walk.read(inputs.skip, here)
                         term = term + skip * x
-                        by.skip[here] = (scaled * x).astype(by.skip.dtype)
+                        compat.store(by.skip, here, scaled * x)
                         by_x = scaled * skip
                     by_merge = by_merge + gy * term
                     adjoint = adjoint + scaled * out_gate
@@ -517,14 +516,14 @@ def _backward_body(inputs, outputs, state, total, turn, meeting, *, job: _Job, p
                     adjoint = adjoint + gy
                 adjoint_x = adjoint
                 if job.lam:
-                    by.lam[here] = (adjoint * x).astype(by.lam.dtype)
+                    compat.store(by.lam, here, adjoint * x)
                     adjoint_x = adjoint * walk.read(inputs.lam, here)
                 if by_x is not None:
                     adjoint_x = adjoint_x + by_x
                 if plan.joint:
                     results.append((position, adjoint_x))
                 else:
-                    by.x[here] = adjoint_x.astype(by.x.dtype)
+                    compat.store(by.x, here, adjoint_x)
 
                 # the weights once more, and what they get
                 left, center, right = (walk.read(inputs.weights, walk.index(t, position, k, j)) for j in range(3))
@@ -543,9 +542,7 @@ def _backward_body(inputs, outputs, state, total, turn, meeting, *, job: _Job, p
                 state[walk.state(1 - parity, 0, position, 1)] = walk.unless_first(t, left * adjoint)
                 state[walk.state(1 - parity, 1, position, 1)] = walk.unless_first(t, right * adjoint)
                 # line t - 1, which for the first line of a chunk is not there
-                stored = [compat.load(saved[k], walk.index(lax.max(t - 1, 0), position, halo=halo), layout)
-                          for halo in range(3)]
-                before = [tile.astype(jnp.float32) for tile in stored]
+                before = [walk.read(saved[k], walk.index(lax.max(t - 1, 0), position, halo=halo)) for halo in range(3)]
                 by_weights = [jnp.where(has_left, adjoint * before[0], 0.0), adjoint * before[1],
                               jnp.where(has_right, adjoint * before[2], 0.0)]
                 if job.logits:
@@ -554,18 +551,16 @@ def _backward_body(inputs, outputs, state, total, turn, meeting, *, job: _Job, p
                                   in zip((left, center, right), complements, by_weights, strict=True)]
                 for j, gradient in enumerate(by_weights):
                     gradient = walk.unless_first(t, gradient)
-                    by.weights[walk.index(t, position, k, j)] = gradient.astype(by.weights.dtype)
-                following.append((walk.unless_first(t, center * adjoint), stored[1]))
+                    compat.store(by.weights, walk.index(t, position, k, j), gradient)
+                following.append(walk.unless_first(t, center * adjoint))
             _take_turn(walk, shared, t, results) if plan.joint else _meet(plan, shared)
             return by_merge, tuple(following)
 
-        last = lines.count - 1
-        start = tuple((zeros, compat.load(saved[k], walk.index(last, p, halo=1), layout)) for p in walk.positions())
-        by_merge, _ = lax.fori_loop(0, lines.count, step, (zeros, start))
+        by_merge, _ = lax.fori_loop(0, lines.count, step, (zeros, (zeros,) * len(walk.positions())))
         if job.out_gate:
             writer = 0 if plan.joint else walk.warpgroup
             mine = pl.ds(writer * lines.positions, lines.positions)
-            by.merge[walk.image, k, lax.axis_index("slab"), mine, :] = by_merge
+            compat.store(by.merge, (walk.image, k, lax.axis_index("slab"), mine, slice(None)), by_merge)
         _finish(walk, shared, by.x)
 
     _walk(job, plan, visit)

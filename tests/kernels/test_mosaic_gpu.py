@@ -121,9 +121,13 @@ def test_the_interpreter_sees_a_missing_barrier(monkeypatch):
     """Races are only excluded by a detector that finds them."""
     small_memory(monkeypatch)
     monkeypatch.setattr(mosaic_gpu, "_meet", lambda plan, shared: None)
-    with interpreted():
-        jax.block_until_ready(run_propagate("mosaic_gpu")(*arguments(1, 8, 8, 64)))
-    assert compat.races_found()
+    try:
+        with interpreted():
+            jax.block_until_ready(run_propagate("mosaic_gpu")(*arguments(1, 8, 8, 64)))
+    except jax.errors.JaxRuntimeError as error:  # JAX 0.12 does not go on after a race
+        assert "RACE DETECTED" in str(error)
+    else:
+        assert compat.races_found()
 
 
 @pytest.mark.parametrize("memory", ["plenty", "little"])
