@@ -118,9 +118,9 @@ def start_hosts(run_dir: pathlib.Path, count: int, arguments: list[str] | None =
                   JAX_PROCESS_ID=str(i), GSPN_HEARTBEAT_SECONDS="20") for i in range(count)]
 
 
-def end(processes: list[subprocess.Popen]) -> list[tuple[int, str]]:
+def end(processes: list[subprocess.Popen], timeout: float = 120) -> list[tuple[int, str]]:
     """Exit code and stderr of each; fails when one of them goes on waiting for the others."""
-    errors = [process.communicate(timeout=120)[1] for process in processes]
+    errors = [process.communicate(timeout=timeout)[1] for process in processes]
     return [(process.returncode, text) for process, text in zip(processes, errors, strict=True)]
 
 
@@ -148,14 +148,18 @@ def preempt(run_dir: pathlib.Path, count: int, step: int) -> None:
 
 
 def lose_one(run_dir: pathlib.Path, count: int, step: int) -> None:
-    """SIGKILL for the last of the hosts after `step`: the others stop and say why."""
+    """SIGKILL for the last of the hosts after `step`: the others stop and say why.
+
+    One that waits for the lost host in a barrier rather than in an exchange is ended by JAX's watch over the hosts.
+    """
     processes = start_hosts(run_dir, count)
     wait_for_step(processes[0], run_dir, step)
     processes[-1].send_signal(signal.SIGKILL)
     *others, (killed, _) = end(processes)
     assert killed == -signal.SIGKILL
     for code, errors in others:
-        assert code == 75 and "another host, or the connection to it, was lost" in errors, errors
+        said = {75: "another host, or the connection to it, was lost", -signal.SIGABRT: "another task died"}
+        assert code in said and said[code] in errors, errors
 
 
 def test_two_processes_are_one_run(tmp_path, uninterrupted):
@@ -188,7 +192,7 @@ def test_several_processes_are_one_run_to_the_end(tmp_path, uninterrupted, count
     run_dir = tmp_path / "run"
     lose_one(run_dir, count, 5)
     preempt(run_dir, count, 15)
-    for code, errors in end(start_hosts(run_dir, count)):
+    for code, errors in end(start_hosts(run_dir, count), timeout=600):
         assert code == 0, errors
     assert_is_one_run(run_dir, uninterrupted)
     assert len(list((run_dir / "tensorboard").iterdir())) == 3  # a file a start, from one host
