@@ -16,7 +16,7 @@ from PIL import Image
 
 from gspn_jax.metrics import inception
 from gspn_jax.metrics.extractor import Extractor
-from gspn_jax.metrics.frechet import Gaussian
+from gspn_jax.metrics.frechet import Gaussian, frechet_distance, moments
 from gspn_jax.metrics.kid import kernel_distance
 from gspn_jax.metrics.reference import Reference
 from gspn_jax.metrics.scores import Collector
@@ -126,6 +126,7 @@ def test_metrics_are_those_of_torch_fidelity(torch_fidelity, photographs, tmp_pa
         assert ours[name] == pytest.approx(their[name], rel=tolerance or 1e-7), name  # shares are float32 there
 
     # from the same activations, where they do not depend on the network's rounding
+    from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
     from torch_fidelity.metric_isc import isc_features_to_metric
     from torch_fidelity.metric_kid import kid_features_to_metric
 
@@ -136,6 +137,11 @@ def test_metrics_are_those_of_torch_fidelity(torch_fidelity, photographs, tmp_pa
                                  **settings)["kernel_inception_distance_mean"]
     found = kernel_distance(sampled.pool, target.pool, subsets=20, subset_size=COUNT // 2)
     assert found == pytest.approx(kid, rel=1e-5)
+    few = COUNT // 2  # features, so that covariances are regular
+    fid = fid_statistics_to_metric(*(fid_features_to_statistics(torch.tensor(part.pool[:, :few]).double())
+                                     for part in (sampled, target)), verbose=False)["frechet_inception_distance"]
+    found = frechet_distance(*moments(sampled.pool[:, :few]), *moments(target.pool[:, :few]))
+    assert found == pytest.approx(fid, rel=1e-9)
     # tr (C1 C2)^(1/2) is the sum of the singular values of X1 X2^T, exact where there are fewer images than features
     x, y = (part.pool - part.pool.astype(np.float64).mean(0) for part in (sampled, target))
     cross = np.linalg.svd(x @ y.T, compute_uv=False).sum()
