@@ -14,6 +14,9 @@ QUANTUM = WARPGROUP * VECTOR
 TILE = {True: 1024, False: 512}
 """Elements of a line computed at a time, 8 or 4 a thread, in a joint plan and in another: there a warpgroup carries
 several tiles of a line, and with more of each the backward kernel would spill registers."""
+HANDED_ON = {True: 2, False: 3}
+"""Values a position that a line of the backward pass hands to the next one in shared memory, in a joint plan and in
+another; there the third, which stays at its position, would be several tiles of registers."""
 SLABS = (64, 32, 16, 8)
 """Channels that a block may take, best first: 64 of bfloat16 are a whole 128-byte cache line."""
 SHARED_BYTES = 200 * 1024
@@ -65,17 +68,14 @@ class Lines:
         return self.padded // self.positions
 
 
-def make_plan(height: int, width: int, channels: int, *, directions: int, states: int) -> Plan | None:
-    """The plan with the least padding, then the widest slab; None when no line of the map fits in shared memory.
-
-    `states`: float32 values kept between lines for each position and channel of each direction, twice.
-    """
+def make_plan(height: int, width: int, channels: int, *, directions: int) -> Plan | None:
+    """The plan with the least padding, then the widest slab; None when no line of the map fits in shared memory."""
     best, least = None, math.inf
     for joint, slab in itertools.product((True, False), SLABS):
         quantum = QUANTUM // slab
         padded_height, padded_width = _up(height, quantum), _up(width, quantum)
         padded_channels = max(_up(channels, VECTOR), slab)
-        state = 2 * states * (max(padded_height, padded_width) + 2) * slab * 4
+        state = 2 * HANDED_ON[joint] * (max(padded_height, padded_width) + 2) * slab * 4
         shared = directions * state + padded_height * padded_width * slab * 4 if joint else state
         wide_enough = slab >= 32 or slab >= channels
         if shared > SHARED_BYTES or (joint and (directions == 1 or not wide_enough)):

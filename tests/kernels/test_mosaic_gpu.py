@@ -13,7 +13,7 @@ import numpy as np
 import numpy_scan as truth
 import pytest
 
-from kernels import compat, line_scan, mosaic_gpu, propagate, tiles
+from kernels import bodies, compat, line_scan, mosaic_gpu, propagate, tiles
 from kernels.sharding import over_shards, sharded
 
 TOLERANCE = {"float32": 2e-6, "bfloat16": 6e-3}  # relative; the gradients go through states saved in bfloat16
@@ -65,7 +65,7 @@ def assert_same_as_the_scan(arrays, chunk=None, *, races=True):
 
 def test_directions_meet_in_shared_memory():
     arrays = arguments(1, 4, 4, 64, skip=True, merge=(4, 64))
-    assert tiles.make_plan(4, 4, 64, directions=4, states=2).joint
+    assert tiles.make_plan(4, 4, 64, directions=4).joint
     assert_same_as_the_scan(arrays, chunk=3)
 
 
@@ -73,7 +73,7 @@ def small_memory(monkeypatch):
     """Maps too large to meet on chip, and lines that two warpgroups share, at sizes that can be interpreted."""
     monkeypatch.setattr(tiles, "SHARED_BYTES", 2**14)
     monkeypatch.setattr(tiles, "TILE", {True: 256, False: 256})
-    plan = tiles.make_plan(8, 8, 64, directions=4, states=2)
+    plan = tiles.make_plan(8, 8, 64, directions=4)
     assert not plan.joint
     assert plan.warpgroups == 2
 
@@ -120,7 +120,7 @@ def test_one_direction_with_ready_weights(direction):
 def test_the_interpreter_sees_a_missing_barrier(monkeypatch):
     """Races are only excluded by a detector that finds them."""
     small_memory(monkeypatch)
-    monkeypatch.setattr(mosaic_gpu, "_meet", lambda plan, shared: None)
+    monkeypatch.setattr(bodies, "meet", lambda plan, shared: None)
     try:
         with interpreted():
             jax.block_until_ready(run_propagate("mosaic_gpu")(*arguments(1, 8, 8, 64)))

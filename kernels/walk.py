@@ -1,0 +1,198 @@
+"""What one warpgroup of the GPU kernel does between its loads and stores: where it walks, whom it meets.
+
+docs/kernel.md has the picture.
+"""
+
+import dataclasses
+import functools
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxtyping import Array, Float
+
+from kernels import compat, tiles
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """What to compute, all of it static: scans in `directions`, restarted every `chunk` lines, with these terms."""
+
+    directions: tuple[str, ...]
+    chunk: int | None
+    logits: bool
+    lam: bool
+    out_gate: bool
+    skip: bool
+
+
+class Inputs(NamedTuple):
+    """Arrays, or their references in a kernel; None for the terms that a job does not have."""
+
+    x: Any
+    """[B, H, W, C]"""
+    weights: Any
+    """[B, H, W, K, 3, C], logits or ready"""
+    lam: Any
+    """[B, H, W, K, C]"""
+    out_gate: Any
+    """[B, H, W, K, C]"""
+    skip: Any
+    """[B, H, W, K, C]"""
+    merge: Any
+    """[K, P, C] float32, the same for each of the P positions of a tile"""
+
+
+class Walk(NamedTuple):
+    """One direction of one image and slab of channels, as one warpgroup sees it."""
+
+    k: int
+    direction: str
+    job: Job
+    plan: tiles.Plan
+    image: Array
+    start: Array
+    """The slab's first channel."""
+    warpgroup: Array
+
+    @property
+    def lines(self) -> tiles.Lines:
+        return self.plan.lines(self.direction)
+
+    def positions(self) -> list[Any]:
+        """First positions of the tiles of a line that this warpgroup takes."""
+        share = self.lines.tiles if self.plan.joint else self.lines.tiles // self.plan.warpgroups
+        first = 0 if self.plan.joint else self.warpgroup * share
+        return [(first + n) * self.lines.positions for n in range(share)]
+
+    def unless_first(self, t: Array, tile: Array) -> Array:
+        """The tile, or zeros on a line that has no line before it."""
+        chunk = self.job.chunk
+        first = t == 0 if chunk is None or chunk >= self.lines.count else t % chunk == 0
+        return jnp.where(jnp.broadcast_to(first, tile.shape), 0.0, tile)
+
+    def pixels(self, t: Array, position: Any, halo: int = 0) -> tuple[Any, Any]:
+        """(row, column) index of a tile on the t-th line; `halo` positions are kept before the first."""
+        line = t if self.direction in ("down", "right") else self.lines.count - 1 - t
+        along = pl.ds(position + halo, self.lines.positions)
+        return (line, along) if self.direction in ("down", "up") else (along, line)
+
+    def index(self, t: Array, position: Any, *middle: int, halo: int = 0) -> tuple:
+        """Index of a tile in an array [B, H, W, ..., C]."""
+        return (self.image, *self.pixels(t, position, halo), *middle, pl.ds(self.start, self.plan.slab))
+
+    def read(self, ref: Any, index: tuple) -> Float[Array, "P slab"]:
+        """A tile in float32."""
+        return compat.load(ref, index, tiles.layout(self.plan.slab)).astype(jnp.float32)
+
+    def state(self, parity: Array | int, kind: int, position: Any, offset: int) -> tuple:
+        """Index in the state of the tile at `position`, or of its left (offset 0) or right (2) neighbours."""
+        at = pl.ds(position + offset, self.lines.positions)
+        return (self.k if self.plan.joint else 0, parity, kind, at, slice(None))
+
+    def neighbours(self, position: Any) -> tuple[Array, Array]:
+        """Whether each element of a tile has a left and a right neighbour in the map."""
+        at = compat.iota((self.lines.positions, self.plan.slab), 0, tiles.layout(self.plan.slab)) + position
+        return at > 0, at < self.lines.length - 1
+
+
+def visit_mine(job: Job, plan: tiles.Plan, visit: Callable[[Walk], None]) -> None:
+    """Calls `visit` with the walk that is this warpgroup's."""
+    image, slab = lax.axis_index("image"), lax.axis_index("slab")
+    warpgroup = lax.axis_index("warpgroup") if plan.warpgroups > 1 else jnp.int32(0)
+    mine = warpgroup if plan.joint else lax.axis_index("direction")
+    # the last slab overlaps the one before it where the slab does not divide the channels
+    start = pl.multiple_of(lax.min(slab * plan.slab, plan.channels - plan.slab), tiles.VECTOR)
+    for k, direction in enumerate(job.directions):
+        walk = Walk(k, direction, job, plan, image, start, warpgroup)
+        if len(job.directions) == 1:
+            visit(walk)
+        else:
+            pl.when(mine == k)(functools.partial(visit, walk))
+
+
+class Shared(NamedTuple):
+    """What the warpgroups of a block share."""
+
+    state: Any
+    """[direction, parity, kind, position + 1, channel]: values that a line hands to the next one."""
+    total: Any
+    """[H, W, channel]: where the directions meet, if the plan is joint."""
+    turn: Any
+    """One barrier for each direction: its turn to add to `total`."""
+    meeting: Any
+    """All warpgroups are here."""
+
+
+def meet(plan: tiles.Plan, shared: Shared) -> None:
+    if plan.warpgroups > 1:
+        plgpu.barrier_arrive(shared.meeting)
+        plgpu.barrier_wait(shared.meeting)
+
+
+def clear(walk: Walk, shared: Shared, kinds: int) -> None:
+    """Zeroes the state before the first line, the position beyond each end included, and the total."""
+    plan = walk.plan
+    zeros = compat.zeros((walk.lines.positions, plan.slab), tiles.layout(plan.slab))
+
+    def clear_state():
+        @pl.loop(0, walk.lines.tiles)
+        def _(n):
+            for parity, kind, offset in itertools.product((0, 1), range(kinds), (0, 2)):
+                shared.state[walk.state(parity, kind, n * walk.lines.positions, offset)] = zeros
+
+    if not plan.joint:
+        pl.when(walk.warpgroup == 0)(clear_state)
+        meet(plan, shared)
+        return
+    clear_state()
+    if walk.k == 0:  # the first to add
+
+        @pl.loop(0, plan.height)
+        def _(row):
+            for position in range(0, plan.width, walk.lines.positions):
+                shared.total[row, pl.ds(position, walk.lines.positions), :] = zeros
+
+    if walk.k == len(walk.job.directions) - 1:
+        plgpu.barrier_arrive(shared.turn.at[0])
+
+
+def take_turn(walk: Walk, shared: Shared, t: Array, results: Sequence[tuple[Any, Array]]) -> None:
+    """Adds what this direction has for line t, as (position, tile), to the total.
+
+    The directions do so in turns, always in the same order, so that the sum is the same every time.
+    """
+    plgpu.barrier_wait(shared.turn.at[walk.k])
+    for position, tile in results:
+        index = (*walk.pixels(t, position), slice(None))
+        shared.total[index] = walk.read(shared.total, index) + tile
+    plgpu.barrier_arrive(shared.turn.at[(walk.k + 1) % len(walk.job.directions)])
+
+
+def finish(walk: Walk, shared: Shared, output: Any) -> None:
+    """Stores the total, each warpgroup some rows, once all directions have had their last turn."""
+    plan, directions = walk.plan, len(walk.job.directions)
+    if not plan.joint:
+        return
+
+    @pl.loop(walk.lines.count, max(plan.rows.count, plan.columns.count))
+    def _(_):  # a direction with fewer lines lets the others pass
+        plgpu.barrier_wait(shared.turn.at[walk.k])
+        plgpu.barrier_arrive(shared.turn.at[(walk.k + 1) % directions])
+
+    if walk.k == 0:
+        plgpu.barrier_wait(shared.turn.at[0])
+    meet(plan, shared)
+    positions = plan.rows.positions
+
+    @pl.loop(0, pl.cdiv(plan.height - walk.k, directions))
+    def _(n):
+        row = n * directions + walk.k
+        for position in range(0, plan.width, positions):
+            along = pl.ds(position, positions)
+            tile = walk.read(shared.total, (row, along, slice(None)))
+            compat.store(output, (walk.image, row, along, pl.ds(walk.start, plan.slab)), tile)
