@@ -97,10 +97,10 @@ def test_a_point_on_the_border_is_inside():
 def test_kid_is_torch_fidelitys_estimate(features):
     settings = {"subsets": 5, "seed": 3}
     found = kernel_distance(features.samples, features.real, subset_size=60, **settings)
-    assert found == pytest.approx(adm.kid(features.samples, features.real, size=60, **settings), rel=1e-5)
+    assert found == pytest.approx(adm.kid(features.samples, features.real, size=60, **settings), rel=1e-10)
     # no more than there are: a subset is then all of one side
     found = kernel_distance(features.samples, features.real, subset_size=1000, **settings)
-    assert found == pytest.approx(adm.kid(features.samples, features.real, size=130, **settings), rel=1e-5)
+    assert found == pytest.approx(adm.kid(features.samples, features.real, size=130, **settings), rel=1e-10)
 
 
 @pytest.mark.parametrize("devices", [1, 8])
@@ -125,7 +125,7 @@ def test_all_metrics_at_once_skip_padded_rows(features, devices):
     assert scores["is"] == pytest.approx(adm.inception_score(features.logits, 5000), rel=1e-10)
     assert (scores["precision"], scores["recall"]) == adm.precision_recall(features.real, features.samples)
     assert scores["kid"] == pytest.approx(
-        adm.kid(features.samples, features.real, subsets=100, size=130, seed=2020), rel=1e-5)
+        adm.kid(features.samples, features.real, subsets=100, size=130, seed=2020), rel=1e-10)
 
 
 SIZE_SPATIAL = 7
