@@ -11,12 +11,12 @@ EXTRAS := dev$(if $(filter 1,$(GPU)),$(comma)cuda13)
 READY := $(VENV)/.ready-gpu$(GPU)
 TORCH_READY := $(VENV)/.ready-torch
 
-.PHONY: help demo test test-slow test-torch lint bench clean
+.PHONY: help demo test test-slow test-torch test-torch-slow lint bench clean
 
 help:
 	@echo "make demo        train on handwritten digits, sample a grid, score it (CPU: under 5 minutes)"
 	@echo "make test        the test suite        make lint        ruff"
-	@echo "make test-slow   the slow tests        make test-torch  the comparisons with PyTorch"
+	@echo "make test-slow   the slow tests        make test-torch  the comparisons with PyTorch (test-torch-slow: the long ones)"
 	@echo "make bench       operator and train-step benchmarks on this machine"
 
 $(READY): pyproject.toml constraints.txt
@@ -42,7 +42,10 @@ test-slow: $(READY)
 	$(BIN)/python -m pytest -m "slow and not torch" -n $(JOBS) --dist loadfile
 
 test-torch: $(TORCH_READY)
-	$(BIN)/python -m pytest -m torch
+	$(BIN)/python -m pytest -m "torch and not slow"
+
+test-torch-slow: $(TORCH_READY)
+	$(BIN)/python -m pytest -m "torch and slow"
 
 lint: $(READY)
 	$(BIN)/ruff check .
