@@ -147,4 +147,7 @@ def test_metrics_are_those_of_torch_fidelity(torch_fidelity, photographs, tmp_pa
     cross = np.linalg.svd(x @ y.T, compute_uv=False).sum()
     squares = (x**2).sum() + (y**2).sum() - 2 * cross
     mean = sampled.pool.astype(np.float64).mean(0) - target.pool.astype(np.float64).mean(0)
-    assert ours["fid"] == pytest.approx(mean @ mean + squares / (COUNT - 1), rel=1e-6)
+    truth = mean @ mean + squares / (COUNT - 1)
+    assert gaussian.distance(Gaussian(*moments(sampled.pool), COUNT)) == pytest.approx(truth, rel=1e-8)
+    # few images, whose features random weights make nearly collinear: the most that float32 sums can be off
+    assert ours["fid"] == pytest.approx(truth, rel=1e-5)
