@@ -1,9 +1,12 @@
 """Metrics while training goes on: from pixels to a logged number, the best checkpoint kept, mistakes found first."""
 
+import collections
 import dataclasses
 import json
+import os
 import pathlib
 import shutil
+import tarfile
 import time
 import types
 
@@ -13,6 +16,7 @@ import pytest
 from PIL import Image
 from safetensors.numpy import save_file
 
+from gspn_jax import prepare
 from gspn_jax.config import ConfigError, DataConfig, EvalConfig, MeshConfig
 from gspn_jax.data.latents import write_synthetic
 from gspn_jax.metrics import extractor, inception, reference
@@ -20,13 +24,14 @@ from gspn_jax.metrics.frechet import Gaussian
 from gspn_jax.metrics.inception import Features
 from gspn_jax.metrics.reference import METRICS, Reference
 from gspn_jax.sampling import Sampler
-from gspn_jax.training import checkpoints, evaluation, loop, sharding, throughput
+from gspn_jax.training import checkpoints, ema, evaluation, loop, sharding, throughput
 from gspn_jax.training.evaluation import Evaluation, Record
 from gspn_jax.training.loop import Interrupted, train
 from gspn_jax.training.state import create_state
 from tests.autoencoder import numpy_vae
 from tests.training import tiny
 
+SHARED = pathlib.Path(os.environ.get("GSPN_TEST_DATA", pathlib.Path(__file__).resolve().parents[3] / "shared/data"))
 SIDE = 8
 SIZES = {"pool": 12, "spatial": 6}
 
@@ -218,12 +223,46 @@ def test_inception_on_eight_devices_gives_the_fid_of_one(files, tmp_path):
     assert one["fid"] == pytest.approx(eight["fid"], rel=1e-3) and one["is"] == pytest.approx(eight["is"], rel=1e-3)
 
 
+@pytest.fixture(scope="module")
+def photographs(tmp_path_factory):
+    """200 photographs of CIFAR-10, 20 of each class, one folder a class."""
+    archive = SHARED / "cifar10_images.tar.gz"
+    if not archive.exists():
+        pytest.skip(f"{archive.name} is not in {SHARED}; set GSPN_TEST_DATA to the folder that holds it")
+    root, counts = tmp_path_factory.mktemp("cifar10"), collections.Counter()
+    with tarfile.open(archive) as tar:
+        for member in tar:
+            split, name, file = (pathlib.Path(member.name).parts[-3:] if member.isfile() else ("",) * 3)
+            if split == "train" and counts[name] < 20:
+                counts[name] += 1
+                (root / name).mkdir(exist_ok=True)
+                (root / name / file).write_bytes(tar.extractfile(member).read())
+    assert sorted(counts.values()) == [20] * 10
+    return root
+
+
 @pytest.mark.slow
-def test_a_run_with_inception_itself_from_pixels_to_fid(files, tmp_path):
-    train(config(files, tmp_path / "run", target="reference", steps=2, every=2))
+def test_a_run_on_photographs_from_pixels_to_fid_on_eight_devices_as_on_one(files, photographs, tmp_path):
+    """Nothing stands in: CIFAR-10, Inception (random weights), statistics that `prepare stats` made, the training loop;
+    then the metrics of the trained parameters once more on one device."""
+    weights, statistics = str(files / "inception.safetensors"), str(tmp_path / "cifar10.npz")
+    prepare.main(["stats", "--images", str(photographs), "--image-size", "32", "--inception", weights,
+                  "--output", statistics])
+    base = config(files, tmp_path / "run", metrics=("fid", "is"), steps=2, every=2)
+    settings = dataclasses.replace(
+        base, data=dataclasses.replace(base.data, path=str(photographs), image_size=32, num_classes=10),
+        eval=dataclasses.replace(base.eval, reference=statistics))
+    train(settings)
     (line,) = (line for line in log_of(tmp_path / "run") if "eval/fid" in line)
     assert line["eval/fid"] > 0 and 1 <= line["eval/is"] < 1008
     assert Record.read(tmp_path / "run") == Record(2, 2, line["eval/fid"])
+
+    mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
+    average = checkpoints.restore_params(settings.run_dir, 2, settings, mesh, ema_decay=settings.eval.ema)
+    state = types.SimpleNamespace(params=None, ema={ema.name(settings.eval.ema): average})
+    one = Evaluation(settings, mesh)(2, state)
+    assert one["fid"] == pytest.approx(line["eval/fid"], rel=1e-3)
+    assert one["is"] == pytest.approx(line["eval/is"], rel=1e-3)
 
 
 @pytest.mark.usefixtures("small_extractor")
