@@ -165,7 +165,7 @@ def lose_one(run_dir: pathlib.Path, count: int, step: int) -> None:
 def test_two_processes_are_one_run(tmp_path, uninterrupted):
     """Through a preemption; one process alone ends what two began."""
     run_dir = tmp_path / "run"
-    preempt(run_dir, 2, 40)
+    preempt(run_dir, 2, 20)
     finish(run_dir)
     assert_is_one_run(run_dir, uninterrupted)
 
