@@ -1,26 +1,20 @@
 """Real photographs, where they are at hand: CIFAR-10 as JPEG files and a sample of ImageNet."""
 
 import itertools
-import os
 import pathlib
 import tarfile
 
 import numpy as np
-import pytest
 from PIL import Image
 
 from gspn_jax.config import DataConfig
 from gspn_jax.data import make_loader, make_source
-
-FOLDER = pathlib.Path(os.environ.get("GSPN_TEST_DATA", pathlib.Path(__file__).resolve().parents[3] / "shared/data"))
+from tests.real_images import archive
 
 
 def unpack(name: str, target: pathlib.Path, wanted) -> None:
     """Unpacks the images among the archive's first members for which wanted(member name) holds."""
-    archive = FOLDER / name
-    if not archive.exists():
-        pytest.skip(f"{name} is not in {FOLDER}; set GSPN_TEST_DATA to the folder that holds it")
-    with tarfile.open(archive) as tar:
+    with tarfile.open(archive(name)) as tar:
         for member in itertools.islice(tar, 2000):
             if member.isfile() and wanted(member.name):
                 tar.extract(member, target, filter="data")

@@ -20,13 +20,13 @@ from gspn_jax.metrics.frechet import Gaussian, frechet_distance, moments
 from gspn_jax.metrics.kid import kernel_distance
 from gspn_jax.metrics.reference import Reference
 from gspn_jax.metrics.scores import Collector
+from tests.real_images import archive
 
 torch = pytest.importorskip("torch")
 
 pytestmark = [pytest.mark.torch, pytest.mark.slow, pytest.mark.filterwarnings(
     "ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")]
 
-FOLDER = pathlib.Path(os.environ.get("GSPN_TEST_DATA", pathlib.Path(__file__).resolve().parents[3] / "shared/data"))
 COUNT = int(os.environ.get("GSPN_TORCH_FIDELITY_IMAGES", 120))
 ANIMALS = ("bird", "cat", "deer", "dog", "frog", "horse")
 METRICS = ("fid", "is", "kid", "precision", "recall")
@@ -57,11 +57,8 @@ def torch_fidelity(monkeypatch):
 @pytest.fixture(scope="module")
 def photographs():
     """COUNT animals of the test set as samples, COUNT of all ten classes of the training set as the reference."""
-    archive = FOLDER / "cifar10_images.tar.gz"
-    if not archive.exists():
-        pytest.skip(f"{archive.name} is not in {FOLDER}; set GSPN_TEST_DATA to the folder that holds it")
     samples, real = [], []
-    with tarfile.open(archive) as tar:
+    with tarfile.open(archive("cifar10_images.tar.gz")) as tar:
         for member in tar:
             split, name, number = (pathlib.Path(member.name).parts[-3:] if member.isfile() else ("",) * 3)
             index = int(number.partition(".")[0] or 0)

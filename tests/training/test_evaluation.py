@@ -3,7 +3,6 @@
 import collections
 import dataclasses
 import json
-import os
 import pathlib
 import shutil
 import tarfile
@@ -29,9 +28,9 @@ from gspn_jax.training.evaluation import Evaluation, Record
 from gspn_jax.training.loop import Interrupted, train
 from gspn_jax.training.state import create_state
 from tests.autoencoder import numpy_vae
+from tests.real_images import archive
 from tests.training import tiny
 
-SHARED = pathlib.Path(os.environ.get("GSPN_TEST_DATA", pathlib.Path(__file__).resolve().parents[3] / "shared/data"))
 SIDE = 8
 SIZES = {"pool": 12, "spatial": 6}
 
@@ -226,11 +225,9 @@ def test_inception_on_eight_devices_gives_the_fid_of_one(files, tmp_path):
 @pytest.fixture(scope="module")
 def photographs(tmp_path_factory):
     """200 photographs of CIFAR-10, 20 of each class, one folder a class."""
-    archive = SHARED / "cifar10_images.tar.gz"
-    if not archive.exists():
-        pytest.skip(f"{archive.name} is not in {SHARED}; set GSPN_TEST_DATA to the folder that holds it")
+    cifar10 = archive("cifar10_images.tar.gz")
     root, counts = tmp_path_factory.mktemp("cifar10"), collections.Counter()
-    with tarfile.open(archive) as tar:
+    with tarfile.open(cifar10) as tar:
         for member in tar:
             split, name, file = (pathlib.Path(member.name).parts[-3:] if member.isfile() else ("",) * 3)
             if split == "train" and counts[name] < 20:
