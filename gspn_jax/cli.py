@@ -6,7 +6,9 @@ import importlib.util
 import logging
 import os
 import pathlib
+import signal
 import sys
+import threading
 from collections.abc import Iterator, Sequence
 from typing import NoReturn
 
@@ -31,9 +33,12 @@ def user_errors(*kinds: type[Exception]) -> Iterator[None]:
     except RuntimeError as error:
         if not _lost_host(error):
             raise
-        print(f"another host, or the connection to it, was lost ({str(error).splitlines()[0]}); the same command on "
-              "all hosts goes on from the newest checkpoint", file=sys.stderr)
+        print(LOST.format(str(error).splitlines()[0]), file=sys.stderr)
         _leave(INTERRUPTED)
+
+
+LOST = ("another host, or the connection to it, was lost ({}); the same command on all hosts goes on from the newest "
+        "checkpoint")
 
 
 def _leave(code: int) -> NoReturn:
@@ -53,7 +58,13 @@ def _lost_host(error: RuntimeError) -> bool:
 
 
 def setup() -> None:
-    """Log lines on stderr and JAX's compilation cache on disk (JAX_COMPILATION_CACHE_DIR moves it)."""
+    """Log lines on stderr and JAX's compilation cache on disk (JAX_COMPILATION_CACHE_DIR moves it).
+
+    Called before JAX is imported: one of several hosts goes on in a child process (see `_watch_over_child`).
+    """
+    named = any(argument.split("=")[0] in HOSTS for argument in sys.argv) or any(map(os.environ.get, HOSTS.values()))
+    if (named or _in_slurm()) and "jax" not in sys.modules:
+        _watch_over_child()
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     for name in ("gspn_jax", "kernels"):
         logging.getLogger(name).setLevel(logging.INFO)
@@ -61,6 +72,42 @@ def setup() -> None:
         logging.getLogger(name).setLevel(logging.CRITICAL)
     cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME", pathlib.Path.home() / ".cache")) / "gspn_jax" / "jax"
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache))
+
+
+def _watch_over_child() -> None:
+    """Returns in a child process; this one waits for it and has the last word.
+
+    JAX ends a process that has lost another host by abort(), whose exit code (134) is that of any crash and which no
+    handler in the process survives. From here it gets the code and the sentence of every other way to lose a host.
+    SIGTERM is passed on, Ctrl-C reaches both by itself, and the child does not outlive its parent.
+    """
+    reader, writer = os.pipe()
+    child = os.fork()
+    if not child:
+        os.close(writer)
+        threading.Thread(target=_end_with_parent, args=(reader,), daemon=True).start()
+        return
+
+    def pass_on(number: int, _frame) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(child, number)
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, pass_on)
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    if code == -signal.SIGABRT:
+        print(LOST.format("JAX ended this process, see above"), file=sys.stderr, flush=True)
+        code = INTERRUPTED
+    if code < 0:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_DFL)
+        os.kill(os.getpid(), -code)
+    os._exit(code)
+
+
+def _end_with_parent(reader: int) -> None:
+    os.read(reader, 1)  # nothing is ever written: it returns when the other end is closed
+    os._exit(1)
 
 
 HOSTS = {"--coordinator": "JAX_COORDINATOR_ADDRESS", "--num-processes": "JAX_NUM_PROCESSES",
@@ -83,10 +130,9 @@ def join_other_hosts(argv: Sequence[str] | None = None) -> list[str]:
     chosen, rest = parser.parse_known_args(argv)
     place = vars(chosen)
     missing = [name for name in place if place[name] is None]
-    in_slurm = int(os.environ.get("SLURM_NTASKS", 1)) > 1 and "SLURM_PROCID" in os.environ
-    if len(missing) == 3 and not in_slurm:
+    if len(missing) == 3 and not _in_slurm():
         return rest
-    if missing and not in_slurm:
+    if missing and not _in_slurm():
         flag = next(flag for flag, name in HOSTS.items() if name == missing[0])
         raise ConfigError(f"several processes need {', '.join(HOSTS)} or {', '.join(HOSTS.values())} in the "
                           f"environment, found no {flag} or {missing[0]}")
@@ -99,11 +145,18 @@ def join_other_hosts(argv: Sequence[str] | None = None) -> list[str]:
         if not host or not port.isdigit():
             raise ConfigError(f"--coordinator must be HOST:PORT, found {address!r}")
         arguments = {"coordinator_address": address, "num_processes": int(count), "process_id": int(index)}
+    seconds = os.environ.get("GSPN_HEARTBEAT_SECONDS", str(HEARTBEAT_SECONDS))
+    if not (seconds.isdigit() and int(seconds)):
+        raise ConfigError(f"GSPN_HEARTBEAT_SECONDS must be a number of seconds greater than 0, found {seconds!r}")
     import jax
 
-    seconds = int(os.environ.get("GSPN_HEARTBEAT_SECONDS", HEARTBEAT_SECONDS))
-    jax.distributed.initialize(**arguments, heartbeat_timeout_seconds=seconds)  # alone, it asks Slurm's variables
+    jax.distributed.initialize(**arguments, heartbeat_timeout_seconds=int(seconds))  # alone, it asks Slurm's variables
     return rest
+
+
+def _in_slurm() -> bool:
+    """Whether this is one of several tasks of a Slurm step."""
+    return int(os.environ.get("SLURM_NTASKS", 1)) > 1 and "SLURM_PROCID" in os.environ
 
 
 def load_config(path: str | pathlib.Path) -> Config:
