@@ -125,7 +125,7 @@ def run(arguments: Arguments, config: Config, step: int) -> pathlib.Path:
                            arguments.per_class)
     if arguments.num_samples and config.data.source == "latents" and not arguments.vae:
         raise ConfigError("--num-samples of a run on latents needs --vae to decode them")
-    vae = load_autoencoder(arguments.vae, config)
+    vae = load_autoencoder(arguments.vae, config, arguments.image_size)
     seeds = arguments.seed + np.arange(len(labels))
     with Drawing(arguments.run, step, config, sharding.make_mesh(arguments.mesh), total=len(labels),
                  batch_size=arguments.batch_size, ema=arguments.ema, image_size=arguments.image_size,

@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from jaxtyping import Int, UInt8
 from tqdm import tqdm
 
-from gspn_jax import autoencoder
+from gspn_jax import autoencoder, models
 from gspn_jax.config import Config, ConfigError
 from gspn_jax.diffusion.samplers import sampler_name
 from gspn_jax.sampling import Sampler
@@ -20,8 +20,8 @@ from gspn_jax.training import checkpoints
 
 Labels = Literal["random", "balanced"]
 
-DECODED_AT_A_TIME = 16
-"""Bounds the memory of decoding, which at 256 pixels is more than that of sampling."""
+DECODED_AT_A_TIME, DECODED_PIXELS = 16, 16 * 256**2
+"""Bound the memory of decoding, which at 256 pixels is more than that of sampling."""
 
 
 def draw_labels(kind: Labels, count: int, num_classes: int, seed: int) -> Int[np.ndarray, " N"]:
@@ -31,8 +31,9 @@ def draw_labels(kind: Labels, count: int, num_classes: int, seed: int) -> Int[np
     return np.arange(count) % num_classes
 
 
-def load_autoencoder(path: str | None, config: Config) -> autoencoder.Autoencoder | None:
-    """The decoder for a run on latents, None for a run on pixels or without `path`.
+def load_autoencoder(path: str | None, config: Config,
+                     image_size: tuple[int, int] | None = None) -> autoencoder.Autoencoder | None:
+    """The decoder for latents of `image_size` (that of the run by default); None for a run on pixels or without `path`.
 
     Raises ConfigError for weights that the run has no use for, and as `autoencoder.load`.
     """
@@ -44,7 +45,9 @@ def load_autoencoder(path: str | None, config: Config) -> autoencoder.Autoencode
     if sizes.latent_channels != config.data.channels:
         raise ConfigError(f"--vae must be of {config.data.channels} latent channels, as the run is, found "
                           f"{sizes.latent_channels} in {path}")
-    return autoencoder.Autoencoder(weights, sizes, batch_size=DECODED_AT_A_TIME)
+    height, width = image_size or (config.data.image_size,) * 2
+    fitting = DECODED_PIXELS // (height * width * sizes.factor**2)
+    return autoencoder.Autoencoder(weights, sizes, batch_size=max(1, min(DECODED_AT_A_TIME, fitting)))
 
 
 class Drawing:
@@ -68,7 +71,16 @@ class Drawing:
         self._ema = config.train.ema_decays[0] if ema is None else ema
         self._sampler = Sampler(config, mesh, image_size=(height, width), progress=self._progress,
                                 decode=vae.decode if vae else None)
-        self._params = checkpoints.restore_params(run, step, config, mesh, ema_decay=self._ema)
+        trained = config.data.image_size
+        if models.resolve(config.model).mixer == "attention" and (height, width) != (trained, trained):
+            raise ConfigError(f"--image-size must be the one that a model with attention was trained on, {trained} "
+                              f"{trained}, whose positions it knows, found {height} {width}: GSPN takes any")
+        try:
+            self._params = checkpoints.restore_params(run, step, config, mesh, ema_decay=self._ema)
+        except KeyError as error:  # an item that is not there
+            raise checkpoints.CheckpointError(f"the checkpoint of step {step} in {run} must hold the parameters asked "
+                                              f"for (--ema {self._ema:g}), found none: it was imported, without those"
+                                              ) from error
         self._batches = 0
         self._evaluations = self._sampler.evaluations * -(-total // self.batch_size)
         self._description = description
@@ -101,14 +113,15 @@ class Drawing:
                                                         "guidance_interval": list(config.sampler.guidance_interval)}
         return {"run": str(self._run), "model": config.model.preset, "step": self._step,
                 "images_seen": self._step * config.train.batch_size, "ema_decay": self._ema, "sampler": sampler,
-                "parameters_sha256": _digest(self._params), "image_size": list(self.shape[:2])}
+                "parameters_sha256": digest_of(self._params), "image_size": list(self.shape[:2])}
 
 
-def _digest(params: Any) -> str:
+def digest_of(params: Any) -> str:
     """SHA-256 over the arrays of a tree and where they are in it; the same on any mesh. Every host must call it."""
     total = hashlib.sha256()
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         total.update(jax.tree_util.keystr(path, simple=True, separator="/").encode())
-        whole = leaf if leaf.is_fully_addressable else multihost_utils.process_allgather(leaf, tiled=True)
-        total.update(np.ascontiguousarray(whole).tobytes())
+        if not getattr(leaf, "is_fully_addressable", True):
+            leaf = multihost_utils.process_allgather(leaf, tiled=True)
+        total.update(np.ascontiguousarray(leaf).tobytes())
     return total.hexdigest()

@@ -9,13 +9,18 @@ from PIL import Image
 from safetensors.numpy import save_file
 
 import sample
+from gspn_jax import models
 from gspn_jax.autoencoder import LATENT_SCALE
 from gspn_jax.config import DataConfig
 from gspn_jax.data.latents import write_synthetic
+from gspn_jax.drawing import load_autoencoder
 from gspn_jax.sampling import LATENT_RANGE, Sampler
 from gspn_jax.training import checkpoints, sharding
+from gspn_jax.training.checkpoints import Checkpoints
 from gspn_jax.training.loop import train
+from gspn_jax.training.state import create_state
 from tests.autoencoder import numpy_vae
+from tests.models import numpy_gspn
 from tests.training import tiny
 
 
@@ -59,6 +64,57 @@ def test_without_weights_a_grid_shows_three_channels_of_the_latents(folder, tmp_
     sample.main(["--run", str(folder / "run"), "--classes", "1", "--per-class", "2", "--output", str(path)])
     with Image.open(path) as image:
         assert image.mode == "RGB"
+
+
+@pytest.fixture(scope="module")
+def gspn(folder):
+    """(run, config, parameters) of a GSPN on latents of 4x4x4 whose every parameter counts."""
+    data = checkpoints.read_config(folder / "run")[1].data
+    config = dataclasses.replace(tiny.config(folder / "gspn", gspn=True), data=data)
+    state = create_state(config, sharding.make_mesh(config.mesh, jax.devices()[:1]))
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(lambda leaf: leaf + 0.1 * rng.standard_normal(leaf.shape, np.float32), state.params)
+    with Checkpoints(config, "", [str(i) for i in range(10)]) as saver:
+        saver.save(1, dataclasses.replace(state, params=params))
+    return folder / "gspn", config, params
+
+
+def test_a_gspn_draws_sizes_that_it_was_not_trained_on_and_they_are_decoded(folder, gspn, tmp_path):
+    """Against float64: the network as plain loops, Euler's steps, and the autoencoder, from the same noise."""
+    run, config, params = gspn
+    height, width, steps, seed = 6, 10, 2, 5
+    sample.main(["--run", str(run), "--ema", "0", "--num-samples", "2", "--labels", "balanced", "--output",
+                 str(tmp_path / "s.npz"), "--vae", str(folder / "vae.safetensors"), "--image-size", str(height),
+                 str(width), "--sampler.name", "euler", "--sampler.steps", str(steps), "--seed", str(seed)])
+    arch = models.resolve(config.model)
+    with np.load(tmp_path / "s.npz") as samples:
+        found = samples["arr_0"]
+    assert found.shape == (2, 2 * height, 2 * width, 3) and found.std() > 20
+    for label, image in enumerate(found):
+        key = jax.random.fold_in(jax.random.key(seed + label), 0)
+        x = np.asarray(jax.random.normal(key, (height, width, 4)), np.float64)
+        for step in range(steps):
+            time = 1000 * (1 - step / steps)
+            x = x - numpy_gspn.denoise(params, x, time, label, patch=arch.patch, chunks=arch.chunks) / steps
+        truth = numpy_vae.decode(numpy_vae.random_state_dict(), numpy_vae.TINY, x.transpose(2, 0, 1) / LATENT_SCALE)
+        # truncated to levels, after float32: up to one level below, and a rounding error above
+        assert np.abs(image - np.clip(127.5 * truth.transpose(1, 2, 0) + 128, 0, 255)).max() < 1.05
+
+
+def test_large_images_are_decoded_fewer_at_a_time(folder):
+    config = checkpoints.read_config(folder / "run")[1]
+    path = str(folder / "vae.safetensors")  # doubles
+    sizes = {side: load_autoencoder(path, config, (side, side)).batch_size for side in (4, 128, 256)}
+    devices = jax.local_device_count()
+    assert sizes == {4: 16, 128: 16, 256: max(4, devices)}
+
+
+def test_attention_is_not_sampled_at_sizes_it_was_not_trained_on(folder, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        sample.main(["--run", str(folder / "run"), "--image-size", "4", "6"])
+    assert stopped.value.code == 2
+    assert ("--image-size must be the one that a model with attention was trained on, 4 4, whose positions it knows, "
+            "found 4 6") in capsys.readouterr().err
 
 
 def test_mistakes_get_a_sentence(folder, tmp_path, capsys):

@@ -73,7 +73,7 @@ def evaluate_run(flags: RunFlags, config: Config, step: int) -> list[dict[str, A
     scales = flags.guidance_scales or (flags.sampler.guidance_scale,)
     configs = [dataclasses.replace(config, sampler=dataclasses.replace(flags.sampler, guidance_scale=scale))
                for scale in scales]
-    vae = load_autoencoder(flags.vae, config)
+    vae = load_autoencoder(flags.vae, config, flags.image_size)
     scorer = Scorer(flags, mesh)
     folder = pathlib.Path(flags.run) / "evaluation"
     folder.mkdir(exist_ok=True)

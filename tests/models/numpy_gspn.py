@@ -1,7 +1,8 @@
 """The paper layout in float64 NumPy loops, written from arXiv 2501.12381 and the names of our parameters."""
 
 import numpy as np
-from numpy_dit import layer_norm, silu, time_features
+
+from tests.models.numpy_dit import layer_norm, silu, time_features
 
 DIRECTIONS = ("down", "up", "right", "left")
 

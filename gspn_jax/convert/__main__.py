@@ -1,0 +1,3 @@
+from gspn_jax.convert import main
+
+main()

@@ -1,0 +1,122 @@
+"""The model card: what a stranger must know of a file of weights, from the config and the results of the run."""
+
+import json
+import pathlib
+from typing import Any
+
+from gspn_jax.config import Config, from_dict
+from gspn_jax.evaluate.report import NAMES
+from gspn_jax.files import sha256_of
+from gspn_jax.models import learns_sigma, resolve
+from gspn_jax.training.evaluation import Record
+
+AUTOENCODER_FACTOR = 8
+"""Of Stable Diffusion's autoencoder: side of the image over that of the latent."""
+
+
+def text(name: str, header: dict[str, Any], *, count: int, weights: pathlib.Path,
+         scores: list[tuple[str, str]]) -> str:
+    """Markdown, with the fields that model hubs read in front. `header` is what lies in the file of weights."""
+    config = from_dict(header["config"])
+    rows = [
+        ("architecture", _architecture(config)), ("preset", config.model.preset),
+        ("parameters", f"{count:,} in float32"), ("resolution", _resolution(config)), ("objective", _objective(config)),
+        ("training", _training(config, header)), ("weights", _average(header["ema_decay"])),
+        ("data set", f"{_data(config)}, {config.data.num_classes:,} classes, fingerprint {header['fingerprint']}"),
+        ("license", header["license"] if header["license"] != "unknown" else "unknown: not stated by who exported"),
+        ("SHA-256 of the parameters", header["parameters_sha256"]),
+        (f"SHA-256 of {weights.name}", f"{sha256_of(weights)} ({weights.stat().st_size:,} bytes)")]
+    vae = " --vae VAE.safetensors" if config.data.source == "latents" else ""
+    names = ("the original DiT's, laid out as in PyTorch" if header["names"] == "dit"
+             else "those of gspn-jax (blocks of one kind are stacked along the first axis)")
+    measured = _table(("", ""), scores) if scores else "None were measured before the export."
+    return f"""---
+license: {json.dumps(header["license"])}
+library_name: gspn-jax
+tags: [diffusion, class-conditional, image-generation]
+---
+# {name}
+
+{_table(("", ""), rows)}
+
+## How to load
+```
+python -m gspn_jax.convert import --weights {weights.name} --output runs/{name}
+python sample.py --run runs/{name}{vae}
+```
+or, as arrays by name, `safetensors.numpy.load_file("{weights.name}")`; the names are {names}.
+
+## Scores
+{measured}
+
+## Config
+```json
+{json.dumps(header["config"], indent=1)}
+```
+"""
+
+
+def scores(run: pathlib.Path, config: Config, step: int, decay: float, parameters_sha256: str) -> list[tuple[str, str]]:
+    """(the metrics, how they were measured) of every result in the run directory that is of these parameters."""
+    found = []
+    for path in sorted((run / "evaluation").glob("*.json")):
+        try:
+            result = json.loads(path.read_text())
+            samples = result["samples"]
+            if samples.get("parameters_sha256") != parameters_sha256:
+                continue
+            values = ", ".join(f"{NAMES[name]} {value:.5g}" for name, value in result["metrics"].items())
+            sampler = samples["sampler"]
+            found.append((values, f"{samples['count']:,} samples, {sampler['name']} {sampler['steps']} steps, guidance "
+                                  f"{sampler['guidance_scale']:g}, {samples['labels']} labels"))
+        except (KeyError, TypeError, AttributeError, ValueError):
+            continue  # another program's file
+    record, settings = Record.read(run), config.eval
+    average = config.train.ema_decays[0] if settings.ema is None else settings.ema
+    if record.best_step == step and record.best_fid is not None and average == decay:
+        found.append((f"FID {record.best_fid:.5g}", f"{settings.num_samples:,} samples, while it trained"))
+    return found
+
+
+def _table(head: tuple[str, str], rows: list[tuple[str, str]]) -> str:
+    return "\n".join(f"| {left} | {right} |" for left, right in [head, ("---", "---"), *rows])
+
+
+def _architecture(config: Config) -> str:
+    arch = resolve(config.model)
+    layout = {"paper": "GSPN, the paper's layout", "dit": f"DiT with {arch.mixer}"}[arch.layout]
+    heads = f", {arch.heads} heads" if arch.mixer == "attention" else ""
+    return f"{layout}: width {arch.hidden}, depth {arch.depth}, patch {arch.patch}{heads}"
+
+
+def _resolution(config: Config) -> str:
+    side, channels = config.data.image_size, config.data.channels
+    if config.data.source != "latents":
+        return f"{side}x{side}, {channels} channel{'s' if channels > 1 else ''}"
+    pixels = AUTOENCODER_FACTOR * side
+    return (f"{pixels}x{pixels}: latents of {side}x{side}x{channels}, decoded by Stable Diffusion's autoencoder "
+            "(such as sd-vae-ft-mse)")
+
+
+def _objective(config: Config) -> str:
+    diffusion = config.diffusion
+    if diffusion.objective == "flow":
+        return "flow matching (velocity)"
+    variance = "learned" if learns_sigma(config) else "fixed"
+    return f"DDPM: epsilon, {diffusion.timesteps:,} steps of {diffusion.beta_schedule} betas, {variance} variance"
+
+
+def _training(config: Config, header: dict[str, Any]) -> str:
+    if not header["step"]:
+        return "unknown number of steps"
+    return (f"{header['step']:,} steps of {config.train.batch_size:,} images "
+            f"({header['step'] * config.train.batch_size:,} seen)")
+
+
+def _average(decay: float) -> str:
+    return f"exponential moving average, decay {decay:g}" if decay else "the parameters themselves, not averaged"
+
+
+def _data(config: Config) -> str:
+    data = config.data
+    return f"{data.source} {data.name or data.path or ''}".strip()

@@ -1,0 +1,85 @@
+"""One checkpoint of a run -> a folder with its weights as safetensors and a model card."""
+
+import dataclasses
+import json
+import pathlib
+from typing import Any
+
+import jax
+import numpy as np
+
+from gspn_jax.config import Config, ConfigError, EvalConfig, MeshConfig, to_dict
+from gspn_jax.convert import card
+from gspn_jax.drawing import digest_of
+from gspn_jax.files import check_new_folder, new_folder
+from gspn_jax.models.convert import dit_to_torch
+from gspn_jax.training import checkpoints, sharding
+
+WEIGHTS, CARD = "model.safetensors", "README.md"
+HEADER = "gspn_jax"
+"""The key of the file's metadata under which all that `import` needs lies as JSON."""
+FORMAT_VERSION = 1
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Export:
+    """Write one checkpoint of a run as model.safetensors, with a model card."""
+
+    run: str
+    """The run directory that train_dit.py wrote."""
+    output: str
+    """The folder to write, which must not exist."""
+    step: int | None = None
+    """The checkpoint; the latest by default."""
+    ema: float | None = None
+    """The EMA decay whose average is written: the first of the run by default; 0 is the parameters themselves."""
+    license: str = "unknown"
+    """Under which the weights are given away, such as apache-2.0; the card says so."""
+    dit_names: bool = False
+    """Name and lay out the tensors as the original DiT does, for PyTorch (a DiT with attention only)."""
+
+
+def export_weights(arguments: Export) -> None:
+    """Raises ConfigError or CheckpointError with one sentence for what cannot be used."""
+    output = pathlib.Path(arguments.output)
+    check_new_folder(output)
+    if not arguments.license.strip() or "\n" in arguments.license:
+        raise ConfigError(f"--license must be one line, found {arguments.license!r}")
+    step, meta = checkpoints.read_meta(arguments.run, arguments.step)
+    _, config = checkpoints.read_config(arguments.run, step)
+    decay = config.train.ema_decays[0] if arguments.ema is None else arguments.ema
+    mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
+    params = jax.device_get(checkpoints.restore_params(arguments.run, step, config, mesh, ema_decay=decay))
+    tensors = dit_to_torch(params, config) if arguments.dit_names else dict(named(params))
+    header = {"version": FORMAT_VERSION, "names": "dit" if arguments.dit_names else "gspn-jax", "step": step,
+              "ema_decay": decay, "license": arguments.license, "class_names": meta["class_names"],
+              "fingerprint": meta["fingerprint"], "parameters_sha256": digest_of(params),
+              "config": to_dict(_released(config, decay))}
+    with new_folder(output, bytes_needed=sum(value.nbytes for value in tensors.values())) as folder:
+        _write(folder / WEIGHTS, tensors, header)
+        scores = card.scores(pathlib.Path(arguments.run), config, step, decay, header["parameters_sha256"])
+        text = card.text(output.absolute().name, header, count=sum(leaf.size for leaf in jax.tree.leaves(params)),
+                         weights=folder / WEIGHTS, scores=scores)
+        (folder / CARD).write_text(text)
+    print(f"step {step}, {'the parameters themselves' if decay == 0 else f'EMA {decay:g}'}, in {output}")
+
+
+def named(params: Any):
+    """(name, leaf) of every parameter, such as "trunk.blocks.mixer.qkv.kernel", as in the file."""
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        yield jax.tree_util.keystr(path, simple=True, separator="."), leaf
+
+
+def _released(config: Config, decay: float) -> Config:
+    """The config of what is exported: with the one average that is there, and without the folders of this machine."""
+    path = config.data.path and pathlib.PurePath(config.data.path).name
+    return dataclasses.replace(
+        config, run_dir=pathlib.PurePath(config.run_dir).name, data=dataclasses.replace(config.data, path=path),
+        train=dataclasses.replace(config.train, ema_decays=(decay,)), eval=EvalConfig())
+
+
+def _write(path: pathlib.Path, tensors: dict[str, np.ndarray], header: dict[str, Any]) -> None:
+    from safetensors.numpy import save_file
+
+    save_file({name: np.ascontiguousarray(value) for name, value in tensors.items()}, path,
+              metadata={"format": "pt" if header["names"] == "dit" else "np", HEADER: json.dumps(header)})

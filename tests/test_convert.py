@@ -1,0 +1,296 @@
+"""python -m gspn_jax.convert: a DiT comes in and draws what the original does, ours goes out and comes back."""
+
+import dataclasses
+import json
+import pickle
+import re
+import shutil
+
+import jax
+import numpy as np
+import pytest
+from safetensors import safe_open
+from safetensors.numpy import load_file, save_file
+
+import sample
+import train_dit
+from gspn_jax import convert, models
+from gspn_jax.config import DataConfig, MeshConfig
+from gspn_jax.convert.exporting import HEADER
+from gspn_jax.convert.importing import dit_config
+from gspn_jax.data import make_source
+from gspn_jax.data.latents import write_synthetic
+from gspn_jax.evaluate import report
+from gspn_jax.sampling import Sampler
+from gspn_jax.training import checkpoints, sharding
+from gspn_jax.training.checkpoints import Checkpoints
+from gspn_jax.training.state import create_state
+from tests.autoencoder import numpy_vae
+from tests.models.numpy_dit import denoise, random_state_dict
+from tests.test_bad_input import Foreign
+from tests.training import tiny
+
+SIZES = {"hidden": 16, "depth": 2, "patch": 2, "channels": 4, "out_channels": 8, "num_classes": 5, "grid": 2}
+STEPS = 4
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """dit.safetensors in the original's names, its run in dit/; ours/, a GSPN on latents; vae.safetensors."""
+    folder = tmp_path_factory.mktemp("convert")
+    save_file(random_state_dict(**SIZES), folder / "dit.safetensors")
+    convert.main(["import", "--weights", str(folder / "dit.safetensors"), "--heads", "2", "--step", "7",
+                  "--output", str(folder / "dit")])
+    write_synthetic(folder / "set", records=16, latent_shape=(4, 4, 4), num_classes=5)
+    data = DataConfig(source="latents", path=str(folder / "set"), image_size=4, channels=4, num_classes=5, flip=True)
+    config = dataclasses.replace(tiny.config(folder / "ours", gspn=True), data=data)
+    state = create_state(config, sharding.make_mesh(config.mesh, jax.devices()[:1]))
+    rng = np.random.default_rng(0)  # a final layer of zeros would draw noise whatever the rest
+    random = [jax.tree.map(lambda leaf: leaf + 0.1 * rng.standard_normal(leaf.shape, np.float32), state.params)
+              for _ in range(3)]
+    state = dataclasses.replace(state, params=random[0], ema=dict(zip(state.ema, random[1:], strict=True)))
+    with Checkpoints(config, make_source(data).fingerprint, [f"class {i}" for i in range(5)]) as saver:
+        saver.save(3, state)
+    save_file(numpy_vae.random_state_dict(), folder / "vae.safetensors")
+    return folder
+
+
+def drawn(folder, run, output, *flags) -> np.ndarray:
+    sample.main(["--run", str(run), "--vae", str(folder / "vae.safetensors"), "--num-samples", "3", "--batch-size", "8",
+                 "--output", str(output), *flags])
+    with np.load(output) as samples:
+        return samples["arr_0"]
+
+
+def test_a_dit_of_elsewhere_becomes_a_run_with_the_diffusion_it_was_trained_with(folder):
+    step, config = checkpoints.read_config(folder / "dit")
+    assert step == 7 and checkpoints.newest_whole(folder / "dit") == (7, {})
+    assert (config.diffusion.objective, config.diffusion.timesteps, config.diffusion.beta_schedule) == (
+        "ddpm", 1000, "linear")
+    assert models.learns_sigma(config) and config.data.image_size == 4 and config.data.num_classes == 5
+    assert (config.sampler.name, config.sampler.steps, config.sampler.guidance_channels) == ("ddpm", 250, "first3")
+    assert config.train.ema_decays == (0.9999,) and config.run_dir == str(folder / "dit")
+
+
+def ddpm(state_dict, noise, label) -> np.ndarray:
+    """DDPM of STEPS steps with learned variance in float64 (arXiv 2102.09672), on one latent [C, H, W].
+
+    `noise` gives the start, and then one draw for each step but the last."""
+    kept = np.round(np.linspace(0, 999, STEPS)).astype(int)
+    survived = np.cumprod(1 - np.linspace(1e-4, 0.02, 1000))[kept]
+    before = np.append(1.0, survived[:-1])
+    beta = 1 - survived / before
+    posterior = beta * (1 - before) / (1 - survived)
+    x = noise[0]
+    for i in reversed(range(STEPS)):
+        out = denoise(state_dict, x, float(kept[i]), label, heads=2, patch=2)
+        epsilon, share = out[:4], (out[4:] + 1) / 2
+        x0 = (x - np.sqrt(1 - survived[i]) * epsilon) / np.sqrt(survived[i])
+        x = (np.sqrt(before[i]) * beta[i] * x0 + np.sqrt(1 - beta[i]) * (1 - before[i]) * x) / (1 - survived[i])
+        if i:
+            x = x + np.exp((share * np.log(beta[i]) + (1 - share) * np.log(posterior[i])) / 2) * noise[STEPS - i]
+    return x
+
+
+def test_its_samples_are_those_of_the_original_network_and_diffusion(folder):
+    """The whole way by file, run directory and sampler, against float64 NumPy with the same noise."""
+    step, config = checkpoints.read_config(folder / "dit")
+    config = dataclasses.replace(config, sampler=dataclasses.replace(config.sampler, steps=STEPS))
+    mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
+    params = checkpoints.restore_params(folder / "dit", step, config, mesh)
+    found = Sampler(config, mesh, decode=lambda latents: latents)(params, [3], [9])[0]
+    noise = [np.asarray(jax.random.normal(jax.random.fold_in(jax.random.key(9), i), (4, 4, 4)), np.float64)
+             for i in range(STEPS)]
+    truth = ddpm(random_state_dict(**SIZES), [draw.transpose(2, 0, 1) for draw in noise], 3).transpose(1, 2, 0)
+    assert np.abs(found - truth).max() < 1e-4 * np.abs(truth).max()  # float32, as one call of the network
+
+
+def released(run, tmp_path, *flags):
+    """(the release, the run that it is imported as)."""
+    convert.main(["export", "--run", str(run), "--output", str(tmp_path / "release"), *flags])
+    convert.main(["import", "--weights", str(tmp_path / "release/model.safetensors"), "--output",
+                  str(tmp_path / "back")])
+    return tmp_path / "release", tmp_path / "back"
+
+
+def test_a_dit_that_goes_out_again_has_its_names_and_draws_the_same_images(folder, tmp_path):
+    release, back = released(folder / "dit", tmp_path, "--dit-names")
+    np.testing.assert_array_equal(drawn(folder, folder / "dit", tmp_path / "before.npz", "--sampler.steps", "4"),
+                                  drawn(folder, back, tmp_path / "after.npz", "--sampler.steps", "4"))
+    original, written = load_file(folder / "dit.safetensors"), load_file(release / "model.safetensors")
+    assert written.keys() == original.keys()
+    for name, value in original.items():  # positions are computed anew
+        np.testing.assert_allclose(written[name], value, atol=1e-6 if name == "pos_embed" else 0, err_msg=name)
+
+
+def test_what_is_exported_comes_back_and_draws_the_same_images(folder, tmp_path):
+    mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
+    sampler = Sampler(checkpoints.read_config(folder / "ours")[1], mesh, decode=lambda latents: latents)
+
+    def latents(run, decay=None):
+        step, config = checkpoints.read_config(run)
+        assert step == 3
+        return sampler(checkpoints.restore_params(run, step, config, mesh, ema_decay=decay), [1, 4], [0, 1])
+
+    found = []
+    for decay in (0.9, 0.99, 0.0):
+        where = tmp_path / str(decay)
+        where.mkdir()
+        back = released(folder / "ours", where, "--ema", str(decay))[1]
+        found.append(latents(back))
+        np.testing.assert_array_equal(found[-1], latents(folder / "ours", decay))
+        before, after = (checkpoints.read_meta(path)[1] for path in (folder / "ours", back))
+        assert after["config"]["train"].pop("ema_decays") == [decay]
+        for name in ("fingerprint", "class_names"):
+            assert before[name] == after[name]
+        for name in ("model", "diffusion", "sampler"):
+            assert before["config"][name] == after["config"][name]
+    assert not (found[0] == found[1]).any() and not (found[0] == found[2]).any()
+
+
+def test_the_card_says_what_a_stranger_must_know(folder, tmp_path):
+    run = shutil.copytree(folder / "ours", tmp_path / "ours")
+    convert.main(["export", "--run", str(run), "--output", str(tmp_path / "first")])
+    with safe_open(tmp_path / "first/model.safetensors", "numpy") as file:
+        header = json.loads(file.metadata()[HEADER])
+    (run / "evaluation").mkdir()
+    for name, sha256 in (("mine", header["parameters_sha256"]), ("other", "0" * 64)):
+        report.write(run / f"evaluation/{name}.json", {
+            "metrics": {"fid": 12.5 if name == "mine" else 99.5, "is": 3.25},
+            "samples": {"parameters_sha256": sha256, "count": 50_000, "labels": "random",
+                        "sampler": {"name": "heun", "steps": 3, "guidance_scale": 1.5}}})
+    convert.main(["export", "--run", str(run), "--license", "apache-2.0", "--output", str(tmp_path / "card")])
+    card, first = ((tmp_path / name / "README.md").read_text() for name in ("card", "first"))
+    config = checkpoints.read_config(run)[1]
+    count = sum(value.size for value in load_file(tmp_path / "card/model.safetensors").values())
+    for said in ("license: \"apache-2.0\"", "| license | apache-2.0 |", f"| parameters | {count:,} in float32 |",
+                 "| preset | GSPN-S/2 |", "width 32, depth 2, patch 2", "32x32: latents of 4x4x4",
+                 "| training | 3 steps of 16 images (48 seen) |", "| weights | exponential moving average, decay 0.9 |",
+                 "| data set | latents set, 5 classes, fingerprint ", "flow matching",
+                 "| FID 12.5, Inception score 3.25 | 50,000 samples, heun 3 steps, guidance 1.5, random labels |",
+                 "import --weights model.safetensors --output runs/card", "sample.py --run runs/card --vae"):
+        assert said in card, said
+    assert "99.5" not in card and str(tmp_path) not in card and str(folder) not in card
+    assert "| license | unknown: not stated by who exported |" in first and "None were measured" in first
+    shown = json.loads(re.search(r"```json\n(.*?)```", card, re.S)[1])
+    assert shown["model"] == json.loads(json.dumps(dataclasses.asdict(config.model))) and shown["run_dir"] == "ours"
+
+
+def changed(folder, tmp_path, change, name="other.safetensors") -> str:
+    """The DiT of the folder with another state_dict, as a file."""
+    save_file(change(load_file(folder / "dit.safetensors")), tmp_path / name)
+    return str(tmp_path / name)
+
+
+def without(name):
+    return lambda state_dict: {key: value for key, value in state_dict.items() if key != name}
+
+
+def refused(capsys, *arguments) -> str:
+    with pytest.raises(SystemExit) as stopped:
+        convert.main([str(argument) for argument in arguments])
+    assert stopped.value.code == 2
+    shown = " ".join(capsys.readouterr().err.replace("│", " ").split())
+    assert "Traceback" not in shown
+    return shown
+
+
+@pytest.mark.parametrize(("change", "flags", "said"), [
+    (lambda s: s, [], "--heads must be given for a DiT of width 16 and depth 2, which is no preset"),
+    (lambda s: s, ["--heads", "3"], "model.heads must be a divisor of model.hidden (16), found 3"),
+    (lambda s: s, ["--heads", "0"], "--heads must be 1 or more, found 0"),
+    (lambda s: s, ["--heads", "2", "--step", "-1"], "--step must be 0 or more, found -1"),
+    (without("pos_embed"), ["--heads", "2"], "--image-size must be given for a file without pos_embed"),
+    (without("blocks.0.mlp.fc1.bias"), ["--heads", "2"], "the state_dict must have 'blocks.0.mlp.fc1.bias'"),
+    (without("x_embedder.proj.weight"), ["--heads", "2"], "must be those of a DiT, as facebookresearch/DiT names them"),
+    (lambda s: s | {"final_layer.linear.weight": s["final_layer.linear.weight"][:-2]}, ["--heads", "2"],
+     "must give 4 or 8 channels, found 7"),
+    (lambda s: s | {"t_embedder.mlp.0.bias": np.full(16, np.nan, np.float32)}, ["--heads", "2"],
+     "t_embedder.mlp.0.bias must be finite"),
+])
+def test_a_wrong_dit_gets_a_sentence(folder, tmp_path, capsys, change, flags, said):
+    weights = changed(folder, tmp_path, change)
+    assert said in refused(capsys, "import", "--weights", weights, "--output", tmp_path / "run", *flags)
+    assert [path.name for path in tmp_path.iterdir()] == ["other.safetensors"]
+
+
+def test_other_files_and_places_get_a_sentence(folder, tmp_path, capsys):
+    (tmp_path / "text.safetensors").write_text("hello" * 10)
+    (tmp_path / "foreign.pt").write_bytes(pickle.dumps({"a": Foreign(tmp_path / "unpickled")}, protocol=2))
+    to = ["--output", tmp_path / "run"]
+    assert "text.safetensors must be a safetensors file" in refused(
+        capsys, "import", "--weights", tmp_path / "text.safetensors", *to)
+    assert "the weights must be a file, found nothing at" in refused(capsys, "import", "--weights", "/absent.pt", *to)
+    assert "foreign.pt" in refused(capsys, "import", "--weights", tmp_path / "foreign.pt", *to)
+    assert not (tmp_path / "unpickled").exists()
+    assert "exists already" in refused(capsys, "import", "--weights", folder / "dit.safetensors", "--heads", 2,
+                                       "--output", folder / "ours")
+    assert "exists already" in refused(capsys, "export", "--run", folder / "ours", "--output", folder / "dit")
+    assert "must lie in a folder that exists" in refused(capsys, "export", "--run", folder / "ours", "--output",
+                                                         tmp_path / "no/where")
+    assert "no checkpoint in" in refused(capsys, "export", "--run", tmp_path, *to)
+    assert "no checkpoint of step 9" in refused(capsys, "export", "--run", folder / "ours", "--step", 9, *to)
+    assert "one that the run kept" in refused(capsys, "export", "--run", folder / "ours", "--ema", 0.5, *to)
+    assert "must be a DiT with attention" in refused(capsys, "export", "--run", folder / "ours", "--dit-names", *to)
+    assert "gspn_jax.convert can: import, export, found 'eat'" in refused(capsys, "eat")
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_was_exported_must_be_whole(folder, tmp_path, capsys):
+    convert.main(["export", "--run", str(folder / "ours"), "--output", str(tmp_path / "release")])
+    path = tmp_path / "release/model.safetensors"
+    tensors = load_file(path)
+    with safe_open(path, "numpy") as file:
+        metadata = file.metadata()
+    header = json.loads(metadata[HEADER])
+
+    def said(tensors=tensors, *flags, **values) -> str:
+        save_file(tensors, path, metadata=metadata | {HEADER: json.dumps(header | values)})
+        return refused(capsys, "import", "--weights", path, "--output", tmp_path / "run", *flags)
+
+    name = "patch_embed.proj.bias"
+    assert "their SHA-256 has changed" in said(tensors | {name: tensors[name] + 1})
+    assert f"found '{name}' on one side only" in said(without(name)(tensors))
+    assert f"'{name}' must have shape (32,), found (31,)" in said(tensors | {name: tensors[name][1:]})
+    assert "must be of format version 1 with its fields, found version 2" in said(version=2)
+    assert "5 names of classes" in said(class_names=["a"])
+    assert "config.colour must be one of" in said(config=header["config"] | {"colour": 1})
+    assert "--step is for a DiT of elsewhere" in said(tensors, "--step", "3")
+
+
+def test_an_imported_run_is_not_trained_on(folder, tmp_path, capsys):
+    run = shutil.copytree(folder / "dit", tmp_path / "run")
+    (tmp_path / "config.py").write_text(
+        "import dataclasses\nfrom gspn_jax.training.checkpoints import read_config\n"
+        f"config = read_config({str(run)!r})[1]\nconfig = dataclasses.replace(config, run_dir={str(run)!r}, "
+        f"data=dataclasses.replace(config.data, path={str(folder / 'set')!r}))\n")
+    with pytest.raises(SystemExit) as stopped:
+        train_dit.main(["--config", str(tmp_path / "config.py"), "--train.steps", "9"])
+    assert stopped.value.code == 2 and "choose another run_dir to start a new run" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as stopped:
+        sample.main(["--run", str(run), "--ema", "0"])
+    assert stopped.value.code == 2 and "must hold the parameters asked for (--ema 0)" in capsys.readouterr().err
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_a_torch_file_gives_the_run_of_its_safetensors(folder, tmp_path, wrapped):
+    import torch
+
+    tensors = {name: torch.tensor(value) for name, value in load_file(folder / "dit.safetensors").items()}
+    other = {name: torch.zeros_like(value) for name, value in tensors.items()}
+    torch.save({"model": other, "ema": tensors} if wrapped else tensors, tmp_path / "dit.pt")
+    convert.main(["import", "--weights", str(tmp_path / "dit.pt"), "--heads", "2", "--output", str(tmp_path / "run")])
+    steps = ["--sampler.steps", "4"]
+    np.testing.assert_array_equal(drawn(folder, tmp_path / "run", tmp_path / "a.npz", *steps),
+                                  drawn(folder, folder / "dit", tmp_path / "b.npz", *steps))
+
+
+def test_the_published_sizes_are_known():
+    for grid, side in ((16, 32), (32, 64)):
+        shapes = {"x_embedder.proj.weight": (1152, 4, 2, 2), "y_embedder.embedding_table.weight": (1001, 1152),
+                  "final_layer.linear.weight": (32, 1152), "pos_embed": (1, grid * grid, 1152),
+                  **{f"blocks.{i}.attn.qkv.bias": (3456,) for i in range(28)}}
+        config = dit_config({name: np.broadcast_to(np.float32(0), shape) for name, shape in shapes.items()})
+        assert config.model.preset == "DiT-XL/2" and config.data.image_size == side
+        assert models.count_parameters(config) == pytest.approx(675e6, rel=0.01) and models.learns_sigma(config)
