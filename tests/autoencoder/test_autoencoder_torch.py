@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from numpy_vae import TINY, random_state_dict
 
-from gspn_jax.autoencoder import AutoencoderConfig, decode, encode, from_state_dict, load
+from gspn_jax.autoencoder import AutoencoderConfig, decode, encode, from_state_dict, load, model
 
 pytestmark = [pytest.mark.torch,
               pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")]
@@ -25,8 +25,11 @@ def diffusers_autoencoder(config: AutoencoderConfig, weights):
     return theirs.eval()
 
 
-@pytest.mark.parametrize(("config", "side"), [
+SIZES = pytest.mark.parametrize(("config", "side"), [
     (TINY, 8), pytest.param(AutoencoderConfig(), 64, marks=pytest.mark.slow)], ids=["tiny", "full size"])
+
+
+@SIZES
 def test_moments_and_images_are_those_of_diffusers(config, side, tmp_path):
     weights = random_state_dict(config)
     theirs = diffusers_autoencoder(config, weights)
@@ -44,6 +47,47 @@ def test_moments_and_images_are_those_of_diffusers(config, side, tmp_path):
         truth = truth.numpy().transpose(0, 2, 3, 1)
         assert ours.shape == truth.shape
         assert np.abs(np.asarray(ours) - truth).max() < TOLERANCE * np.abs(truth).max()
+
+
+@SIZES
+def test_every_layer_and_block_gives_what_that_of_diffusers_gives(config, side, monkeypatch):
+    """By name, from one image and one latent that go through both networks whole: what each layer, residual block,
+    attention, down- and upsampler and middle gives, as it is fed there."""
+    import torch
+    from diffusers.models.attention_processor import Attention
+    from diffusers.models.resnet import ResnetBlock2D
+    from diffusers.models.unets.unet_2d_blocks import UNetMidBlock2D
+
+    weights, ours, theirs = random_state_dict(config), {}, {}
+
+    def recorded(function):
+        def record(params, name, *rest, **options):
+            ours[name] = out = function(params, name, *rest, **options)
+            return out
+        return record
+
+    for name in ("_conv", "_linear", "_group_norm", "_residual", "_middle", "_attention"):
+        monkeypatch.setattr(model, name, recorded(getattr(model, name)))
+    rng = np.random.default_rng(0)
+    images = rng.uniform(-1, 1, (1, side, side, 3)).astype(np.float32)
+    latents = rng.standard_normal((1, side // config.factor, side // config.factor, 4), np.float32)
+    params = from_state_dict(weights, config)
+    encode(params, config, images)
+    decode(params, config, latents)
+
+    network = diffusers_autoencoder(config, weights)
+    for name, module in network.named_modules():
+        if list(module.parameters(recurse=False)) or isinstance(module, (Attention, ResnetBlock2D, UNetMidBlock2D)):
+            module.register_forward_hook(lambda _, inputs, out, name=name: theirs.update({name: out.numpy()}))
+    with torch.no_grad():
+        network.encode(torch.tensor(images.transpose(0, 3, 1, 2)))
+        network.decode(torch.tensor(latents.transpose(0, 3, 1, 2)))
+    assert ours.keys() == theirs.keys()
+    for name, truth in theirs.items():
+        channels_first = truth.ndim == 4 or name.endswith("group_norm")  # attention's linears see [B, N, C]
+        truth = np.moveaxis(truth, 1, -1) if channels_first else truth
+        error = np.abs(np.asarray(ours[name]).reshape(truth.shape) - truth).max()
+        assert error < TOLERANCE * np.abs(truth).max(), f"{name}: {error:.2g} of {np.abs(truth).max():.2g}"
 
 
 @pytest.mark.parametrize("safe", [True, False])
