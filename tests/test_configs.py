@@ -1,16 +1,21 @@
 """Every file in configs/ loads, and builds the model that it names."""
 
+import dataclasses
 import pathlib
 
 import pytest
 
 from gspn_jax import cli, models
+from gspn_jax.data.latents import record_type
 from gspn_jax.diffusion import samplers
 
 ROOT = pathlib.Path(__file__).parents[1]
 FILES = sorted(path for path in (ROOT / "configs").glob("*.py") if path.name != "__init__.py")
-PUBLISHED = {"gspn_b_2": 137e6, "gspn_l_2": 443e6, "gspn_xl_2": 690e6, "dit_xl_2": 675e6}
+PUBLISHED = {"gspn_b_2": 137e6, "gspn_l_2": 443e6, "gspn_xl_2": 690e6, "dit_xl_2": 675e6, "gspn_l_2_512": 443e6,
+             "gspn_xl_2_512": 690e6, "dit_xl_2_512": 675e6}
 """Parameters, from the papers of GSPN (arXiv 2501.12381) and DiT (arXiv 2212.09748); to be met within 1 %."""
+IMAGENET = 1_281_167
+"""Images of the training set of ILSVRC 2012."""
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
@@ -23,11 +28,24 @@ def test_a_config_builds(path):
     assert f"--config configs/{path.stem}.py" in (ROOT / "configs" / path.name).read_text()
 
 
-def test_the_imagenet_recipes_differ_in_the_model_only_where_they_say_so():
-    recipes = {name: cli.load_config(ROOT / "configs" / f"{name}.py") for name in PUBLISHED}
-    reference = recipes["gspn_xl_2"]
+@pytest.mark.parametrize(("ending", "latents"), [("_2", 32), ("_2_512", 64)])
+def test_the_imagenet_recipes_differ_in_the_model_only_where_they_say_so(ending, latents):
+    recipes = {name: cli.load_config(ROOT / "configs" / f"{name}.py") for name in PUBLISHED if name.endswith(ending)}
+    assert len(recipes) >= 3
+    reference = recipes[f"gspn_xl{ending}"]
+    assert reference.data.image_size == latents
     for name, config in recipes.items():
         assert config.data == reference.data and config.diffusion == reference.diffusion
         assert config.train == reference.train and config.sampler == reference.sampler
         if name.startswith("gspn"):
             assert config.optimizer == reference.optimizer
+
+
+@pytest.mark.parametrize("name", ["gspn_l_2", "gspn_xl_2", "dit_xl_2"])
+def test_512_pixels_are_the_recipe_of_256_on_larger_latents(name):
+    small, large = (cli.load_config(ROOT / "configs" / f"{stem}.py") for stem in (name, f"{name}_512"))
+    data = dataclasses.replace(small.data, image_size=64, path="data/imagenet512_latents")
+    assert large == dataclasses.replace(small, run_dir=f"runs/{name}_512", data=data)
+    text = (ROOT / "configs" / f"{name}_512.py").read_text()
+    record = record_type((64, 64, 4), flips=True).itemsize
+    assert f"{IMAGENET * record / 1e9:.0f} GB" in text and "--image-size 512" in text

@@ -1,0 +1,36 @@
+r"""GSPN-L/2 (443M parameters) on ImageNet 512 in latents, by the recipe for 256 pixels.
+
+python -m gspn_jax.prepare latents --images IMAGENET/train --vae VAE.safetensors --image-size 512 \
+    --output LATENTS     (once; 168 GB)
+python train_dit.py --config configs/gspn_l_2_512.py --data.path LATENTS     (a node of 8 GPUs)
+srun --nodes=8 --ntasks-per-node=1 python train_dit.py --config configs/gspn_l_2_512.py --data.path LATENTS \
+    --train.batch-size 1024 --optimizer.warmup-steps 6256     (64 GPUs, 16 images each)
+
+Latents of 64x64: 1,024 tokens, four times those of 256 pixels, as are the arithmetic and the activations of an image;
+the parameters are the same, as no position is embedded. 400,000 steps of 256 images (80 epochs); warm-up over 5
+epochs, 25,025 steps, then half a cosine. Each GPU holds the whole state (7.1 GB in float32 with Adam and EMA) and 32
+images of each step; blocks are recomputed in the backward pass (remat).
+Hardware, time and result: not yet run. The paper has no class-conditional result at 512 pixels.
+"""
+
+from gspn_jax.config import (
+    Config,
+    DataConfig,
+    DiffusionConfig,
+    ModelConfig,
+    OptimizerConfig,
+    SamplerConfig,
+    TrainConfig,
+)
+
+config = Config(
+    run_dir="runs/gspn_l_2_512",
+    model=ModelConfig(preset="GSPN-L/2", drop_path=0.1, remat="full"),
+    data=DataConfig(source="latents", path="data/imagenet512_latents", image_size=64, channels=4, num_classes=1000,
+                    flip=True),
+    diffusion=DiffusionConfig(objective="ddpm", label_dropout=0.1),
+    sampler=SamplerConfig(name="ddpm", steps=250),
+    optimizer=OptimizerConfig(learning_rate=1e-4, final_learning_rate=1e-6, warmup_steps=25_025),
+    train=TrainConfig(steps=400_000, batch_size=256, precision="params=float32,compute=bfloat16", ema_decays=(0.9999,),
+                      log_every=100, sample_every=10_000, save_every=5_000, keep_every=50_000),
+)
