@@ -36,7 +36,7 @@ RECORD = "evaluation.json"
 class Evaluation:
     """Draws the same labels and seeds at each evaluation, on the mesh that trains; images do not leave the devices.
 
-    Use it as the config's `eval` says; every host makes the same calls.
+    Use it as the config's `eval` says; every host makes the same calls. `record` is what it has found so far.
     """
 
     def __init__(self, config: Config, mesh: Mesh):
@@ -70,7 +70,7 @@ class Evaluation:
         self._labels = draw_labels(settings.labels, settings.num_samples, config.data.num_classes, settings.seed)
         decay = config.train.ema_decays[0] if settings.ema is None else settings.ema
         self._average = ema.name(decay) if decay or 0.0 in config.train.ema_decays else None
-        self._record = Record.read(config.run_dir)
+        self.record = Record.read(config.run_dir)
         self.stopped_by: str | None = None
 
     def due(self, step: int) -> bool:
@@ -78,7 +78,7 @@ class Evaluation:
 
     def missed(self, step: int) -> bool:
         """Whether a run that goes on from `step` was stopped before the evaluation that was due."""
-        return step > 0 and self.due(step) and self._record.step < step
+        return step > 0 and self.due(step) and self.record.step < step
 
     def __call__(self, step: int, state: TrainState, asked: Callable[[], str | None] = lambda: None
                  ) -> dict[str, float] | None:
@@ -105,14 +105,14 @@ class Evaluation:
                 jax.block_until_ready(features)  # the bar and a signal's answer do not run ahead of the devices
                 bar.update(min(size, count - first))
         scores = _of_first_host(collector.scores(self._reference))
-        self._record = self._record.add(step, scores.get("fid"))
+        self.record = self.record.add(step, scores.get("fid"))
         if jax.process_index() == 0:
-            self._record.write(self._run_dir)
+            self.record.write(self._run_dir)
         return scores | {"seconds": time.perf_counter() - start}
 
     @property
     def best_step(self) -> int | None:
-        return self._record.best_step
+        return self.record.best_step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,6 +133,16 @@ class Record:
         if record.best_step in checkpoints.steps(run_dir):
             return record
         return cls(record.step)
+
+    @classmethod
+    def rewind(cls, run_dir: str | pathlib.Path, step: int) -> "Record":
+        """That of a run that goes on from `step`: what was found after it is dropped, from the file too."""
+        found = cls.read(run_dir)
+        known = found.best_step is not None and found.best_step <= step
+        record = cls(min(found.step, step), *((found.best_step, found.best_fid) if known else (None, None)))
+        if record != found and jax.process_index() == 0:
+            record.write(run_dir)
+        return record
 
     def add(self, step: int, fid: float | None) -> "Record":
         if fid is None or not fid < (math.inf if self.best_fid is None else self.best_fid):  # NaN is not better

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 
 from gspn_jax import data, models
 from gspn_jax.config import Config
@@ -54,11 +55,11 @@ def train(config: Config) -> pathlib.Path:
 
     # a signal is noted until the last save is on the disk
     with Stop() as stop, Checkpoints(config, source.fingerprint, source.class_names) as checkpoints:
-        checkpoints.best_step = Record.read(run_dir).best_step
         # --- state: the latest checkpoint, or born sharded
         target = abstract_state(config, mesh)
         restored = checkpoints.restore(target)
         first_step, state = restored or (0, create_state(config, mesh))
+        _forget_evaluations(run_dir, first_step, evaluation, checkpoints)
         guard = Guard(config.guard, checkpoints.notes)
 
         # --- data and step
@@ -122,6 +123,8 @@ def train(config: Config) -> pathlib.Path:
                     raise NonFiniteError(_advice(good_step + 1, values[bad], config))
                 guard.left_out(step, len(values) - len(finite))
                 spike = guard.see(v["loss"] for v in finite)
+                if config.guard.spike_factor:
+                    spike = _of_first_host(spike)
                 if spike is not None and saved:
                     with meter.pause():
                         state = None  # two states may not fit
@@ -131,6 +134,7 @@ def train(config: Config) -> pathlib.Path:
                         opened.close()
                         batches = opened.enter_context(open_batches(back))
                         run_log.rewind(back)
+                        _forget_evaluations(run_dir, back, evaluation, checkpoints)
                     log.warning("the loss rose to %.4g before step %d: back to step %d, and on with another order of "
                                 "the data", spike, step, back)
                     step, window = back, []
@@ -153,6 +157,23 @@ def train(config: Config) -> pathlib.Path:
                     checkpoints.wait()
                     raise Interrupted(f"stopped by {asked} and saved at step {step}; the same command goes on")
     return run_dir
+
+
+def _of_first_host(spike: float | None) -> float | None:
+    """The first host's judgement on all hosts: one that went back alone would wait for the others for ever."""
+    if jax.process_count() == 1:
+        return spike
+    value = float(multihost_utils.broadcast_one_to_all(np.float32(np.nan if spike is None else spike)))
+    return None if np.isnan(value) else value
+
+
+def _forget_evaluations(run_dir: pathlib.Path, step: int, evaluation: Evaluation | None,
+                        checkpoints: Checkpoints) -> None:
+    """Of steps after `step`, from which the run goes on."""
+    record = Record.rewind(run_dir, step)
+    checkpoints.best_step = record.best_step
+    if evaluation:
+        evaluation.record = record
 
 
 def _evaluate(evaluation: Evaluation, step: int, state: TrainState, checkpoints: Checkpoints, run_log: RunLog,

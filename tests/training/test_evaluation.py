@@ -166,8 +166,8 @@ def test_the_best_checkpoint_is_kept_beside_the_latest(files, tmp_path, monkeypa
     fids = iter([5.0, 3.0, 4.0, float("nan"), 3.0])
 
     def call(self, step, *_):
-        self._record = self._record.add(step, fid := next(fids))
-        self._record.write(self._run_dir)
+        self.record = self.record.add(step, fid := next(fids))
+        self.record.write(self._run_dir)
         return {"fid": fid}
 
     monkeypatch.setattr(Evaluation, "__call__", call)
