@@ -75,6 +75,7 @@ class ModelConfig:
     learn_sigma: bool | None = None
     """None: two outputs per channel (prediction and variance range) under the "ddpm" objective, one under "flow"."""
     remat: Remat = "none"
+    """What the backward pass recomputes: nothing, all but the linears, all. Under mesh.fsdp "none" is "dots"."""
     backend: Literal["scan", "mosaic_gpu"] | None = None
 
     def __post_init__(self) -> None:

@@ -12,7 +12,7 @@ from gspn_jax import models
 from gspn_jax.config import Config, ConfigError
 from gspn_jax.data.images import to_uint8
 from gspn_jax.diffusion import samplers
-from gspn_jax.training import sharding
+from gspn_jax.training import fsdp, sharding
 
 Progress = Callable[[int, int], None]
 Decode = Callable[[Float[np.ndarray, "N h w C"]], UInt8[np.ndarray, "N H W 3"]]
@@ -46,11 +46,12 @@ class Sampler:
 
         def draw(params, labels, seeds):
             keys = jax.vmap(jax.random.key)(seeds)
+            params = fsdp.outside_blocks(config, mesh, params)
 
             def denoise(x, t, y):
                 return models.apply(graphdef, params, x, t, y)
 
-            with sharding.sharded_operator(mesh):
+            with fsdp.sharded_model(config, mesh):
                 x = samplers.sample(config.sampler, config.diffusion, denoise, shape, labels, keys,
                                     null_class=config.data.num_classes, learn_sigma=learn_sigma, progress=progress,
                                     clip_denoised=config.sampler.clip_denoised)

@@ -54,7 +54,8 @@ def over_shards(propagate: Callable) -> Callable:
                              parts.get("skip"), chunk)  # fmt: skip
 
         arrays = {name: {**arrays, "merge": merge}[name] for name in specs}
-        return jax.shard_map(local, mesh=mesh, in_specs=(specs,), out_specs=spec(x), check_vma=False)(arrays)
+        return jax.shard_map(local, mesh=mesh, in_specs=(specs,), out_specs=spec(x),
+                             axis_names=set(mesh.axis_names) - set(mesh.manual_axes), check_vma=False)(arrays)
 
     return wrapped
 

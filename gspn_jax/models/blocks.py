@@ -1,7 +1,9 @@
 """Residual blocks of the two layouts, and the scan that runs a stack of them."""
 
+import contextlib
+import contextvars
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import jax
@@ -17,6 +19,8 @@ from gspn_jax.models.presets import Architecture
 
 ZEROS = jax.nn.initializers.zeros
 MLP_RATIO = 4
+BRANCHES = 2
+"""At most so many residual branches in a block."""
 NORM_EPSILON = 1e-6
 
 _POLICIES = {
@@ -27,6 +31,23 @@ _POLICIES = {
     ),
     "full": lambda step: jax.checkpoint(step, prevent_cse=False),
 }
+
+_runner = contextvars.ContextVar("how a block is run", default=None)
+
+
+@contextlib.contextmanager
+def run_blocks_by(runner: Callable[[Callable], Callable]) -> Iterator[None]:
+    """Inside, `run_stack` calls runner(apply) for every block in place of apply(params, x, *others): the parameters of
+    one block as they are stored, and arrays (or None) with a leading batch axis; the result has it too.
+
+    It is here that weights split over devices are gathered, one block at a time. They are gathered again for the
+    backward pass, so that `remat` "none", which would keep them, becomes "dots".
+    """
+    token = _runner.set(runner)
+    try:
+        yield
+    finally:
+        _runner.reset(token)
 
 
 class DropPath(NamedTuple):
@@ -40,9 +61,23 @@ class DropPath(NamedTuple):
 
     def __call__(self, branch: Float[Array, "B H W D"], index: int = 0) -> Float[Array, "B H W D"]:
         """Leaves out samples of `branch`, the one numbered `index` in its block, and scales the others up."""
+        return self.draw(branch.shape[0])(branch, index)
+
+    def draw(self, batch: int) -> "Drawn":
+        """What it does to every branch of one block."""
         keep = 1 - self.rate
-        kept = jax.random.bernoulli(jax.random.fold_in(self.key, index), keep, (branch.shape[0], 1, 1, 1))
-        return branch * jnp.where(kept, 1 / keep, 0.0).astype(branch.dtype)
+        kept = [jax.random.bernoulli(jax.random.fold_in(self.key, index), keep, (batch, 1, 1, 1))
+                for index in range(BRANCHES)]
+        return Drawn(jnp.where(jnp.stack(kept, axis=1), 1 / keep, 0.0))
+
+
+class Drawn(NamedTuple):
+    """Stochastic depth of one block, by the factor of each sample's branches: 0 leaves it out."""
+
+    factor: Float[Array, "B n 1 1 1"]
+
+    def __call__(self, branch: Float[Array, "B H W D"], index: int = 0) -> Float[Array, "B H W D"]:
+        return branch * self.factor[:, index].astype(branch.dtype)
 
 
 def layer_norm(x: Float[Array, "B H W D"]) -> Float[Array, "B H W D"]:
@@ -148,21 +183,27 @@ def run_stack(
     `long_skips` have one entry a block too. Returns the tokens and, with `keep`, those after every block.
     """
     graphdef, params = nnx.split(blocks)
+    params = nnx.to_pure_dict(params)
     layers = (params, drop_path, long_skips)
+    runner = _runner.get()
+    policy = "dots" if runner and remat == "none" else remat
     kept = []
     start = 0
     for chunk, stretch in itertools.groupby(chunks):
         stop = start + len(list(stretch))
 
-        def step(x, layer, chunk=chunk):
-            params, drop_path, long_skip = layer
+        def apply(params, x, condition, drop_path, long_skip, chunk=chunk):
             block = nnx.merge(graphdef, params)
-            x = block(x, condition, chunk=chunk, drop_path=drop_path, long_skip=long_skip)
+            return block(x, condition, chunk=chunk, drop_path=drop_path, long_skip=long_skip)
+
+        def step(x, layer, run=runner(apply) if runner else apply):
+            params, drop_path, long_skip = layer
+            x = run(params, x, condition, drop_path and drop_path.draw(x.shape[0]), long_skip)
             return x, x if keep else None
 
         whole = stop - start == len(chunks)
         part = layers if whole else jax.tree.map(lambda a, start=start, stop=stop: a[start:stop], layers)
-        x, outputs = jax.lax.scan(_POLICIES[remat](step), x, part)
+        x, outputs = jax.lax.scan(_POLICIES[policy](step), x, part)
         kept.append(outputs)
         start = stop
     return x, jnp.concatenate(kept) if keep else None

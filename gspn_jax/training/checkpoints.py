@@ -112,7 +112,7 @@ def read_config(run_dir: str | pathlib.Path, step: int | None = None) -> tuple[i
 
 def restore_params(run_dir: str | pathlib.Path, step: int, config: Config, mesh: Mesh, *,
                    ema_decay: float | None = None) -> Any:
-    """The averaged parameters of a checkpoint, sharded over `mesh`; `ema_decay` None is the first of the config.
+    """The averaged parameters of a checkpoint, as they are stored on `mesh`; `ema_decay` None is the first of the config.
 
     A decay of 0 gives the parameters themselves. Raises CheckpointError for a decay that was not kept, and for files
     that are not those that were saved.
@@ -125,9 +125,7 @@ def restore_params(run_dir: str | pathlib.Path, step: int, config: Config, mesh:
     item = "params" if decay == 0.0 and 0.0 not in decays else f"ema_{ema.name(decay)}"
     _verify(run_dir, step, item)
     _, shapes = models.abstract(config)
-    target = jax.tree.map(lambda s, where: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where),
-                          shapes, sharding.param_shardings(shapes, mesh))
-    return _read(folder(run_dir) / str(step), {item: target})[item]
+    return _read(folder(run_dir) / str(step), {item: sharding.stored(shapes, mesh)})[item]
 
 
 def _verify(run_dir: str | pathlib.Path, step: int, item: str) -> None:
@@ -141,10 +139,13 @@ def _verify(run_dir: str | pathlib.Path, step: int, item: str) -> None:
 
 
 def _read(where: pathlib.Path, targets: dict[str, Any]) -> dict[str, Any]:
-    """The items of a checkpoint in the shapes and shardings of `targets`; each device reads its own part."""
+    """The items of a checkpoint in the shapes and shardings of `targets`; each device reads its own part.
+
+    Not strict: meshes pad weights differently (`sharding.stored`), and orbax drops or adds zeros at the end of an axis.
+    """
     with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as reader:
         read = reader.restore(where, args=ocp.args.Composite(
-            **{name: ocp.args.StandardRestore(target) for name, target in targets.items()}))
+            **{name: ocp.args.StandardRestore(target, strict=False) for name, target in targets.items()}))
     return {name: read[name] for name in targets}
 
 

@@ -3,13 +3,12 @@
 import logging
 import math
 import re
-from contextlib import AbstractContextManager
 from typing import Any
 
 import jax
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+import jax.numpy as jnp
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
-import kernels
 from gspn_jax.config import Config, ConfigError, MeshConfig
 
 AXES = ("data", "fsdp", "tensor")
@@ -65,45 +64,72 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
 
-def sharded_operator(mesh: Mesh) -> AbstractContextManager[None]:
-    """Inside, line scans are traced for the part of a batch and of the channels that each device has."""
-    return kernels.sharded(mesh, batch=BATCH_AXES, channels=("tensor",))
-
-
 def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-def partition_spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
+STACK = re.compile(r"blocks/")
+"""In the paths of parameters that are stacks of layers: the first axis is never split, for a scan runs over it."""
+
+MIN_SHARDED_SIZE = 2**10
+"""Parameters that have fewer numbers a layer (merge weights, the narrow biases) are not worth a gather."""
+
+
+def partition_spec(path: str, shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> PartitionSpec:
     """Where the parameter at `path` ("in_blocks/mixer/in_proj/kernel") lives.
 
-    An axis that the mesh does not divide stays whole; then "fsdp" takes the largest other axis that it divides.
+    "tensor" takes the axis that the table says if it divides it. "fsdp" takes the axis that needs the least padding
+    (`stored_shape`), of equals the one that the table says and then the longest.
     """
     logical = next((axes for pattern, axes in RULES if re.search(pattern, path)), ())
-    axes = [None] * len(shape)
-    offset = len(shape) - len(logical)
-    for i, name in enumerate(logical):
-        mesh_axis = MESH_AXIS[name]
-        if offset >= 0 and mesh_axis and mesh.shape[mesh_axis] > 1 and shape[offset + i] % mesh.shape[mesh_axis] == 0:
-            axes[offset + i] = mesh_axis
+    axes: list[str | None] = [None] * len(shape)
+    offset, first = len(shape) - len(logical), 1 if STACK.search(path) else 0
+    for i, name in enumerate(logical, start=offset):
+        if offset >= first and MESH_AXIS[name] == "tensor" and mesh.shape["tensor"] > 1 \
+                and shape[i] % mesh.shape["tensor"] == 0:
+            axes[i] = "tensor"
     fsdp = mesh.shape["fsdp"]
-    if fsdp > 1 and "fsdp" not in axes and math.prod(shape) >= MIN_SHARDED_SIZE:
-        free = [i for i, size in enumerate(shape) if axes[i] is None and size % fsdp == 0]
-        if free:
-            axes[max(free, key=lambda i: shape[i])] = "fsdp"
+    free = [i for i in range(first, len(shape)) if axes[i] is None]
+    if fsdp > 1 and free and math.prod(shape[first:]) >= MIN_SHARDED_SIZE:
+        embed = offset + logical.index("embed") if "embed" in logical else None
+        best = min(free, key=lambda i: (_padded(shape[i], fsdp) / shape[i], i != embed, -shape[i]))
+        if _padded(shape[best], fsdp) <= 2 * shape[best]:
+            axes[best] = "fsdp"
         else:
             logging.getLogger(__name__).warning(
-                "no axis of %s %s is a multiple of mesh.fsdp=%d: it is kept whole on every device", path, shape, fsdp)
+                "no axis of %s %s can be split by mesh.fsdp=%d: it is kept whole on every device", path, shape, fsdp)
     return PartitionSpec(*axes)
 
 
-MIN_SHARDED_SIZE = 2**14
-"""Smaller parameters (biases, merge weights) are not worth a gather."""
+def _padded(size: int, parts: int) -> int:
+    return -(-size // parts) * parts
 
 
-def param_shardings(params: Any, mesh: Mesh) -> Any:
-    """A tree of NamedSharding in the shape of `params` (arrays or ShapeDtypeStructs)."""
+def stored_shape(shape: tuple[int, ...], spec: PartitionSpec, mesh: Mesh | AbstractMesh) -> tuple[int, ...]:
+    """`shape` with the axis of "fsdp" rounded up, so that every device has an equal part: 1500 is 1504 for 8.
+
+    What is added is zero, and stays so: its gradient is zero, and AdamW and averages then leave it alone.
+    """
+    return tuple(_padded(size, mesh.shape["fsdp"]) if axis == "fsdp" else size
+                 for size, axis in zip(shape, spec, strict=True))
+
+
+def stored(params: Any, mesh: Mesh | AbstractMesh) -> Any:
+    """What `params` (arrays or ShapeDtypeStructs in their own shapes) are on the devices: a tree of ShapeDtypeStruct
+    with padded shapes and shardings."""
     def one(path, leaf):
-        return NamedSharding(mesh, partition_spec(jax.tree_util.keystr(path, simple=True, separator="/"),
-                                                  leaf.shape, mesh))
+        spec = partition_spec(jax.tree_util.keystr(path, simple=True, separator="/"), leaf.shape, mesh)
+        return jax.ShapeDtypeStruct(stored_shape(leaf.shape, spec, mesh), leaf.dtype, sharding=NamedSharding(mesh, spec))
     return jax.tree_util.tree_map_with_path(one, params)
+
+
+def param_shardings(params: Any, mesh: Mesh | AbstractMesh) -> Any:
+    """The shardings of `stored`."""
+    return jax.tree.map(lambda s: s.sharding, stored(params, mesh))
+
+
+def pad(params: Any, mesh: Mesh | AbstractMesh) -> Any:
+    """Parameters in their own shapes -> as they are stored."""
+    def one(leaf, target):
+        return jnp.pad(leaf, [(0, to - size) for size, to in zip(leaf.shape, target.shape, strict=True)])
+    return jax.tree.map(one, params, stored(params, mesh))

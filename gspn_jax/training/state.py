@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 from jaxtyping import Array, Bool, Int
 
 from gspn_jax import models
@@ -17,7 +17,10 @@ from gspn_jax.training import ema, sharding
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """What a step reads and writes. `halted` is set by a non-finite loss; from then on steps change nothing."""
+    """What a step reads and writes. `halted` is set by a non-finite loss; from then on steps change nothing.
+
+    Parameters, moments and averages are as `sharding.stored` says: the axis that "fsdp" splits may be padded by zeros.
+    """
 
     step: Int[Array, ""]
     params: Any
@@ -43,17 +46,17 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
     )
 
 
-def _build(config: Config, key: jax.Array) -> TrainState:
-    params = models.init(config, key)
+def _build(config: Config, mesh: Mesh | AbstractMesh, key: jax.Array) -> TrainState:
+    params = sharding.pad(models.init(config, key), mesh)
     optimizer = make_optimizer(config.optimizer, config.train.steps)
     return TrainState(step=jnp.zeros((), jnp.int32), params=params, opt_state=optimizer.init(params),
                       ema=ema.init(params, config.train.ema_decays), halted=jnp.zeros((), jnp.bool_))
 
 
-def abstract_state(config: Config, mesh: Mesh) -> TrainState:
+def abstract_state(config: Config, mesh: Mesh | AbstractMesh) -> TrainState:
     """The state's shapes, types and shardings, without allocating it."""
-    shapes = jax.eval_shape(lambda: _build(config, jax.random.key(0)))
-    params = sharding.param_shardings(shapes.params, mesh)
+    shapes = jax.eval_shape(lambda: _build(config, mesh, jax.random.key(0)))
+    params = sharding.param_shardings(models.abstract(config)[1], mesh)
     everywhere = sharding.replicated(mesh)
     optimizer = make_optimizer(config.optimizer, config.train.steps)
     opt_state = optax.tree_utils.tree_map_params(
@@ -66,4 +69,4 @@ def abstract_state(config: Config, mesh: Mesh) -> TrainState:
 def create_state(config: Config, mesh: Mesh) -> TrainState:
     """The initial state from `config.train.seed`; every shard is made on the device that holds it."""
     shardings = jax.tree.map(lambda s: s.sharding, abstract_state(config, mesh))
-    return jax.jit(lambda key: _build(config, key), out_shardings=shardings)(jax.random.key(config.train.seed))
+    return jax.jit(lambda key: _build(config, mesh, key), out_shardings=shardings)(jax.random.key(config.train.seed))

@@ -13,7 +13,7 @@ from gspn_jax import models
 from gspn_jax.config import Config
 from gspn_jax.data.images import from_uint8
 from gspn_jax.diffusion import objectives
-from gspn_jax.training import ema, sharding
+from gspn_jax.training import ema, fsdp, sharding
 from gspn_jax.training.state import TrainState, abstract_state, learning_rate, make_optimizer
 
 Metrics = dict[str, jax.Array]
@@ -25,11 +25,15 @@ def _micro_batches(array: jax.Array, count: int) -> jax.Array:
     return array.reshape(array.shape[0] // count, count, *array.shape[1:]).swapaxes(0, 1)
 
 
-def make_loss(config: Config, graphdef: Any) -> Callable:
-    """loss(params, batch, key) -> (mean loss, metrics); dropped labels, t, noise and DropPath come from `key`."""
+def make_loss(config: Config, graphdef: Any, mesh: Mesh | None = None) -> Callable:
+    """loss(params, batch, key) -> (mean loss, metrics); dropped labels, t, noise and DropPath come from `key`.
+
+    `params` are in their own shapes, or as they are stored on `mesh` (then inside of `fsdp.sharded_model`).
+    """
     arch = models.resolve(config.model)
 
     def loss(params: Any, batch: dict[str, jax.Array], key: jax.Array) -> tuple[jax.Array, Metrics]:
+        params = fsdp.outside_blocks(config, mesh, params) if mesh else params
         label_key, noise_key, path_key = jax.random.split(key, 3)
         y = objectives.drop_labels(label_key, batch["label"], config.diffusion.label_dropout, config.data.num_classes)
 
@@ -44,9 +48,9 @@ def make_loss(config: Config, graphdef: Any) -> Callable:
     return loss
 
 
-def make_gradient(config: Config, graphdef: Any) -> Callable:
+def make_gradient(config: Config, graphdef: Any, mesh: Mesh | None = None) -> Callable:
     """gradient(params, batch, key) -> ((loss, metrics), gradient), the mean over `train.accumulate` micro-batches."""
-    value_and_grad = jax.value_and_grad(make_loss(config, graphdef), has_aux=True)
+    value_and_grad = jax.value_and_grad(make_loss(config, graphdef, mesh), has_aux=True)
     count = config.train.accumulate
     if count == 1:
         return value_and_grad
@@ -73,12 +77,12 @@ def make_step(config: Config, mesh: Mesh) -> Step:
     graphdef, _ = models.abstract(config)
     optimizer = make_optimizer(config.optimizer, config.train.steps)
     schedule = learning_rate(config.optimizer, config.train.steps)
-    gradient = make_gradient(config, graphdef)
+    gradient = make_gradient(config, graphdef, mesh)
     seed = config.train.seed
 
     def step(state: TrainState, batch: dict[str, jax.Array]) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(jax.random.key(seed), state.step)
-        with sharding.sharded_operator(mesh):
+        with fsdp.sharded_model(config, mesh):
             (loss, metrics), grads = gradient(state.params, batch, key)
         grad_norm = optax.tree.norm(grads)
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)

@@ -1,0 +1,121 @@
+"""A denoiser over a mesh: each device computes on its images, and gathers the weights of one block at a time.
+
+Where a mesh has "fsdp", every block runs under `jax.shard_map`: its weights, split and padded as `sharding.stored` says,
+are gathered in the type they are computed in, and the transpose of that is one reduce-scatter of their gradient in
+float32. Left to itself the compiler splits products over "fsdp" as if it were "tensor", and gathers activations.
+"""
+
+import contextlib
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.typing import DTypeLike
+from jaxtyping import Array
+
+import kernels
+from gspn_jax import models
+from gspn_jax.config import Config, parse_precision
+from gspn_jax.models import blocks
+from gspn_jax.training import sharding
+
+
+@contextlib.contextmanager
+def sharded_model(config: Config, mesh: Mesh) -> Iterator[None]:
+    """Inside, denoisers are traced for what each device has: images over "data" and "fsdp", channels over "tensor"."""
+    if mesh.shape["fsdp"] == 1:
+        with kernels.sharded(mesh, batch=sharding.BATCH_AXES, channels=("tensor",)):
+            yield
+        return
+    with blocks.run_blocks_by(_runner(config, mesh)):
+        yield
+
+
+def outside_blocks(config: Config, mesh: Mesh, params: Any) -> Any:
+    """Stored parameters with those that are in no block gathered, in their own shapes; the others as they are."""
+    if mesh.shape["fsdp"] == 1:
+        return params
+    _, shapes = models.abstract(config)
+
+    def one(path, leaf, shape):
+        name = _name(path)
+        if sharding.STACK.search(name):
+            return leaf
+        spec = sharding.partition_spec(name, shape.shape, mesh)
+        whole = PartitionSpec(*(None if axis == "fsdp" else axis for axis in spec))
+        leaf = jax.lax.with_sharding_constraint(leaf, NamedSharding(mesh, whole))
+        return jax.lax.slice(leaf, (0,) * leaf.ndim, shape.shape)
+
+    return jax.tree_util.tree_map_with_path(one, params, shapes)
+
+
+def _name(path: tuple) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def _runner(config: Config, mesh: Mesh):
+    """For `blocks.run_blocks_by`."""
+    _, shapes = models.abstract(config)
+    compute = parse_precision(config.train.precision)["compute"]
+    layers = {}  # path in a block -> (where, shape) of the weight of one block; the stacks of a model have equal blocks
+    for path, leaf in jax.tree_util.tree_leaves_with_path(shapes):
+        stack = sharding.STACK.search(_name(path))
+        if stack:
+            spec = sharding.partition_spec(_name(path), leaf.shape, mesh)
+            layers[_name(path)[stack.end():]] = (PartitionSpec(*spec[1:]), leaf.shape[1:])
+    by_image = PartitionSpec(sharding.BATCH_AXES)
+    manual = set(sharding.BATCH_AXES if mesh.shape["tensor"] > 1 else sharding.AXES)
+
+    def gathered(path, leaf):
+        spec, shape = layers[_name(path)]
+        if "fsdp" not in spec:
+            return leaf
+        axis = spec.index("fsdp")
+        return _gather(leaf, axis, shape[axis], compute)
+
+    def runner(apply):
+        def local(params, *arrays):
+            params = jax.tree_util.tree_map_with_path(gathered, params)
+            if mesh.shape["tensor"] == 1:
+                return apply(params, *arrays)
+            with kernels.sharded(jax.sharding.get_abstract_mesh(), channels=("tensor",)):
+                return apply(params, *arrays)
+
+        def run(params, *arrays):
+            where = jax.tree_util.tree_map_with_path(lambda path, _: _over_fsdp(layers[_name(path)][0]), params)
+            return jax.shard_map(local, mesh=mesh, in_specs=(where, *(by_image,) * len(arrays)), out_specs=by_image,
+                                 axis_names=manual, check_vma=False)(params, *arrays)
+
+        return run
+
+    return runner
+
+
+def _over_fsdp(spec: PartitionSpec) -> PartitionSpec:
+    return PartitionSpec(*(axis if axis == "fsdp" else None for axis in spec))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
+def _gather(part: Array, axis: int, size: int, dtype: DTypeLike) -> Array:
+    """The whole of a weight of which every device of "fsdp" has a part: `size` of the gathered `axis`, as `dtype`.
+
+    Every block casts its large weights to that type before anything else, so that the cast may come first.
+    """
+    whole = jax.lax.all_gather(part.astype(dtype), "fsdp", axis=axis, tiled=True)
+    return jax.lax.slice_in_dim(whole, 0, size, axis=axis)
+
+
+def _gather_forward(part: Array, axis: int, size: int, dtype: DTypeLike) -> tuple[Array, None]:
+    return _gather(part, axis, size, dtype), None
+
+
+def _gather_backward(axis: int, size: int, dtype: DTypeLike, _: None, gradient: Array) -> tuple[Array]:
+    padding = -size % jax.lax.axis_size("fsdp")
+    gradient = jnp.pad(gradient.astype(jnp.float32), [(0, padding if i == axis else 0) for i in range(gradient.ndim)])
+    return (jax.lax.psum_scatter(gradient, "fsdp", scatter_dimension=axis, tiled=True),)
+
+
+_gather.defvjp(_gather_forward, _gather_backward)
