@@ -128,33 +128,40 @@ def test_statistics_are_those_of_inception(images, tmp_path):
 
 
 def test_a_killed_preparation_goes_on_and_ends_in_the_same_bytes(made, weights, images, tmp_path, monkeypatch):
-    """Killed after the first save, and again within the second part."""
+    """Killed after the first save, within the second part, and while it is taken in."""
     class Killed(BaseException):
         pass
 
-    output, save, add, counted = tmp_path / "ref.npz", stats._Progress.save, stats._Progress.add, []
+    output, save, add, unlink, counted = (tmp_path / "ref.npz", stats._Progress.save, stats._Sums.add,
+                                          pathlib.Path.unlink, [])
 
-    def kill_after_save(self, done):
-        save(self, done)
+    def kill_after_save(self, number, computed):
+        save(self, number, computed)
         raise Killed
 
     def kill_within_part(self, *batch):
         add(self, *batch)
         raise Killed
 
+    def kill_before_removal(self, **options):
+        if self.name == "part-00001.npz":
+            raise Killed
+        unlink(self, **options)
+
     def count(self, features, mask, chosen):
         counted.append(len(chosen))
         add(self, features, mask, chosen)
 
-    for name, replacement in (("save", kill_after_save), ("add", kill_within_part)):
+    for owner, name, replacement in ((stats._Progress, "save", kill_after_save), (stats._Sums, "add", kill_within_part),
+                                     (pathlib.Path, "unlink", kill_before_removal)):
         with monkeypatch.context() as patch, pytest.raises(Killed):
-            patch.setattr(stats._Progress, name, replacement)
+            patch.setattr(owner, name, replacement)
             prepare.main(flags(weights, output, images=images, keep_images=True))
         assert not output.exists()
     with monkeypatch.context() as patch:
-        patch.setattr(stats._Progress, "add", count)
+        patch.setattr(stats._Sums, "add", count)
         prepare.main(flags(weights, output, images=images, keep_images=True))
-    assert sum(counted) == COUNT - 5  # the first part was not computed again
+    assert sum(counted) == COUNT - 10  # the first two parts were not computed again
     assert output.read_bytes().replace(str(output).encode(), b"") == made.read_bytes().replace(str(made).encode(), b"")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["ref.npz"]
 
@@ -203,11 +210,11 @@ def test_a_mistake_gets_one_sentence_and_code_2(weights, images, tmp_path, capsy
 def test_other_settings_and_a_finished_file_are_left_alone(made, weights, images, tmp_path, capsys, monkeypatch):
     assert "exists already: choose another --output" in said(capsys, *flags(weights, made, images=images))
     with monkeypatch.context() as patch:
-        patch.setattr(stats._Progress, "add", lambda self, *batch: np.zeros(1)[1])  # fails in the first batch
+        patch.setattr(stats._Sums, "add", lambda self, *batch: np.zeros(1)[1])  # fails in the first batch
         with pytest.raises(IndexError):
             prepare.main(flags(weights, tmp_path / "ref.npz", images=images))
     prepare_settings = flags(weights, tmp_path / "ref.npz", images=images, keep=3)
-    monkeypatch.setattr(stats._Progress, "add", lambda self, *batch: None)
+    monkeypatch.setattr(stats._Sums, "add", lambda self, *batch: None)
     with pytest.raises(SystemExit):
         prepare.main(prepare_settings)  # saves, finds no images in the end
     assert "was begun with other settings (keep)" in said(capsys, *flags(weights, tmp_path / "ref.npz", images=images))

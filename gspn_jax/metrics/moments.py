@@ -71,6 +71,18 @@ class Moments:
         return Gaussian(np.asarray(self._shift, np.float64) + offset,
                         (second - count * np.outer(offset, offset)) / (count - 1), self.count)
 
+    def merge(self, state: dict[str, np.ndarray]) -> None:
+        """Adds the rows of another one, by its `state`, in float64."""
+        self._drain()
+        if self._total is None or not state:
+            self.restore(state)
+            return
+        offset = np.asarray(state["shift"], np.float64) - np.asarray(self._shift, np.float64)
+        count, first, second = (state[name] for name in Sums._fields)
+        cross = np.outer(first, offset)
+        moved = Sums(count, first + count * offset, second + cross + cross.T + count * np.outer(offset, offset))
+        self._total = Sums(*map(np.add, self._total, moved))
+
     def state(self) -> dict[str, np.ndarray]:
         """What `restore` goes on from, to the bit; empty before the first row."""
         self._drain()

@@ -5,10 +5,11 @@ python -m gspn_jax.prepare stats --images IMAGENET/train --image-size 256 --ince
 python -m gspn_jax.prepare inception --weights INCEPTION.pth --output INCEPTION.safetensors
 python -m gspn_jax.prepare latents --help
 
-`latents` encodes every image and its mirror image once; on several hosts with a common file system, each runs it with
-its own --host. `stats` makes the reference statistics of FID and the other metrics. The same command goes on where a
-killed one stopped, and the result is the same to the byte. `inception` makes of the weights that pytorch-fid publishes
-a file that is read without PyTorch.
+`latents` encodes every image and its mirror image once; `stats` makes the reference statistics of FID and the other
+metrics. Several hosts with a common file system share the work: under Slurm, or with --coordinator HOST:PORT
+--num-processes N --process-id I (docs/launch); `latents` also without knowing one another, each with its own --host of
+--num-hosts. The same command goes on where a killed one stopped, and the result is the same to the byte, on any number
+of hosts. `inception` makes of the weights that pytorch-fid publishes a file that is read without PyTorch.
 """
 
 import os
@@ -38,11 +39,14 @@ def main(argv: list[str] | None = None) -> None:
         elif command == "latents":
             from gspn_jax.prepare.latents import Latents, prepare_latents
 
-            prepare_latents(tyro.cli(Latents, args=argv[1:], prog="python -m gspn_jax.prepare latents"))
+            alone = any(word.split("=")[0].replace("_", "-") == "--num-hosts" for word in argv)
+            rest = argv[1:] if alone else cli.join_other_hosts(argv[1:])
+            prepare_latents(tyro.cli(Latents, args=rest, prog="python -m gspn_jax.prepare latents"))
         elif command == "stats":
             from gspn_jax.prepare.stats import Stats, prepare_stats
 
-            prepare_stats(tyro.cli(Stats, args=argv[1:], prog="python -m gspn_jax.prepare stats"))
+            rest = cli.join_other_hosts(argv[1:])
+            prepare_stats(tyro.cli(Stats, args=rest, prog="python -m gspn_jax.prepare stats"))
         elif command == "inception":
             from gspn_jax.prepare.inception import Inception, prepare_inception
 

@@ -37,6 +37,7 @@ class Latents(ImageFlags):
     shard_size: int = 4096
     """Images a file; a killed run loses at most the file it was writing."""
     num_hosts: int = 1
+    """Of hosts that do not know one another; those of one job (docs/launch) need neither this nor `host`."""
     host: int = 0
     """Which of `num_hosts` this is; 0 writes the metadata at the end."""
 
@@ -52,8 +53,15 @@ def prepare_latents(arguments: Latents) -> None:
 
     Raises ConfigError, WeightsError or DataError with one sentence for what cannot be used; OSError for a full disk.
     """
+    import jax
+
     from gspn_jax import autoencoder
     from gspn_jax.data.latents import METADATA, LatentMetadata, shard_name
+    from gspn_jax.prepare.hosts import begin_together, wait_until
+
+    together = jax.process_count() > 1
+    if together:
+        arguments = dataclasses.replace(arguments, host=jax.process_index(), num_hosts=jax.process_count())
 
     # --- what can be wrong is found first
     output = pathlib.Path(arguments.output)
@@ -88,10 +96,16 @@ def prepare_latents(arguments: Latents) -> None:
     _check_disk(output, [len(parts[number]) for number in mine], latent_shape, arguments.flips)
     with replacing(_settings_path(output, arguments.host)) as temporary:
         temporary.write_text(json.dumps(settings))
+    begin_together("latents")
     vae = autoencoder.Autoencoder(weights, config, batch_size=arguments.batch_size)
     _encode_shards(arguments, source, vae, {paths[number]: parts[number] for number in mine})
 
     # --- the metadata of the whole
+    if together and arguments.host:
+        wait_until((output / METADATA).exists, "the first host, which writes the metadata")
+        return
+    if together:
+        wait_until(lambda: all(path.exists() for path in paths), "the shards of other hosts")
     missing = sum(not path.exists() for path in paths)
     if arguments.host or missing:
         print(f"host {arguments.host} is done" + (f"; {missing} of {len(paths)} shards of other hosts are missing: "

@@ -1,4 +1,8 @@
-"""Reference statistics of a set of images: moments of all, pool features of some; a killed run goes on."""
+"""Reference statistics of a set of images: moments of all, pool features of some; a killed run goes on.
+
+The images are taken in parts. The sums of a part do not depend on what is computed where, and the first host adds them
+up in order: so the result is the same to the byte, however often it was begun and on however many hosts.
+"""
 
 import concurrent.futures
 import contextlib
@@ -23,8 +27,8 @@ from gspn_jax.prepare.images import ImageFlags, read_ahead
 log = logging.getLogger(__name__)
 
 _PARTS = ("pool", "spatial")
-_STATE_BYTES = 3 * 8 * (2048**2 + 2023**2)
-"""The sums of a part twice, while one state replaces another, and the result."""
+_STATE_BYTES = 8 * (2048**2 + 2023**2)
+"""The sums of a part; as much room have the sums so far, those that replace them, and the result."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -48,7 +52,7 @@ class Stats(ImageFlags):
     keep_images: bool = False
     """Keep those images too, so that the ADM evaluator can read the file (2 GB for 10,000 of 256 pixels)."""
     save_every: int = 10_000
-    """A killed run loses at most so many images."""
+    """Images of a part: a killed run loses at most so many of each host."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -125,11 +129,13 @@ def prepare_stats(arguments: Stats) -> None:
 
     Raises ConfigError, WeightsError or DataError with one sentence for what cannot be used; OSError for a full disk.
     """
+    import jax
     from tqdm import tqdm
 
     from gspn_jax.metrics import inception
     from gspn_jax.metrics.extractor import Extractor
     from gspn_jax.metrics.reference import Reference
+    from gspn_jax.prepare.hosts import begin_together, wait_until
 
     # --- what can be wrong is found first
     output = pathlib.Path(arguments.output)
@@ -142,7 +148,8 @@ def prepare_stats(arguments: Stats) -> None:
     images = _Set(arguments)
     chosen = np.unique(np.linspace(0, images.size - 1, min(arguments.keep, images.size)).astype(int))
     kept_bytes = len(chosen) * (3 * 4 * 2048 + arguments.keep_images * 3 * int(np.prod(images.side)))
-    if (free := shutil.disk_usage(output.parent).free) < (needed := _STATE_BYTES + kept_bytes):
+    needed = (3 + jax.process_count()) * _STATE_BYTES + kept_bytes
+    if (free := shutil.disk_usage(output.parent).free) < needed:
         raise ConfigError(f"the statistics need {needed / 1e9:.1f} GB in {output.parent}, found {free / 1e9:.1f} GB "
                           "free")
     extractor = Extractor(inception.from_state_dict(weights), batch_size=arguments.batch_size)
@@ -150,26 +157,40 @@ def prepare_stats(arguments: Stats) -> None:
                 "keep": len(chosen), "bad_images": arguments.bad_images, "batch_size": extractor.batch_size,
                 "save_every": arguments.save_every}
 
-    # --- the images that a run before this one has not seen
+    # --- this host's parts that are not there yet
     progress = _Progress(output.with_name(output.name + ".partial"), settings)
-    with tqdm(total=images.size, initial=progress.done, unit="image", desc="features", dynamic_ncols=True) as bar:
-        while progress.done < images.size:
-            part = range(progress.done, min(progress.done + arguments.save_every, images.size))
-            usable = ((index, image) for index, image in zip(part, images.read(part), strict=True) if image is not None)
+    parts = [range(start, min(start + arguments.save_every, images.size))
+             for start in range(0, images.size, arguments.save_every)]
+    mine = [number for number in range(jax.process_index(), len(parts), jax.process_count())
+            if not progress.has(number)]
+    first_host = jax.process_index() == 0
+    begin_together("statistics")
+    with tqdm(total=sum(len(parts[number]) for number in mine), unit="image", desc="features",
+              dynamic_ncols=True) as bar:
+        for number in mine:
+            before, computed = bar.n, _Sums()
+            usable = ((index, image) for index, image in zip(parts[number], images.read(parts[number]), strict=True)
+                      if image is not None)
             for batch in _batches(usable, extractor.batch_size):
                 indices = [index for index, _ in batch]
-                progress.add(*extractor(np.stack([image for _, image in batch])), np.isin(indices, chosen))
-                bar.update(indices[-1] + 1 - bar.n)
-            progress.save(part.stop)
-            bar.update(part.stop - bar.n)
+                computed.add(*extractor(np.stack([image for _, image in batch])), np.isin(indices, chosen))
+                bar.update(before + indices[-1] + 1 - parts[number].start - bar.n)
+            progress.save(number, computed)
+            bar.update(before + len(parts[number]) - bar.n)
+            if first_host:
+                progress.take_in()
+    if not first_host:
+        wait_until(output.exists, "the first host, which writes the statistics")
+        return
+    wait_until(lambda: progress.take_in() == len(parts), "the parts of other hosts")
 
     # --- the result
-    count = progress.moments["pool"].count
+    sums = progress.sums
+    count = sums.moments["pool"].count
     if count < 2:
         raise ConfigError(f"statistics need at least 2 images that can be used, found {count} of {images.size}")
-    reference = Reference(str(output), "", progress.moments["pool"].gaussian(), progress.moments["spatial"].gaussian(),
-                          features=progress.features() if len(chosen) else None, num_images=count,
-                          inception_sha256=sha256)
+    reference = Reference(str(output), "", *(sums.moments[part].gaussian() for part in _PARTS),
+                          features=sums.features() if len(chosen) else None, num_images=count, inception_sha256=sha256)
     kept = None
     if arguments.keep_images and len(chosen):
         kept = np.stack([image for image in images.read(chosen) if image is not None])
@@ -192,32 +213,14 @@ def _batches(items: Iterator, size: int) -> Iterator[list]:
         yield batch
 
 
-class _Progress:
-    """What is known of the images so far; `folder` holds what was known at the last save."""
+class _Sums:
+    """Moments of images, and the pool features of those among them that are kept."""
 
-    def __init__(self, folder: pathlib.Path, settings: dict):
+    def __init__(self):
         from gspn_jax.metrics.moments import Moments
 
-        self.folder, self._settings = folder, settings
-        self.done, self.moments, self._features = 0, {part: Moments() for part in _PARTS}, []
-        folder.mkdir(exist_ok=True)
-        if not self._state.exists():
-            return
-        with np.load(self._state, allow_pickle=False) as state:
-            before = json.loads(str(state["settings"]))
-            changed = [name for name in settings if before.get(name) != settings[name]]
-            if changed:
-                raise ConfigError(f"{folder} was begun with other settings ({', '.join(changed)}): repeat them, choose "
-                                  "another --output, or delete it")
-            self.done = int(state["done"])
-            self._features = [state["features"]]
-            for part, moments in self.moments.items():
-                moments.restore({name.removeprefix(f"{part}."): state[name] for name in state.files
-                                 if name.startswith(f"{part}.")})
-
-    @property
-    def _state(self) -> pathlib.Path:
-        return self.folder / "state.npz"
+        self.moments = {part: Moments() for part in _PARTS}
+        self._features: list[np.ndarray] = []
 
     def add(self, features, mask, chosen: np.ndarray) -> None:
         """Adds a batch, and keeps the pool features of the rows that are `chosen`."""
@@ -226,14 +229,68 @@ class _Progress:
         if chosen.any():
             self._features.append(np.asarray(features.pool)[:len(chosen)][chosen])
 
-    def features(self) -> np.ndarray:
-        kept = [features for features in self._features if len(features)]
-        return np.concatenate(kept) if kept else np.zeros((0, 0), np.float32)
+    def merge(self, path: pathlib.Path) -> None:
+        """Adds the sums that were written to `path`."""
+        with np.load(path, allow_pickle=False) as found:
+            if len(found["features"]):
+                self._features.append(found["features"])
+            for part, moments in self.moments.items():
+                moments.merge({name.removeprefix(f"{part}."): found[name] for name in found.files
+                               if name.startswith(f"{part}.")})
 
-    def save(self, done: int) -> None:
-        """Notes that the first `done` images are in. Sums are drained here, so that going on changes no bit."""
-        self.done = done
+    def features(self) -> np.ndarray:
+        return np.concatenate(self._features) if self._features else np.zeros((0, 0), np.float32)
+
+    def write(self, path: pathlib.Path, **about) -> None:
         arrays = {f"{part}.{name}": array for part, moments in self.moments.items()
                   for name, array in moments.state().items()}
-        with replacing(self._state) as temporary, open(temporary, "wb") as file:
-            np.savez(file, settings=json.dumps(self._settings), done=done, features=self.features(), **arrays)
+        with replacing(path) as temporary, open(temporary, "wb") as file:
+            np.savez(file, features=self.features(), **about, **arrays)
+
+
+class _Progress:
+    """What is known of the images so far: `sums` of the first `parts`, as the state in `folder`, where further parts
+    lie as files of their own until the first host has taken them in."""
+
+    def __init__(self, folder: pathlib.Path, settings: dict):
+        self.folder, self._settings = folder, settings
+        self.sums, self.parts = _Sums(), 0
+        folder.mkdir(exist_ok=True)
+        for path in folder.glob("*.npz"):
+            with np.load(path, allow_pickle=False) as found:
+                before = json.loads(str(found["settings"]))
+            changed = [name for name in settings if before.get(name) != settings[name]]
+            if changed:
+                raise ConfigError(f"{folder} was begun with other settings ({', '.join(changed)}): repeat them, choose "
+                                  "another --output, or delete it")
+        if self._state.exists():
+            self.sums.merge(self._state)
+            with np.load(self._state, allow_pickle=False) as state:
+                self.parts = int(state["parts"])
+
+    @property
+    def _state(self) -> pathlib.Path:
+        return self.folder / "state.npz"
+
+    def _part(self, number: int) -> pathlib.Path:
+        return self.folder / f"part-{number:05}.npz"
+
+    def has(self, number: int) -> bool:
+        """Whether a part need not be computed."""
+        return number < self.parts or self._part(number).exists()
+
+    def save(self, number: int, computed: _Sums) -> None:
+        computed.write(self._part(number), settings=json.dumps(self._settings))
+
+    def take_in(self) -> int:
+        """Adds the parts that are next, notes it, removes their files; returns how many parts are in. For one host."""
+        done = self.parts
+        while self._part(self.parts).exists():
+            self.sums.merge(self._part(self.parts))
+            self.parts += 1
+        if self.parts > done:
+            self.sums.write(self._state, settings=json.dumps(self._settings), parts=self.parts)
+        for path in self.folder.glob("part-*.npz"):  # also what a kill left between the state and its removal
+            if int(path.stem.removeprefix("part-")) < self.parts:
+                path.unlink()
+        return self.parts

@@ -35,6 +35,17 @@ def test_batches_of_any_size_give_numpys_mean_and_covariance(monkeypatch, drain)
     assert_are_moments_of(streamed.gaussian(), x)
 
 
+def test_parts_summed_apart_are_added_up_as_one():
+    x, total = activations(), Moments()
+    for part in np.split(x, [0, 100, 101, 700]):  # the first is empty; each is shifted by a mean of its own
+        summed = Moments()
+        if len(part):
+            summed.add(part)
+        total.merge(summed.state())
+    assert total.count == len(x)
+    assert_are_moments_of(total.gaussian(), x)
+
+
 def test_rows_that_are_masked_count_for_nothing_on_any_mesh():
     x = activations(100)
     padded = np.concatenate([x[:60], np.full((4, x.shape[1]), np.nan, np.float32),
