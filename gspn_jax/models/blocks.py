@@ -196,7 +196,9 @@ def run_stack(
             block = nnx.merge(graphdef, params)
             return block(x, condition, chunk=chunk, drop_path=drop_path, long_skip=long_skip)
 
-        def step(x, layer, run=runner(apply) if runner else apply):
+        run = runner(apply) if runner else apply
+
+        def step(x, layer, run=run):
             params, drop_path, long_skip = layer
             x = run(params, x, condition, drop_path and drop_path.draw(x.shape[0]), long_skip)
             return x, x if keep else None

@@ -112,7 +112,7 @@ def read_config(run_dir: str | pathlib.Path, step: int | None = None) -> tuple[i
 
 def restore_params(run_dir: str | pathlib.Path, step: int, config: Config, mesh: Mesh, *,
                    ema_decay: float | None = None) -> Any:
-    """The averaged parameters of a checkpoint, as they are stored on `mesh`; `ema_decay` None is the first of the config.
+    """The averaged parameters of a checkpoint, as `sharding.stored` on `mesh`; `ema_decay` None is the config's first.
 
     A decay of 0 gives the parameters themselves. Raises CheckpointError for a decay that was not kept, and for files
     that are not those that were saved.

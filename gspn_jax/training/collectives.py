@@ -1,10 +1,12 @@
-"""What a compiled program exchanges between devices, read from its text: each collective, how often it runs, its bytes."""
+"""What a compiled program exchanges between devices, read from its text: kind, shapes, bytes and how often."""
 
+import math
 import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
-ITEM_BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4, "s64": 8, "u64": 8, "f64": 8}
+ITEM_BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4, "s64": 8, "u64": 8,
+              "f64": 8}
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{")
@@ -52,11 +54,13 @@ def collectives(text: str, devices: int) -> Iterator[Collective]:
         for line in computations[name]:
             found = _COLLECTIVE.match(line)
             if found:
-                shapes = [(kind, tuple(int(n) for n in dims.split(",") if n)) for kind, dims in _ARRAY.findall(found[1])]
+                arrays = [(item, tuple(map(int, filter(None, axes.split(","))))) for item, axes in
+                          _ARRAY.findall(found[1])]
                 group = _group(line, devices)
                 if group > 1:
-                    yield Collective(found[2], tuple(dims for _, dims in shapes),
-                                     sum(ITEM_BYTES[kind] * _size(dims) for kind, dims in shapes), group, times, loops)
+                    yield Collective(found[2], tuple(shape for _, shape in arrays),
+                                     sum(ITEM_BYTES[item] * math.prod(shape) for item, shape in arrays), group, times,
+                                     loops)
                 continue
             trips = _TRIPS.search(line)
             loop = " while(" in line
@@ -65,13 +69,6 @@ def collectives(text: str, devices: int) -> Iterator[Collective]:
                     yield from walk(called, times * int(trips[1]) if loop and trips else times, loops + loop)
 
     yield from walk(entry, 1, 0)
-
-
-def _size(shape: tuple[int, ...]) -> int:
-    size = 1
-    for axis in shape:
-        size *= axis
-    return size
 
 
 def _group(line: str, devices: int) -> int:

@@ -1,8 +1,8 @@
 """A denoiser over a mesh: each device computes on its images, and gathers the weights of one block at a time.
 
-Where a mesh has "fsdp", every block runs under `jax.shard_map`: its weights, split and padded as `sharding.stored` says,
-are gathered in the type they are computed in, and the transpose of that is one reduce-scatter of their gradient in
-float32. Left to itself the compiler splits products over "fsdp" as if it were "tensor", and gathers activations.
+Where a mesh has "fsdp", every block runs under `jax.shard_map`: its weights, split and padded as `sharding.stored`
+says, are gathered in the type they are computed in, and the transpose of that is one reduce-scatter of their gradient
+in float32. Left to itself the compiler splits products over "fsdp" as if it were "tensor", and gathers activations.
 """
 
 import contextlib

@@ -119,7 +119,8 @@ def stored(params: Any, mesh: Mesh | AbstractMesh) -> Any:
     with padded shapes and shardings."""
     def one(path, leaf):
         spec = partition_spec(jax.tree_util.keystr(path, simple=True, separator="/"), leaf.shape, mesh)
-        return jax.ShapeDtypeStruct(stored_shape(leaf.shape, spec, mesh), leaf.dtype, sharding=NamedSharding(mesh, spec))
+        shape = stored_shape(leaf.shape, spec, mesh)
+        return jax.ShapeDtypeStruct(shape, leaf.dtype, sharding=NamedSharding(mesh, spec))
     return jax.tree_util.tree_map_with_path(one, params)
 
 

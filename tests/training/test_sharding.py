@@ -104,9 +104,9 @@ def test_the_state_of_a_device_shrinks_as_one_over_the_devices(preset):
         tiny.config(ema_decays=(0.9999,)), model=ModelConfig(preset=preset),
         data=DataConfig(source="latents", path="unused", image_size=32, channels=4, num_classes=1000))
     whole = 16 * models.count_parameters(config)
-    for fsdp in (1, 2, 4, 8, 16, 64, 256):
-        state = abstract_state(config, AbstractMesh((1, fsdp, 1), sharding.AXES))
-        assert share(state) * fsdp / whole == pytest.approx(1, abs=0.01 if fsdp <= 16 else 0.07), fsdp
+    for devices in (1, 2, 4, 8, 16, 64, 256):
+        state = abstract_state(config, AbstractMesh((1, devices, 1), sharding.AXES))
+        assert share(state) * devices / whole == pytest.approx(1, abs=0.01 if devices <= 16 else 0.07), devices
 
 
 @pytest.mark.parametrize("remat", ["none", pytest.param("full", marks=pytest.mark.slow)])
