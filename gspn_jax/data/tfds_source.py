@@ -59,8 +59,10 @@ def _prepared_builder(name: str, data_dir: str | None) -> tfds.core.DatasetBuild
                           f"{name!r} ({str(error).rsplit(': ', 1)[-1]})") from error
     if not builder.is_prepared():
         where = f", data_dir={os.fspath(data_dir)!r}" if data_dir else ""
+        by_hand = os.path.join(os.fspath(data_dir or "~/tensorflow_datasets"), "downloads/manual")
+        first = f"download its archives by hand into {by_hand!r}, and " if builder.MANUAL_DOWNLOAD_INSTRUCTIONS else ""
         raise ConfigError(
-            f"{name!r} is not prepared in {os.fspath(builder.data_dir)!r}; prepare it once, where tensorflow is "
+            f"{name!r} is not prepared in {os.fspath(builder.data_dir)!r}; {first}prepare it once, where tensorflow is "
             f"installed too if the set needs it, with: python -c \"import tensorflow_datasets as tfds; "
             f"tfds.builder({name!r}{where}, file_format='array_record').download_and_prepare()\"")
     formats = [builder.info.file_format, *(builder.info.alternative_file_formats or [])]
