@@ -184,6 +184,15 @@ def test_the_best_checkpoint_is_kept_beside_the_latest(files, tmp_path, monkeypa
     assert Record.read(settings.run_dir) == Record(4, None, None)
 
 
+def test_a_run_that_goes_back_forgets_what_was_evaluated_after(tmp_path):
+    """So that the step is evaluated when it comes again, and a checkpoint that is no more is not the best."""
+    for step in (2, 4):
+        (tmp_path / "checkpoints" / str(step)).mkdir(parents=True)
+    for found, left in (((5, 4, 3.0), (3, None, None)), ((5, 2, 3.0), (3, 2, 3.0)), ((2, 2, 3.0), (2, 2, 3.0))):
+        Record(*found).write(tmp_path)
+        assert Record.rewind(tmp_path, 3) == Record.read(tmp_path) == Record(*left)
+
+
 @pytest.mark.usefixtures("small_extractor")
 def test_a_signal_stops_an_evaluation_and_the_run_goes_on_with_it(whole, tmp_path, monkeypatch):
     settings = dataclasses.replace(whole, run_dir=str(tmp_path / "run"))

@@ -10,6 +10,7 @@ import pytest
 
 from gspn_jax.config import GuardConfig
 from gspn_jax.training import checkpoints, loop
+from gspn_jax.training.evaluation import RECORD, Record
 from gspn_jax.training.loop import train
 from gspn_jax.training.spikes import DivergedError, Guard
 from gspn_jax.training.state import create_state
@@ -114,6 +115,8 @@ def test_a_spike_sends_the_run_back_and_on_with_other_data(tmp_path, spoiled, ca
 
     def loader(*arguments, **settings):
         seeds.append((settings["seed"], settings["start_step"]))
+        if len(seeds) == 1:
+            Record(25, 25, 1.0).write(tmp_path / "run")  # as an evaluation that the run goes back behind
         return make_loader(*arguments, **settings)
 
     with pytest.MonkeyPatch.context() as patch, caplog.at_level(logging.WARNING):
@@ -126,6 +129,7 @@ def test_a_spike_sends_the_run_back_and_on_with_other_data(tmp_path, spoiled, ca
     assert max(line["loss"] for line in logged) < 10  # the spike's own lines are gone with its steps
     step, meta = checkpoints.read_meta(tmp_path / "run")
     assert step == 40 and meta["notes"]["rollbacks"] == [[30, 20]]
+    assert json.loads((tmp_path / "run" / RECORD).read_text()) == dataclasses.asdict(Record(20, None, None))
 
 
 def test_a_spike_that_comes_back_stops_the_run(tmp_path, spoiled):

@@ -1,0 +1,275 @@
+"""Several processes as one job: the same run as one process alone, through preemption, loss and rollback.
+
+Two hosts give the bits of one process that has their devices, because a sum of two has one order; with more, and
+beside another number of devices, float32 sums over the devices are made in another order.
+"""
+
+import json
+import os
+import re
+import signal
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from gspn_jax.config import MeshConfig
+from gspn_jax.training import checkpoints, sharding
+from gspn_jax.training.state import abstract_state
+from tests.training import tiny
+from tests.training.processes import (
+    HEARTBEAT_SECONDS,
+    ROOT,
+    STEPS,
+    assert_same_run,
+    assert_same_run_but_for_rounding,
+    command,
+    end,
+    finish,
+    preempt,
+    start,
+    start_hosts,
+    wait_for_step,
+)
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """alone(devices): the run of one process."""
+    made = {}
+
+    def run(devices):
+        if devices not in made:
+            made[devices] = tmp_path_factory.mktemp("alone") / "run"
+            finish(made[devices], devices=devices)
+        return made[devices]
+
+    return run
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [2, 4])
+def test_several_processes_are_one_run(tmp_path, alone, count):
+    run_dir = tmp_path / "run"
+    finish(run_dir, hosts=count)
+    (assert_same_run if count == 2 else assert_same_run_but_for_rounding)(run_dir, alone(count))
+    assert_same_run_but_for_rounding(run_dir, alone(1))
+    assert len(list((run_dir / "tensorboard").iterdir())) == 1  # written by one of them
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("hosts", "times"), [([0], 1), ([1], 1), ([0, 1], 1), ([1, 0], 5)], ids=str)
+def test_a_preempted_job_goes_on_with_the_same_bits(tmp_path, alone, hosts, times):
+    run_dir = tmp_path / "run"
+    for step in (5, 15):
+        preempt(run_dir, 2, step, hosts=hosts, times=times)
+    finish(run_dir, hosts=2)
+    assert_same_run(run_dir, alone(2))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("count", "lost", "by"), [
+    (2, 1, signal.SIGKILL), (2, 0, signal.SIGKILL), (4, 2, signal.SIGKILL), (2, 1, signal.SIGSTOP),
+    (2, 0, signal.SIGSTOP),
+], ids=str)
+def test_the_loss_of_a_host_stops_the_others_who_say_so(tmp_path, alone, count, lost, by):
+    """Killed, its connections break; stopped, it only falls silent. Then the job goes on."""
+    run_dir = tmp_path / "run"
+    processes = start_hosts(command(run_dir), count)
+    wait_for_step(processes[0], run_dir, 6)
+    os.killpg(processes[lost].pid, by)
+    others = [process for i, process in enumerate(processes) if i != lost]
+    try:
+        ended = end(*others, timeout=10 * HEARTBEAT_SECONDS)  # long enough for a machine that is busy
+    finally:
+        os.killpg(processes[lost].pid, signal.SIGKILL)
+        processes[lost].communicate()
+    for code, errors in ended:
+        assert code == 75, errors
+        assert "another host, or the connection to it, was lost" in errors.splitlines()[-1]
+        assert "goes on from the newest checkpoint" in errors.splitlines()[-1]
+    assert checkpoints.steps(run_dir)[-1] >= 4
+    finish(run_dir, hosts=count)
+    (assert_same_run if count == 2 else assert_same_run_but_for_rounding)(run_dir, alone(count))
+
+
+SPIKE = """
+import os, sys
+import jax
+import numpy as np
+import train_dit
+from gspn_jax.training import loop
+
+seeing, make_step, make_loader = sys.argv.pop(1), loop.make_step, loop.data.make_loader
+
+def make(config, mesh):
+    step, calls = make_step(config, mesh), iter(range(1, 1000))
+    def spoiled(state, batch):
+        state, metrics = step(state, batch)
+        if next(calls) == 27 and os.environ["JAX_PROCESS_ID"] in seeing:
+            metrics |= {"loss": jax.device_put(np.float32(50))}
+        return state, metrics
+    return spoiled
+
+def loader(*arguments, **settings):
+    print("data", settings["seed"], settings["start_step"], file=sys.stderr)
+    return make_loader(*arguments, **settings)
+
+loop.make_step, loop.data.make_loader = make, loader
+train_dit.main()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seeing", ["01", "0", "1"])
+def test_hosts_agree_on_a_spike(tmp_path, seeing):
+    """Both go back when the first one sees it, whatever the other sees; neither when only the other does."""
+    run_dir = tmp_path / "run"
+    guard = ["--guard.spike-factor", "6", "--guard.spike-steps", "1", "--guard.spike-window", "20"]
+    _, *flags = command(run_dir, *guard)
+    ended = end(*start_hosts(["-c", SPIKE, seeing, *flags], 2))
+    back = "0" in seeing
+    wanted = [("0", "0")] + [("1000003", "24")] * back  # the seed and the first step of the data
+    for code, errors in ended:
+        assert code == 0, errors
+        assert re.findall(r"data (\d+) (\d+)", errors) == wanted
+        assert ("before step 27: back to step 24, and on with another order" in errors) == back
+    step, meta = checkpoints.read_meta(run_dir)
+    assert step == STEPS and meta["notes"]["rollbacks"] == [[27, 24]] * back
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
+    assert max(line["loss"] for line in lines) < 10
+
+
+@pytest.mark.slow
+def test_two_processes_sample_what_one_does(tmp_path, alone):
+    made = {}
+    for count in (1, 2):
+        folder = tmp_path / str(count)
+        folder.mkdir()
+        calls = {"npz": ["--num-samples", "20", "--batch-size", "8"], "png": ["--per-class", "1"]}
+        for kind, flags in calls.items():
+            arguments = [str(ROOT / "sample.py"), "--run", str(alone(1)), "--output", str(folder / f"s.{kind}"), *flags]
+            for code, errors in end(*(start_hosts(arguments, 2) if count == 2 else [start(arguments)])):
+                assert code == 0, errors
+        assert sorted(path.name for path in folder.iterdir()) == ["s.npz", "s.png"]  # nothing beside them
+        made[count] = folder
+    with np.load(made[1] / "s.npz") as one, np.load(made[2] / "s.npz") as two:
+        np.testing.assert_array_equal(one["arr_1"], two["arr_1"])
+        assert json.loads(str(one["settings"])) == json.loads(str(two["settings"]))
+        assert np.abs(one["arr_0"].astype(int) - two["arr_0"]).max() <= 1  # truncation may turn rounding into a level
+    grids = [np.asarray(Image.open(made[count] / "s.png"), int) for count in (1, 2)]
+    assert np.abs(grids[0] - grids[1]).max() <= 1
+
+
+MOVE = """
+import dataclasses, json, pathlib, sys
+from gspn_jax import cli
+cli.join_other_hosts([])
+import jax, jax.numpy as jnp, numpy as np, optax
+from gspn_jax import models
+from gspn_jax.config import MeshConfig
+from gspn_jax.training import sharding
+from gspn_jax.training.checkpoints import Checkpoints
+from gspn_jax.training.state import abstract_state, create_state
+from tests.training import tiny
+
+def number(leaf, shape):  # every element another number; what a mesh fills up an axis with stays 0
+    numbers = 1 + jnp.arange(np.prod(shape, dtype=int), dtype=leaf.dtype).reshape(shape)
+    return jnp.pad(numbers, [(0, stored - size) for stored, size in zip(leaf.shape, shape, strict=True)])
+
+def told_apart(state):
+    params = jax.tree.map(lambda leaf, s: number(leaf, s.shape), state.params, models.abstract(config)[1])
+    scaled = {name: jax.tree.map(lambda p: factor * p, params) for name, factor in (("mu", 2), ("nu", 3))}
+    averages = {name: jax.tree.map(lambda p: float(name) * p, params) for name in state.ema}
+    return dataclasses.replace(state, params=params, ema=averages,
+                               opt_state=optax.tree.set(state.opt_state, **scaled))
+
+def name_of(path):
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+for kind, run_dir, shape, dump in json.loads(sys.argv[1]):
+    config = tiny.config(run_dir, gspn=True)
+    mesh = sharding.make_mesh(MeshConfig(*shape))
+    target = abstract_state(config, mesh)
+    with Checkpoints(config, "f", [str(i) for i in range(10)]) as checkpoints:
+        if kind == "save":
+            shardings = jax.tree.map(lambda s: s.sharding, target)
+            state = jax.jit(told_apart, out_shardings=shardings)(create_state(config, mesh))
+            checkpoints.save(5, state)
+            checkpoints.wait()
+        else:
+            step, state = checkpoints.restore(target)
+            assert step == 5
+    assert jax.tree.map(lambda a: a.sharding, state) == jax.tree.map(lambda s: s.sharding, target)
+    live, shards = jax.live_arrays(), {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(state):
+        for shard in leaf.addressable_shards:
+            assert shard.data.shape == leaf.sharding.shard_shape(leaf.shape)
+            starts = [part.start or 0 for part in shard.index]
+            shards[f"{name_of(path)}|{shard.device.id}|{json.dumps(starts)}"] = np.asarray(shard.data)
+    if kind == "restore":  # nothing is left of the state on any device but its own part
+        own = sum(value.nbytes for value in shards.values())
+        found = sum(shard.data.nbytes for array in live for shard in array.addressable_shards)
+        assert found <= 1.01 * own + 2**12, (found, own)
+    np.savez(pathlib.Path(dump) / f"{jax.process_index()}.npz", **shards)
+    del state, shards, live
+"""
+
+
+@pytest.mark.slow
+def test_a_state_moves_between_meshes_and_numbers_of_processes(tmp_path):
+    """Saved by 1, 2 or 4 processes and restored by others: each device gets its own part, whose values are those of
+    the whole on one device, and nothing else."""
+    jobs = [  # processes, devices of each, what they do with which checkpoint on which mesh
+        (2, 2, [("save", "A", (2, 2, 1)), ("save", "B", (1, 2, 2))]),
+        (4, 1, [("save", "C", (1, 4, 1)), ("restore", "A", (1, 4, 1)), ("restore", "B", (2, 1, 2))]),
+        (1, 3, [("save", "D", (1, 3, 1)), ("restore", "A", (3, 1, 1)), ("restore", "B", (1, 3, 1)),
+                ("restore", "C", (1, 3, 1))]),
+        (2, 2, [("restore", "C", (2, 2, 1)), ("restore", "D", (1, 1, 4))]),
+        (4, 1, [("restore", "D", (1, 2, 2))]),
+    ]
+    dumps = []
+    for count, devices, actions in jobs:
+        calls = []
+        for kind, name, shape in actions:
+            dump = tmp_path / f"{kind}_{name}_{count}_{'x'.join(map(str, shape))}"
+            dump.mkdir()
+            dumps.append((name, dump, count))
+            calls.append((kind, str(tmp_path / name), shape, str(dump)))
+        arguments = ["-c", MOVE, json.dumps(calls)]
+        hosts = start_hosts(arguments, count, devices=devices) if count > 1 else [start(arguments, devices=devices)]
+        for code, errors in end(*hosts):
+            assert code == 0, errors
+    wholes = {name: whole_state(tmp_path / name) for name in "ABCD"}
+    for name, dump, count in dumps:
+        files = sorted(dump.iterdir())
+        assert len(files) == count
+        for file in files:
+            with np.load(file) as shards:
+                assert {key.split("|")[0] for key in shards} == set(wholes[name]) | {"step", "halted"}
+                for key in shards:
+                    leaf, _, starts = key.split("|")
+                    if leaf in wholes[name]:
+                        assert_is_part(shards[key], wholes[name][leaf], json.loads(starts))
+
+
+def whole_state(run_dir):
+    """{path: array} of parameters, moments and averages on one device."""
+    config = tiny.config(run_dir, gspn=True)
+    mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
+    with checkpoints.Checkpoints(config, "f", [str(i) for i in range(10)]) as restorer:
+        _, state = restorer.restore(abstract_state(config, mesh))
+    leaves = jax.tree_util.tree_leaves_with_path(jax.device_get(state))
+    found = {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
+    assert all(leaf.flat[0] != 0 for path, leaf in found.items() if "kernel" in path)
+    return {path: leaf for path, leaf in found.items() if path not in ("step", "halted")}
+
+
+def assert_is_part(part, whole, starts):
+    """A mesh may fill an axis that it does not divide with zeros."""
+    inside = whole[tuple(slice(begin, begin + size) for begin, size in zip(starts, part.shape, strict=True))]
+    filled = np.zeros_like(part)
+    filled[tuple(slice(size) for size in inside.shape)] = inside
+    np.testing.assert_array_equal(part, filled)
