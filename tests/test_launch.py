@@ -2,7 +2,9 @@
 
 import os
 import pathlib
+import signal
 import subprocess
+import sys
 
 import pytest
 import yaml
@@ -23,16 +25,17 @@ def commands(tmp_path):
     return tmp_path
 
 
-@pytest.mark.parametrize(("code", "requeued"), [(0, False), (1, False), (2, False), (75, True), (134, True)])
-def test_the_slurm_script_starts_the_run_and_queues_it_again_when_it_was_stopped(commands, code, requeued):
+@pytest.mark.parametrize(("code", "restarts", "requeued"), [
+    (0, "0", False), (1, "0", False), (2, "0", False), (75, "0", True), (75, "999", True), (75, "1000", False),
+])
+def test_the_slurm_script_starts_the_run_and_queues_it_again_when_it_was_stopped(commands, code, restarts, requeued):
     env = os.environ | {"PATH": f"{commands}:{os.environ['PATH']}", "CODE": str(code), "SLURM_JOB_ID": "77",
-                        "PYTHON": "python"}
+                        "SLURM_RESTART_COUNT": restarts, "PYTHON": "python"}
     done = subprocess.run(["bash", LAUNCH / "slurm.sh", "--config", "configs/gspn_xl_2.py", "--data.path", "my data"],
                           env=env, timeout=20)
     assert done.returncode == code
     called = (commands / "called").read_text().splitlines()
-    assert called[0] == ("srun --kill-on-bad-exit=1 python train_dit.py --config configs/gspn_xl_2.py --data.path "
-                         "my data")
+    assert called[0] == "srun python train_dit.py --config configs/gspn_xl_2.py --data.path my data"
     assert called[1:] == (["scontrol requeue 77"] if requeued else [])
 
 
@@ -70,6 +73,54 @@ def test_the_kubernetes_job_starts_the_run_on_every_host():
 def test_half_of_a_place_among_the_hosts_is_refused(flags, said):
     with pytest.raises(ConfigError, match=said):
         cli.join_other_hosts(flags)
+
+
+@pytest.mark.parametrize("seconds", ["soon", "0", "-3"])
+def test_a_heartbeat_that_is_no_time_is_refused(seconds, monkeypatch):
+    monkeypatch.setenv("GSPN_HEARTBEAT_SECONDS", seconds)
+    with pytest.raises(ConfigError, match=f"must be a number of seconds greater than 0, found '{seconds}'"):
+        cli.join_other_hosts(["--coordinator", "a:1", "--num-processes", "2", "--process-id", "0"])
+
+
+CHILD = """
+import os, signal, sys, time
+from gspn_jax import cli
+parent = os.getpid()
+cli.setup()
+print(os.getpid(), os.getpid() != parent, flush=True)
+exec(sys.argv[1])
+"""
+
+
+def one_of_two(tmp_path, script):
+    env = os.environ | {"JAX_PROCESS_ID": "0", "PYTHONPATH": str(LAUNCH.parents[1])}
+    return subprocess.Popen([sys.executable, "-c", CHILD, script], env=env, cwd=tmp_path, text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+@pytest.mark.parametrize(("script", "code", "said"), [
+    ("os.abort()", 75, "another host, or the connection to it, was lost (JAX ended this process, see above); the same "
+     "command on all hosts goes on from the newest checkpoint\n"),
+    ("sys.exit(0)", 0, ""), ("sys.exit('error: x')", 1, "error: x\n"), ("os._exit(2)", 2, ""),
+    ("os.kill(os.getpid(), signal.SIGKILL)", -signal.SIGKILL, ""),
+    ("os.kill(os.getpid(), signal.SIGTERM)", -signal.SIGTERM, ""),
+])
+def test_one_of_several_hosts_ends_as_its_child_does_but_for_an_abort(tmp_path, script, code, said):
+    process = one_of_two(tmp_path, script)
+    output, errors = process.communicate(timeout=60)
+    assert output.endswith("True\n")
+    assert (process.returncode, errors) == (code, said)
+
+
+def test_sigterm_is_passed_on_and_a_kill_takes_the_child_along(tmp_path):
+    """`communicate` returns when the child, which has the pipes too, is gone."""
+    script = "signal.signal(signal.SIGTERM, lambda *_: os._exit(75)); print('ready', flush=True); time.sleep(600)"
+    for send, code in ((signal.SIGTERM, 75), (signal.SIGKILL, -signal.SIGKILL)):
+        process = one_of_two(tmp_path, script)
+        while process.stdout.readline() != "ready\n":
+            assert process.poll() is None
+        process.send_signal(send)
+        assert process.communicate(timeout=60) == ("", "") and process.returncode == code
 
 
 def test_a_single_process_joins_nobody_and_keeps_its_flags():

@@ -15,10 +15,11 @@
 #SBATCH --signal=TERM@120
 
 PYTHON=${PYTHON:-.venv/bin/python}
-srun --kill-on-bad-exit=1 "$PYTHON" train_dit.py "$@"
+# no --kill-on-bad-exit: a host that fails is noticed by the others, which end by themselves with a code that says why
+srun "$PYTHON" train_dit.py "$@"
 code=$?
-# 75: stopped after saving, or another host was lost; 134: JAX itself ended the process for the same reason
-if [ "$code" -eq 75 ] || [ "$code" -eq 134 ]; then
+# 75: stopped after saving, or another host was lost
+if [ "$code" -eq 75 ] && [ "${SLURM_RESTART_COUNT:-0}" -lt 1000 ]; then
   scontrol requeue "$SLURM_JOB_ID"
 fi
 exit "$code"
