@@ -72,9 +72,13 @@ def collectives(text: str, devices: int) -> Iterator[Collective]:
 
 
 def _group(line: str, devices: int) -> int:
-    """Devices of one group: {{0,1},{2,3}}, [2,4]<=[8], or {} for all."""
+    """Devices of one group: {{0,1},{2,3}}, [2,4]<=[8], mesh['data'=2,'fsdp'=4] {'fsdp'}, or {} for all."""
     listed = re.search(r"replica_groups=\{\{([\d,]*)\}", line)
     if listed:
         return listed[1].count(",") + 1
+    named = re.search(r"replica_groups=mesh\[(.*?)\] \{(.*?)\}", line)
+    if named:
+        sizes = dict(re.findall(r"('\w+')=(\d+)", named[1]))
+        return math.prod(int(sizes[axis]) for axis in named[2].split(","))
     counted = re.search(r"replica_groups=\[\d+,(\d+)\]", line)
     return int(counted[1]) if counted else devices

@@ -103,10 +103,12 @@ def test_the_state_of_a_device_shrinks_as_one_over_the_devices(preset):
     config = dataclasses.replace(
         tiny.config(ema_decays=(0.9999,)), model=ModelConfig(preset=preset),
         data=DataConfig(source="latents", path="unused", image_size=32, channels=4, num_classes=1000))
-    whole = 16 * models.count_parameters(config)
+    _, shapes = models.abstract(config)
+    whole = 4 * sum(math.prod(s.shape) for s in jax.tree.leaves(shapes))
     for devices in (1, 2, 4, 8, 16, 64, 256):
-        state = abstract_state(config, AbstractMesh((1, devices, 1), sharding.AXES))
-        assert share(state) * devices / whole == pytest.approx(1, abs=0.01 if devices <= 16 else 0.07), devices
+        found = share(sharding.stored(shapes, AbstractMesh((1, devices, 1), sharding.AXES)))
+        assert found * devices / whole == pytest.approx(1, abs=0.01 if devices <= 16 else 0.07), devices
+    assert share(abstract_state(config, AbstractMesh((1, 256, 1), sharding.AXES))) == pytest.approx(4 * found, rel=1e-5)
 
 
 @pytest.mark.parametrize("remat", ["none", pytest.param("full", marks=pytest.mark.slow)])
