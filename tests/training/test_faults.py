@@ -205,9 +205,9 @@ with cli.user_errors(CheckpointError):
 """
 
 
-def run_script(script, *arguments):
+def run_script(script, *arguments, before=()):
     env = os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0", "PYTHONPATH": str(ROOT)}
-    return subprocess.Popen([sys.executable, "-c", script, *map(str, arguments)], env=env, text=True,
+    return subprocess.Popen([*before, sys.executable, "-c", script, *map(str, arguments)], env=env, text=True,
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
@@ -228,6 +228,61 @@ def test_a_disk_that_cannot_be_written_stops_the_run_with_a_sentence(run_dir):
     note("the disk fills up during a save", "stops with a sentence; the same command sweeps what was half written and "
          "goes on", "the steps since the last save")
     note("a folder that is read-only, from the start or during the run", "stops with a sentence; sampling works",
+         "the steps since the last save")
+
+
+FILLED = """
+import itertools, shutil, sys
+from gspn_jax import cli
+cli.setup()
+from tests.training.test_faults import *
+run_dir = pathlib.Path(sys.argv[1])
+config = tiny.config(run_dir, keep_every=1)
+
+def save_until_it_fails():
+    newest = 0
+    try:
+        with Checkpoints(config, "f", NAMES) as saver:
+            found = saver.restore(abstract_state(config, one_device()))
+            if found:
+                newest = found[0]
+                assert_is_state_of((newest, jax.device_get(found[1].params)), newest)
+            while True:
+                saver.save(newest + 1, state_of(config, newest + 1))
+                saver.wait()
+                newest += 1
+    except CheckpointError as error:
+        print(newest, error, sep="|")
+
+save_until_it_fails()
+usage = shutil.disk_usage
+(run_dir / "of another job").write_bytes(bytes(max(0, usage(run_dir).free - 2**17)))
+shutil.disk_usage = lambda path: usage("/")  # as if the disk filled up behind the look at it
+save_until_it_fails()
+shutil.disk_usage = usage
+(run_dir / "of another job").unlink()
+shutil.rmtree(checkpoints.folder(run_dir) / "1")
+save_until_it_fails()
+print(*checkpoints.steps(run_dir), *checkpoints.folder(run_dir).glob("*tmp*"))
+"""
+
+
+@pytest.mark.slow
+def test_a_file_system_that_is_really_full_costs_the_save(tmp_path):
+    """A tmpfs of 6 MB, which an ordinary user can mount where the kernel allows user namespaces."""
+    mount = 'mount -t tmpfs -o size=6m tmpfs "$0" && exec "$@"'
+    process = run_script(FILLED, tmp_path, before=["unshare", "--map-root-user", "--mount", "bash", "-c", mount,
+                                                   str(tmp_path)])
+    output, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+    *failures, kept = output.splitlines()
+    (before, room), (same, filled), (after, _) = (line.split("|") for line in failures)
+    assert before == same and int(before) >= 3 and int(after) == int(before) + 1  # for the one that was deleted
+    assert re.search(r"step \d+ needs 0.00 GB in .*, found 0.00 GB free; the last one is of step " + before, room)
+    assert f"could not be written (No space left on device); the last one is of step {before}" in filled
+    assert kept.split() == [str(step) for step in range(2, int(after) + 1)]
+    note("a file system of 6 MB filled to the last byte by checkpoints, and by another job during a save (mounted for "
+         "the test)", "stops with a sentence; once there is room the same command goes on",
          "the steps since the last save")
 
 
