@@ -113,15 +113,17 @@ class Drawing:
                                                         "guidance_interval": list(config.sampler.guidance_interval)}
         return {"run": str(self._run), "model": config.model.preset, "step": self._step,
                 "images_seen": self._step * config.train.batch_size, "ema_decay": self._ema, "sampler": sampler,
-                "parameters_sha256": digest_of(self._params), "image_size": list(self.shape[:2])}
+                "parameters_sha256": digest_of(self._params, config), "image_size": list(self.shape[:2])}
 
 
-def digest_of(params: Any) -> str:
-    """SHA-256 over the arrays of a tree and where they are in it; the same on any mesh. Every host must call it."""
+def digest_of(params: Any, config: Config) -> str:
+    """SHA-256 over the parameters of `config` and where they are in the tree; the same on any mesh, however it stores
+    them (`sharding.stored`). Every host must call it."""
     total = hashlib.sha256()
-    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+    shapes = jax.tree.leaves(models.abstract(config)[1])
+    for (path, leaf), own in zip(jax.tree_util.tree_leaves_with_path(params), shapes, strict=True):
         total.update(jax.tree_util.keystr(path, simple=True, separator="/").encode())
         if not getattr(leaf, "is_fully_addressable", True):
             leaf = multihost_utils.process_allgather(leaf, tiled=True)
-        total.update(np.ascontiguousarray(leaf).tobytes())
+        total.update(np.ascontiguousarray(np.asarray(leaf)[tuple(map(slice, own.shape))]).tobytes())
     return total.hexdigest()

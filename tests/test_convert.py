@@ -20,6 +20,7 @@ from gspn_jax.convert.exporting import HEADER
 from gspn_jax.convert.importing import dit_config
 from gspn_jax.data import make_source
 from gspn_jax.data.latents import write_synthetic
+from gspn_jax.drawing import digest_of
 from gspn_jax.evaluate import report
 from gspn_jax.sampling import Sampler
 from gspn_jax.training import checkpoints, sharding
@@ -174,6 +175,15 @@ def test_the_card_says_what_a_stranger_must_know(folder, tmp_path):
     assert "| license | unknown: not stated by who exported |" in first and "None were measured" in first
     shown = json.loads(re.search(r"```json\n(.*?)```", card, re.S)[1])
     assert shown["model"] == json.loads(json.dumps(dataclasses.asdict(config.model))) and shown["run_dir"] == "ours"
+
+
+def test_the_digest_of_the_parameters_is_the_same_on_a_mesh_that_pads_them(folder):
+    config = checkpoints.read_config(folder / "ours")[1]
+    found = [checkpoints.restore_params(folder / "ours", 3, config, mesh) for mesh in (
+        sharding.make_mesh(MeshConfig(), jax.devices()[:1]), sharding.make_mesh(MeshConfig(fsdp=7), jax.devices()[:7]))]
+    one, seven = (sum(leaf.size for leaf in jax.tree.leaves(params)) for params in found)
+    assert one < seven
+    assert digest_of(found[0], config) == digest_of(found[1], config)
 
 
 def changed(folder, tmp_path, change, name="other.safetensors") -> str:

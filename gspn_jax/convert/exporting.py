@@ -53,7 +53,7 @@ def export_weights(arguments: Export) -> None:
     tensors = dit_to_torch(params, config) if arguments.dit_names else dict(named(params))
     header = {"version": FORMAT_VERSION, "names": "dit" if arguments.dit_names else "gspn-jax", "step": step,
               "ema_decay": decay, "license": arguments.license, "class_names": meta["class_names"],
-              "fingerprint": meta["fingerprint"], "parameters_sha256": digest_of(params),
+              "fingerprint": meta["fingerprint"], "parameters_sha256": digest_of(params, config),
               "config": to_dict(_released(config, decay))}
     with new_folder(output, bytes_needed=sum(value.nbytes for value in tensors.values())) as folder:
         _write(folder / WEIGHTS, tensors, header)

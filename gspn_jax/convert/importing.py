@@ -117,7 +117,7 @@ def _of_ours(state_dict: Mapping[str, np.ndarray], header: dict[str, Any],
         raise WeightsError(f"the file must tell its step and {config.data.num_classes} names of classes, found step "
                            f"{step!r} and other names")
     params = _dit(state_dict, config) if header["names"] == "dit" else _by_name(state_dict, config)
-    found = digest_of(params)
+    found = digest_of(params, config)
     if found != header["parameters_sha256"]:
         raise WeightsError("the tensors must be those that were exported, found that their SHA-256 has changed "
                            f"({found[:12]}..., not {header['parameters_sha256'][:12]}...)")
