@@ -24,7 +24,8 @@ def found(function, shape, data, fsdp):
      2 * 4 * 4 * 3 / 4),
     (lambda x: lax.psum(x, "fsdp"), "all-reduce", (2, 3), 4, 2 * 2 * 3 * 4 * 3 / 4),
     (lambda x: lax.psum(x, ("data", "fsdp")), "all-reduce", (2, 3), 8, 2 * 2 * 3 * 4 * 7 / 8),
-    (lambda x: lax.ppermute(x, "fsdp", [(i, (i + 1) % 4) for i in range(4)]), "collective-permute", (2, 3), 8, 2 * 3 * 4),
+    (lambda x: lax.ppermute(x, "fsdp", [(i, (i + 1) % 4) for i in range(4)]), "collective-permute", (2, 3), 8,
+     2 * 3 * 4),
 ])
 def test_a_collective_is_found_with_its_group_and_what_a_ring_sends(function, kind, shape, group, sent):
     whole = (8, 4 if kind == "reduce-scatter" else 3)

@@ -35,7 +35,7 @@ def run(config, mesh_shape, steps=20):
     for batch in batches(config, steps):
         batch = jax.device_put(batch, sharding.batch_sharding(mesh))
         state, metrics = step(state, batch)
-        losses.append(float(metrics["loss"]))
+        losses.append((float(metrics["loss"]), float(metrics["grad_norm"])))
     return np.array(losses), jax.device_get(state)
 
 
@@ -47,7 +47,8 @@ def assert_same_run(gspn, mesh_shape, remat="none", reference={}):  # noqa: B006
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, remat=remat))
     losses, state = run(config, mesh_shape)
     expected_losses, expected = reference[gspn]
-    np.testing.assert_allclose(losses, expected_losses, rtol=2e-5)
+    np.testing.assert_allclose(losses[:, 0], expected_losses[:, 0], rtol=2e-5)
+    np.testing.assert_allclose(losses[:, 1], expected_losses[:, 1], rtol=1e-4)  # Adam does not see a gradient's scale
     assert state.step == 20
     # Adam divides by the gradient's own size: the rounding of a gradient near 0 moves a parameter by up to the
     # learning rate, so parameters are compared with the distance that 20 steps can cover (20 * 1e-3)
