@@ -1,18 +1,25 @@
 """A long run with everything on: does host memory, the number of open files or of threads grow?
 
-python benchmarks/health.py [--steps 2000 --output benchmarks/results]
+python benchmarks/health.py [--steps 2000 --repeat 1]
 
 Trains a small GSPN on the digits, saving every 100 steps, sampling every 200 and evaluating (Inception score by random
 weights, which cost what real ones do) every 400, and looks at the process once a second. The first third is warm-up:
-compilation, caches and pools fill. Growth is the median of the last third less that of the middle third.
+compilation, caches and pools fill. Growth is the median of the last third less that of the middle third. Each call is
+added to benchmarks/results/health_DEVICE.json with all its runs and their median.
+
+Resident memory holds what malloc keeps after it was freed, much of it from compilation, which glibc hands back when it
+sees fit: in a run of 6,000 steps 0.5 GB went at once near step 5,300, and in one of 460 malloc_trim took it from 1,427
+to 963 MB, a garbage collection after it nothing. So `heap_mb`, what malloc has given out and not got back, is what
+tells a leak; `rss_mb_trimmed` is resident memory at the end, after malloc_trim.
 """
 
 import argparse
+import ctypes
 import dataclasses
-import datetime
 import json
 import os
 import pathlib
+import subprocess
 import sys
 import tempfile
 import threading
@@ -25,20 +32,28 @@ from gspn_jax.config import EvalConfig, ModelConfig, SamplerConfig, TrainConfig
 PAGE = os.sysconf("SC_PAGE_SIZE")
 
 
+class Mallinfo2(ctypes.Structure):
+    """glibc's, of all arenas."""
+
+    _fields_ = tuple((name, ctypes.c_size_t) for name in (
+        "arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks", "fordblks", "keepcost"))
+
+
+LIBC = ctypes.CDLL(None)
+LIBC.mallinfo2.restype = Mallinfo2
+
+
 def look() -> dict[str, float]:
-    """Of this process: resident memory in MB, open files, threads."""
+    """Of this process: resident memory and what malloc has given out, in MB; open files; threads."""
     pages = int(pathlib.Path("/proc/self/statm").read_text().split()[1])
-    return {"rss_mb": pages * PAGE / 2**20, "files": len(os.listdir("/proc/self/fd")),
-            "threads": len(os.listdir("/proc/self/task"))}
+    info = LIBC.mallinfo2()
+    return {"rss_mb": pages * PAGE / 2**20, "heap_mb": (info.uordblks + info.hblkhd) / 2**20,
+            "files": len(os.listdir("/proc/self/fd")), "threads": len(os.listdir("/proc/self/task"))}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=2000)
-    parser.add_argument("--output", type=pathlib.Path, default=pathlib.Path(__file__).parent / "results")
-    arguments = parser.parse_args()
+def run(steps: int) -> dict:
+    """One run in this process, whose memory nothing else has filled."""
     cli.setup()
-    import jax
     from safetensors.numpy import save_file
 
     from gspn_jax.metrics import inception
@@ -51,7 +66,7 @@ def main() -> None:
         config = dataclasses.replace(
             cli.load_config(pathlib.Path(__file__).parents[1] / "configs" / "digits.py"), run_dir=str(run_dir),
             model=ModelConfig(preset="GSPN-S/2", hidden=32, depth=2), sampler=SamplerConfig(steps=4),
-            train=TrainConfig(steps=arguments.steps, batch_size=32, log_every=20, save_every=100, sample_every=200,
+            train=TrainConfig(steps=steps, batch_size=32, log_every=20, save_every=100, sample_every=200,
                               ema_decays=(0.99,)),
             eval=EvalConfig(every=400, num_samples=8, batch_size=8, metrics=("is",), inception=str(weights)))
         config = dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, warmup_steps=0))
@@ -70,18 +85,40 @@ def main() -> None:
         finally:
             done.set()
             watcher.join()
-    middle, last = ([row for row in seen if low <= row["step"] / arguments.steps <= high]
+    LIBC.malloc_trim(0)
+    middle, last = ([row for row in seen if low <= row["step"] / steps <= high]
                     for low, high in ((1 / 3, 2 / 3), (2 / 3, 1)))
-    growth = {name: float(np.median([row[name] for row in last]) - np.median([row[name] for row in middle]))
-              for name in ("rss_mb", "files", "threads")}
-    result = {"device": jax.devices()[0].device_kind, "jax": jax.__version__, "python": sys.version.split()[0],
-              "date": datetime.date.today().isoformat(), "steps": arguments.steps, "growth": growth,
-              "median_of_the_last_third": {name: float(np.median([row[name] for row in last])) for name in growth},
-              "peak": {name: max(row[name] for row in seen) for name in growth},
-              "seen": seen[::max(1, len(seen) // 50)]}
+    names = [name for name in seen[0] if name != "step"]
+    middle, last = ({name: float(np.median([row[name] for row in part])) for name in names} for part in (middle, last))
+    return ({f"growth_{name}": last[name] - middle[name] for name in names}
+            | {f"last_third_{name}": last[name] for name in names}
+            | {f"peak_{name}": max(row[name] for row in seen) for name in names}
+            | {"rss_mb_trimmed": look()["rss_mb"], "seen": seen[::max(1, len(seen) // 50)]})
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--repeat", type=int, default=1)
+    parser.add_argument("--output", type=pathlib.Path, default=pathlib.Path(__file__).parent / "results")
+    parser.add_argument("--run-to", type=pathlib.Path, help=argparse.SUPPRESS)  # one run, into this file
+    arguments = parser.parse_args()
+    if arguments.run_to:
+        arguments.run_to.write_text(json.dumps(run(arguments.steps)))
+        return
+
+    def measure() -> dict:
+        with tempfile.TemporaryDirectory() as folder:
+            path = pathlib.Path(folder) / "run.json"
+            subprocess.run([sys.executable, __file__, "--steps", str(arguments.steps), "--run-to", path], check=True)
+            return json.loads(path.read_text())
+
+    sys.path.append(str(pathlib.Path(__file__).parent))  # operator.py here takes this folder from its front
+    import jax
+    from record import measure_and_append
+
     path = arguments.output / f"health_{jax.default_backend()}.json"
-    path.write_text(json.dumps(result, indent=1) + "\n")
-    print(json.dumps({name: value for name, value in result.items() if name != "seen"}, indent=1))
+    measure_and_append(path, {"steps": arguments.steps}, arguments.repeat, measure)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,9 @@
 """What safety costs: step time with saving on against off, and the time from the start to the first step.
 
-python benchmarks/safety.py saving [--hidden 384 --depth 12 --save-every 40]
+python benchmarks/safety.py saving [--hidden 384 --depth 12 --save-every 100 --repeat 3]
 python benchmarks/safety.py start [--presets GSPN-XL/2 DiT-B/4 ...]           all presets by default
+
+Each call is added to benchmarks/results/saving_DEVICE.json or start_DEVICE.json with all its runs and their median.
 
 `saving` trains the same model in turns of --save-every steps, with a save at the end of the turn or without, and prints
 the ratio of their times; what a save costs shrinks with the distance between saves. `start` starts a process per
@@ -10,8 +12,6 @@ them: that is the device's time), first with an empty compilation cache, then wi
 """
 
 import argparse
-import datetime
-import json
 import os
 import pathlib
 import statistics
@@ -35,8 +35,7 @@ config = Config("unused", model=ModelConfig(preset=sys.argv[1]), train=TrainConf
                 data=DataConfig(source="latents", path="unused", image_size=32, channels=4, num_classes=1000))
 mesh = sharding.make_mesh(config.mesh, jax.devices()[:1])
 target = state.abstract_state(config, mesh)
-shardings = jax.tree.map(lambda s: s.sharding, target)
-jax.jit(lambda key: state._build(config, key), out_shardings=shardings).lower(jax.random.key(0)).compile()
+jax.jit(lambda: state.create_state(config, mesh)).lower().compile()
 rows = sharding.batch_sharding(mesh)
 batch = {"image": jax.ShapeDtypeStruct((8, 32, 32, 4), np.float32, sharding=rows),
          "label": jax.ShapeDtypeStruct((8,), np.int32, sharding=rows)}
@@ -99,8 +98,8 @@ def measure_saving(hidden: int, depth: int, save_every: int) -> dict:
             saver.restore(abstract_state(config, mesh))
             restore = time.perf_counter() - start
     on, off = (statistics.median(seconds[saving]) for saving in (True, False))
-    return {"checkpoint_mb": bytes_saved / 1e6, "save_every": save_every, "step_ms_saving": 1e3 * on,
-            "step_ms_not_saving": 1e3 * off, "ratio": on / off, "save_blocks_ms": 1e3 * statistics.median(blocked),
+    return {"ratio": on / off, "checkpoint_mb": bytes_saved / 1e6, "step_ms_saving": 1e3 * on,
+            "step_ms_not_saving": 1e3 * off, "save_blocks_ms": 1e3 * statistics.median(blocked),
             "restore_seconds": restore}
 
 
@@ -110,22 +109,23 @@ def main() -> None:
     parser.add_argument("--presets", nargs="+")
     parser.add_argument("--hidden", type=int, default=384)
     parser.add_argument("--depth", type=int, default=12)
-    parser.add_argument("--save-every", type=int, default=40)
+    parser.add_argument("--save-every", type=int, default=100)
+    parser.add_argument("--repeat", type=int, default=None, help="runs of this call; 3 of saving, 1 of the start")
     parser.add_argument("--output", type=pathlib.Path, default=pathlib.Path(__file__).parent / "results")
     arguments = parser.parse_args()
+    sys.path.append(str(pathlib.Path(__file__).parent))  # operator.py here takes this folder from its front
     import jax
+    from record import measure_and_append
 
     from gspn_jax.models.presets import PRESETS
 
-    if arguments.what == "start":
-        result = measure_start(arguments.presets or list(PRESETS))
-    else:
-        result = measure_saving(arguments.hidden, arguments.depth, arguments.save_every)
-    about = {"device": f"{jax.device_count()} x {jax.devices()[0].device_kind}", "jax": jax.__version__,
-             "python": sys.version.split()[0], "date": datetime.date.today().isoformat()}
     path = arguments.output / f"{arguments.what}_{jax.default_backend()}.json"
-    path.write_text(json.dumps(about | result, indent=1) + "\n")
-    print(json.dumps({name: value for name, value in result.items() if name != "presets"}, indent=1))
+    if arguments.what == "start":
+        presets = arguments.presets or list(PRESETS)
+        measure_and_append(path, {"presets": presets}, arguments.repeat or 1, lambda: measure_start(presets))
+    else:
+        settings = {"hidden": arguments.hidden, "depth": arguments.depth, "save_every": arguments.save_every}
+        measure_and_append(path, settings, arguments.repeat or 3, lambda: measure_saving(**settings))
 
 
 if __name__ == "__main__":
