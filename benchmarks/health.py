@@ -63,13 +63,13 @@ def run(steps: int) -> dict:
         weights = pathlib.Path(folder) / "inception.safetensors"
         save_file(inception.random_state_dict(0), weights)
         run_dir = pathlib.Path(folder) / "run"
+        base = cli.load_config(pathlib.Path(__file__).parents[1] / "configs" / "digits.py")
         config = dataclasses.replace(
-            cli.load_config(pathlib.Path(__file__).parents[1] / "configs" / "digits.py"), run_dir=str(run_dir),
+            base, run_dir=str(run_dir), optimizer=dataclasses.replace(base.optimizer, warmup_steps=0),
             model=ModelConfig(preset="GSPN-S/2", hidden=32, depth=2), sampler=SamplerConfig(steps=4),
             train=TrainConfig(steps=steps, batch_size=32, log_every=20, save_every=100, sample_every=200,
                               ema_decays=(0.99,)),
             eval=EvalConfig(every=400, num_samples=8, batch_size=8, metrics=("is",), inception=str(weights)))
-        config = dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, warmup_steps=0))
         seen, done = [], threading.Event()
 
         def watch() -> None:
