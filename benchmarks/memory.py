@@ -33,7 +33,7 @@ FIT_IMAGES, CHECK_IMAGES = (4, 32), 128
 TEMPLATE = """# Memory and traffic of GSPN-XL/2, on paper
 
 {parameters} parameters, 32x32x4 latents, float32 state, bfloat16 computation, one EMA, no accumulation. Written by
-`python benchmarks/memory.py` (JAX {jax}, {date}; [all numbers](../benchmarks/results/memory_cpu.json)). No GPU was used,
+`python benchmarks/memory.py` (JAX {jax}, {date}; [numbers](../benchmarks/results/memory_cpu.json)). No GPU was used
 and nothing was run: the whole training step of all 57 blocks was compiled for that many fake CPU devices.
 
 GB is 1e9 bytes, of one device. A mesh is `mesh.data` x `mesh.fsdp` (`mesh.tensor` is 1): n x 1 is data parallel,
