@@ -2,11 +2,12 @@
 
     python benchmarks/gpu_operator.py [--repeats 20] [--quick] [--out benchmarks/results/operator_gpu.json]
 
-Four tables: (1) errors of values and gradients against a float64 line loop in NumPy; nothing is timed if one is too
+Five tables: (1) errors of values and gradients against a float64 line loop in NumPy; nothing is timed if one is too
 large. (2) Forward and backward at three shapes: milliseconds, share of the device's own copy bandwidth (each input read
 once, each output written once; the backward pass also reads what the forward pass saved), and the ratio to the scan
 backend compiled by XLA. (3) The operator and cuDNN attention at equal tokens and width, 256 to 65,536 tokens.
 (4) Depthwise convolutions: XLA's grouped one against the sum of shifted products.
+(5) Terms of low rank: the kernel that expands the proxy by itself against XLA's product and the plain kernel.
 
 Both sides of a ratio run in turns in this process; times are the best of `--repeats` of a jitted call. With another
 device than an NVIDIA GPU of compute capability 9.0 the script stops with a sentence.
@@ -28,7 +29,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1] / "tests" / "
 
 import numpy_scan as truth
 
-from kernels import available_backends, depthwise_conv, propagate
+from kernels import available_backends, depthwise_conv, propagate, propagate_low_rank
 from kernels.depthwise import _grouped, _shifted_products
 
 CORRECT = [
@@ -46,6 +47,7 @@ BANDWIDTH = [(64, 16, 16, 1536, None), (64, 16, 16, 1500, 2), (32, 32, 32, 1152,
 TOKENS = [(32, 16), (32, 32), (8, 64), (2, 128), (1, 256)]
 CONVOLUTIONS = [(64, 16, 16, 1500, 7), (64, 16, 16, 1500, 3), (16, 32, 32, 1200, 7)]
 WIDTH, HEADS = 1152, 16
+LOW_RANK = [(32, 16, 1500, 93), (32, 16, 1536, 96), (8, 32, 1200, 75), (4, 64, 1152, 72)]
 
 
 def random_inputs(batch, height, width, channels, groups, skip, dtype) -> tuple:
@@ -93,6 +95,57 @@ def needed_bytes(arrays: tuple) -> dict[str, int]:
     x, *rest = (a for a in arrays if a is not None)
     inputs = x.nbytes + sum(a.nbytes for a in rest)
     return {"forward": inputs + x.nbytes, "backward": inputs + x.nbytes + inputs}
+
+
+def low_rank_inputs(batch: int, size: int, channels: int, rank: int) -> tuple:
+    """x, proxy, gates, lam, out_gate, merge."""
+    shapes = [(batch, size, size, channels), (batch, size, size, rank), (rank, 4, 3, channels), (rank, 4, channels),
+              (rank, 4, channels)]
+    arrays = [jax.random.normal(jax.random.key(n), shape, jnp.bfloat16) for n, shape in enumerate(shapes)]
+    return *arrays[:2], *(a * rank**-0.5 for a in arrays[2:]), jnp.full((4,), 0.25)
+
+
+def expanded_by_xla(x, proxy, gates, lam, out_gate, merge):
+    gates, lam, out_gate = (jnp.tensordot(proxy, factor, 1) for factor in (gates, lam, out_gate))
+    return propagate(x, gates, 1 + lam, 1 + out_gate, merge, backend="mosaic_gpu")
+
+
+def check_low_rank() -> list[dict]:
+    """Values and gradients against float64, the gradients of the products by the chain rule."""
+    rows = []
+    for case in [(4, 16, 96, 24), (3, 16, 100, 93), (2, 32, 64, 32), (1, 64, 64, 16)]:
+        arrays = low_rank_inputs(*case)
+        y, pull = jax.jit(lambda *a: jax.vjp(lambda *a: propagate_low_rank(*a, backend="mosaic_gpu"), *a))(*arrays)
+        cotangent = jax.random.normal(jax.random.key(9), y.shape, y.dtype)
+        x, proxy, *factors, merge = (np.asarray(a, np.float64) for a in arrays)
+        terms = [np.tensordot(proxy, factor, 1) + one for factor, one in zip(factors, (0, 1, 1), strict=True)]
+        exact = (x, *terms, merge, None)
+        by_x, *by_terms, by_merge = truth.propagate_gradients(*exact, None, np.asarray(cotangent, np.float64))[:5]
+        flat = [(by.reshape(-1, factor[0].size), factor.reshape(len(factor), -1))
+                for by, factor in zip(by_terms, factors, strict=True)]
+        by_proxy = sum(by @ factor.T for by, factor in flat).reshape(proxy.shape)
+        by_factors = [(proxy.reshape(-1, proxy.shape[-1]).T @ by).reshape(factor.shape)
+                      for (by, _), factor in zip(flat, factors, strict=True)]
+        expected = (truth.propagate(*exact, None), by_x, by_proxy, *by_factors, by_merge)
+        error = max(truth.relative_error(a, b) for a, b in zip((y, *pull(cotangent)), expected, strict=True))
+        rows.append({"shape": case, "low_rank": True, "largest_error": error, "correct": error < LIMITS["bfloat16"]})
+        print(f"low rank {case!s:24s} error {error:.1e} {'ok' if rows[-1]['correct'] else 'WRONG'}", flush=True)
+    return rows
+
+
+def low_rank(repeats: int, quick: bool) -> list[dict]:
+    rows = []
+    for case in LOW_RANK[:1] if quick else LOW_RANK:
+        arrays = low_rank_inputs(*case)
+        ours = passes(lambda *a: propagate_low_rank(*a, backend="mosaic_gpu"), arrays)
+        theirs = passes(expanded_by_xla, arrays)
+        for which in ours:
+            seconds = best_seconds({"kernel": ours[which], "xla": theirs[which]}, repeats)
+            rows.append({"shape": case, "pass": which, "ms": seconds["kernel"] * 1e3,
+                         "expanded_by_xla_ms": seconds["xla"] * 1e3, "ratio": seconds["xla"] / seconds["kernel"]})
+            print(f"low rank {case} {which:8s} {seconds['kernel'] * 1e3:8.3f} ms, expanded by XLA "
+                  f"{seconds['xla'] * 1e3:8.3f} ms, {rows[-1]['ratio']:5.2f}x", flush=True)
+    return rows
 
 
 def check(quick: bool) -> list[dict]:
@@ -178,13 +231,14 @@ def main() -> None:
                  f"{jax.devices()[0].device_kind!r}.")
 
     record = {"date": datetime.date.today().isoformat(), "device": jax.devices()[0].device_kind,
-              "jax": jax.__version__, "correctness": check(args.quick)}
+              "jax": jax.__version__, "correctness": check(args.quick) + check_low_rank()}
     if not all(row["correct"] for row in record["correctness"]):
         sys.exit("The kernel is wrong on this device: nothing was timed.")
     record["copy_bytes_per_second"] = copy_bandwidth(args.repeats)
     print(f"copy {record['copy_bytes_per_second'] / 1e12:.2f} TB/s")
     record["operator"] = against_memory(record["copy_bytes_per_second"], args.repeats, args.quick)
     record["attention"] = against_attention(args.repeats, args.quick)
+    record["low_rank"] = low_rank(args.repeats, args.quick)
     record["convolutions"] = convolutions(args.repeats)
     if args.out:
         args.out.write_text(json.dumps(record, indent=1) + "\n")

@@ -24,11 +24,17 @@ class _Backend(NamedTuple):
     """Why this machine cannot run it, in words, or None."""
     refuses: Callable[[Array, int], str | None]
     """Why it cannot take x [B, H, W, C] in that many directions, in words, or None."""
+    propagate_low_rank: Callable | None = None
+    """None if XLA is to expand the proxy."""
+    refuses_low_rank: Callable[[Array, Array, int], str | None] | None = None
+    """Why it cannot take x [B, H, W, C] with a proxy [B, H, W, d] of so many kinds of terms, in words, or None."""
 
 
 _BACKENDS = {
     "mosaic_gpu": _Backend(
-        mosaic_gpu.line_scan, over_shards(mosaic_gpu.propagate), mosaic_gpu.missing, mosaic_gpu.refuses
+        mosaic_gpu.line_scan, over_shards(mosaic_gpu.propagate, "bc bc bc bc -c bc"), mosaic_gpu.missing,
+        mosaic_gpu.refuses, over_shards(mosaic_gpu.propagate_low_rank, "bc b- -c -c -c -c -c"),
+        mosaic_gpu.refuses_low_rank,
     ),
     "scan": _Backend(scan.line_scan, scan.propagate, lambda: None, lambda x, directions: None),
 }
@@ -101,9 +107,57 @@ def propagate(
     for name, array in (("lam", lam), ("out_gate", out_gate), ("skip", skip)):
         if array is not None:
             _check_shape(name, array, (*x.shape[:3], 4, x.shape[3]))
-    if merge.shape not in ((4,), (4, x.shape[3])):
-        raise ValueError(f"merge must have shape [4] or {[4, x.shape[3]]}, found {list(merge.shape)}.")
+    _check_merge(merge, x)
     return _choose(backend, x, len(DIRECTIONS)).propagate(x, gates, lam, out_gate, merge, skip, chunk)
+
+
+def propagate_low_rank(
+    x: Float[Array, "B H W C"],
+    proxy: Float[Array, "B H W d"],
+    gates: Float[Array, "d 4 3 G"],
+    lam: Float[Array, "d 4 C"],
+    out_gate: Float[Array, "d 4 C"],
+    merge: Float[Array, "4"] | Float[Array, "4 C"],
+    *,
+    skip: Float[Array, "d 4 C"] | None = None,
+    chunk: int | None = None,
+    backend: str | None = None,
+) -> Float[Array, "B H W C"]:
+    """`propagate` with terms of low rank, each of which is a product of a narrow `proxy` of the pixel:
+
+        propagate(x, proxy gates, 1 + proxy lam, 1 + proxy out_gate, merge, skip=proxy skip)
+
+    The "mosaic_gpu" backend expands bfloat16 proxies by itself, on tensor cores, so that the terms, 20 times as wide as
+    x, are neither written to device memory nor saved for the backward pass (square maps of 16, 32 or 64; elsewhere, and
+    on other backends, XLA expands them). Products are rounded to the dtype of `x`.
+
+    The rest is that of `propagate`, the errors included. Source: GSPN, arXiv 2501.12381, section 4.
+    """
+    _check_x(x)
+    _check_chunk(chunk)
+    if proxy.ndim != 4 or proxy.shape[:3] != x.shape[:3]:
+        raise ValueError(f"proxy must have shape {[*x.shape[:3], 'd']}, found {list(proxy.shape)}.")
+    rank, channels = proxy.shape[3], x.shape[3]
+    if gates.ndim != 4 or gates.shape[3] < 1 or channels % gates.shape[3]:
+        raise ValueError(f"gates must have shape [d, 4, 3, G] with G a divisor of the {channels} channels of x, "
+                         f"found {list(gates.shape)}.")
+    _check_shape("gates", gates, (rank, 4, 3, gates.shape[3]))
+    for name, array in (("lam", lam), ("out_gate", out_gate), ("skip", skip)):
+        if array is not None:
+            _check_shape(name, array, (rank, 4, channels))
+    _check_merge(merge, x)
+    chosen = _choose(backend, x, len(DIRECTIONS))
+    if chosen.propagate_low_rank is not None:
+        reason = chosen.refuses_low_rank(x, proxy, 5 if skip is None else 6)
+        if reason is None:
+            return chosen.propagate_low_rank(x, proxy, gates, lam, out_gate, merge, skip, chunk)
+        _log_expansion(reason)
+
+    def expand(factor: Array) -> Array:
+        return jnp.tensordot(proxy, factor.astype(proxy.dtype), 1)
+
+    return chosen.propagate(x, expand(gates), 1 + expand(lam), 1 + expand(out_gate), merge,
+                            None if skip is None else expand(skip), chunk)
 
 
 def _choose(name: str | None, x: Array, directions: int) -> _Backend:
@@ -123,6 +177,16 @@ def _choose(name: str | None, x: Array, directions: int) -> _Backend:
 @functools.cache
 def _log_choice(name: str, reasons: str) -> None:
     logger.info("Line scans run on the %r backend.%s", name, reasons)
+
+
+@functools.cache
+def _log_expansion(reason: str) -> None:
+    logger.info("XLA expands the proxy: the kernel that does so by itself %s.", reason)
+
+
+def _check_merge(merge: Array, x: Array) -> None:
+    if merge.shape not in ((4,), (4, x.shape[3])):
+        raise ValueError(f"merge must have shape [4] or {[4, x.shape[3]]}, found {list(merge.shape)}.")
 
 
 def _check_x(x: Array) -> None:

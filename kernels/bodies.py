@@ -1,17 +1,17 @@
 """The two programs of the GPU kernel, forward and backward, as one warpgroup runs them."""
 
 import functools
-import itertools
+from collections.abc import Callable
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
-from jaxtyping import Array
+from jaxtyping import Array, Float
 
 from kernels import compat, tiles
-from kernels.walk import Inputs, Job, Shared, Walk, clear, finish, meet, take_turn, visit_mine
+from kernels.terms import KINDS, LAM, OUT_GATE, SKIP, Inputs, Job
+from kernels.walk import Shared, Walk, clear, finish, meet, take_turn, visit_mine
 from kernels.weights import LOGIT_FLOOR
 
 
@@ -20,61 +20,106 @@ def _odds(logits: Array) -> Array:
     return jnp.exp(-jnp.maximum(logits, LOGIT_FLOOR))
 
 
-def forward(inputs: Inputs, outputs, state, total, turn, meeting, *, job: Job, plan: tiles.Plan, save: bool):
-    shared = Shared(state, total, turn, meeting)
+def _tile_by_tile(walk: Walk, do: Callable, carry: Any, queue: tuple) -> tuple[Any, tuple]:
+    """Calls carry, new = do(position, carry, old) for each tile of a line, where old and new are its own in `queue`.
+
+    One program for all tiles, with the addresses of one, which saves registers: the queue goes round.
+    """
+    def step(m, carry):
+        carry, (first, *others) = carry
+        carry, new = do(walk.positions()[0] + m * walk.lines.positions, carry, first)
+        return carry, (*others, new)
+
+    return lax.fori_loop(0, len(queue), step, (carry, queue))
+
+
+def forward(inputs: Inputs, outputs, shared: Shared, *, job: Job, plan: tiles.Plan, save: bool):
+    state, expansion = shared.state, shared.expansion
 
     def fetch(walk: Walk, t: Array, position: Any) -> tuple[Array, ...]:
         """The tiles of an input line, as they are in memory."""
+        t = lax.min(t, walk.lines.count - 1)
         read = functools.partial(compat.load, layout=tiles.layout(plan.slab))
         per_direction = walk.index(t, position, walk.k)
         fetched = [read(inputs.x, walk.index(t, position))]
-        fetched += [read(inputs.weights, walk.index(t, position, walk.k, j)) for j in range(3)]
+        if not plan.expands:
+            fetched += [read(inputs.weights, walk.index(t, position, walk.k, j)) for j in range(3)]
         fetched += [read(ref, per_direction) for ref in (inputs.lam, inputs.out_gate, inputs.skip) if ref is not None]
         return tuple(fetched)
 
     def visit(walk: Walk) -> None:
         lines = walk.lines
-        clear(walk, shared, 1)
 
+        def scan_tile(t: Array, position: Any, fetched: tuple[Array, ...]) -> Float[Array, "P slab"]:
+            """A tile of y, stored if the directions do not meet."""
+            parity, kinds = lax.rem(t, 2), iter(range(len(KINDS)))
+            x, *fetched = fetched
+
+            def term() -> Array:
+                """The next one that the job has; an expanded one is read when it is needed."""
+                if plan.expands:
+                    return expansion.read(walk, t, position, next(kinds))
+                return fetched.pop(0).astype(jnp.float32)
+
+            x, left, center, right = x.astype(jnp.float32), term(), term(), term()
+            has_left, has_right = walk.neighbours(position)
+            if job.logits:
+                a, b, c = (1.0 + _odds(logits) for logits in (left, center, right))
+                left, center, right = b * c, a * c, a * b
+            left = jnp.where(has_left, left, 0.0)
+            right = jnp.where(has_right, right, 0.0)
+            if job.logits:
+                scale = 1.0 / (left + center + right)
+            # one neighbour after the other: few values are alive at a time
+            h = left * walk.read(state, walk.state(parity, 0, position, 0))
+            h = h + center * walk.read(state, walk.state(parity, 0, position, 1))
+            h = h + right * walk.read(state, walk.state(parity, 0, position, 2))
+            if job.logits:
+                h = h * scale
+            if job.chunk is not None:
+                h = walk.unless_first(t, h)
+            h = h + (x * term() if job.lam else x)
+            state[walk.state(1 - parity, 0, position, 1)] = h
+            if save:
+                compat.store(outputs[1 + walk.k], walk.index(t, position, halo=1), h)
+            y = h
+            if job.out_gate:
+                y = y * term()
+            if job.skip:
+                y = y + term() * x
+            if inputs.merge is not None:
+                y = y * _read_merge(walk, inputs.merge)
+            if not plan.joint:
+                compat.store(outputs[0], walk.index(t, position, walk.k), y)
+            return y
+
+        # the next line's loads are under way while a line is computed
         def step(t, fetched):
-            # the next line's loads are under way while this one is computed
-            following = tuple(fetch(walk, lax.min(t + 1, lines.count - 1), p) for p in walk.positions())
-            parity, results = t % 2, []
-            for position, tiles_here in zip(walk.positions(), fetched, strict=True):
-                x, left, center, right, *terms = (tile.astype(jnp.float32) for tile in tiles_here)
-                lam, out_gate, skip = (terms.pop(0) if has else None for has in (job.lam, job.out_gate, job.skip))
-                has_left, has_right = walk.neighbours(position)
-                if job.logits:
-                    a, b, c = (1.0 + _odds(logits) for logits in (left, center, right))
-                    left, center, right = b * c, a * c, a * b
-                left = jnp.where(has_left, left, 0.0)
-                right = jnp.where(has_right, right, 0.0)
-                before = [walk.read(state, walk.state(parity, 0, position, offset)) for offset in range(3)]
-                h = left * before[0] + center * before[1] + right * before[2]
-                if job.logits:
-                    h = h * (1.0 / (left + center + right))
-                if job.chunk is not None:
-                    h = walk.unless_first(t, h)
-                h = h + (x * lam if job.lam else x)
-                state[walk.state(1 - parity, 0, position, 1)] = h
-                if save:
-                    saved = outputs[1 + walk.k]
-                    compat.store(saved, walk.index(t, position, halo=1), h)
-                y = h
-                if job.out_gate:
-                    y = y * out_gate
-                if job.skip:
-                    y = y + skip * x
-                if inputs.merge is not None:
-                    y = y * _read_merge(walk, inputs.merge)
-                if plan.joint:
-                    results.append((position, y))
-                else:
-                    compat.store(outputs[0], walk.index(t, position, walk.k), y)
+            following = tuple(fetch(walk, t + 1, position) for position in walk.positions())
+            results = [(position, scan_tile(t, position, tile))
+                       for position, tile in zip(walk.positions(), fetched, strict=True)]
             take_turn(walk, shared, t, results) if plan.joint else meet(plan, shared)
             return following
 
-        lax.fori_loop(0, lines.count, step, tuple(fetch(walk, 0, p) for p in walk.positions()))
+        def expanding_step(t, fetched):
+            def scan_and_fetch(position, nothing, tile):
+                scan_tile(t, position, tile)
+                return nothing, fetch(walk, t + 1, position)
+
+            _, following = expansion.expand(
+                inputs, walk, t + 1, meanwhile=lambda: _tile_by_tile(walk, scan_and_fetch, (), fetched))
+            meet(plan, shared)
+            return following
+
+        clear(walk, shared, 1)
+        if plan.expands:
+            expansion.begin(inputs, walk)
+            expansion.expand(inputs, walk, 0)
+            meet(plan, shared)
+        first = tuple(fetch(walk, jnp.int32(0), position) for position in walk.positions())
+        lax.fori_loop(0, lines.count, expanding_step if plan.expands else step, first)
+        if plan.expands:
+            expansion.end(lines.count)
         finish(walk, shared, outputs[0])
 
     visit_mine(job, plan, visit)
@@ -84,101 +129,133 @@ def _read_merge(walk: Walk, merge: Any) -> Array:
     return walk.read(merge, (walk.k, pl.ds(0, walk.lines.positions), pl.ds(walk.start, walk.plan.slab)))
 
 
-def backward(inputs, outputs, state, total, turn, meeting, *, job: Job, plan: tiles.Plan):
+def backward(inputs, outputs, shared: Shared, *, job: Job, plan: tiles.Plan):
     """The adjoint scan: from the last line to the first.
 
     With u = merge out_gate: adjoint[t] = u gy[t] + what line t + 1 hands back, center adjoint at the same position,
     left adjoint at the position to the right and right adjoint at the position to the left.
     """
-    shared = Shared(state, total, turn, meeting)
+    state, expansion = shared.state, shared.expansion
     inputs, (cotangent, *saved) = inputs
-    by = jax.tree.unflatten(jax.tree.structure(inputs), outputs)
+    by, center_in_registers = outputs, plan.handed_on == tiles.HANDED_ON[True]
 
     def visit(walk: Walk) -> None:
+        walk = walk._replace(backwards=True)
         lines, k = walk.lines, walk.k
-        clear(walk, shared, tiles.HANDED_ON[plan.joint])
         zeros = compat.zeros((lines.positions, plan.slab), tiles.layout(plan.slab))
 
-        def step(n, carry):
-            t, parity = lines.count - 1 - n, n % 2
-            (by_merge, carried), following, results = carry, [], []
-            for position, from_center in itertools.zip_longest(walk.positions(), carried):
-                here = walk.index(t, position, k)
-                x = walk.read(inputs.x, walk.index(t, position))
-                gy = walk.read(cotangent, walk.index(t, position))
+        def index(t: Array, position: Any, kind: int) -> tuple[str, tuple]:
+            """Where a kind of term is: (field, index)."""
+            if plan.expands or kind < 3:
+                return "weights", walk.index(t, position, k, kind)
+            return KINDS[kind], walk.index(t, position, k)
 
-                # the adjoint of h, and what the pixel's own terms get; few values are alive at a time
-                if not plan.joint:
-                    from_center = walk.read(state, walk.state(parity, 2, position, 1))
-                adjoint = from_center + walk.read(state, walk.state(parity, 0, position, 2))
-                adjoint = adjoint + walk.read(state, walk.state(parity, 1, position, 0))
-                by_x = None
-                if job.out_gate:
-                    out_gate, scaled = walk.read(inputs.out_gate, here), gy * _read_merge(walk, inputs.merge)
-                    h = walk.read(saved[k], walk.index(t, position, halo=1))
-                    term = out_gate * h
-                    compat.store(by.out_gate, here, scaled * h)
-                    if job.skip:
-                        skip = walk.read(inputs.skip, here)
-                        term = term + skip * x
-                        compat.store(by.skip, here, scaled * x)
-                        by_x = scaled * skip
-                    by_merge = by_merge + gy * term
-                    adjoint = adjoint + scaled * out_gate
-                else:
-                    adjoint = adjoint + gy
-                adjoint_x = adjoint
-                if job.lam:
-                    compat.store(by.lam, here, adjoint * x)
-                    adjoint_x = adjoint * walk.read(inputs.lam, here)
-                if by_x is not None:
-                    adjoint_x = adjoint_x + by_x
-                if plan.joint:
-                    results.append((position, adjoint_x))
-                else:
-                    compat.store(by.x, here, adjoint_x)
+        def scan_tile(n: Array, position: Any, by_merge: Array, from_center: Array | None) -> tuple[Array, ...]:
+            """(by_merge, what center hands on, adjoint of x), the latter stored if the directions do not meet."""
+            t, parity = walk.visited(n), lax.rem(n, 2)
 
-                # the weights once more, and what they get
-                left, center, right = (walk.read(inputs.weights, walk.index(t, position, k, j)) for j in range(3))
-                has_left, has_right = walk.neighbours(position)
-                if job.logits:
-                    odds = [_odds(logits) for logits in (left, center, right)]
-                    a, b, c = (1.0 + odd for odd in odds)
-                    left, center, right = b * c, a * c, a * b
-                    scale = 1.0 / (a * left)
-                    complements = [odd * product * scale
-                                   for odd, product in zip(odds, (left, center, right), strict=True)]
-                left, right = jnp.where(has_left, left, 0.0), jnp.where(has_right, right, 0.0)
-                if job.logits:
-                    scale = 1.0 / (left + center + right)
-                    left, center, right = left * scale, center * scale, right * scale
-                state[walk.state(1 - parity, 0, position, 1)] = walk.unless_first(t, left * adjoint)
-                state[walk.state(1 - parity, 1, position, 1)] = walk.unless_first(t, right * adjoint)
-                # line t - 1, which for the first line of a chunk is not there
-                before = [walk.read(saved[k], walk.index(lax.max(t - 1, 0), position, halo=halo)) for halo in range(3)]
-                by_weights = [jnp.where(has_left, adjoint * before[0], 0.0), adjoint * before[1],
-                              jnp.where(has_right, adjoint * before[2], 0.0)]
-                if job.logits:
-                    mean = left * by_weights[0] + center * by_weights[1] + right * by_weights[2]
-                    by_weights = [weight * complement * (gradient - mean) for weight, complement, gradient
-                                  in zip((left, center, right), complements, by_weights, strict=True)]
-                for j, gradient in enumerate(by_weights):
-                    gradient = walk.unless_first(t, gradient)
-                    compat.store(by.weights, walk.index(t, position, k, j), gradient)
-                from_center = walk.unless_first(t, center * adjoint)
-                if plan.joint:
-                    following.append(from_center)
-                else:
-                    state[walk.state(1 - parity, 2, position, 1)] = from_center
-            take_turn(walk, shared, t, results) if plan.joint else meet(plan, shared)
+            def read(kind: int) -> Array:
+                if plan.expands:
+                    return expansion.read(walk, n, position, kind)
+                field, at = index(t, position, kind)
+                return walk.read(getattr(inputs, field), at)
+
+            def write(kind: int, tile: Array) -> None:
+                field, at = index(t, position, kind)
+                compat.store(getattr(by, field), at, tile)
+
+            x = walk.read(inputs.x, walk.index(t, position))
+            gy = walk.read(cotangent, walk.index(t, position))
+
+            # the adjoint of h, and what the pixel's own terms get; few values are alive at a time
+            if not center_in_registers:
+                from_center = walk.read(state, walk.state(parity, 2, position, 1))
+            adjoint = from_center + walk.read(state, walk.state(parity, 0, position, 2))
+            adjoint = adjoint + walk.read(state, walk.state(parity, 1, position, 0))
+            by_x = None
+            if job.out_gate:
+                out_gate, scaled = read(OUT_GATE), gy * _read_merge(walk, inputs.merge)
+                h = walk.read(saved[k], walk.index(t, position, halo=1))
+                term = out_gate * h
+                write(OUT_GATE, scaled * h)
+                if job.skip:
+                    skip = read(SKIP)
+                    term = term + skip * x
+                    write(SKIP, scaled * x)
+                    by_x = scaled * skip
+                by_merge = by_merge + gy * term
+                adjoint = adjoint + scaled * out_gate
+            else:
+                adjoint = adjoint + gy
+            adjoint_x = adjoint
+            if job.lam:
+                write(LAM, adjoint * x)
+                adjoint_x = adjoint * read(LAM)
+            if by_x is not None:
+                adjoint_x = adjoint_x + by_x
+            if not plan.joint:
+                compat.store(by.x, walk.index(t, position, k), adjoint_x)
+
+            # the weights once more, and what they get
+            left, center, right = read(0), read(1), read(2)
+            has_left, has_right = walk.neighbours(position)
+            if job.logits:
+                odds = [_odds(logits) for logits in (left, center, right)]
+                a, b, c = (1.0 + odd for odd in odds)
+                left, center, right = b * c, a * c, a * b
+                scale = 1.0 / (a * left)
+                complements = [odd * product * scale
+                               for odd, product in zip(odds, (left, center, right), strict=True)]
+            left, right = jnp.where(has_left, left, 0.0), jnp.where(has_right, right, 0.0)
+            if job.logits:
+                scale = 1.0 / (left + center + right)
+                left, center, right = left * scale, center * scale, right * scale
+            state[walk.state(1 - parity, 0, position, 1)] = walk.unless_first(t, left * adjoint)
+            state[walk.state(1 - parity, 1, position, 1)] = walk.unless_first(t, right * adjoint)
+            # line t - 1, which for the first line of a chunk is not there
+            before = [walk.read(saved[k], walk.index(lax.max(t - 1, 0), position, halo=halo)) for halo in range(3)]
+            by_weights = [jnp.where(has_left, adjoint * before[0], 0.0), adjoint * before[1],
+                          jnp.where(has_right, adjoint * before[2], 0.0)]
+            if job.logits:
+                mean = left * by_weights[0] + center * by_weights[1] + right * by_weights[2]
+                by_weights = [weight * complement * (gradient - mean) for weight, complement, gradient
+                              in zip((left, center, right), complements, by_weights, strict=True)]
+            for kind, gradient in enumerate(by_weights):
+                write(kind, walk.unless_first(t, gradient))
+            from_center = walk.unless_first(t, center * adjoint)
+            if not center_in_registers:
+                state[walk.state(1 - parity, 2, position, 1)] = from_center
+                from_center = None
+            return by_merge, from_center, adjoint_x
+
+        def joint_step(n, carry):
+            (by_merge, carried), results, following = carry, [], []
+            for position, from_center in zip(walk.positions(), carried, strict=True):
+                by_merge, from_center, adjoint_x = scan_tile(n, position, by_merge, from_center)
+                results.append((position, adjoint_x))
+                following.append(from_center)
+            take_turn(walk, shared, walk.visited(n), results)
             return by_merge, tuple(following)
 
-        carried = (zeros,) * len(walk.positions()) if plan.joint else ()
-        by_merge, _ = lax.fori_loop(0, lines.count, step, (zeros, carried))
+        def step(n, carry):
+            if plan.expands:
+                expansion.expand(inputs, walk, n)
+                meet(plan, shared)
+            carry = _tile_by_tile(walk, lambda position, *own: scan_tile(n, position, *own)[:2], *carry)
+            meet(plan, shared)
+            return carry
+
+        clear(walk, shared, plan.handed_on)
+        if plan.expands:
+            expansion.begin(inputs, walk)
+        carried = (zeros if center_in_registers else None,) * len(walk.positions())
+        by_merge, _ = lax.fori_loop(0, lines.count, joint_step if plan.joint else step, (zeros, carried))
+        if plan.expands:
+            expansion.end(lines.count - 1)
         if job.out_gate:
             writer = 0 if plan.joint else walk.warpgroup
             mine = pl.ds(writer * lines.positions, lines.positions)
-            compat.store(by.merge, (walk.image, k, lax.axis_index("slab"), mine, slice(None)), by_merge)
+            compat.store(by.merge, (lax.axis_index("image"), k, lax.axis_index("slab"), mine, slice(None)), by_merge)
         finish(walk, shared, by.x)
 
     visit_mine(job, plan, visit)

@@ -4,16 +4,13 @@ docs/kernel.md shows how it walks the image, what is kept where, and the bytes a
 """
 
 import functools
-from collections.abc import Callable, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float
 
-from kernels import bodies, compat, tiles
-from kernels.walk import Inputs, Job
+from kernels import compat, expansion, launch, tiles
+from kernels.terms import Inputs, Job
 from kernels.weights import DIRECTIONS
 
 COMPUTE_CAPABILITY = 9.0
@@ -39,6 +36,19 @@ def refuses(x: Float[Array, "B H W C"], directions: int) -> str | None:
         return f"takes float32 and bfloat16, not {x.dtype}"
     if tiles.make_plan(*x.shape[1:], directions=directions) is None:
         return f"has no room on chip for lines of {max(x.shape[1:3])} positions"
+    return None
+
+
+def refuses_low_rank(
+    x: Float[Array, "B H W C"], proxy: Float[Array, "B H W d"], kinds: int
+) -> str | None:
+    """Why the kernel cannot expand `proxy` to so many kinds of terms by itself, or None."""
+    if x.dtype != jnp.bfloat16:
+        return f"takes bfloat16, not {x.dtype}"
+    if tiles.make_expanding_plan(*x.shape[1:]) is None:
+        return f"takes square maps of 16, 32 or 64 and an even number of channels from 64, not {list(x.shape[1:])}"
+    if expansion.shared_bytes(kinds, proxy.shape[-1]) > tiles.MOST_SHARED_BYTES:
+        return f"has no room on chip for a proxy of {proxy.shape[-1]}"
     return None
 
 
@@ -88,7 +98,7 @@ def _padded(job: Job, inputs: Inputs) -> Float[Array, "B H W C"]:
         return jnp.pad(array, ((0, 0), *more, *((0, 0),) * (array.ndim - 4), wider))
 
     merge = None if inputs.merge is None else jnp.pad(inputs.merge, ((0, 0), wider))
-    filled = Inputs(*map(fill, inputs[:-1]), merge)
+    filled = Inputs(*map(fill, inputs[:5]), merge)
     return _run(job, (height, width), filled)[:, :height, :width, :channels]
 
 
@@ -99,122 +109,71 @@ def _plan(job: Job, height: int, width: int, channels: int) -> tiles.Plan:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _run(job: Job, size: tuple[int, int], inputs: Inputs) -> Float[Array, "B H W C"]:
-    return _forward(job, size, inputs, save=False)[0]
+    return launch.forward(job, _plan(job, *size, inputs.x.shape[-1]), inputs, save=False)[0]
 
 
 def _run_forward(job, size, inputs):
-    y, states = _forward(job, size, inputs, save=True)
+    y, states = launch.forward(job, _plan(job, *size, inputs.x.shape[-1]), inputs, save=True)
     return y, (inputs, states)
 
 
 def _run_backward(job, size, saved, cotangent):
     inputs, states = saved
-    return (_backward(job, size, inputs, states, cotangent),)
+    return (launch.backward(job, _plan(job, *size, inputs.x.shape[-1]), inputs, states, cotangent),)
 
 
 _run.defvjp(_run_forward, _run_backward)
 
 
-def _forward(job: Job, size: tuple[int, int], inputs: Inputs, *, save: bool) -> tuple[Array, tuple[Array, ...]]:
-    """(y, states of each direction if `save`)."""
-    batch, _, _, channels = inputs.x.shape
-    plan = _plan(job, *size, channels)
-    body = functools.partial(bodies.forward, job=job, plan=plan, save=save)
-    shape = inputs.x.shape if plan.joint else _with_directions(inputs.x.shape, job)
-    outputs = [jax.ShapeDtypeStruct(shape, inputs.x.dtype)]
-    if save:
-        outputs += [jax.ShapeDtypeStruct(_state_shape(inputs.x.shape, d), inputs.x.dtype) for d in job.directions]
-    y, *states = _launch(body, job, plan, _tiled_merge(inputs, plan), batch, outputs, states=1)
-    return (y if plan.joint else _sum_directions(y)), tuple(states)
+def propagate_low_rank(
+    x: Float[Array, "B H W C"],
+    proxy: Float[Array, "B H W d"],
+    gates: Float[Array, "d 4 3 G"],
+    lam: Float[Array, "d 4 C"],
+    out_gate: Float[Array, "d 4 C"],
+    merge: Float[Array, "4"] | Float[Array, "4 C"],
+    skip: Float[Array, "d 4 C"] | None,
+    chunk: int | None,
+) -> Float[Array, "B H W C"]:
+    """See `kernels.propagate_low_rank`; arguments are checked there."""
+    batch, *size, channels = x.shape
+    job = Job(DIRECTIONS, chunk, logits=True, lam=True, out_gate=True, skip=skip is not None)
+    merge = jnp.broadcast_to(merge.astype(jnp.float32).reshape(4, -1), (4, channels))
+    gates = jnp.repeat(gates, channels // gates.shape[-1], axis=-1)
+    others = [a[:, :, None] for a in (lam, out_gate, skip) if a is not None]
+    up = jnp.concatenate([gates, *others], axis=2).astype(x.dtype).transpose(1, 2, 3, 0)
+    # whole blocks of images, and a proxy that is as wide as the tensor cores take it
+    images = (0, -batch % tiles.make_expanding_plan(*size, channels).images), (0, 0), (0, 0)
+    width = (0, -proxy.shape[-1] % expansion.QUANTUM)
+    x, proxy = jnp.pad(x, (*images, (0, 0))), jnp.pad(proxy.astype(x.dtype), (*images, width))
+    return _run_low_rank(job, x, proxy, jnp.pad(up, ((0, 0),) * 3 + (width,)), merge)[:batch]
 
 
-def _backward(
-    job: Job, size: tuple[int, int], inputs: Inputs, states: tuple[Array, ...], cotangent: Array
-) -> Inputs:
-    """The cotangents of `inputs`."""
-    batch, _, _, channels = inputs.x.shape
-    plan = _plan(job, *size, channels)
-    body = functools.partial(bodies.backward, job=job, plan=plan)
-    by_merge = None
-    if inputs.merge is not None:
-        positions = _writers(plan) * max(plan.rows.positions, plan.columns.positions)
-        by_merge = jax.ShapeDtypeStruct((batch, len(job.directions), plan.slabs, positions, plan.slab), jnp.float32)
-    shape = inputs.x.shape if plan.joint else _with_directions(inputs.x.shape, job)
-    outputs = Inputs(*(None if a is None else jax.ShapeDtypeStruct(a.shape, a.dtype) for a in inputs))
-    outputs = outputs._replace(x=jax.ShapeDtypeStruct(shape, inputs.x.dtype), merge=by_merge)
-    flat, structure = jax.tree.flatten(outputs)
-    arrays = (_tiled_merge(inputs, plan), (cotangent.astype(inputs.x.dtype), *states))
-    found = _launch(body, job, plan, arrays, batch, flat, states=tiles.HANDED_ON[plan.joint])
-    by = jax.tree.unflatten(structure, found)
-    if not plan.joint:
-        by = by._replace(x=_sum_directions(by.x))
-    if by_merge is not None:
-        by = by._replace(merge=_merge_cotangent(by.merge, job, plan))
-    return by
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _run_low_rank(
+    job: Job,
+    x: Float[Array, "B H W C"],
+    proxy: Float[Array, "B H W d"],
+    up: Float[Array, "4 N C d"],
+    merge: Float[Array, "4 C"],
+) -> Float[Array, "B H W C"]:
+    plan = tiles.make_expanding_plan(*x.shape[1:])
+    return launch.forward(job, plan, expansion.inputs(plan, x, proxy, up, merge), save=False)[0]
 
 
-def _with_directions(shape: tuple[int, ...], job: Job) -> tuple[int, ...]:
-    return (*shape[:3], len(job.directions), shape[3])
+def _run_low_rank_forward(job, x, proxy, up, merge):
+    plan = tiles.make_expanding_plan(*x.shape[1:])
+    y, states = launch.forward(job, plan, expansion.inputs(plan, x, proxy, up, merge), save=True)
+    return y, (x, proxy, up, merge, states)
 
 
-def _sum_directions(y: Float[Array, "B H W K C"]) -> Float[Array, "B H W C"]:
-    return y[..., 0, :] if y.shape[3] == 1 else y.astype(jnp.float32).sum(3).astype(y.dtype)
+def _run_low_rank_backward(job, saved, cotangent):
+    x, proxy, up, merge, states = saved
+    plan = tiles.make_expanding_plan(*x.shape[1:])
+    by = launch.backward(job, plan, expansion.inputs(plan, x, proxy, up, merge), states, cotangent)
+    by_proxy = jnp.einsum("bhwknc,kncd->bhwd", by.weights, up)
+    by_up = jnp.einsum("bhwknc,bhwd->kncd", by.weights, proxy)
+    return by.x, by_proxy, by_up, by.merge
 
 
-def _state_shape(shape: tuple[int, ...], direction: str) -> tuple[int, ...]:
-    """States are kept with a position beyond each end of a line, never written, so that neighbours can be read."""
-    batch, height, width, channels = shape
-    rows = direction in ("down", "up")
-    return (batch, height, width + 2, channels) if rows else (batch, height + 2, width, channels)
-
-
-def _tiled_merge(inputs: Inputs, plan: tiles.Plan) -> Inputs:
-    if inputs.merge is None:
-        return inputs
-    directions, channels = inputs.merge.shape
-    positions = max(plan.rows.positions, plan.columns.positions)
-    return inputs._replace(merge=jnp.broadcast_to(inputs.merge[:, None], (directions, positions, channels)))
-
-
-def _writers(plan: tiles.Plan) -> int:
-    """Warpgroups that work on one direction of a block."""
-    return 1 if plan.joint else plan.warpgroups
-
-
-def _merge_cotangent(partial: Float[Array, "B K S P slab"], job: Job, plan: tiles.Plan) -> Float[Array, "K C"]:
-    """Sums what the warpgroups left; channels that the last slab shares with the one before it are counted once."""
-    by_slab = jnp.stack([partial[:, k, :, :_writers(plan) * plan.lines(direction).positions].sum((0, 2))
-                         for k, direction in enumerate(job.directions)])
-    whole = by_slab[:, :-1].reshape(len(job.directions), -1)
-    last = by_slab[:, -1, plan.slabs * plan.slab - plan.channels:]
-    return jnp.concatenate([whole, last], axis=-1)
-
-
-def _launch(
-    body: Callable, job: Job, plan: tiles.Plan, inputs: Any, batch: int, outputs: Sequence, *, states: int
-) -> tuple[Array, ...]:
-    """Runs `body(inputs, outputs, state, total, turn, meeting)` over the grid; `inputs` is a tree of arrays."""
-    directions = len(job.directions)
-    flat, structure = jax.tree.flatten(inputs)
-
-    def kernel_body(*refs):
-        arrays, rest = refs[: len(flat)], refs[len(flat) :]
-        body(jax.tree.unflatten(structure, arrays), rest[: len(outputs)], *rest[len(outputs) :])
-
-    held = directions if plan.joint else 1
-    total = (plan.height, plan.width, plan.slab) if plan.joint else (1, 1, tiles.QUANTUM)
-    kernel_body.__name__ = f"line_scan_{body.func.__name__}"
-    return compat.kernel(
-        kernel_body,
-        out_type=tuple(outputs),
-        grid=(batch, plan.slabs) if plan.joint else (batch, plan.slabs, directions),
-        grid_names=("image", "slab") if plan.joint else ("image", "slab", "direction"),
-        num_threads=plan.warpgroups,
-        thread_name="warpgroup",
-        scratch_types=[
-            plgpu.SMEM((held, 2, states, plan.state_positions, plan.slab), jnp.float32),
-            plgpu.SMEM(total, jnp.float32),
-            plgpu.Barrier(num_arrivals=1, num_barriers=4),
-            plgpu.Barrier(num_arrivals=plan.warpgroups),
-        ],
-    )(*flat)
+_run_low_rank.defvjp(_run_low_rank_forward, _run_low_rank_backward)

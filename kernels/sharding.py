@@ -30,32 +30,37 @@ def sharded(mesh: Mesh, *, batch: tuple[str, ...] = (), channels: tuple[str, ...
         _current.reset(token)
 
 
-def over_shards(propagate: Callable) -> Callable:
-    """`propagate` by position (x, gates, lam, out_gate, merge, skip, chunk), under `jax.shard_map` inside `sharded`."""
+def over_shards(operator: Callable, axes: str) -> Callable:
+    """`operator`, which takes arrays and last the chunk, all by position, under `jax.shard_map` inside `sharded`.
 
-    @functools.wraps(propagate)
-    def wrapped(x: Array, gates: Array, lam: Array, out_gate: Array, merge: Array, skip: Array | None, chunk):
+    `axes` says of each array, in words, what its first and its last axis are: b for images, c for channels, - for
+    neither. Arrays may be None. An axis of channels of size 1, which all channels share, is not split.
+    """
+
+    @functools.wraps(operator)
+    def wrapped(*arguments: Array | int | None) -> Array:
         if _current.get() is None:
-            return propagate(x, gates, lam, out_gate, merge, skip, chunk)
+            return operator(*arguments)
         mesh, batch_axes, channel_axes = _current.get()
-        groups, channels = gates.shape[-1], x.shape[-1]
-        batch = _dividing(mesh, batch_axes, x.shape[0])
-        channel = _dividing(mesh, channel_axes, channels if groups == 1 else math.gcd(groups, channels))
+        *arrays, chunk = arguments
+        given = {i: (array, word) for i, (array, word) in enumerate(zip(arrays, axes.split(), strict=True))
+                 if array is not None}
+        sizes = [a.shape[-1] for a, (_, last) in given.values() if last == "c" and a.ndim > 1 and a.shape[-1] > 1]
+        batch = _dividing(mesh, batch_axes, math.gcd(*(a.shape[0] for a, (first, _) in given.values() if first == "b")))
+        channel = _dividing(mesh, channel_axes, math.gcd(*sizes) if sizes else 1)
 
-        def spec(array: Array, split: bool = True) -> PartitionSpec:
-            return PartitionSpec(batch, *(None,) * (array.ndim - 2), channel if split else None)
+        def spec(array: Array, word: str) -> PartitionSpec:
+            split = word[1] == "c" and array.ndim > 1 and array.shape[-1] > 1
+            return PartitionSpec(batch if word[0] == "b" else None, *(None,) * (array.ndim - 2),
+                                 *([channel if split else None] if array.ndim > 1 else []))
 
-        arrays = {"x": x, "gates": gates, "lam": lam, "out_gate": out_gate, "skip": skip}
-        specs = {name: spec(a, name != "gates" or groups > 1) for name, a in arrays.items() if a is not None}
-        specs["merge"] = PartitionSpec(None, channel) if merge.ndim == 2 else PartitionSpec()
+        def local(parts: dict[int, Array]) -> Array:
+            return operator(*(parts.get(i) for i in range(len(arrays))), chunk)
 
-        def local(parts: dict[str, Array]) -> Array:
-            return propagate(parts["x"], parts["gates"], parts["lam"], parts["out_gate"], parts["merge"],
-                             parts.get("skip"), chunk)  # fmt: skip
-
-        arrays = {name: {**arrays, "merge": merge}[name] for name in specs}
-        return jax.shard_map(local, mesh=mesh, in_specs=(specs,), out_specs=spec(x),
-                             axis_names=set(mesh.axis_names) - set(mesh.manual_axes), check_vma=False)(arrays)
+        specs = {i: spec(*pair) for i, pair in given.items()}
+        parts = {i: array for i, (array, _) in given.items()}
+        return jax.shard_map(local, mesh=mesh, in_specs=(specs,), out_specs=specs[0],
+                             axis_names=set(mesh.axis_names) - set(mesh.manual_axes), check_vma=False)(parts)
 
     return wrapped
 

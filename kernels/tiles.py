@@ -19,8 +19,14 @@ HANDED_ON = {True: 2, False: 3}
 another; there the third, which stays at its position, would be several tiles of registers."""
 SLABS = (64, 32, 16, 8)
 """Channels that a block may take, best first: 64 of bfloat16 are a whole 128-byte cache line."""
+WARPGROUPS = 4
+"""Of a block that expands a proxy."""
+ROWS = 64
+"""Positions of a line that a block expands from a proxy at once: the rows of the tensor cores' instruction."""
+MOST_SHARED_BYTES = 226 * 1024
+"""Of shared memory that a block may have on compute capability 9.0, less what barriers and Pallas itself take."""
 SHARED_BYTES = 200 * 1024
-"""Of the 227 KiB of shared memory that a block may have on compute capability 9.0; the rest is for the L1 cache."""
+"""Of that, what a block takes that reads all terms from device memory; the rest is for the L1 cache."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,6 +45,10 @@ class Plan:
     rows: "Lines"
     columns: "Lines"
     warpgroups: int
+    images: int = 1
+    """Images whose lines a block takes side by side."""
+    expands: bool = False
+    """Whether a block expands its terms from a proxy; its warpgroups then share a line of ROWS positions."""
 
     @property
     def slabs(self) -> int:
@@ -49,9 +59,13 @@ class Plan:
         return self.rows if direction in ("down", "up") else self.columns
 
     @property
+    def handed_on(self) -> int:
+        return HANDED_ON[self.joint or self.expands]
+
+    @property
     def state_positions(self) -> int:
-        """Positions of a line of the longer kind, with one beyond each end."""
-        return max(self.rows.padded, self.columns.padded) + 2
+        """Positions of a block's line of the longer kind, with one beyond each end."""
+        return self.images * max(self.rows.padded, self.columns.padded) + 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,6 +105,18 @@ def make_plan(height: int, width: int, channels: int, *, directions: int) -> Pla
                         directions if joint else shares)  # fmt: skip
             least = waste
     return best
+
+
+def make_expanding_plan(height: int, width: int, channels: int) -> Plan | None:
+    """The plan of a kernel that expands its terms from a proxy; None for maps that it is not made for.
+
+    A warpgroup takes its positions in two tiles: with one it would spill registers.
+    """
+    slab, positions = SLABS[0], ROWS // WARPGROUPS
+    if height != width or width % positions or ROWS % width or channels < slab or channels % VECTOR:
+        return None
+    lines = Lines(height, width, width, positions // 2)
+    return Plan(height, width, channels, slab, False, lines, lines, WARPGROUPS, ROWS // width, True)
 
 
 def _positions(padded: int, quantum: int, most: int) -> int:

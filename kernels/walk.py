@@ -3,7 +3,6 @@
 docs/kernel.md has the picture.
 """
 
-import dataclasses
 import functools
 import itertools
 from collections.abc import Callable, Sequence
@@ -16,35 +15,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float
 
 from kernels import compat, tiles
-
-
-@dataclasses.dataclass(frozen=True)
-class Job:
-    """What to compute, all of it static: scans in `directions`, restarted every `chunk` lines, with these terms."""
-
-    directions: tuple[str, ...]
-    chunk: int | None
-    logits: bool
-    lam: bool
-    out_gate: bool
-    skip: bool
-
-
-class Inputs(NamedTuple):
-    """Arrays, or their references in a kernel; None for the terms that a job does not have."""
-
-    x: Any
-    """[B, H, W, C]"""
-    weights: Any
-    """[B, H, W, K, 3, C], logits or ready"""
-    lam: Any
-    """[B, H, W, K, C]"""
-    out_gate: Any
-    """[B, H, W, K, C]"""
-    skip: Any
-    """[B, H, W, K, C]"""
-    merge: Any
-    """[K, P, C] float32, the same for each of the P positions of a tile"""
+from kernels.terms import Job
 
 
 class Walk(NamedTuple):
@@ -58,6 +29,8 @@ class Walk(NamedTuple):
     start: Array
     """The slab's first channel."""
     warpgroup: Array
+    backwards: bool = False
+    """Whether lines are visited from the last to the first."""
 
     @property
     def lines(self) -> tiles.Lines:
@@ -65,9 +38,28 @@ class Walk(NamedTuple):
 
     def positions(self) -> list[Any]:
         """First positions of the tiles of a line that this warpgroup takes."""
+        if self.plan.expands:
+            mine = tiles.ROWS // self.plan.warpgroups
+            first = lax.rem(self.warpgroup * mine, self.lines.length)
+            return [pl.multiple_of(first + n, self.lines.positions) for n in range(0, mine, self.lines.positions)]
         share = self.lines.tiles if self.plan.joint else self.lines.tiles // self.plan.warpgroups
         first = 0 if self.plan.joint else self.warpgroup * share
         return [(first + n) * self.lines.positions for n in range(share)]
+
+    def row(self, position: Any) -> Any:
+        """Where a tile is in the block's line, in which several images may lie side by side."""
+        if self.plan.expands:
+            image_on_line = lax.div(self.warpgroup * (tiles.ROWS // self.plan.warpgroups), self.lines.length)
+            return pl.multiple_of(image_on_line * self.lines.length + position, self.lines.positions)
+        return position
+
+    def visited(self, n: Any) -> Any:
+        """The n-th line that is visited."""
+        return self.lines.count - 1 - n if self.backwards else n
+
+    def line(self, t: Any) -> Any:
+        """Which row or column of the map the t-th line is."""
+        return t if self.direction in ("down", "right") else self.lines.count - 1 - t
 
     def unless_first(self, t: Array, tile: Array) -> Array:
         """The tile, or zeros on a line that has no line before it."""
@@ -77,9 +69,8 @@ class Walk(NamedTuple):
 
     def pixels(self, t: Array, position: Any, halo: int = 0) -> tuple[Any, Any]:
         """(row, column) index of a tile on the t-th line; `halo` positions are kept before the first."""
-        line = t if self.direction in ("down", "right") else self.lines.count - 1 - t
         along = pl.ds(position + halo, self.lines.positions)
-        return (line, along) if self.direction in ("down", "up") else (along, line)
+        return (self.line(t), along) if self.direction in ("down", "up") else (along, self.line(t))
 
     def index(self, t: Array, position: Any, *middle: int, halo: int = 0) -> tuple:
         """Index of a tile in an array [B, H, W, ..., C]."""
@@ -91,7 +82,7 @@ class Walk(NamedTuple):
 
     def state(self, parity: Array | int, kind: int, position: Any, offset: int) -> tuple:
         """Index in the state of the tile at `position`, or of its left (offset 0) or right (2) neighbours."""
-        at = pl.ds(position + offset, self.lines.positions)
+        at = pl.ds(self.row(position) + offset, self.lines.positions)
         return (self.k if self.plan.joint else 0, parity, kind, at, slice(None))
 
     def neighbours(self, position: Any) -> tuple[Array, Array]:
@@ -107,6 +98,8 @@ def visit_mine(job: Job, plan: tiles.Plan, visit: Callable[[Walk], None]) -> Non
     mine = warpgroup if plan.joint else lax.axis_index("direction")
     # the last slab overlaps the one before it where the slab does not divide the channels
     start = pl.multiple_of(lax.min(slab * plan.slab, plan.channels - plan.slab), tiles.VECTOR)
+    if plan.expands:
+        image = image * plan.images + lax.div(warpgroup * (tiles.ROWS // plan.warpgroups), plan.width)
     for k, direction in enumerate(job.directions):
         walk = Walk(k, direction, job, plan, image, start, warpgroup)
         if len(job.directions) == 1:
@@ -126,6 +119,8 @@ class Shared(NamedTuple):
     """One barrier for each direction: its turn to add to `total`."""
     meeting: Any
     """All warpgroups are here."""
+    expansion: Any
+    """What they need to expand a proxy, if the plan says so."""
 
 
 def meet(plan: tiles.Plan, shared: Shared) -> None:
@@ -145,6 +140,15 @@ def clear(walk: Walk, shared: Shared, kinds: int) -> None:
             for parity, kind, offset in itertools.product((0, 1), range(kinds), (0, 2)):
                 shared.state[walk.state(parity, kind, n * walk.lines.positions, offset)] = zeros
 
+    if plan.expands:
+        def clear_mine(offset):
+            for parity, kind, position in itertools.product((0, 1), range(kinds), walk.positions()):
+                shared.state[walk.state(parity, kind, position, offset)] = zeros
+
+        clear_mine(0)
+        pl.when(walk.warpgroup == plan.warpgroups - 1)(functools.partial(clear_mine, 2))
+        meet(plan, shared)
+        return
     if not plan.joint:
         pl.when(walk.warpgroup == 0)(clear_state)
         meet(plan, shared)

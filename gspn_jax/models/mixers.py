@@ -8,7 +8,7 @@ from jaxtyping import Array, Float
 
 from gspn_jax.models.embeddings import XAVIER
 from gspn_jax.models.presets import Architecture
-from kernels import depthwise_conv, propagate
+from kernels import depthwise_conv, propagate_low_rank
 
 DIRECTIONS = 4
 NEIGHBOURS = 3
@@ -80,10 +80,13 @@ class GSPNMixer(nnx.Module):
         """`chunk` lines a local scan, None for the whole map."""
         x = self.conv(self.in_proj(x))
         proxy = self.proxy(x)
-        gates = self.gates(proxy).reshape(*x.shape[:3], DIRECTIONS, NEIGHBOURS, self.groups)
-        y = propagate(
-            x, gates, 1 + self.lam(proxy), 1 + self.out_gate(proxy), self.merge[...],
-            skip=self.skip(proxy) if self.skip is not None else None, chunk=chunk, backend=self.backend,
+        gates, lam, out_gate, skip = (
+            None if linear is None else linear.kernel[...].astype(x.dtype)
+            for linear in (self.gates, self.lam, self.out_gate, self.skip)
+        )
+        y = propagate_low_rank(
+            x, proxy, gates.reshape(-1, DIRECTIONS, NEIGHBOURS, self.groups), lam, out_gate, self.merge[...],
+            skip=skip, chunk=chunk, backend=self.backend,
         )  # fmt: skip
         return self.out_proj(y)
 

@@ -4,7 +4,6 @@ The interpreter gives every warpgroup a thread of XLA's CPU client and blocks it
 tests/conftest.py make that pool large enough.
 """
 
-import contextlib
 import re
 
 import jax
@@ -12,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import numpy_scan as truth
 import pytest
+from mosaic import interpreted
 
 from kernels import bodies, compat, line_scan, mosaic_gpu, propagate, tiles
 from kernels.sharding import over_shards, sharded
@@ -36,16 +36,6 @@ def value_and_gradients(function, arrays):
         return y, *pull(cotangent)
 
     return jax.jit(run)(arrays)
-
-
-@contextlib.contextmanager
-def interpreted(detect_races=True):
-    try:
-        with compat.interpreted(detect_races=detect_races):
-            yield
-    except BaseException:
-        compat.reset_interpreter()
-        raise
 
 
 def run_propagate(backend, chunk=None):
@@ -165,7 +155,7 @@ def test_over_a_mesh_the_kernel_takes_each_device_its_part():
     mesh = jax.make_mesh((2, 2), ("data", "tensor"), devices=jax.devices()[:4],
                          axis_types=(jax.sharding.AxisType.Auto,) * 2)
     arrays = jax.eval_shape(lambda: arguments(2, 4, 4, 128))[:5]
-    operator = over_shards(mosaic_gpu.propagate)
+    operator = over_shards(mosaic_gpu.propagate, "bc bc bc bc -c bc")
 
     def run(*arrays):
         with sharded(mesh, batch=("data",), channels=("tensor",)):

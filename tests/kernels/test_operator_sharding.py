@@ -10,7 +10,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from numpy_scan import relative_error
 
-from kernels import depthwise_conv, propagate, scan, sharded
+from kernels import depthwise_conv, propagate, propagate_low_rank, scan, sharded
 from kernels.sharding import over_shards
 
 COLLECTIVES = r"(all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)"
@@ -94,7 +94,7 @@ def test_what_a_kernel_is_given_inside_sharded(groups, merge, batch):
 
     def run(*operands):
         with sharded(mesh, batch=("data",), channels=("tensor",)):
-            return over_shards(kernel)(*operands, 2)
+            return over_shards(kernel, "bc bc bc bc -c bc")(*operands, 2)
 
     def by_operands(function):
         return jax.jit(jax.grad(lambda *a: (function(*a) ** 2).sum(), argnums=tuple(range(6))))(*operands)
@@ -106,4 +106,36 @@ def test_what_a_kernel_is_given_inside_sharded(groups, merge, batch):
     assert not re.search(r"all-reduce|all-to-all|collective-permute|reduce-scatter", compiled.as_text())
     expected = by_operands(lambda *a: scan.propagate(*a, 2))
     for found, right in zip(by_operands(run), expected, strict=True):
+        assert relative_error(found, right) < 1e-6
+
+
+@pytest.mark.parametrize("groups", [CHANNELS, 1])
+def test_what_a_low_rank_kernel_is_given_inside_sharded(groups):
+    """Every device has the proxy of its images and the factors of its channels; gradients are sums over the parts."""
+    mesh = jax.make_mesh((2, 2), ("data", "tensor"), devices=jax.devices()[:4],
+                         axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    rng = np.random.default_rng(0)
+    shapes = ((BATCH, SIZE, SIZE, CHANNELS), (BATCH, SIZE, SIZE, 3), (3, 4, 3, groups), (3, 4, CHANNELS),
+              (3, 4, CHANNELS), (4,), (3, 4, CHANNELS))
+    operands = tuple(jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in shapes)
+    seen = []
+
+    def kernel(x, proxy, gates, lam, out_gate, merge, skip, chunk):
+        seen.append((x.shape, proxy.shape, gates.shape, lam.shape))
+        return propagate_low_rank(x, proxy, gates, lam, out_gate, merge, skip=skip, chunk=chunk, backend="scan")
+
+    def run(*operands):
+        with sharded(mesh, batch=("data",), channels=("tensor",)):
+            return over_shards(kernel, "bc b- -c -c -c -c -c")(*operands, 2)
+
+    def by_operands(function):
+        return jax.jit(jax.grad(lambda *a: (function(*a) ** 2).sum(), argnums=tuple(range(7))))(*operands)
+
+    half = CHANNELS // 2
+    compiled = jax.jit(run).lower(*operands).compile()
+    assert set(seen) == {((2, SIZE, SIZE, half), (2, SIZE, SIZE, 3), (3, 4, 3, max(groups // 2, 1)), (3, 4, half))}
+    assert not re.search(COLLECTIVES.replace("(all-gather|", "("), compiled.as_text())
+    expected = kernel(*operands, 2)
+    assert relative_error(compiled(*operands), expected) < 1e-6
+    for found, right in zip(by_operands(run), by_operands(lambda *a: kernel(*a, 2)), strict=True):
         assert relative_error(found, right) < 1e-6

@@ -1,0 +1,159 @@
+"""Logits, lam, out_gate and skip of a line from its proxy, on tensor cores: they never reach device memory.
+
+A block takes 64 positions, the t-th lines of several images side by side, and a slab of 64 channels. Its `up` stays in
+shared memory; each line is one product [64, d] x [d, 64] for each of the five or six kinds, which the warpgroups share
+out. docs/kernel.md has the picture.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxtyping import Array, Float
+
+from kernels import tiles
+from kernels.terms import LAM, OUT_GATE, Inputs
+from kernels.walk import Walk
+
+SWIZZLE = 64
+"""Bytes of a row that are interleaved with those of other rows, so that the tensor cores read without conflicts."""
+QUANTUM = SWIZZLE // 2
+"""The width of a proxy is filled up to a multiple of this."""
+
+
+class Expansion(NamedTuple):
+    """What the warpgroups of a block share to expand the proxy."""
+
+    up: Any
+    """[kinds, d, 64 channels] bfloat16"""
+    proxy: Any
+    """[2, 64 positions, d] bfloat16: the line that is expanded and the one on its way"""
+    products: Any
+    """[1 or 2, kinds, 64 positions, 64 channels] bfloat16"""
+    up_arrived: Any
+    proxy_arrived: Any
+
+    @property
+    def kinds(self) -> int:
+        return self.up.shape[0]
+
+    def begin(self, inputs: Inputs, walk: Walk) -> None:
+        """Sends for `up` and the first line."""
+        self._each_kind(walk, lambda kind: plgpu.copy_gmem_to_smem(
+            inputs.up.at[walk.k, lax.axis_index("slab"), kind], self.up.at[kind], self.up_arrived.at[kind]))
+        self._send_for_line(inputs, walk, 0)
+        self._each_kind(walk, lambda kind: plgpu.barrier_wait(self.up_arrived.at[kind]))
+
+    def expand(self, inputs: Inputs, walk: Walk, n: Any, meanwhile: Callable[[], Any] = tuple) -> Any:
+        """Expands the n-th line while `meanwhile` runs, whose value it returns, and sends for the one after it.
+
+        Warpgroups must meet before, where one of them may still read the products that this replaces, and afterwards.
+        """
+        slot, buffer = _slot(n, 2), _slot(n, self.products.shape[0])
+        self._send_for_line(inputs, walk, n + 1)
+        plgpu.barrier_wait(self.proxy_arrived.at[slot])
+
+        def expand_kind(kind: Any, meanwhile: Callable[[], Any]) -> Any:
+            def product(accumulator):
+                plgpu.wgmma(accumulator, self.proxy.at[slot], self.up.at[kind])
+                value = meanwhile()
+                self.products[buffer, kind] = accumulator[...].astype(self.products.dtype)
+                return value
+
+            return pl.run_scoped(product, plgpu.ACC((tiles.ROWS, tiles.SLABS[0]), jnp.float32))
+
+        def expand_another(kind: Array) -> None:
+            expand_kind(kind, tuple)
+
+        self._each_kind(walk, expand_another, first=tiles.WARPGROUPS)
+        return expand_kind(walk.warpgroup, meanwhile)
+
+    def end(self, last: int) -> None:
+        """Waits for the line that was sent for when the `last` was expanded: no copy may outlive the block."""
+        plgpu.barrier_wait(self.proxy_arrived.at[_slot(last + 1, 2)])
+
+    def read(self, walk: Walk, n: Any, position: Any, kind: int) -> Float[Array, "P slab"]:
+        """This warpgroup's tile of the n-th line, in float32; lam and out_gate are 1 more than the product."""
+        index = (_slot(n, self.products.shape[0]), kind, pl.ds(walk.row(position), walk.lines.positions), slice(None))
+        tile = walk.read(self.products, index)
+        return 1.0 + tile if kind in (LAM, OUT_GATE) else tile
+
+    def _each_kind(self, walk: Walk, do: Callable[[Array], None], first: int = 0) -> None:
+        """Calls `do` with the kinds, from `first`, that are this warpgroup's."""
+        for start in range(first, self.kinds, tiles.WARPGROUPS):
+            kind = walk.warpgroup + start
+            if start + tiles.WARPGROUPS <= self.kinds:
+                do(kind)
+            else:
+                pl.when(kind < self.kinds)(functools.partial(do, kind))
+
+    def _send_for_line(self, inputs: Inputs, walk: Walk, n: Any) -> None:
+        """Past the last line that one comes again, so that every wait has its arrival."""
+        slot, group = _slot(n, 2), lax.axis_index("image")
+        line = walk.line(walk.visited(lax.min(jnp.int32(n), walk.lines.count - 1)))
+        order = 0 if walk.direction in ("down", "up") else 1
+
+        @pl.when(walk.warpgroup == 0)
+        def _():
+            source = inputs.proxy.at[order, group, line]
+            plgpu.copy_gmem_to_smem(source, self.proxy.at[slot], self.proxy_arrived.at[slot])
+
+
+def _slot(n: Any, slots: int) -> Array:
+    """n modulo `slots`; n is not negative, which % would provide for."""
+    return lax.rem(jnp.int32(n), jnp.int32(slots))
+
+
+def inputs(
+    plan: tiles.Plan,
+    x: Float[Array, "B H W C"],
+    proxy: Float[Array, "B H W d"],
+    up: Float[Array, "4 N C d"],
+    merge: Float[Array, "4 C"],
+) -> Inputs:
+    """What a launch reads: lines of several images side by side, rows and then columns, and slabs of channels of `up`.
+
+    Both copies are made by XLA; a proxy is a sixteenth of x, and `up` does not grow with the batch.
+    """
+    batch, height, width, rank = proxy.shape
+    lines = proxy.reshape(batch // plan.images, plan.images, height, width, rank)
+    orders = lines.transpose(0, 2, 1, 3, 4), lines.transpose(0, 3, 1, 2, 4)
+    lines = jnp.stack([order.reshape(*order.shape[:2], tiles.ROWS, rank) for order in orders])
+    starts = jnp.minimum(jnp.arange(plan.slabs) * plan.slab, plan.channels - plan.slab)
+    slabs = up[:, :, starts[:, None] + jnp.arange(plan.slab)].transpose(0, 2, 1, 4, 3)
+    return Inputs(x, None, None, None, None, merge, lines, slabs)
+
+
+def _buffers(states: int) -> int:
+    """Forward, where a line hands on one value, the next line is expanded while this one is computed."""
+    return 2 if states == 1 else 1
+
+
+def scratch(inputs: Inputs, states: int) -> Expansion:
+    """The shared memory it takes."""
+    kinds, rank, slab = inputs.up.shape[2:]
+    dtype = inputs.x.dtype
+
+    def swizzled(shape: tuple[int, ...], swizzle: int) -> plgpu.SMEM:
+        tiling = plgpu.TilingTransform((8, swizzle // dtype.itemsize))
+        return plgpu.SMEM(shape, dtype, transforms=(tiling, plgpu.SwizzleTransform(swizzle)))
+
+    return Expansion(
+        up=swizzled((kinds, rank, slab), SWIZZLE),
+        proxy=swizzled((2, tiles.ROWS, rank), SWIZZLE),
+        products=swizzled((_buffers(states), kinds, tiles.ROWS, slab), 2 * SWIZZLE),
+        up_arrived=plgpu.Barrier(num_barriers=kinds),
+        proxy_arrived=plgpu.Barrier(num_barriers=2),
+    )
+
+
+def shared_bytes(kinds: int, rank: int) -> int:
+    """Of shared memory, in the pass that takes more, for a proxy of `rank` that expands to so many kinds of terms."""
+    slab, rank = tiles.SLABS[0], rank + -rank % QUANTUM
+    operands = 2 * rank * (kinds * slab + 2 * tiles.ROWS)
+    return operands + max(2 * _buffers(states) * kinds * tiles.ROWS * slab + 2 * states * (tiles.ROWS + 2) * slab * 4
+                          for states in (1, tiles.HANDED_ON[True]))

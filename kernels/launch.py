@@ -1,0 +1,132 @@
+"""One launch of the GPU kernel, forward or backward: its grid, what it shares, what it gives back."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxtyping import Array, Float
+
+from kernels import bodies, compat, expansion, tiles
+from kernels.terms import Inputs, Job
+from kernels.walk import Shared
+
+
+def forward(job: Job, plan: tiles.Plan, inputs: Inputs, *, save: bool) -> tuple[Array, tuple[Array, ...]]:
+    """(y, states of each direction if `save`)."""
+    body = functools.partial(bodies.forward, job=job, plan=plan, save=save)
+    batch, height, width, channels = inputs.x.shape
+    shape = inputs.x.shape if plan.joint else (batch, height, width, len(job.directions), channels)
+    outputs = [jax.ShapeDtypeStruct(shape, inputs.x.dtype)]
+    if save:
+        outputs += [jax.ShapeDtypeStruct(_state_shape(inputs.x.shape, d), inputs.x.dtype) for d in job.directions]
+    y, *states = _launch(body, job, plan, _tiled_merge(inputs, plan), outputs, states=1)
+    return (y if plan.joint else _sum_directions(y)), tuple(states)
+
+
+def backward(
+    job: Job, plan: tiles.Plan, inputs: Inputs, states: tuple[Array, ...], cotangent: Array
+) -> Inputs:
+    """The cotangents of `inputs`; with a proxy those of all its terms, in the order of KINDS, in place of weights'."""
+    batch, height, width, channels = inputs.x.shape
+    body = functools.partial(bodies.backward, job=job, plan=plan)
+
+    def terms(*kinds: int) -> jax.ShapeDtypeStruct:
+        shape = (batch, height, width, len(job.directions), *kinds, channels)
+        return jax.ShapeDtypeStruct(shape, inputs.x.dtype)
+
+    outputs = Inputs(
+        x=jax.ShapeDtypeStruct(inputs.x.shape, inputs.x.dtype) if plan.joint else terms(),
+        weights=terms(inputs.up.shape[2] if plan.expands else 3),
+        lam=terms() if inputs.lam is not None else None,
+        out_gate=terms() if inputs.out_gate is not None else None,
+        skip=terms() if inputs.skip is not None else None,
+        merge=None,
+    )
+    if inputs.merge is not None:
+        positions = _writers(plan) * max(plan.rows.positions, plan.columns.positions)
+        blocks = (batch // plan.images, len(job.directions), plan.slabs)
+        outputs = outputs._replace(merge=jax.ShapeDtypeStruct((*blocks, positions, plan.slab), jnp.float32))
+    arrays = (_tiled_merge(inputs, plan), (cotangent.astype(inputs.x.dtype), *states))
+    by = _launch(body, job, plan, arrays, outputs, states=plan.handed_on)
+    if not plan.joint:
+        by = by._replace(x=_sum_directions(by.x))
+    if by.merge is not None:
+        by = by._replace(merge=_merge_cotangent(by.merge, job, plan))
+    return by
+
+
+def _sum_directions(y: Float[Array, "B H W K C"]) -> Float[Array, "B H W C"]:
+    return y[..., 0, :] if y.shape[3] == 1 else y.astype(jnp.float32).sum(3).astype(y.dtype)
+
+
+def _state_shape(shape: tuple[int, ...], direction: str) -> tuple[int, ...]:
+    """States are kept with a position beyond each end of a line, never written, so that neighbours can be read."""
+    batch, height, width, channels = shape
+    rows = direction in ("down", "up")
+    return (batch, height, width + 2, channels) if rows else (batch, height + 2, width, channels)
+
+
+def _tiled_merge(inputs: Inputs, plan: tiles.Plan) -> Inputs:
+    if inputs.merge is None:
+        return inputs
+    directions, channels = inputs.merge.shape
+    positions = max(plan.rows.positions, plan.columns.positions)
+    return inputs._replace(merge=jnp.broadcast_to(inputs.merge[:, None], (directions, positions, channels)))
+
+
+def _writers(plan: tiles.Plan) -> int:
+    """Warpgroups that work on one direction of a block."""
+    return 1 if plan.joint else plan.warpgroups
+
+
+def _merge_cotangent(partial: Float[Array, "B K S P slab"], job: Job, plan: tiles.Plan) -> Float[Array, "K C"]:
+    """Sums what the warpgroups left; channels that the last slab shares with the one before it are counted once."""
+    by_slab = jnp.stack([partial[:, k, :, :_writers(plan) * plan.lines(direction).positions].sum((0, 2))
+                         for k, direction in enumerate(job.directions)])
+    whole = by_slab[:, :-1].reshape(len(job.directions), -1)
+    last = by_slab[:, -1, plan.slabs * plan.slab - plan.channels:]
+    return jnp.concatenate([whole, last], axis=-1)
+
+
+def _launch(body: Callable, job: Job, plan: tiles.Plan, inputs: Any, outputs: Any, *, states: int) -> Any:
+    """Runs `body(inputs, outputs, shared)` over the grid, for a tree of arrays and one of types."""
+    directions = len(job.directions)
+    flat, structure = jax.tree.flatten(inputs)
+    out_type, out_structure = jax.tree.flatten(outputs)
+    scratch, scratch_structure = jax.tree.flatten(
+        _shared(job, plan, inputs if isinstance(inputs, Inputs) else inputs[0], states),
+        is_leaf=lambda node: not isinstance(node, tuple))
+
+    def kernel_body(*refs):
+        arrays, rest = refs[: len(flat)], refs[len(flat) :]
+        body(jax.tree.unflatten(structure, arrays), jax.tree.unflatten(out_structure, rest[: len(out_type)]),
+             jax.tree.unflatten(scratch_structure, rest[len(out_type) :]))
+
+    kernel_body.__name__ = f"line_scan_{body.func.__name__}"
+    batch = jax.tree.leaves(inputs)[0].shape[0] // plan.images
+    found = compat.kernel(
+        kernel_body,
+        out_type=tuple(out_type),
+        grid=(batch, plan.slabs) if plan.joint else (batch, plan.slabs, directions),
+        grid_names=("image", "slab") if plan.joint else ("image", "slab", "direction"),
+        num_threads=plan.warpgroups,
+        thread_name="warpgroup",
+        scratch_types=scratch,
+    )(*flat)
+    return jax.tree.unflatten(out_structure, found)
+
+
+def _shared(job: Job, plan: tiles.Plan, inputs: Inputs, states: int) -> Shared:
+    """The shared memory of a block, for `states` values that a line hands on."""
+    total = (plan.height, plan.width, plan.slab) if plan.joint else (1, 1, tiles.QUANTUM)
+    held = len(job.directions) if plan.joint else 1
+    return Shared(
+        state=plgpu.SMEM((held, 2, states, plan.state_positions, plan.slab), jnp.float32),
+        total=plgpu.SMEM(total, jnp.float32),
+        turn=plgpu.Barrier(num_arrivals=1, num_barriers=4),
+        meeting=plgpu.Barrier(num_arrivals=plan.warpgroups),
+        expansion=expansion.scratch(inputs, states) if plan.expands else (),
+    )

@@ -1,0 +1,41 @@
+"""What a launch of the GPU kernel computes, and from what."""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+KINDS = ("left", "center", "right", "lam", "out_gate", "skip")
+"""What a pixel has for each direction and channel, in the order in which it is expanded from a proxy."""
+LAM, OUT_GATE, SKIP = map(KINDS.index, ("lam", "out_gate", "skip"))
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """What to compute, all of it static: scans in `directions`, restarted every `chunk` lines, with these terms."""
+
+    directions: tuple[str, ...]
+    chunk: int | None
+    logits: bool
+    lam: bool
+    out_gate: bool
+    skip: bool
+
+
+class Inputs(NamedTuple):
+    """Arrays, or their references in a kernel; None for the terms that a job does not have."""
+
+    x: Any
+    """[B, H, W, C]"""
+    weights: Any
+    """[B, H, W, K, 3, C], logits or ready"""
+    lam: Any
+    """[B, H, W, K, C]"""
+    out_gate: Any
+    """[B, H, W, K, C]"""
+    skip: Any
+    """[B, H, W, K, C]"""
+    merge: Any
+    """[K, P, C] float32, the same for each of the P positions of a tile"""
+    proxy: Any = None
+    """[2, B / n, lines, n L, d]: lines of n images side by side, rows and then columns; see `Expansion`"""
+    up: Any = None
+    """[K, slabs, kinds, d, slab]"""

@@ -1,0 +1,144 @@
+"""Terms of low rank: a kernel that expands the proxy by itself, interpreted against the scan backend, and lowered."""
+
+import logging
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpy_scan as truth
+import pytest
+from mosaic import interpreted
+
+from kernels import api, compat, mosaic_gpu, propagate, propagate_low_rank, tiles
+
+NAMES = ("x", "proxy", "gates", "lam", "out_gate", "merge", "skip")
+TOLERANCE = 5e-3  # relative to the largest; products, states and gradients are bfloat16, which is 2e-3 each
+
+
+def arguments(batch, size, channels, rank, *, groups=None, skip=False, merge=(4,), dtype=jnp.bfloat16):
+    rng = np.random.default_rng(0)
+    shapes = {"x": (batch, size, size, channels), "proxy": (batch, size, size, rank),
+              "gates": (rank, 4, 3, groups or channels), "lam": (rank, 4, channels), "out_gate": (rank, 4, channels)}
+    if skip:
+        shapes["skip"] = (rank, 4, channels)
+    arrays = {name: jnp.asarray(rng.normal(size=shape) * (1 if shape[0] == batch else rank**-0.5), dtype)
+              for name, shape in shapes.items()}
+    return arrays | {"merge": jnp.asarray(rng.normal(size=merge), jnp.float32)}
+
+
+def value_and_gradients(arrays, **options):
+    cotangent = jnp.asarray(np.random.default_rng(1).normal(size=arrays["x"].shape), arrays["x"].dtype)
+
+    def run(arrays):
+        y, pull = jax.vjp(lambda arrays: propagate_low_rank(**arrays, **options), arrays)
+        return {"y": y, **pull(cotangent)[0]}
+
+    return jax.jit(run)(arrays)
+
+
+@pytest.fixture
+def few_rows(monkeypatch):
+    """Blocks of 2 warpgroups and 8 positions in place of 4 and 64: maps of 4 and 8 can be interpreted in seconds."""
+    monkeypatch.setattr(tiles, "ROWS", 8)
+    monkeypatch.setattr(tiles, "WARPGROUPS", 2)
+
+
+def assert_same_as_the_scan_in_float32(arrays, *, races=True, **options):
+    size = arrays["x"].shape[1]
+    assert tiles.make_expanding_plan(size, size, arrays["x"].shape[3]).images == tiles.ROWS // size
+    exact = {name: array.astype(jnp.float32) for name, array in arrays.items()}
+    expected = value_and_gradients(exact, backend="scan", **options)
+    with interpreted(races):
+        found = jax.block_until_ready(value_and_gradients(arrays, backend="mosaic_gpu", **options))
+    assert not (races and compat.races_found())
+    assert found.keys() == expected.keys()
+    for name, array in found.items():
+        assert array.dtype == arrays["x" if name == "y" else name].dtype
+        assert truth.relative_error(array, expected[name]) < TOLERANCE, name
+
+
+def test_the_kernel_expands_as_xla_does(few_rows):
+    assert_same_as_the_scan_in_float32(arguments(2, 4, 64, 16, merge=(4, 64)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", [
+    dict(batch=2, size=4, channels=64, rank=40, skip=True),  # six kinds
+    dict(batch=3, size=4, channels=64, rank=16),  # a batch that is no whole number of blocks
+    dict(batch=1, size=8, channels=64, rank=16, groups=4),  # a line shared by the warpgroups
+], ids=lambda case: "-".join(map(str, case.values())))  # fmt: skip
+def test_other_maps_and_kinds(few_rows, case):
+    assert_same_as_the_scan_in_float32(arguments(**case), chunk=3)
+
+
+@pytest.mark.slow
+def test_slabs_that_overlap(few_rows):
+    """72 channels are two overlapping slabs of 64. They store the same values twice, which counts as a race."""
+    assert_same_as_the_scan_in_float32(arguments(2, 4, 72, 16), races=False)
+
+
+@pytest.mark.slow
+def test_at_full_size():
+    assert_same_as_the_scan_in_float32(arguments(4, 16, 64, 32))
+
+
+@pytest.mark.parametrize(("size", "channels", "rank", "skip"), [(16, 1500, 93, True), (64, 368, 23, False)])
+def test_it_lowers_for_cuda_and_the_terms_are_not_in_device_memory(size, channels, rank, skip):
+    """Forward nothing is 20 times as wide as x; backward only the cotangents are, which XLA multiplies."""
+    shapes = jax.eval_shape(lambda: arguments(4, size, channels, rank, skip=skip))
+    wide = f"x4x{6 if skip else 5}x{channels}xbf16>"
+
+    def operator(a):
+        return mosaic_gpu.propagate_low_rank(*(a.get(name) for name in (*NAMES[:6], "skip")), None)
+
+    def text(function):
+        return jax.jit(function).trace(shapes).lower(lowering_platforms=("cuda",)).as_text()
+
+    forward = text(operator)
+    assert forward.count("@mosaic_gpu") == 1
+    assert f"tensor<4x{size}x{size}{wide}" not in forward
+
+    def with_gradients(a):
+        y, pull = jax.vjp(operator, a)
+        return pull(y)
+
+    both = text(with_gradients)
+    assert both.count("@mosaic_gpu") == 2
+    assert f"tensor<4x{size}x{size}{wide}" in both
+
+
+def test_what_it_computes():
+    """On any backend: `propagate` of the products."""
+    arrays = arguments(2, 3, 8, 4, groups=2, skip=True, dtype=jnp.float32)
+    proxy = np.asarray(arrays["proxy"], np.float64)
+    gates, lam, out_gate, skip = (
+        jnp.asarray(np.tensordot(proxy, np.asarray(arrays[name], np.float64), 1), jnp.float32)
+        for name in ("gates", "lam", "out_gate", "skip"))
+    expected = propagate(arrays["x"], gates, 1 + lam, 1 + out_gate, arrays["merge"], skip=skip, chunk=2)
+    assert truth.relative_error(propagate_low_rank(**arrays, chunk=2), expected) < 1e-6
+
+
+@pytest.mark.parametrize(("dtype", "size", "rank", "reason"), [
+    (jnp.float32, 16, 16, "takes bfloat16, not float32"),
+    (jnp.bfloat16, 12, 16, "takes square maps of 16, 32 or 64"),
+    (jnp.bfloat16, 16, 192, "has no room on chip for a proxy of 192"),
+])  # fmt: skip
+def test_what_it_cannot_take_is_expanded_by_xla_with_a_line_that_says_why(dtype, size, rank, reason, caplog):
+    api._log_expansion.cache_clear()
+    shapes = jax.eval_shape(lambda: arguments(4, size, 64, rank, dtype=dtype))
+    with compat.interpreted(), caplog.at_level(logging.INFO):
+        jax.eval_shape(lambda a: propagate_low_rank(**a, backend="mosaic_gpu"), shapes)
+    assert any("XLA expands the proxy" in line and reason in line for line in caplog.messages)
+
+
+@pytest.mark.parametrize(("name", "shape", "message"), [
+    ("proxy", (2, 3, 4, 4), r"proxy must have shape \[2, 3, 3, 'd'\], found \[2, 3, 4, 4\]"),
+    ("gates", (4, 4, 3, 3), r"gates must have shape \[d, 4, 3, G\] with G a divisor of the 8 channels"),
+    ("gates", (5, 4, 3, 8), r"gates must have shape \[4, 4, 3, 8\], found \[5, 4, 3, 8\]"),
+    ("lam", (4, 4, 1), r"lam must have shape \[4, 4, 8\], found \[4, 4, 1\]"),
+    ("merge", (3,), r"merge must have shape \[4\] or \[4, 8\], found \[3\]"),
+])  # fmt: skip
+def test_wrong_shapes_are_named(name, shape, message):
+    arrays = arguments(2, 3, 8, 4) | {name: jnp.zeros(shape, jnp.bfloat16)}
+    with pytest.raises(ValueError, match=message):
+        propagate_low_rank(**arrays)
