@@ -28,6 +28,9 @@ WRITER_OPTIONS = "group_size:1,uncompressed"
 MIN_LOG_VARIANCE, MAX_LOG_VARIANCE = -30.0, 20.0
 """The range of the VAE's log-variance (CompVis/latent-diffusion, `DiagonalGaussianDistribution`)."""
 
+_TOGETHER = 64
+"""Rows that are drawn by one call of each NumPy function: in one call a row, two threads would mostly wait for one
+another; in one call a batch, the values would not stay in the cache."""
 _ROUNDS = 4
 """Of the cipher that permutes an epoch, as in Grain's own shuffle."""
 _BLOCK = 16
@@ -213,10 +216,12 @@ class LatentBatches:
         places = range(batch * self._batch_size, (batch + 1) * self._batch_size)
         images = np.empty((len(places), *self._source.metadata.latent_shape), np.float32)
         labels = np.empty(len(places), np.int32)
-        for row, (index, bits) in enumerate(zip(self._order(places), self._random_bits(places), strict=True)):
-            record = self._source[index]
-            labels[row] = record["label"]
-            self._draw(record["moments"], bits, images[row])
+        order, bits = self._order(places), self._random_bits(places)
+        for start in range(0, len(places), _TOGETHER):
+            rows = slice(start, start + _TOGETHER)
+            records = [self._source[index] for index in order[rows]]
+            labels[rows] = [record["label"] for record in records]
+            self._draw([record["moments"] for record in records], bits[rows], images[rows])
         return {"image": images, "label": labels}
 
     def _order(self, places: range) -> list[int]:
@@ -233,20 +238,18 @@ class LatentBatches:
         words = np.random.Philox(key=self._seed, counter=places[0] * blocks).random_raw(len(places) * blocks * 4)
         return words.astype("<u8", copy=False).view("<u2").reshape(len(places), blocks * _BLOCK)
 
-    def _draw(self, moments: np.ndarray, bits: UInt16[np.ndarray, " n"], out: np.ndarray) -> None:
-        view = int(bits[0]) & 1 if self._flip else 0
-        mean, log_variance = _halves(moments[view])
+    def _draw(self, moments: list[np.ndarray], bits: UInt16[np.ndarray, "b n"], out: np.ndarray) -> None:
+        mean, log_variance = (np.empty(out.shape, np.uint16) for _ in range(2))
+        views = bits[:, 0] & 1 if self._flip else np.zeros(len(bits), int)
+        for row, (record, view) in enumerate(zip(moments, views, strict=True)):
+            # the bits of each half, copied a pixel at a time rather than a value at a time
+            pixels = record[view].view(f"V{2 * out.shape[-1]}")
+            mean[row].view(pixels.dtype)[...] = pixels[..., :1]
+            log_variance[row].view(pixels.dtype)[...] = pixels[..., 1:]
         # "clip" changes nothing, no index being out of range, but spares NumPy's buffer for errors
-        self._levels.take(bits[1:1 + out.size].reshape(out.shape), mode="clip", out=out)
+        self._levels.take(bits[:, 1:1 + out[0].size].reshape(out.shape), mode="clip", out=out)
         out *= self._deviations.take(log_variance, mode="clip")
         out += self._means.take(mean, mode="clip")
-
-
-def _halves(moments: Float16[np.ndarray, "h w 2C"]) -> tuple[np.ndarray, np.ndarray]:
-    """The bits of mean and log-variance, each contiguous; copied a pixel at a time rather than a value at a time."""
-    height, width, channels = moments.shape
-    pixels = moments.view(f"V{channels}")
-    return tuple(pixels[..., i].copy().view(np.uint16).reshape(height, width, channels // 2) for i in range(2))
 
 
 def _normal_levels() -> Float32[np.ndarray, "65536"]:
