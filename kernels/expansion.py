@@ -124,7 +124,7 @@ def inputs(
     orders = lines.transpose(0, 2, 1, 3, 4), lines.transpose(0, 3, 1, 2, 4)
     lines = jnp.stack([order.reshape(*order.shape[:2], tiles.ROWS, rank) for order in orders])
     starts = jnp.minimum(jnp.arange(plan.slabs) * plan.slab, plan.channels - plan.slab)
-    slabs = up[:, :, starts[:, None] + jnp.arange(plan.slab)].transpose(0, 2, 1, 4, 3)
+    slabs = up.astype(x.dtype)[:, :, starts[:, None] + jnp.arange(plan.slab)].transpose(0, 2, 1, 4, 3)
     return Inputs(x, None, None, None, None, merge, lines, slabs)
 
 

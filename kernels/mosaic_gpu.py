@@ -139,9 +139,10 @@ def propagate_low_rank(
     batch, *size, channels = x.shape
     job = Job(DIRECTIONS, chunk, logits=True, lam=True, out_gate=True, skip=skip is not None)
     merge = jnp.broadcast_to(merge.astype(jnp.float32).reshape(4, -1), (4, channels))
-    gates = jnp.repeat(gates, channels // gates.shape[-1], axis=-1)
-    others = [a[:, :, None] for a in (lam, out_gate, skip) if a is not None]
-    up = jnp.concatenate([gates, *others], axis=2).astype(x.dtype).transpose(1, 2, 3, 0)
+    gates = jnp.repeat(gates.astype(jnp.float32), channels // gates.shape[-1], axis=-1)
+    others = [a[:, :, None].astype(jnp.float32) for a in (lam, out_gate, skip) if a is not None]
+    # in float32, so that gradients of weights that channels share are summed in it
+    up = jnp.concatenate([gates, *others], axis=2).transpose(1, 2, 3, 0)
     # whole blocks of images, and a proxy that is as wide as the tensor cores take it
     images = (0, -batch % tiles.make_expanding_plan(*size, channels).images), (0, 0), (0, 0)
     width = (0, -proxy.shape[-1] % expansion.QUANTUM)
@@ -171,8 +172,8 @@ def _run_low_rank_backward(job, saved, cotangent):
     x, proxy, up, merge, states = saved
     plan = tiles.make_expanding_plan(*x.shape[1:])
     by = launch.backward(job, plan, expansion.inputs(plan, x, proxy, up, merge), states, cotangent)
-    by_proxy = jnp.einsum("bhwknc,kncd->bhwd", by.weights, up)
-    by_up = jnp.einsum("bhwknc,bhwd->kncd", by.weights, proxy)
+    by_proxy = jnp.einsum("bhwknc,kncd->bhwd", by.weights, up.astype(x.dtype))
+    by_up = jnp.einsum("bhwknc,bhwd->kncd", by.weights, proxy, preferred_element_type=jnp.float32)
     return by.x, by_proxy, by_up, by.merge
 
 

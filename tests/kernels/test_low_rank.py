@@ -12,7 +12,6 @@ from mosaic import interpreted
 from kernels import api, compat, mosaic_gpu, propagate, propagate_low_rank, tiles
 
 NAMES = ("x", "proxy", "gates", "lam", "out_gate", "merge", "skip")
-TOLERANCE = 5e-3  # relative to the largest; products, states and gradients are bfloat16, which is 2e-3 each
 
 
 def arguments(batch, size, channels, rank, *, groups=None, skip=False, merge=(4,), dtype=jnp.bfloat16):
@@ -43,18 +42,25 @@ def few_rows(monkeypatch):
     monkeypatch.setattr(tiles, "WARPGROUPS", 2)
 
 
+def error(found, right):
+    right = np.asarray(right, np.float64)
+    return np.linalg.norm(np.asarray(found, np.float64) - right) / np.linalg.norm(right)
+
+
 def assert_same_as_the_scan_in_float32(arrays, *, races=True, **options):
+    """As near to it as the scan backend with the same bfloat16 inputs, whose error is 2e-3 to 1e-2 of the norm."""
     size = arrays["x"].shape[1]
     assert tiles.make_expanding_plan(size, size, arrays["x"].shape[3]).images == tiles.ROWS // size
     exact = {name: array.astype(jnp.float32) for name, array in arrays.items()}
     expected = value_and_gradients(exact, backend="scan", **options)
+    rounded = value_and_gradients(arrays, backend="scan", **options)
     with interpreted(races):
         found = jax.block_until_ready(value_and_gradients(arrays, backend="mosaic_gpu", **options))
     assert not (races and compat.races_found())
     assert found.keys() == expected.keys()
     for name, array in found.items():
         assert array.dtype == arrays["x" if name == "y" else name].dtype
-        assert truth.relative_error(array, expected[name]) < TOLERANCE, name
+        assert error(array, expected[name]) < 1.5 * error(rounded[name], expected[name]), name
 
 
 def test_the_kernel_expands_as_xla_does(few_rows):
@@ -82,7 +88,8 @@ def test_at_full_size():
     assert_same_as_the_scan_in_float32(arguments(4, 16, 64, 32))
 
 
-@pytest.mark.parametrize(("size", "channels", "rank", "skip"), [(16, 1500, 93, True), (64, 368, 23, False)])
+@pytest.mark.parametrize(("size", "channels", "rank", "skip"), [
+    (16, 1500, 93, True), pytest.param(64, 368, 23, False, marks=pytest.mark.slow)])
 def test_it_lowers_for_cuda_and_the_terms_are_not_in_device_memory(size, channels, rank, skip):
     """Forward nothing is 20 times as wide as x; backward only the cotangents are, which XLA multiplies."""
     shapes = jax.eval_shape(lambda: arguments(4, size, channels, rank, skip=skip))
