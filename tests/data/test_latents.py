@@ -112,6 +112,12 @@ def test_every_epoch_has_every_record_once_with_a_new_sample(folder):
     assert not np.isin(epochs[0]["image"], epochs[1]["image"]).any()
 
 
+def test_a_large_batch_has_the_rows_of_small_ones(folder):
+    """200 rows are drawn in several goes, the last of them not whole; 8 rows in one."""
+    (large,), small = take(1, config(folder), batch_size=200), take(25, config(folder), batch_size=8)
+    assert_same([large], [{name: np.concatenate([part[name] for part in small]) for name in ("image", "label")}])
+
+
 @pytest.mark.parametrize("start_step", [1, 7])
 def test_a_resumed_loader_continues_the_same_stream(folder, start_step):
     assert_same(take(3, config(folder), start_step=start_step), take(start_step + 3, config(folder))[start_step:])
