@@ -158,23 +158,26 @@ def _run_low_rank(
     up: Float[Array, "4 N C d"],
     merge: Float[Array, "4 C"],
 ) -> Float[Array, "B H W C"]:
-    plan = tiles.make_expanding_plan(*x.shape[1:])
-    return launch.forward(job, plan, expansion.inputs(plan, x, proxy, up, merge), save=False)[0]
+    return launch.forward(job, *_expanding(x, proxy, up, merge), save=False)[0]
 
 
 def _run_low_rank_forward(job, x, proxy, up, merge):
-    plan = tiles.make_expanding_plan(*x.shape[1:])
-    y, states = launch.forward(job, plan, expansion.inputs(plan, x, proxy, up, merge), save=True)
+    y, states = launch.forward(job, *_expanding(x, proxy, up, merge), save=True)
     return y, (x, proxy, up, merge, states)
 
 
 def _run_low_rank_backward(job, saved, cotangent):
     x, proxy, up, merge, states = saved
-    plan = tiles.make_expanding_plan(*x.shape[1:])
-    by = launch.backward(job, plan, expansion.inputs(plan, x, proxy, up, merge), states, cotangent)
+    by = launch.backward(job, *_expanding(x, proxy, up, merge), states, cotangent)
     by_proxy = jnp.einsum("bhwknc,kncd->bhwd", by.weights, up.astype(x.dtype))
     by_up = jnp.einsum("bhwknc,bhwd->kncd", by.weights, proxy, preferred_element_type=jnp.float32)
     return by.x, by_proxy, by_up, by.merge
+
+
+def _expanding(x: Array, proxy: Array, up: Array, merge: Array) -> tuple[tiles.Plan, Inputs]:
+    """How both passes walk, and what they read."""
+    plan = tiles.make_expanding_plan(*x.shape[1:])
+    return plan, expansion.inputs(plan, x, proxy, up, merge)
 
 
 _run_low_rank.defvjp(_run_low_rank_forward, _run_low_rank_backward)
