@@ -1,7 +1,7 @@
-"""The two programs of the GPU kernel, forward and backward, as one warpgroup runs them."""
+"""The programs of the line scan on a GPU, forward and backward, as one warpgroup runs them."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -18,6 +18,34 @@ from kernels.weights import LOGIT_FLOOR
 def _odds(logits: Array) -> Array:
     """exp(-logit), for sigmoid = 1 / (1 + odds)."""
     return jnp.exp(-jnp.maximum(logits, LOGIT_FLOOR))
+
+
+def normalised(
+    logits: Sequence[Array], has_left: Array, has_right: Array
+) -> tuple[tuple[Array, ...], tuple[Array, ...]]:
+    """The weights of three logits, and 1 - sigmoid of each."""
+    odds = [_odds(logit) for logit in logits]
+    a, b, c = (1.0 + odd for odd in odds)
+    left, center, right = b * c, a * c, a * b
+    scale = 1.0 / (a * left)
+    complements = tuple(odd * product * scale for odd, product in zip(odds, (left, center, right), strict=True))
+    left, right = jnp.where(has_left, left, 0.0), jnp.where(has_right, right, 0.0)
+    scale = 1.0 / (left + center + right)
+    return (left * scale, center * scale, right * scale), complements
+
+
+def by_weights(adjoint: Array, before: Sequence[Array], has_left: Array, has_right: Array) -> list[Array]:
+    """What the three weights get, from the states before of the left, the same and the right position."""
+    return [jnp.where(has_left, adjoint * before[0], 0.0), adjoint * before[1],
+            jnp.where(has_right, adjoint * before[2], 0.0)]
+
+
+def by_logits(weights: Sequence[Array], complements: Sequence[Array], gradients: Sequence[Array]) -> list[Array]:
+    """What the three logits get, from what their weights get."""
+    first, second, third = (weight * gradient for weight, gradient in zip(weights, gradients, strict=True))
+    mean = first + second + third
+    return [weight * complement * (gradient - mean)
+            for weight, complement, gradient in zip(weights, complements, gradients, strict=True)]
 
 
 def _tile_by_tile(walk: Walk, do: Callable, carry: Any, queue: tuple) -> tuple[Any, tuple]:
@@ -39,7 +67,7 @@ def forward(inputs: Inputs, outputs, shared: Shared, *, job: Job, plan: tiles.Pl
     def fetch(walk: Walk, t: Array, position: Any) -> tuple[Array, ...]:
         """The tiles of an input line, as they are in memory."""
         t = lax.min(t, walk.lines.count - 1)
-        read = functools.partial(compat.load, layout=tiles.layout(plan.slab))
+        read = functools.partial(compat.load, layout=plan.layout)
         per_direction = walk.index(t, position, walk.k)
         fetched = [read(inputs.x, walk.index(t, position))]
         if not plan.expands:
@@ -135,18 +163,18 @@ def backward(inputs, outputs, shared: Shared, *, job: Job, plan: tiles.Plan):
     With u = merge out_gate: adjoint[t] = u gy[t] + what line t + 1 hands back, center adjoint at the same position,
     left adjoint at the position to the right and right adjoint at the position to the left.
     """
-    state, expansion = shared.state, shared.expansion
+    state = shared.state
     inputs, (cotangent, *saved) = inputs
     by, center_in_registers = outputs, plan.handed_on == tiles.HANDED_ON[True]
 
     def visit(walk: Walk) -> None:
         walk = walk._replace(backwards=True)
         lines, k = walk.lines, walk.k
-        zeros = compat.zeros((lines.positions, plan.slab), tiles.layout(plan.slab))
+        zeros = compat.zeros((lines.positions, plan.slab), plan.layout)
 
         def index(t: Array, position: Any, kind: int) -> tuple[str, tuple]:
             """Where a kind of term is: (field, index)."""
-            if plan.expands or kind < 3:
+            if kind < 3:
                 return "weights", walk.index(t, position, k, kind)
             return KINDS[kind], walk.index(t, position, k)
 
@@ -155,8 +183,6 @@ def backward(inputs, outputs, shared: Shared, *, job: Job, plan: tiles.Plan):
             t, parity = walk.visited(n), lax.rem(n, 2)
 
             def read(kind: int) -> Array:
-                if plan.expands:
-                    return expansion.read(walk, n, position, kind)
                 field, at = index(t, position, kind)
                 return walk.read(getattr(inputs, field), at)
 
@@ -197,30 +223,21 @@ def backward(inputs, outputs, shared: Shared, *, job: Job, plan: tiles.Plan):
                 compat.store(by.x, walk.index(t, position, k), adjoint_x)
 
             # the weights once more, and what they get
-            left, center, right = read(0), read(1), read(2)
-            has_left, has_right = walk.neighbours(position)
+            weights, (has_left, has_right) = (read(0), read(1), read(2)), walk.neighbours(position)
             if job.logits:
-                odds = [_odds(logits) for logits in (left, center, right)]
-                a, b, c = (1.0 + odd for odd in odds)
-                left, center, right = b * c, a * c, a * b
-                scale = 1.0 / (a * left)
-                complements = [odd * product * scale
-                               for odd, product in zip(odds, (left, center, right), strict=True)]
-            left, right = jnp.where(has_left, left, 0.0), jnp.where(has_right, right, 0.0)
-            if job.logits:
-                scale = 1.0 / (left + center + right)
-                left, center, right = left * scale, center * scale, right * scale
+                weights, complements = normalised(weights, has_left, has_right)
+                left, center, right = weights
+            else:
+                left, center, right = weights
+                left, right = jnp.where(has_left, left, 0.0), jnp.where(has_right, right, 0.0)
             state[walk.state(1 - parity, 0, position, 1)] = walk.unless_first(t, left * adjoint)
             state[walk.state(1 - parity, 1, position, 1)] = walk.unless_first(t, right * adjoint)
             # line t - 1, which for the first line of a chunk is not there
             before = [walk.read(saved[k], walk.index(lax.max(t - 1, 0), position, halo=halo)) for halo in range(3)]
-            by_weights = [jnp.where(has_left, adjoint * before[0], 0.0), adjoint * before[1],
-                          jnp.where(has_right, adjoint * before[2], 0.0)]
+            gradients = by_weights(adjoint, before, has_left, has_right)
             if job.logits:
-                mean = left * by_weights[0] + center * by_weights[1] + right * by_weights[2]
-                by_weights = [weight * complement * (gradient - mean) for weight, complement, gradient
-                              in zip((left, center, right), complements, by_weights, strict=True)]
-            for kind, gradient in enumerate(by_weights):
+                gradients = by_logits(weights, complements, gradients)
+            for kind, gradient in enumerate(gradients):
                 write(kind, walk.unless_first(t, gradient))
             from_center = walk.unless_first(t, center * adjoint)
             if not center_in_registers:
@@ -238,24 +255,67 @@ def backward(inputs, outputs, shared: Shared, *, job: Job, plan: tiles.Plan):
             return by_merge, tuple(following)
 
         def step(n, carry):
-            if plan.expands:
-                expansion.expand(inputs, walk, n)
-                meet(plan, shared)
             carry = _tile_by_tile(walk, lambda position, *own: scan_tile(n, position, *own)[:2], *carry)
             meet(plan, shared)
             return carry
 
         clear(walk, shared, plan.handed_on)
-        if plan.expands:
-            expansion.begin(inputs, walk)
         carried = (zeros if center_in_registers else None,) * len(walk.positions())
         by_merge, _ = lax.fori_loop(0, lines.count, joint_step if plan.joint else step, (zeros, carried))
-        if plan.expands:
-            expansion.end(lines.count - 1)
         if job.out_gate:
             writer = 0 if plan.joint else walk.warpgroup
             mine = pl.ds(writer * lines.positions, lines.positions)
             compat.store(by.merge, (lax.axis_index("image"), k, lax.axis_index("slab"), mine, slice(None)), by_merge)
         finish(walk, shared, by.x)
+
+    visit_mine(job, plan, visit)
+
+
+def adjoint(inputs, outputs, shared: Shared, *, job: Job, plan: tiles.Plan):
+    """The adjoint scan of a block that expands its terms: what x gets and the adjoint of every state, and no more.
+
+    What the terms get from these needs no scan; `pullback` makes it.
+    """
+    state, expansion = shared.state, shared.expansion
+    inputs, cotangent = inputs
+    by_x, adjoints = outputs
+
+    def visit(walk: Walk) -> None:
+        walk = walk._replace(backwards=True)
+        lines = walk.lines
+        zeros = compat.zeros((lines.positions, plan.slab), plan.layout)
+
+        def scan_tile(n: Array, position: Any, from_center: Array) -> Array:
+            """What center hands on."""
+            t, parity = walk.visited(n), lax.rem(n, 2)
+            scaled = walk.read(cotangent, walk.index(t, position)) * _read_merge(walk, inputs.merge)
+            found = from_center + walk.read(state, walk.state(parity, 0, position, 2))
+            found = found + walk.read(state, walk.state(parity, 1, position, 0))
+            found = found + scaled * expansion.read(walk, n, position, OUT_GATE)
+            compat.store(adjoints, walk.index(t, position, walk.k), found)
+            found_x = found * expansion.read(walk, n, position, LAM)
+            if job.skip:
+                found_x = found_x + scaled * expansion.read(walk, n, position, SKIP)
+            compat.store(by_x, walk.index(t, position, walk.k), found_x)
+
+            weights, _ = normalised([expansion.read(walk, n, position, kind) for kind in range(3)],
+                                    *walk.neighbours(position))
+            left, center, right = (walk.unless_first(t, weight * found) for weight in weights)
+            state[walk.state(1 - parity, 0, position, 1)] = left
+            state[walk.state(1 - parity, 1, position, 1)] = right
+            return center
+
+        def step(n, carried):
+            expansion.expand(inputs, walk, n)
+            meet(plan, shared)
+            _, carried = _tile_by_tile(
+                walk, lambda position, _, own: ((), scan_tile(n, position, own)), (), carried)
+            meet(plan, shared)
+            return carried
+
+        clear(walk, shared, plan.handed_on)
+        expansion.begin(inputs, walk)
+        lax.fori_loop(0, lines.count, step, (zeros,) * len(walk.positions()))
+        expansion.end(lines.count - 1)
 
     visit_mine(job, plan, visit)

@@ -6,12 +6,14 @@ the interpreter cannot do (layouts, before 0.11).
 
 import contextlib
 import contextvars
+import functools
 import inspect
 from collections.abc import Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array
 
@@ -27,11 +29,29 @@ _LOAD_TAKES_INDEX = "idx" in inspect.signature(plgpu.load).parameters and jax.__
 @contextlib.contextmanager
 def interpreted(*, detect_races: bool = True) -> Iterator[None]:
     """Kernels traced inside run on the CPU in Pallas' interpreter, which reports a race as `races_found`."""
+    if jax.__version_info__ < (0, 11):
+        _compile_once()
     token = _interpreting.set(InterpretGPUParams(detect_races=detect_races))
     try:
         yield
     finally:
         _interpreting.reset(token)
+
+
+def _compile_once() -> None:
+    """The interpreter of 0.10 compiles what a thread does for every thread of every block again, for want of one
+    function that all of them name; 0.11 has it."""
+    from jax._src.pallas.mosaic.interpret import thread_map
+
+    def run(jaxpr, consts, *arguments):
+        _evaluate.trace(jaxpr, consts, *arguments).lower().compile()(consts, *arguments)
+
+    thread_map._run_jaxpr = run
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _evaluate(jaxpr: Any, consts: Any, *arguments: Any) -> None:
+    jax.core.eval_jaxpr(jaxpr, consts, *arguments)
 
 
 def interpreting() -> bool:
@@ -85,6 +105,35 @@ def iota(shape: tuple[int, ...], dimension: int, layout: Any) -> Array:
     if interpreting():
         return jax.lax.broadcasted_iota("int32", shape, dimension)
     return plgpu.broadcasted_iota("int32", shape, dimension, layout=layout)
+
+
+def wgmma(total: Any, a: Any, b: Any, *, transpose_a: bool = False, transpose_b: bool = False) -> None:
+    """total += a @ b on tensor cores, where `total` is an accumulator and a and b are in shared memory."""
+    def begin(a, b):
+        plgpu.wgmma(total, a, b)
+
+    def transposed(ref):
+        return plgpu.transpose_ref(ref, (1, 0)) if jax.__version_info__ < (0, 11) else ref.transpose((1, 0))
+
+    if not (interpreting() and jax.__version_info__ < (0, 11)):
+        begin(transposed(a) if transpose_a else a, transposed(b) if transpose_b else b)
+    elif transpose_a:  # the interpreter of 0.10 multiplies what lies in memory
+        _copy_transposed(a, lambda a: begin(a, b))
+    elif transpose_b:
+        _copy_transposed(b, lambda b: begin(a, b))
+    else:
+        begin(a, b)
+
+
+def _copy_transposed(ref: Any, do: Any) -> None:
+    """Calls `do` with a copy of this warpgroup's own, its axes exchanged; all warpgroups must come here."""
+    def with_copies(copies):
+        copy = copies.at[jax.lax.axis_index("warpgroup")]
+        copy[...] = ref[...].T
+        do(copy)
+
+    shape = jax.lax.axis_size("warpgroup"), *ref.shape[::-1]
+    pl.run_scoped(with_copies, plgpu.SMEM(shape, ref.dtype), collective_axes=("warpgroup",))
 
 
 def zeros(shape: tuple[int, ...], layout: Any) -> Array:

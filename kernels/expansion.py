@@ -43,10 +43,10 @@ class Expansion(NamedTuple):
 
     def begin(self, inputs: Inputs, walk: Walk) -> None:
         """Sends for `up` and the first line."""
-        self._each_kind(walk, lambda kind: plgpu.copy_gmem_to_smem(
+        share_out(walk.warpgroup, self.kinds, lambda kind: plgpu.copy_gmem_to_smem(
             inputs.up.at[walk.k, lax.axis_index("slab"), kind], self.up.at[kind], self.up_arrived.at[kind]))
         self._send_for_line(inputs, walk, 0)
-        self._each_kind(walk, lambda kind: plgpu.barrier_wait(self.up_arrived.at[kind]))
+        share_out(walk.warpgroup, self.kinds, lambda kind: plgpu.barrier_wait(self.up_arrived.at[kind]))
 
     def expand(self, inputs: Inputs, walk: Walk, n: Any, meanwhile: Callable[[], Any] = tuple) -> Any:
         """Expands the n-th line while `meanwhile` runs, whose value it returns, and sends for the one after it.
@@ -69,7 +69,7 @@ class Expansion(NamedTuple):
         def expand_another(kind: Array) -> None:
             expand_kind(kind, tuple)
 
-        self._each_kind(walk, expand_another, first=tiles.WARPGROUPS)
+        share_out(walk.warpgroup, self.kinds, expand_another, first=tiles.WARPGROUPS)
         return expand_kind(walk.warpgroup, meanwhile)
 
     def end(self, last: int) -> None:
@@ -82,15 +82,6 @@ class Expansion(NamedTuple):
         tile = walk.read(self.products, index)
         return 1.0 + tile if kind in (LAM, OUT_GATE) else tile
 
-    def _each_kind(self, walk: Walk, do: Callable[[Array], None], first: int = 0) -> None:
-        """Calls `do` with the kinds, from `first`, that are this warpgroup's."""
-        for start in range(first, self.kinds, tiles.WARPGROUPS):
-            kind = walk.warpgroup + start
-            if start + tiles.WARPGROUPS <= self.kinds:
-                do(kind)
-            else:
-                pl.when(kind < self.kinds)(functools.partial(do, kind))
-
     def _send_for_line(self, inputs: Inputs, walk: Walk, n: Any) -> None:
         """Past the last line that one comes again, so that every wait has its arrival."""
         slot, group = _slot(n, 2), lax.axis_index("image")
@@ -101,6 +92,16 @@ class Expansion(NamedTuple):
         def _():
             source = inputs.proxy.at[order, group, line]
             plgpu.copy_gmem_to_smem(source, self.proxy.at[slot], self.proxy_arrived.at[slot])
+
+
+def share_out(warpgroup: Array, kinds: int, do: Callable[[Array], None], first: int = 0) -> None:
+    """Calls `do` with the kinds, from `first`, that are this warpgroup's."""
+    for start in range(first, kinds, tiles.WARPGROUPS):
+        kind = warpgroup + start
+        if start + tiles.WARPGROUPS <= kinds:
+            do(kind)
+        else:
+            pl.when(kind < kinds)(functools.partial(do, kind))
 
 
 def _slot(n: Any, slots: int) -> Array:
@@ -123,9 +124,18 @@ def inputs(
     lines = proxy.reshape(batch // plan.images, plan.images, height, width, rank)
     orders = lines.transpose(0, 2, 1, 3, 4), lines.transpose(0, 3, 1, 2, 4)
     lines = jnp.stack([order.reshape(*order.shape[:2], tiles.ROWS, rank) for order in orders])
+    return Inputs(x, None, None, None, None, merge, lines, slabs(plan, up, x.dtype))
+
+
+def slabs(
+    plan: tiles.Plan, up: Float[Array, "4 N C d"], dtype: Any, *, once: bool = False
+) -> Float[Array, "4 slabs N d slab"]:
+    """`up` by slabs of channels; with `once` channels are zero where the slab before has them too."""
     starts = jnp.minimum(jnp.arange(plan.slabs) * plan.slab, plan.channels - plan.slab)
-    slabs = up.astype(x.dtype)[:, :, starts[:, None] + jnp.arange(plan.slab)].transpose(0, 2, 1, 4, 3)
-    return Inputs(x, None, None, None, None, merge, lines, slabs)
+    channels = starts[:, None] + jnp.arange(plan.slab)
+    found = up.astype(dtype)[:, :, channels].transpose(0, 2, 1, 4, 3)
+    new = channels >= jnp.arange(plan.slabs)[:, None] * plan.slab
+    return jnp.where(new[:, None, None], found, 0) if once and plan.channels % plan.slab else found
 
 
 def _buffers(states: int) -> int:
@@ -137,18 +147,19 @@ def scratch(inputs: Inputs, states: int) -> Expansion:
     """The shared memory it takes."""
     kinds, rank, slab = inputs.up.shape[2:]
     dtype = inputs.x.dtype
-
-    def swizzled(shape: tuple[int, ...], swizzle: int) -> plgpu.SMEM:
-        tiling = plgpu.TilingTransform((8, swizzle // dtype.itemsize))
-        return plgpu.SMEM(shape, dtype, transforms=(tiling, plgpu.SwizzleTransform(swizzle)))
-
     return Expansion(
-        up=swizzled((kinds, rank, slab), SWIZZLE),
-        proxy=swizzled((2, tiles.ROWS, rank), SWIZZLE),
-        products=swizzled((_buffers(states), kinds, tiles.ROWS, slab), 2 * SWIZZLE),
+        up=swizzled((kinds, rank, slab), dtype),
+        proxy=swizzled((2, tiles.ROWS, rank), dtype),
+        products=swizzled((_buffers(states), kinds, tiles.ROWS, slab), dtype, 2 * SWIZZLE),
         up_arrived=plgpu.Barrier(num_barriers=kinds),
         proxy_arrived=plgpu.Barrier(num_barriers=2),
     )
+
+
+def swizzled(shape: tuple[int, ...], dtype: Any, swizzle: int = SWIZZLE) -> plgpu.SMEM:
+    """Shared memory that tensor cores read."""
+    tiling = plgpu.TilingTransform((8, swizzle // jnp.dtype(dtype).itemsize))
+    return plgpu.SMEM(shape, dtype, transforms=(tiling, plgpu.SwizzleTransform(swizzle)))
 
 
 def shared_bytes(kinds: int, rank: int) -> int:

@@ -1,4 +1,4 @@
-"""One launch of the GPU kernel, forward or backward: its grid, what it shares, what it gives back."""
+"""Launches of the GPU kernel: their grids, what a block shares, what they give back."""
 
 import functools
 from collections.abc import Callable
@@ -22,40 +22,51 @@ def forward(job: Job, plan: tiles.Plan, inputs: Inputs, *, save: bool) -> tuple[
     outputs = [jax.ShapeDtypeStruct(shape, inputs.x.dtype)]
     if save:
         outputs += [jax.ShapeDtypeStruct(_state_shape(inputs.x.shape, d), inputs.x.dtype) for d in job.directions]
-    y, *states = _launch(body, job, plan, _tiled_merge(inputs, plan), outputs, states=1)
+    y, *states = _scan(body, job, plan, _tiled_merge(inputs, plan), outputs, states=1)
     return (y if plan.joint else _sum_directions(y)), tuple(states)
 
 
 def backward(
     job: Job, plan: tiles.Plan, inputs: Inputs, states: tuple[Array, ...], cotangent: Array
 ) -> Inputs:
-    """The cotangents of `inputs`; with a proxy those of all its terms, in the order of KINDS, in place of weights'."""
-    batch, height, width, channels = inputs.x.shape
+    """The cotangents of `inputs`."""
+    batch = inputs.x.shape[0]
     body = functools.partial(bodies.backward, job=job, plan=plan)
-
-    def terms(*kinds: int) -> jax.ShapeDtypeStruct:
-        shape = (batch, height, width, len(job.directions), *kinds, channels)
-        return jax.ShapeDtypeStruct(shape, inputs.x.dtype)
-
     outputs = Inputs(
-        x=jax.ShapeDtypeStruct(inputs.x.shape, inputs.x.dtype) if plan.joint else terms(),
-        weights=terms(inputs.up.shape[2] if plan.expands else 3),
-        lam=terms() if inputs.lam is not None else None,
-        out_gate=terms() if inputs.out_gate is not None else None,
-        skip=terms() if inputs.skip is not None else None,
+        x=jax.ShapeDtypeStruct(inputs.x.shape, inputs.x.dtype) if plan.joint else _terms(job, inputs),
+        weights=_terms(job, inputs, 3),
+        lam=_terms(job, inputs) if inputs.lam is not None else None,
+        out_gate=_terms(job, inputs) if inputs.out_gate is not None else None,
+        skip=_terms(job, inputs) if inputs.skip is not None else None,
         merge=None,
     )
     if inputs.merge is not None:
         positions = _writers(plan) * max(plan.rows.positions, plan.columns.positions)
-        blocks = (batch // plan.images, len(job.directions), plan.slabs)
+        blocks = (batch, len(job.directions), plan.slabs)
         outputs = outputs._replace(merge=jax.ShapeDtypeStruct((*blocks, positions, plan.slab), jnp.float32))
     arrays = (_tiled_merge(inputs, plan), (cotangent.astype(inputs.x.dtype), *states))
-    by = _launch(body, job, plan, arrays, outputs, states=plan.handed_on)
+    by = _scan(body, job, plan, arrays, outputs, states=plan.handed_on)
     if not plan.joint:
         by = by._replace(x=_sum_directions(by.x))
     if by.merge is not None:
         by = by._replace(merge=_merge_cotangent(by.merge, job, plan))
     return by
+
+
+def adjoint(
+    job: Job, plan: tiles.Plan, inputs: Inputs, cotangent: Array
+) -> tuple[Float[Array, "B H W C"], Float[Array, "B H W K C"]]:
+    """(cotangent of x, adjoint of every state) of a plan that expands its terms."""
+    body = functools.partial(bodies.adjoint, job=job, plan=plan)
+    outputs = _terms(job, inputs), _terms(job, inputs)
+    by_x, adjoints = _scan(body, job, plan, (_tiled_merge(inputs, plan), cotangent), outputs, states=plan.handed_on)
+    return _sum_directions(by_x), adjoints
+
+
+def _terms(job: Job, inputs: Inputs, *kinds: int) -> jax.ShapeDtypeStruct:
+    """[B, H, W, K, ..., C]"""
+    batch, height, width, channels = inputs.x.shape
+    return jax.ShapeDtypeStruct((batch, height, width, len(job.directions), *kinds, channels), inputs.x.dtype)
 
 
 def _sum_directions(y: Float[Array, "B H W K C"]) -> Float[Array, "B H W C"]:
@@ -86,19 +97,31 @@ def _merge_cotangent(partial: Float[Array, "B K S P slab"], job: Job, plan: tile
     """Sums what the warpgroups left; channels that the last slab shares with the one before it are counted once."""
     by_slab = jnp.stack([partial[:, k, :, :_writers(plan) * plan.lines(direction).positions].sum((0, 2))
                          for k, direction in enumerate(job.directions)])
-    whole = by_slab[:, :-1].reshape(len(job.directions), -1)
-    last = by_slab[:, -1, plan.slabs * plan.slab - plan.channels:]
-    return jnp.concatenate([whole, last], axis=-1)
+    return join_slabs(plan, by_slab, axis=1)
 
 
-def _launch(body: Callable, job: Job, plan: tiles.Plan, inputs: Any, outputs: Any, *, states: int) -> Any:
-    """Runs `body(inputs, outputs, shared)` over the grid, for a tree of arrays and one of types."""
-    directions = len(job.directions)
+def join_slabs(plan: tiles.Plan, by_slab: Array, axis: int) -> Array:
+    """[..., slabs, slab, ...] to [..., C, ...]; the channels that the last slab shares are taken from it alone once."""
+    by_slab = jnp.moveaxis(by_slab, (axis, axis + 1), (0, 1))
+    whole = by_slab[:-1].reshape(-1, *by_slab.shape[2:])
+    last = by_slab[-1, plan.slabs * plan.slab - plan.channels:]
+    return jnp.moveaxis(jnp.concatenate([whole, last]), 0, axis)
+
+
+def _scan(body: Callable, job: Job, plan: tiles.Plan, inputs: Any, outputs: Any, *, states: int) -> Any:
+    """Runs a program of `bodies`, whose lines hand on so many states."""
+    shared = _shared(job, plan, inputs if isinstance(inputs, Inputs) else inputs[0], states)
+    grid = {"image": jax.tree.leaves(inputs)[0].shape[0] // plan.images, "slab": plan.slabs}
+    if not plan.joint:
+        grid["direction"] = len(job.directions)
+    return run(body, grid, plan.warpgroups, inputs, outputs, shared)
+
+
+def run(body: Callable, grid: dict[str, int], warpgroups: int, inputs: Any, outputs: Any, shared: Any) -> Any:
+    """Runs `body(inputs, outputs, shared)` over the grid, for trees of arrays, of types and of shared memory."""
     flat, structure = jax.tree.flatten(inputs)
     out_type, out_structure = jax.tree.flatten(outputs)
-    scratch, scratch_structure = jax.tree.flatten(
-        _shared(job, plan, inputs if isinstance(inputs, Inputs) else inputs[0], states),
-        is_leaf=lambda node: not isinstance(node, tuple))
+    scratch, scratch_structure = jax.tree.flatten(shared, is_leaf=lambda node: not isinstance(node, tuple))
 
     def kernel_body(*refs):
         arrays, rest = refs[: len(flat)], refs[len(flat) :]
@@ -106,13 +129,12 @@ def _launch(body: Callable, job: Job, plan: tiles.Plan, inputs: Any, outputs: An
              jax.tree.unflatten(scratch_structure, rest[len(out_type) :]))
 
     kernel_body.__name__ = f"line_scan_{body.func.__name__}"
-    batch = jax.tree.leaves(inputs)[0].shape[0] // plan.images
     found = compat.kernel(
         kernel_body,
         out_type=tuple(out_type),
-        grid=(batch, plan.slabs) if plan.joint else (batch, plan.slabs, directions),
-        grid_names=("image", "slab") if plan.joint else ("image", "slab", "direction"),
-        num_threads=plan.warpgroups,
+        grid=tuple(grid.values()),
+        grid_names=tuple(grid),
+        num_threads=warpgroups,
         thread_name="warpgroup",
         scratch_types=scratch,
     )(*flat)

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from kernels import compat, expansion, launch, tiles
+from kernels import compat, expansion, launch, pullback, tiles
 from kernels.terms import Inputs, Job
 from kernels.weights import DIRECTIONS
 
@@ -47,7 +47,8 @@ def refuses_low_rank(
         return f"takes bfloat16, not {x.dtype}"
     if tiles.make_expanding_plan(*x.shape[1:]) is None:
         return f"takes square maps of 16, 32 or 64 and an even number of channels from 64, not {list(x.shape[1:])}"
-    if expansion.shared_bytes(kinds, proxy.shape[-1]) > tiles.MOST_SHARED_BYTES:
+    passes = expansion, pullback
+    if max(part.shared_bytes(kinds, proxy.shape[-1]) for part in passes) > tiles.MOST_SHARED_BYTES:
         return f"has no room on chip for a proxy of {proxy.shape[-1]}"
     return None
 
@@ -168,10 +169,10 @@ def _run_low_rank_forward(job, x, proxy, up, merge):
 
 def _run_low_rank_backward(job, saved, cotangent):
     x, proxy, up, merge, states = saved
-    by = launch.backward(job, *_expanding(x, proxy, up, merge), states, cotangent)
-    by_proxy = jnp.einsum("bhwknc,kncd->bhwd", by.weights, up.astype(x.dtype))
-    by_up = jnp.einsum("bhwknc,bhwd->kncd", by.weights, proxy, preferred_element_type=jnp.float32)
-    return by.x, by_proxy, by_up, by.merge
+    plan, inputs = _expanding(x, proxy, up, merge)
+    cotangent = cotangent.astype(x.dtype)
+    by_x, adjoints = launch.adjoint(job, plan, inputs, cotangent)
+    return by_x, *pullback.pull_back(job, plan, inputs, up, merge, adjoints, states, cotangent)
 
 
 def _expanding(x: Array, proxy: Array, up: Array, merge: Array) -> tuple[tiles.Plan, Inputs]:

@@ -49,6 +49,9 @@ class Plan:
     """Images whose lines a block takes side by side."""
     expands: bool = False
     """Whether a block expands its terms from a proxy; its warpgroups then share a line of ROWS positions."""
+    across: int = 0
+    """Channels that a warp's threads lie across, if not the whole slab: those of a row of shared memory that threads
+    write for the tensor cores."""
 
     @property
     def slabs(self) -> int:
@@ -57,6 +60,11 @@ class Plan:
     def lines(self, direction: str) -> "Lines":
         """The cut of the lines of scans in `direction`."""
         return self.rows if direction in ("down", "up") else self.columns
+
+    @property
+    def layout(self) -> object:
+        """How a tile is spread over the threads of a warpgroup."""
+        return layout(self.across or self.slab)
 
     @property
     def handed_on(self) -> int:

@@ -78,7 +78,7 @@ class Walk(NamedTuple):
 
     def read(self, ref: Any, index: tuple) -> Float[Array, "P slab"]:
         """A tile in float32."""
-        return compat.load(ref, index, tiles.layout(self.plan.slab)).astype(jnp.float32)
+        return compat.load(ref, index, self.plan.layout).astype(jnp.float32)
 
     def state(self, parity: Array | int, kind: int, position: Any, offset: int) -> tuple:
         """Index in the state of the tile at `position`, or of its left (offset 0) or right (2) neighbours."""
@@ -87,7 +87,7 @@ class Walk(NamedTuple):
 
     def neighbours(self, position: Any) -> tuple[Array, Array]:
         """Whether each element of a tile has a left and a right neighbour in the map."""
-        at = compat.iota((self.lines.positions, self.plan.slab), 0, tiles.layout(self.plan.slab)) + position
+        at = compat.iota((self.lines.positions, self.plan.slab), 0, self.plan.layout) + position
         return at > 0, at < self.lines.length - 1
 
 
@@ -132,7 +132,7 @@ def meet(plan: tiles.Plan, shared: Shared) -> None:
 def clear(walk: Walk, shared: Shared, kinds: int) -> None:
     """Zeroes the state before the first line, the position beyond each end included, and the total."""
     plan = walk.plan
-    zeros = compat.zeros((walk.lines.positions, plan.slab), tiles.layout(plan.slab))
+    zeros = compat.zeros((walk.lines.positions, plan.slab), plan.layout)
 
     def clear_state():
         @pl.loop(0, walk.lines.tiles)
