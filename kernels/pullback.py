@@ -104,7 +104,7 @@ def _by_up(
     if OUT_GATE in kinds:
         outputs.append(jax.ShapeDtypeStruct((*blocks, positions, plan.slab), jnp.float32))
     body = functools.partial(sum_over_lines, job=job, plan=plan, kinds=kinds, groups=groups // splits)
-    shared = _shared(given, kinds, lines=2, factors=1 if 0 in kinds else 0)
+    shared = _shared(given, kinds, lines=2, up=(1, LOGITS if 0 in kinds else 0))
     if 0 not in kinds:
         given = given._replace(up=None)
     grid = dict(zip(("split", "direction", "slab"), blocks, strict=True))
@@ -118,24 +118,24 @@ def _by_proxy(job: Job, plan: tiles.Plan, given: Given) -> Float[Array, "B H W d
     outputs = [jax.ShapeDtypeStruct((len(job.directions), groups, count, positions, rank), jnp.float32)]
     body = functools.partial(sum_over_slabs, job=job, plan=plan)
     grid = {"image": groups, "line": count, "direction": len(job.directions)}
-    shared = _shared(given, tuple(range(given.up.shape[2])), lines=1, factors=2)
+    kinds = tuple(range(given.up.shape[2]))
+    shared = _shared(given, kinds, lines=1, up=(2, len(kinds)))
     found = launch.run(body, grid, plan.warpgroups, given, outputs, shared)[0]
     found = found.reshape(2, 2, groups, count, plan.images, -1, rank).sum(1)
     found = found[0].transpose(0, 2, 1, 3, 4) + found[1].transpose(0, 2, 3, 1, 4)  # lines that are rows, and columns
     return found.reshape(groups * plan.images, plan.height, plan.width, rank).astype(given.x.dtype)
 
 
-def _shared(given: Given, kinds: tuple[int, ...], *, lines: int, factors: int) -> Tiles:
-    """With room for so many lines of the proxy and so many slabs of its factors."""
+def _shared(given: Given, kinds: tuple[int, ...], *, lines: int, up: tuple[int, int]) -> Tiles:
+    """With room for so many lines of the proxy, and for `up` of (slabs, kinds)."""
     rank, slab = given.proxy.shape[-1], tiles.SLABS[0]
-    expanded = LOGITS if factors == 1 else len(kinds)
     swizzled = functools.partial(expansion.swizzled, dtype=given.x.dtype)
     return Tiles(
         proxy=swizzled((lines, tiles.ROWS, rank)),
-        up=swizzled((factors, expanded, rank, slab)) if factors else (),
+        up=swizzled((*up, rank, slab)) if math.prod(up) else (),
         terms=swizzled((len(kinds), tiles.ROWS, slab)),
         proxy_arrived=plgpu.Barrier(num_barriers=lines),
-        up_arrived=plgpu.Barrier(num_barriers=factors * expanded) if factors else (),
+        up_arrived=plgpu.Barrier(num_barriers=math.prod(up)) if math.prod(up) else (),
         meeting=plgpu.Barrier(num_arrivals=tiles.WARPGROUPS),
     )
 

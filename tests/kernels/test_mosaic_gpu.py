@@ -5,6 +5,7 @@ tests/conftest.py make that pool large enough.
 """
 
 import re
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,7 @@ import numpy_scan as truth
 import pytest
 from mosaic import interpreted
 
-from kernels import bodies, compat, line_scan, mosaic_gpu, propagate, tiles
+from kernels import bodies, compat, line_scan, mosaic_gpu, propagate, tiles, walk
 from kernels.sharding import over_shards, sharded
 
 TOLERANCE = {"float32": 2e-6, "bfloat16": 6e-3}  # relative; the gradients go through states saved in bfloat16
@@ -82,6 +83,27 @@ def test_directions_apart_with_chunks_and_a_skip_term(monkeypatch):
 def test_slabs_that_overlap_and_weights_shared_by_channels():
     """72 channels are two overlapping slabs of 64. They store the same values twice, which counts as a race."""
     assert_same_as_the_scan(arguments(1, 4, 4, 72, groups=18, dtype=jnp.bfloat16), races=False)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("slab", [0, 1])
+def test_a_slab_that_overlaps_another_has_no_race_of_its_own(monkeypatch, slab):
+    """Each of the two slabs of 72 channels alone: what is left of races is that both store the same values."""
+    arrays = arguments(1, 4, 4, 72, dtype=jnp.bfloat16)
+    expected = run_propagate("scan")(*arrays)
+    monkeypatch.setattr(tiles.Plan, "slabs", 1)
+    monkeypatch.setattr(walk, "lax", SimpleNamespace(
+        **vars(jax.lax) | {"axis_index": lambda name: slab if name == "slab" else jax.lax.axis_index(name)}))
+    with interpreted():
+        found = jax.block_until_ready(jax.jit(run_propagate("mosaic_gpu"))(*arrays))
+        assert not compat.races_found()
+        states = jax.block_until_ready(jax.jit(jax.grad(
+            lambda x: run_propagate("mosaic_gpu")(x, *arrays[1:]).astype(jnp.float32).sum()))(arrays[0]))
+    assert not compat.races_found()
+    mine = slice(0, 64) if slab == 0 else slice(8, 72)
+    assert truth.relative_error(found[..., mine], expected[..., mine]) < TOLERANCE["bfloat16"]
+    by_x = jax.grad(lambda x: run_propagate("scan")(x, *arrays[1:]).astype(jnp.float32).sum())(arrays[0])
+    assert truth.relative_error(states[..., mine], by_x[..., mine]) < TOLERANCE["bfloat16"]
 
 
 @pytest.mark.slow
