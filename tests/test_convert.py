@@ -279,7 +279,7 @@ def test_an_imported_run_is_not_trained_on(folder, tmp_path, capsys):
     assert stopped.value.code == 2 and "choose another run_dir to start a new run" in capsys.readouterr().err
     with pytest.raises(SystemExit) as stopped:
         train_dit.main(["--config", str(tmp_path / "config.py"), "--train.steps", "9", "--train.allow-change", "data"])
-    assert stopped.value.code == 2 and "to train on from it, and has no opt_state" in capsys.readouterr().err
+    assert stopped.value.code == 2 and "to train on from it, and has no params, opt_state" in capsys.readouterr().err
     with pytest.raises(SystemExit) as stopped:
         sample.main(["--run", str(run), "--ema", "0"])
     assert stopped.value.code == 2 and "must hold the parameters asked for (--ema 0)" in capsys.readouterr().err

@@ -262,9 +262,9 @@ class Checkpoints:
         where, items = self._folder / str(step), _items(target)
         missing = [name for name in items if not (where / name).is_dir()]
         if missing:
-            raise CheckpointError(f"the checkpoint of step {step} in {self._folder} must have {', '.join(items)} to train "
-                                  f"on from it, and has no {', '.join(missing)}: weights that were imported can be "
-                                  "sampled, evaluated and exported")
+            raise CheckpointError(f"the checkpoint of step {step} in {self._folder} must have {', '.join(items)} to "
+                                  f"train on from it, and has no {', '.join(missing)}: weights that were imported can "
+                                  "be sampled, evaluated and exported")
         read = _read(where, items)
         scalars = jax.jit(lambda: (jnp.asarray(step, jnp.int32), jnp.zeros((), jnp.bool_)),
                           out_shardings=(target.step.sharding, target.halted.sharding))()

@@ -11,7 +11,7 @@ import numpy_scan as truth
 import pytest
 from mosaic import interpreted
 
-from kernels import api, compat, mosaic_gpu, propagate, propagate_low_rank, tiles
+from kernels import api, compat, mosaic_gpu, propagate, propagate_low_rank, sharded, tiles
 
 NAMES = ("x", "proxy", "gates", "lam", "out_gate", "merge", "skip")
 
@@ -83,6 +83,15 @@ def test_other_maps_and_kinds(few_rows, case):
 def test_slabs_that_overlap(few_rows):
     """72 channels are two overlapping slabs of 64. They store the same values twice, which counts as a race."""
     assert_same_as_the_scan_in_float32(arguments(2, 4, 72, 16), races=False)
+
+
+@pytest.mark.slow
+def test_over_a_mesh(few_rows):
+    """Two devices, each with half of the channels and the whole proxy, whose gradient is the sum of theirs."""
+    mesh = jax.make_mesh((1, 2), ("data", "tensor"), devices=jax.devices()[:2],
+                         axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    with sharded(mesh, batch=("data",), channels=("tensor",)):
+        assert_same_as_the_scan_in_float32(arguments(2, 4, 128, 16, merge=(4, 128)), races=False)
 
 
 @pytest.mark.slow

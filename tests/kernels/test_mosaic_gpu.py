@@ -14,7 +14,7 @@ import numpy_scan as truth
 import pytest
 from mosaic import interpreted
 
-from kernels import bodies, compat, line_scan, mosaic_gpu, propagate, tiles, walk
+from kernels import bodies, compat, launch, line_scan, mosaic_gpu, propagate, tiles, walk
 from kernels.sharding import over_shards, sharded
 
 TOLERANCE = {"float32": 2e-6, "bfloat16": 6e-3}  # relative; the gradients go through states saved in bfloat16
@@ -85,25 +85,27 @@ def test_slabs_that_overlap_and_weights_shared_by_channels():
     assert_same_as_the_scan(arguments(1, 4, 4, 72, groups=18, dtype=jnp.bfloat16), races=False)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("slab", [0, 1])
+@pytest.mark.parametrize("slab", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_a_slab_that_overlaps_another_has_no_race_of_its_own(monkeypatch, slab):
     """Each of the two slabs of 72 channels alone: what is left of races is that both store the same values."""
     arrays = arguments(1, 4, 4, 72, dtype=jnp.bfloat16)
     expected = run_propagate("scan")(*arrays)
     monkeypatch.setattr(tiles.Plan, "slabs", 1)
+    monkeypatch.setattr(launch, "_merge_cotangent", lambda partial, job, plan: jnp.zeros((4, 72)))  # of both slabs
     monkeypatch.setattr(walk, "lax", SimpleNamespace(
         **vars(jax.lax) | {"axis_index": lambda name: slab if name == "slab" else jax.lax.axis_index(name)}))
+
+    def by_x(backend):
+        return jax.jit(jax.grad(lambda x: run_propagate(backend)(x, *arrays[1:]).astype(jnp.float32).sum()))(arrays[0])
+
     with interpreted():
         found = jax.block_until_ready(jax.jit(run_propagate("mosaic_gpu"))(*arrays))
         assert not compat.races_found()
-        states = jax.block_until_ready(jax.jit(jax.grad(
-            lambda x: run_propagate("mosaic_gpu")(x, *arrays[1:]).astype(jnp.float32).sum()))(arrays[0]))
-    assert not compat.races_found()
+        gradient = jax.block_until_ready(by_x("mosaic_gpu"))
+        assert not compat.races_found()
     mine = slice(0, 64) if slab == 0 else slice(8, 72)
     assert truth.relative_error(found[..., mine], expected[..., mine]) < TOLERANCE["bfloat16"]
-    by_x = jax.grad(lambda x: run_propagate("scan")(x, *arrays[1:]).astype(jnp.float32).sum())(arrays[0])
-    assert truth.relative_error(states[..., mine], by_x[..., mine]) < TOLERANCE["bfloat16"]
+    assert truth.relative_error(gradient[..., mine], by_x("scan")[..., mine]) < TOLERANCE["bfloat16"]
 
 
 @pytest.mark.slow
@@ -169,13 +171,33 @@ def test_one_direction_lowers_for_cuda():
     assert "mosaic_gpu" in jax.jit(run).trace(x, x, x, x).lower(lowering_platforms=("cuda",)).as_text()
 
 
-def test_over_a_mesh_the_kernel_takes_each_device_its_part():
-    """Lowered over four devices, batch and channels split: the kernel's arrays are a quarter, nothing is communicated.
-
-    Values and gradients over a mesh: test_operator_sharding.py, with the scan in the kernel's place.
-    """
-    mesh = jax.make_mesh((2, 2), ("data", "tensor"), devices=jax.devices()[:4],
+def four_devices():
+    return jax.make_mesh((2, 2), ("data", "tensor"), devices=jax.devices()[:4],
                          axis_types=(jax.sharding.AxisType.Auto,) * 2)
+
+
+def test_over_a_mesh_the_kernel_gives_the_values_and_gradients_of_one_device():
+    """Under `shard_map`, images and channels split. JAX 0.12's interpreter mixes up the clocks of several devices and
+    sees races where on one device it sees none, so they are looked for under 0.10 only."""
+    arrays = arguments(2, 4, 4, 128, merge=(4, 128))
+    expected = value_and_gradients(run_propagate("scan"), arrays)
+
+    def run(*arrays):
+        with sharded(four_devices(), batch=("data",), channels=("tensor",)):
+            return run_propagate("mosaic_gpu")(*arrays)
+
+    races = jax.__version_info__ < (0, 11)
+    with interpreted(races):
+        found = jax.block_until_ready(value_and_gradients(run, arrays))
+    assert not (races and compat.races_found())
+    for name, a, b in zip(NAMES, found, expected, strict=True):
+        if b is not None:
+            assert truth.relative_error(a, b) < TOLERANCE["float32"], name
+
+
+def test_over_a_mesh_the_kernel_takes_each_device_its_part():
+    """Lowered over four devices, images and channels split: its arrays are a quarter, nothing is communicated."""
+    mesh = four_devices()
     arrays = jax.eval_shape(lambda: arguments(2, 4, 4, 128))[:5]
     operator = over_shards(mosaic_gpu.propagate, "bc bc bc bc -c bc")
 
