@@ -9,6 +9,7 @@ import pathlib
 import signal
 import sys
 import threading
+import warnings
 from collections.abc import Iterator, Sequence
 from typing import NoReturn
 
@@ -68,10 +69,24 @@ def setup() -> None:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     for name in ("gspn_jax", "kernels"):
         logging.getLogger(name).setLevel(logging.INFO)
-    for name in ("absl", "asyncio"):  # orbax's tracebacks for each file it cannot write; what it raises is reported
-        logging.getLogger(name).setLevel(logging.CRITICAL)
+    _quiet_failed_saves()
     cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME", pathlib.Path.home() / ".cache")) / "gspn_jax" / "jax"
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache))
+
+
+def _quiet_failed_saves() -> None:
+    """Of a checkpoint that could not be written one sentence is enough: orbax and tensorstore would add a traceback for
+    each file, and another for each that they go on writing after orbax has given up."""
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
+    report = sys.unraisablehook
+
+    def report_others(what) -> None:
+        if not (what.exc_type is RuntimeError and str(what.exc_value) == "Event loop is closed"):
+            report(what)
+
+    sys.unraisablehook = report_others
 
 
 def _watch_over_child() -> None:

@@ -6,7 +6,6 @@ with a line that says what is wrong with it; a run that has checkpoints never st
 
 import concurrent.futures
 import fcntl
-import gc
 import json
 import logging
 import os
@@ -235,9 +234,7 @@ class Checkpoints:
         error = self._commit.exception()
         self._commit = None
         if isinstance(error, (OSError, ValueError, RuntimeError)):
-            failure, error = self._failure(error), None
-            gc.collect()  # the writes that orbax has given up would complain if they went when the interpreter does
-            raise failure
+            raise self._failure(error)
         if error:
             raise error
 
