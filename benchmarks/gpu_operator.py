@@ -1,36 +1,44 @@
 """The GPU kernel on a GPU: first correctness against float64, then how near it comes to the speed of memory.
 
-    python benchmarks/gpu_operator.py [--repeats 20] [--quick] [--out benchmarks/results/operator_gpu.json]
+    python benchmarks/gpu_operator.py --out benchmarks/results/operator_gpu.json [--quick] [--tables operator ...]
 
-Five tables: (1) errors of values and gradients against a float64 line loop in NumPy; nothing is timed if one is too
-large. (2) Forward and backward at three shapes: milliseconds, share of the device's own copy bandwidth (each input read
-once, each output written once; the backward pass also reads what the forward pass saved), and the ratio to the scan
-backend compiled by XLA. (3) The operator and cuDNN attention at equal tokens and width, 256 to 65,536 tokens.
-(4) Depthwise convolutions: XLA's grouped one against the sum of shifted products.
-(5) Terms of low rank: the kernel that expands the proxy by itself against XLA's product and the plain kernel.
+Six tables: (1) errors of values and gradients against a float64 line loop in NumPy; nothing is timed if one is too
+large. (2) Forward and backward: milliseconds, share of the device's own copy bandwidth (each input read once, each
+output written once), and the ratio to the scan backend compiled by XLA; overlapping slabs, maps that are filled up and
+weights that are spread over channels have rows of their own, which is what they cost. (3) The operator and cuDNN
+attention at equal tokens and width, 256 to 65,536 tokens, and where the lines cross. (4) Depthwise convolutions: XLA's
+grouped one against the sum of shifted products. (5) Terms of low rank: the kernel that expands the proxy by itself
+against XLA's product and the plain kernel, alone and (6) within the mixer of a GSPN block.
 
-Both sides of a ratio run in turns in this process; times are the best of `--repeats` of a jitted call. With another
-device than an NVIDIA GPU of compute capability 9.0 the script stops with a sentence.
+Both sides of a ratio run in turns in this process; times are the best of `--repeats` of ten calls in a row. With
+another device than an NVIDIA GPU of compute capability 9.0 the script stops with a sentence.
 """
 
 import argparse
+import contextlib
 import datetime
+import functools
+import itertools
 import json
+import math
 import pathlib
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1] / "tests" / "kernels"))
 
 import numpy_scan as truth
 
-from kernels import available_backends, depthwise_conv, propagate, propagate_low_rank
-from kernels.depthwise import _grouped, _shifted_products
+from gspn_jax import models
+from gspn_jax.config import ModelConfig
+from gspn_jax.models.mixers import GSPNMixer
+from kernels import api, available_backends, depthwise, propagate, propagate_low_rank
 
 CORRECT = [
     # batch, height, width, channels, groups, skip, chunk
@@ -42,12 +50,29 @@ CORRECT = [
     (1, 128, 128, 8, 1, False, None),
 ]
 LIMITS = {"float32": 1e-5, "bfloat16": 2e-2}
-BANDWIDTH = [(64, 16, 16, 1536, None), (64, 16, 16, 1500, 2), (32, 32, 32, 1152, None), (8, 64, 64, 1152, None),
-             (16, 1024, 1024, 8, None)]
+CORRECT_LOW_RANK = [(4, 16, 96, 24), (3, 16, 100, 93), (2, 32, 64, 32), (1, 64, 64, 16)]
+"""batch, side, channels, rank"""
+BANDWIDTH = [
+    # batch, height, width, channels, groups, chunk
+    (64, 16, 16, 1536, 1536, None),
+    (32, 32, 32, 1152, 1152, None),
+    (16, 1024, 1024, 8, 8, None),
+    (64, 16, 16, 1500, 1500, None),  # the last slab of 64 channels overlaps the one before it
+    (64, 16, 16, 1536, 1536, 2),
+    (8, 64, 64, 1152, 1152, None),
+    (64, 14, 18, 1536, 1536, None),  # filled up to 16 x 20
+    (64, 16, 16, 1536, 96, None),  # weights spread over their channels by XLA
+    (64, 16, 16, 1536, 1, None),
+]
+COPIED_VALUES = 2**28
+CALLS = 10
+ATTENTION = "cudnn"
 TOKENS = [(32, 16), (32, 32), (8, 64), (2, 128), (1, 256)]
 CONVOLUTIONS = [(64, 16, 16, 1500, 7), (64, 16, 16, 1500, 3), (16, 32, 32, 1200, 7)]
 WIDTH, HEADS = 1152, 16
 LOW_RANK = [(32, 16, 1500, 93), (32, 16, 1536, 96), (8, 32, 1200, 75), (4, 64, 1152, 72)]
+BLOCKS = [("GSPN-XL/2", 32, 16), ("GSPN-L/2", 32, 16), ("GSPN-XL/2", 8, 32)]
+"""preset, batch, side of the map of tokens"""
 
 
 def random_inputs(batch, height, width, channels, groups, skip, dtype) -> tuple:
@@ -65,27 +90,36 @@ def operator(backend: str | None, chunk: int | None = None) -> Callable:
 
 
 def passes(function: Callable, arrays: tuple) -> dict[str, Callable]:
-    """Jitted forward pass, and backward pass alone, from saved residuals."""
-    forward = jax.jit(function)
+    """Jitted forward pass, backward pass alone from saved residuals, and both in one program."""
+    def both(*arrays):
+        y, pull = jax.vjp(function, *arrays)
+        return y, pull(y)
+
+    forward, both = jax.jit(function), jax.jit(both)
     y, pull = jax.jit(lambda *a: jax.vjp(function, *a))(*arrays)
     backward = jax.jit(lambda pull, y: pull(y))
-    return {"forward": lambda: forward(*arrays), "backward": lambda: backward(pull, y)}
+    return {"forward": lambda: forward(*arrays), "backward": lambda: backward(pull, y), "both": lambda: both(*arrays)}
 
 
 def best_seconds(runs: dict[str, Callable], repeats: int) -> dict[str, float]:
-    """The shortest run of each, taken in turns after two that are not timed."""
+    """The shortest of the repeats of each, taken in turns after two that are not timed.
+
+    A repeat is CALLS calls in a row: the device works on one while the host sends for the next.
+    """
     times = {name: [] for name in runs}
     for _ in range(repeats + 2):
         for name, run in runs.items():
             start = time.perf_counter()
-            jax.block_until_ready(run())
-            times[name].append(time.perf_counter() - start)
+            for _ in range(CALLS):
+                result = run()
+            jax.block_until_ready(result)
+            times[name].append((time.perf_counter() - start) / CALLS)
     return {name: min(values[2:]) for name, values in times.items()}
 
 
 def copy_bandwidth(repeats: int) -> float:
     """Bytes per second, read and written, of a device copy of 1 GiB."""
-    array = jnp.ones(2**28, jnp.float32)
+    array = jnp.ones(COPIED_VALUES, jnp.float32)
     copy = jax.jit(lambda a: a + 1)
     return 2 * array.nbytes / best_seconds({"copy": lambda: copy(array)}, repeats)["copy"]
 
@@ -105,15 +139,58 @@ def low_rank_inputs(batch: int, size: int, channels: int, rank: int) -> tuple:
     return *arrays[:2], *(a * rank**-0.5 for a in arrays[2:]), jnp.full((4,), 0.25)
 
 
-def expanded_by_xla(x, proxy, gates, lam, out_gate, merge):
-    gates, lam, out_gate = (jnp.tensordot(proxy, factor, 1) for factor in (gates, lam, out_gate))
-    return propagate(x, gates, 1 + lam, 1 + out_gate, merge, backend="mosaic_gpu")
+@contextlib.contextmanager
+def xla_expands() -> Iterator[None]:
+    """Proxies are expanded by XLA in what is traced inside."""
+    before = api._BACKENDS["mosaic_gpu"]
+    api._BACKENDS["mosaic_gpu"] = before._replace(propagate_low_rank=None)
+    try:
+        yield
+    finally:
+        api._BACKENDS["mosaic_gpu"] = before
+
+
+def fused_against_unfused(what: str, function: Callable, arrays: tuple, repeats: int) -> list[dict]:
+    """`function`, which calls `propagate_low_rank`, with the proxy expanded on chip and by XLA."""
+    rows, fused, unfused = [], passes(function, arrays), {}
+    for which in ("forward", "both"):
+        with xla_expands():
+            unfused = unfused or passes(lambda *a: function(*a), arrays)  # its own function, and so its own trace
+            unfused[which]()
+        seconds = best_seconds({"fused": fused[which], "unfused": unfused[which]}, repeats)
+        ratio = seconds["unfused"] / seconds["fused"]
+        rows.append({"what": what, "pass": which, "fused_ms": seconds["fused"] * 1e3,
+                     "unfused_ms": seconds["unfused"] * 1e3, "ratio": ratio})
+        print(f"{what} {which:8s} {seconds['fused'] * 1e3:8.3f} ms, expanded by XLA "
+              f"{seconds['unfused'] * 1e3:8.3f} ms, {ratio:5.2f}x", flush=True)
+    return rows
+
+
+def low_rank(repeats: int, quick: bool) -> list[dict]:
+    rows = []
+    for case in LOW_RANK[:1] if quick else LOW_RANK:
+        rows += fused_against_unfused(f"low rank {case}", lambda *a: propagate_low_rank(*a, backend="mosaic_gpu"),
+                                      low_rank_inputs(*case), repeats)
+    return rows
+
+
+def blocks(repeats: int, quick: bool) -> list[dict]:
+    """The mixer of a block: linear, depthwise 7x7, proxy, propagation, linear; gradients of its weights too."""
+    rows = []
+    for preset, batch, side in BLOCKS[:1] if quick else BLOCKS:
+        arch = models.resolve(ModelConfig(preset=preset, backend="mosaic_gpu"))
+        graphdef, params = nnx.split(GSPNMixer(arch, dtype=jnp.bfloat16, rngs=nnx.Rngs(0)))
+        x = jax.random.normal(jax.random.key(0), (batch, side, side, arch.hidden), jnp.bfloat16)
+        rows += fused_against_unfused(f"mixer of {preset}, {batch}x{side}x{side}",
+                                      lambda x, params, graphdef=graphdef: nnx.merge(graphdef, params)(x),
+                                      (x, params), repeats)
+    return rows
 
 
 def check_low_rank() -> list[dict]:
     """Values and gradients against float64, the gradients of the products by the chain rule."""
     rows = []
-    for case in [(4, 16, 96, 24), (3, 16, 100, 93), (2, 32, 64, 32), (1, 64, 64, 16)]:
+    for case in CORRECT_LOW_RANK:
         arrays = low_rank_inputs(*case)
         y, pull = jax.jit(lambda *a: jax.vjp(lambda *a: propagate_low_rank(*a, backend="mosaic_gpu"), *a))(*arrays)
         cotangent = jax.random.normal(jax.random.key(9), y.shape, y.dtype)
@@ -128,23 +205,9 @@ def check_low_rank() -> list[dict]:
                       for (by, _), factor in zip(flat, factors, strict=True)]
         expected = (truth.propagate(*exact, None), by_x, by_proxy, *by_factors, by_merge)
         error = max(truth.relative_error(a, b) for a, b in zip((y, *pull(cotangent)), expected, strict=True))
-        rows.append({"shape": case, "low_rank": True, "largest_error": error, "correct": error < LIMITS["bfloat16"]})
+        rows.append({"shape": case, "low_rank": True, "largest_error": error,
+                     "correct": bool(error < LIMITS["bfloat16"])})
         print(f"low rank {case!s:24s} error {error:.1e} {'ok' if rows[-1]['correct'] else 'WRONG'}", flush=True)
-    return rows
-
-
-def low_rank(repeats: int, quick: bool) -> list[dict]:
-    rows = []
-    for case in LOW_RANK[:1] if quick else LOW_RANK:
-        arrays = low_rank_inputs(*case)
-        ours = passes(lambda *a: propagate_low_rank(*a, backend="mosaic_gpu"), arrays)
-        theirs = passes(expanded_by_xla, arrays)
-        for which in ours:
-            seconds = best_seconds({"kernel": ours[which], "xla": theirs[which]}, repeats)
-            rows.append({"shape": case, "pass": which, "ms": seconds["kernel"] * 1e3,
-                         "expanded_by_xla_ms": seconds["xla"] * 1e3, "ratio": seconds["xla"] / seconds["kernel"]})
-            print(f"low rank {case} {which:8s} {seconds['kernel'] * 1e3:8.3f} ms, expanded by XLA "
-                  f"{seconds['xla'] * 1e3:8.3f} ms, {rows[-1]['ratio']:5.2f}x", flush=True)
     return rows
 
 
@@ -162,25 +225,24 @@ def check(quick: bool) -> list[dict]:
             errors = [truth.relative_error(a, b) for a, b in zip(found, expected, strict=False) if a is not None]
             name = jnp.dtype(dtype).name
             rows.append({"shape": shape, "skip": skip, "chunk": chunk, "dtype": name, "largest_error": max(errors),
-                         "correct": max(errors) < LIMITS[name]})
+                         "correct": bool(max(errors) < LIMITS[name])})
             print(f"{shape!s:32s} skip={skip!s:5s} chunk={chunk!s:4s} {name:9s} error {max(errors):.1e} "
                   f"{'ok' if rows[-1]['correct'] else 'WRONG'}", flush=True)
     return rows
 
 
-def against_memory(bandwidth: float, repeats: int, quick: bool) -> list[dict]:
+def against_memory(repeats: int, quick: bool) -> list[dict]:
     rows = []
-    for batch, height, width, channels, chunk in BANDWIDTH[:2] if quick else BANDWIDTH:
-        arrays = random_inputs(batch, height, width, channels, channels, False, jnp.bfloat16)
+    for *shape, groups, chunk in BANDWIDTH[:3] if quick else BANDWIDTH:
+        arrays = random_inputs(*shape, groups, False, jnp.bfloat16)
         kernel, scan = (passes(operator(backend, chunk), arrays) for backend in ("mosaic_gpu", "scan"))
         for which, needed in needed_bytes(arrays).items():
             seconds = best_seconds({"kernel": kernel[which], "scan": scan[which]}, repeats)
-            share = needed / seconds["kernel"] / bandwidth
-            rows.append({"shape": [batch, height, width, channels], "chunk": chunk, "pass": which,
-                         "ms": seconds["kernel"] * 1e3, "share_of_copy": share, "scan_ms": seconds["scan"] * 1e3,
+            rows.append({"shape": shape, "groups": groups, "chunk": chunk, "pass": which,
+                         "ms": seconds["kernel"] * 1e3, "bytes": needed, "scan_ms": seconds["scan"] * 1e3,
                          "ratio": seconds["scan"] / seconds["kernel"]})
-            print(f"{batch}x{height}x{width}x{channels} chunk={chunk} {which:8s} {seconds['kernel'] * 1e3:8.3f} ms "
-                  f"{share:6.1%} of copy  {rows[-1]['ratio']:6.1f}x the scan", flush=True)
+            print(f"{shape!s:22s} groups={groups} chunk={chunk} {which:8s} {seconds['kernel'] * 1e3:8.3f} ms "
+                  f"{needed / seconds['kernel'] / 1e12:5.2f} TB/s  {rows[-1]['ratio']:6.1f}x the scan", flush=True)
     return rows
 
 
@@ -191,10 +253,10 @@ def against_attention(repeats: int, quick: bool) -> list[dict]:
         qkv = jax.random.normal(jax.random.key(5), (3, batch, side * side, HEADS, WIDTH // HEADS), jnp.bfloat16)
 
         def attention(q, k, v):
-            return jax.nn.dot_product_attention(q, k, v, implementation="cudnn")
+            return jax.nn.dot_product_attention(q, k, v, implementation=ATTENTION)
 
         ours, theirs = passes(operator("mosaic_gpu"), arrays), passes(attention, tuple(qkv))
-        for which in ours:
+        for which in ("forward", "backward"):
             seconds = best_seconds({"kernel": ours[which], "attention": theirs[which]}, repeats)
             rows.append({"tokens": side * side, "batch": batch, "width": WIDTH, "pass": which,
                          "ms": seconds["kernel"] * 1e3, "attention_ms": seconds["attention"] * 1e3,
@@ -204,27 +266,50 @@ def against_attention(repeats: int, quick: bool) -> list[dict]:
     return rows
 
 
-def convolutions(repeats: int) -> list[dict]:
+def crossing(rows: list[dict]) -> float | None:
+    """The tokens from which the kernel is the faster one, on straight lines between logarithms; None for nowhere."""
+    rows = sorted(rows, key=lambda row: row["tokens"])
+    if rows[0]["ratio"] >= 1:
+        return rows[0]["tokens"]
+    for one, other in itertools.pairwise(rows):
+        if one["ratio"] < 1 <= other["ratio"]:
+            low, high = math.log(one["ratio"]), math.log(other["ratio"])
+            return one["tokens"] * (other["tokens"] / one["tokens"]) ** (low / (low - high))
+    return None
+
+
+def convolutions(repeats: int, quick: bool) -> list[dict]:
+    """XLA's grouped convolution and the sum of shifted products: forward, which is the gradient of x too, and the
+    gradient of the kernel."""
     rows = []
-    for *shape, size in CONVOLUTIONS:
-        x = jax.random.normal(jax.random.key(0), tuple(shape), jnp.bfloat16)
-        kernel = jax.random.normal(jax.random.key(1), (size, size, shape[3]), jnp.bfloat16)
-        names = {"ours": lambda x, k: depthwise_conv(x, k, None), "grouped": _grouped, "shifted": _shifted_products}
-        runs = {name: passes(function, (x, kernel)) for name, function in names.items()}
-        for which in ("forward", "backward"):
-            seconds = best_seconds({name: run[which] for name, run in runs.items()}, repeats)
+    for *shape, size in CONVOLUTIONS[:1] if quick else CONVOLUTIONS:
+        x, cotangent = (jax.random.normal(jax.random.key(n), tuple(shape), jnp.bfloat16) for n in range(2))
+        kernel = jax.random.normal(jax.random.key(2), (size, size, shape[3]), jnp.bfloat16)
+        for which, arrays, functions in (
+            ("forward", (x, kernel), {"grouped": depthwise._grouped, "shifted": depthwise._shifted_products}),
+            ("by_kernel", (x, kernel, cotangent.astype(jnp.float32)), {
+                "grouped": lambda *a: depthwise._grouped_gradients(*a)[1],
+                "shifted": lambda *a: depthwise._shifted_gradients(*a)[1]}),
+        ):  # fmt: skip
+            compiled = {name: jax.jit(function) for name, function in functions.items()}
+            seconds = best_seconds({name: functools.partial(run, *arrays) for name, run in compiled.items()}, repeats)
             rows.append({"shape": shape, "kernel": size, "pass": which,
                          **{f"{name}_ms": value * 1e3 for name, value in seconds.items()}})
-            print(f"{shape} {size}x{size} {which:8s} " +
+            print(f"{shape} {size}x{size} {which:9s} " +
                   ", ".join(f"{name} {value * 1e3:.3f} ms" for name, value in seconds.items()), flush=True)
     return rows
+
+
+TABLES = {"operator": against_memory, "attention": against_attention, "low_rank": low_rank, "blocks": blocks,
+          "convolutions": convolutions}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--quick", action="store_true", help="a few cases of each table")
-    parser.add_argument("--out", type=pathlib.Path, help="a JSON file for the results")
+    parser.add_argument("--tables", nargs="+", choices=TABLES, default=[*TABLES], help="those to time; all by default")
+    parser.add_argument("--out", type=pathlib.Path, help="a JSON file for the results, written after each table")
     args = parser.parse_args()
     if "mosaic_gpu" not in available_backends():
         sys.exit("gpu_operator.py needs an NVIDIA GPU of compute capability 9.0 or newer, found "
@@ -236,12 +321,18 @@ def main() -> None:
         sys.exit("The kernel is wrong on this device: nothing was timed.")
     record["copy_bytes_per_second"] = copy_bandwidth(args.repeats)
     print(f"copy {record['copy_bytes_per_second'] / 1e12:.2f} TB/s")
-    record["operator"] = against_memory(record["copy_bytes_per_second"], args.repeats, args.quick)
-    record["attention"] = against_attention(args.repeats, args.quick)
-    record["low_rank"] = low_rank(args.repeats, args.quick)
-    record["convolutions"] = convolutions(args.repeats)
-    if args.out:
-        args.out.write_text(json.dumps(record, indent=1) + "\n")
+    for name in args.tables:
+        rows = record[name] = TABLES[name](args.repeats, args.quick)
+        if name == "operator":
+            for row in rows:
+                row["share_of_copy"] = row["bytes"] / row["ms"] * 1e3 / record["copy_bytes_per_second"]
+                print(f"{row['shape']} {row['pass']:8s} {row['share_of_copy']:6.1%} of copy")
+        if name == "attention":
+            record["as_fast_as_attention_from_tokens"] = {
+                which: crossing([row for row in rows if row["pass"] == which]) for which in ("forward", "backward")}
+            print("as fast as attention from tokens:", record["as_fast_as_attention_from_tokens"])
+        if args.out:
+            args.out.write_text(json.dumps(record, indent=1) + "\n")
 
 
 if __name__ == "__main__":

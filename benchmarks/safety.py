@@ -1,12 +1,13 @@
 """What safety costs: step time with saving on against off, and the time from the start to the first step.
 
-python benchmarks/safety.py saving [--hidden 384 --depth 12 --save-every 100 --repeat 3]
+python benchmarks/safety.py saving [--hidden 384 --depth 12 --batch-size 8 --save-every 100 --turns 10 --repeat 1]
 python benchmarks/safety.py start [--presets GSPN-XL/2 DiT-B/4 ...]           all presets by default
 
 Each call is added to benchmarks/results/saving_DEVICE.json or start_DEVICE.json with all its runs and their median.
 
-`saving` trains the same model in turns of --save-every steps, with a save at the end of the turn or without, and prints
-the ratio of their times; what a save costs shrinks with the distance between saves. `start` starts a process per
+`saving` trains the same model in turns of --save-every steps, with a save at the start of a turn or without, and prints
+the ratio of their times, also of neighbours in pairs, and of the CPU seconds that the process took, which other work on
+the machine changes less; what a save costs shrinks with the distance between saves. `start` starts a process per
 preset that imports, traces, lowers and compiles initialisation and the step for 256-pixel latents (without running
 them: that is the device's time), first with an empty compilation cache, then with the one that is left.
 """
@@ -21,7 +22,6 @@ import tempfile
 import time
 
 ROOT = pathlib.Path(__file__).parents[1]
-TURNS = 6
 
 START = """
 import sys, time
@@ -58,7 +58,7 @@ def measure_start(presets: list[str]) -> dict:
     return {"presets": rows, "slowest_warm_seconds": max(row["warm_seconds"] for row in rows.values())}
 
 
-def measure_saving(hidden: int, depth: int, save_every: int) -> dict:
+def measure_saving(hidden: int, depth: int, batch_size: int, save_every: int, turns: int) -> dict:
     """Seconds a step with a save in each turn and without, in turns; what a save holds up, and what a restore takes."""
     import jax
     import numpy as np
@@ -71,19 +71,19 @@ def measure_saving(hidden: int, depth: int, save_every: int) -> dict:
 
     with tempfile.TemporaryDirectory() as run_dir:
         config = Config(run_dir, model=ModelConfig(preset="GSPN-S/2", hidden=hidden, depth=depth), data=DataConfig(),
-                        train=TrainConfig(batch_size=8))
+                        train=TrainConfig(batch_size=batch_size))
         mesh = sharding.make_mesh(config.mesh)
-        batch = jax.device_put({"image": np.zeros((8, 8, 8, 1), np.uint8), "label": np.zeros(8, np.int32)},
-                               sharding.batch_sharding(mesh))
+        batch = {"image": np.zeros((batch_size, 8, 8, 1), np.uint8), "label": np.zeros(batch_size, np.int32)}
+        batch = jax.device_put(batch, sharding.batch_sharding(mesh))
         state, step = create_state(config, mesh), make_step(config, mesh)
         state, _ = jax.block_until_ready(step(state, batch))
         bytes_saved = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
-        seconds, blocked, number = {True: [], False: []}, [], 0
+        seconds, cpu, blocked, number = {True: [], False: []}, {True: [], False: []}, [], 0
         with Checkpoints(config, "f", ["0"] * 10) as saver:
-            for turn in range(2 * TURNS + 2):
+            for turn in range(2 * turns + 2):
                 saving = turn % 2 == 0
                 saver.wait()  # a turn pays for its own save only
-                start = time.perf_counter()
+                start, cpu_start = time.perf_counter(), time.process_time()
                 if saving:
                     number += 1
                     saver.save(number, state)
@@ -92,15 +92,18 @@ def measure_saving(hidden: int, depth: int, save_every: int) -> dict:
                     state, _ = jax.block_until_ready(step(state, batch))
                 if turn >= 2:  # the first of each kind warms up
                     seconds[saving].append((time.perf_counter() - start) / save_every)
+                    cpu[saving].append((time.process_time() - cpu_start) / save_every)
                     blocked += [held_up] if saving else []
             saver.wait()
             start = time.perf_counter()
             saver.restore(abstract_state(config, mesh))
             restore = time.perf_counter() - start
     on, off = (statistics.median(seconds[saving]) for saving in (True, False))
-    return {"ratio": on / off, "checkpoint_mb": bytes_saved / 1e6, "step_ms_saving": 1e3 * on,
-            "step_ms_not_saving": 1e3 * off, "save_blocks_ms": 1e3 * statistics.median(blocked),
-            "restore_seconds": restore}
+    pairs, cpu_pairs = ([a / b for a, b in zip(taken[True], taken[False], strict=True)] for taken in (seconds, cpu))
+    return {"ratio": on / off, "ratio_of_pairs": statistics.median(pairs),
+            "cpu_ratio_of_pairs": statistics.median(cpu_pairs), "all_pairs": pairs, "all_cpu_pairs": cpu_pairs,
+            "checkpoint_mb": bytes_saved / 1e6, "step_ms_saving": 1e3 * on, "step_ms_not_saving": 1e3 * off,
+            "save_blocks_ms": 1e3 * statistics.median(blocked), "restore_seconds": restore}
 
 
 def main() -> None:
@@ -109,8 +112,10 @@ def main() -> None:
     parser.add_argument("--presets", nargs="+")
     parser.add_argument("--hidden", type=int, default=384)
     parser.add_argument("--depth", type=int, default=12)
+    parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--save-every", type=int, default=100)
-    parser.add_argument("--repeat", type=int, default=None, help="runs of this call; 3 of saving, 1 of the start")
+    parser.add_argument("--turns", type=int, default=10, help="of either kind")
+    parser.add_argument("--repeat", type=int, default=1, help="runs of this call")
     parser.add_argument("--output", type=pathlib.Path, default=pathlib.Path(__file__).parent / "results")
     arguments = parser.parse_args()
     sys.path.append(str(pathlib.Path(__file__).parent))  # operator.py here takes this folder from its front
@@ -122,10 +127,10 @@ def main() -> None:
     path = arguments.output / f"{arguments.what}_{jax.default_backend()}.json"
     if arguments.what == "start":
         presets = arguments.presets or list(PRESETS)
-        measure_and_append(path, {"presets": presets}, arguments.repeat or 1, lambda: measure_start(presets))
+        measure_and_append(path, {"presets": presets}, arguments.repeat, lambda: measure_start(presets))
     else:
-        settings = {"hidden": arguments.hidden, "depth": arguments.depth, "save_every": arguments.save_every}
-        measure_and_append(path, settings, arguments.repeat or 3, lambda: measure_saving(**settings))
+        settings = {name: getattr(arguments, name) for name in ("hidden", "depth", "batch_size", "save_every", "turns")}
+        measure_and_append(path, settings, arguments.repeat, lambda: measure_saving(**settings))
 
 
 if __name__ == "__main__":

@@ -1,15 +1,19 @@
 """Training and sampling cost of any presets and mixers, in one run on whatever devices there are.
 
 python benchmarks/train_step.py                                   small models that a CPU can run
-python benchmarks/train_step.py --models GSPN-XL/2 DiT-XL/2 --batch-size 64 --image-size 32 --channels 4 --remat dots
+python benchmarks/train_step.py --models DiT-XL/2 GSPN-L/2 GSPN-XL/2 --batch-size 64 --image-size 32 --channels 4 \
+    --remat full --out benchmarks/results/train_step_gpu.json
 
 A model is a preset, optionally with overrides: "DiT-S/2:mixer=gspn,hidden=192,depth=4,heads=4". Each is timed on the
-same synthetic batch; the ratio column compares images/s with the first model of the list.
+same synthetic batch, in a process of its own, so that the peak of its memory is its own; the ratio columns compare
+images/s of training and of one network evaluation, which is what sampling costs, with the first model of the list.
 """
 
 import argparse
+import concurrent.futures
 import datetime
 import json
+import multiprocessing
 import platform
 import statistics
 import time
@@ -48,8 +52,8 @@ def seconds(call, repeats: int) -> float:
     return statistics.median(times)
 
 
-def measure(model: ModelConfig, arguments: argparse.Namespace) -> dict[str, float | None]:
-    """Milliseconds, images/s, bytes and MFU of a train step, and milliseconds of one guided network evaluation."""
+def measure(model: ModelConfig, arguments: argparse.Namespace) -> dict[str, float | str | None]:
+    """Milliseconds, images/s, bytes and MFU of a train step, and milliseconds of one network evaluation."""
     compute = "float32" if jax.default_backend() == "cpu" else "bfloat16"
     config = Config(
         run_dir="unused", model=model, diffusion=DiffusionConfig(objective="flow"), mesh=MeshConfig(),
@@ -85,6 +89,7 @@ def measure(model: ModelConfig, arguments: argparse.Namespace) -> dict[str, floa
     flops = models.forward_flops(models.resolve(model), arguments.channels, *size[:2])
     peak = peak_flops(jax.devices()[0].device_kind)
     return {
+        "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
         "parameters": models.count_parameters(config), "gflops_per_image": flops / 1e9, "compile_seconds": compiled,
         "train_ms": 1e3 * train_seconds, "images_per_second": rate,
         "mfu": 3 * flops * rate / (peak * jax.device_count()) if peak else None,
@@ -105,14 +110,15 @@ def main() -> None:
     parser.add_argument("--out", help="write the results as JSON to this file")
     arguments = parser.parse_args()
 
-    device = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
-    print(f"{device}, jax {jax.__version__}, batch {arguments.batch_size}, "
+    print(f"jax {jax.__version__}, batch {arguments.batch_size}, "
           f"{arguments.image_size}x{arguments.image_size}x{arguments.channels}, remat {arguments.remat}")
     print(f"{'model':46} {'params':>8} {'GFLOP':>7} {'train ms':>9} {'img/s':>8} {'ratio':>6} {'MFU':>6} "
           f"{'forward ms':>10} {'ratio':>6} {'MB':>7} {'compile s':>9}")
     rows = {}
     for text in arguments.models:
-        row = rows[text] = measure(parse_model(text, arguments.remat), arguments)
+        with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+            row = process.submit(measure, parse_model(text, arguments.remat), arguments).result()
+        rows[text], device = row, row.pop("device")
         first = rows[arguments.models[0]]
         mfu = f"{row['mfu']:.1%}" if row["mfu"] else "n/a"
         print(f"{text:46} {row['parameters'] / 1e6:7.1f}M {row['gflops_per_image']:7.2f} {row['train_ms']:9.1f} "
@@ -120,6 +126,7 @@ def main() -> None:
               f"{row['forward_ms']:10.1f} {first['forward_ms'] / row['forward_ms']:6.2f} "
               f"{(row['peak_bytes'] or row['compiled_bytes'] or 0) / 1e6:7.0f} {row['compile_seconds']:9.1f}",
               flush=True)
+    print(device)
     if arguments.out:
         about = {"device": device, "jax": jax.__version__, "python": platform.python_version(),
                  "date": datetime.date.today().isoformat()}

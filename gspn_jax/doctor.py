@@ -31,6 +31,8 @@ KEPT_CHECKPOINTS = 3
 """The latest two and the one that is being written."""
 TOLERANCE = 1e-4
 """Of a backend's values and gradients against those of the scan, relative to the largest."""
+BFLOAT16_TOLERANCE = 5e-2
+"""The same where a backend computes in bfloat16 and the scan in float32."""
 
 
 MARKS = {True: "ok     ", False: "PROBLEM", None: "note   "}
@@ -112,41 +114,57 @@ def devices() -> Findings:
 
 
 def kernels() -> Findings:
-    """Each backend against a loop in float64 (the scan) or against the scan, forward and backward."""
+    """The scan against a loop in float64, every other backend against the scan: each operator, with gradients."""
     import jax
+    import jax.numpy as jnp
 
-    from kernels import line_scan, stochastic_weights
-    from kernels.api import available_backends
+    from kernels import available_backends, line_scan, propagate, propagate_low_rank, stochastic_weights
 
     rng = np.random.default_rng(0)
-    x = rng.standard_normal((2, 16, 16, 64)).astype(np.float32)
-    gates = rng.standard_normal((2, 16, 16, 3, 64)).astype(np.float32)
 
-    def run(backend: str):
-        def total(x, gates):
-            h = line_scan(x, *stochastic_weights(gates, direction="down"), direction="down", backend=backend)
-            return (h * h).sum(), h
-        (_, h), gradients = jax.jit(jax.value_and_grad(total, (0, 1), has_aux=True))(x, gates)
-        return [np.asarray(a, np.float64) for a in (h, *gradients)]
+    def normal(*shape: int) -> np.ndarray:
+        return rng.standard_normal(shape).astype(np.float32)
 
-    left, center, right = (np.asarray(w, np.float64) for w in stochastic_weights(gates, direction="down"))
-    h, wanted = np.zeros((2, 18, 64)), []
+    def run(operator: Callable, arrays: list, dtype=jnp.float32, **options) -> list[np.ndarray]:
+        """The value and what every array gets from a cotangent that is the value."""
+        def both(arrays):
+            y, pull = jax.vjp(lambda arrays: operator(*arrays, **options), arrays)
+            return [y, *pull(y)[0]]
+        return [np.asarray(a, np.float64) for a in jax.jit(both)([jnp.asarray(a, dtype) for a in arrays])]
+
+    def scan_down(x, gates, **options):
+        return line_scan(x, *stochastic_weights(gates, direction="down"), direction="down", **options)
+
+    x, merge = normal(4, 16, 16, 64), np.full(4, 0.25, np.float32)
+    one = [x, normal(4, 16, 16, 3, 64)]
+    four = [x, normal(4, 16, 16, 4, 3, 64), normal(4, 16, 16, 4, 64), normal(4, 16, 16, 4, 64), merge]
+    low_rank = [x, normal(4, 16, 16, 32), *(0.2 * normal(32, 4, *shape) for shape in ((3, 64), (64,), (64,))), merge]
+
+    left, center, right = (np.asarray(w, np.float64) for w in stochastic_weights(one[1], direction="down"))
+    h, wanted = np.zeros((4, 18, 64)), []
     for t in range(16):
         h[:, 1:-1] = left[:, t] * h[:, :-2] + center[:, t] * h[:, 1:-1] + right[:, t] * h[:, 2:] + x[:, t]
         wanted.append(h[:, 1:-1].copy())
-    scan = run("scan")
-    yield _same("the 'scan' backend", "a float64 loop", scan[:1], [np.stack(wanted, 1)])
+    yield _same("the 'scan' backend", "a float64 loop", run(scan_down, one, backend="scan")[:1], [np.stack(wanted, 1)])
     for backend in available_backends():
-        if backend != "scan":
-            yield _same(f"the {backend!r} backend", "the scan, with gradients,", run(backend), scan)
-    missing = {"mosaic_gpu"} - set(available_backends())
-    if missing:
+        if backend == "scan":
+            continue
+        for name, operator, arrays, dtype, tolerance in (
+            ("line_scan", scan_down, one, jnp.float32, TOLERANCE),
+            ("propagate", propagate, four, jnp.float32, TOLERANCE),
+            ("propagate_low_rank", propagate_low_rank, low_rank, jnp.bfloat16, BFLOAT16_TOLERANCE),
+        ):
+            exact = [np.asarray(jnp.asarray(a, dtype), np.float32) for a in arrays]  # the scan, of the same numbers
+            yield _same(f"{name} by the {backend!r} backend", "the scan, with gradients,",
+                        run(operator, arrays, dtype, backend=backend), run(operator, exact, backend="scan"), tolerance)
+    if "mosaic_gpu" not in available_backends():
         yield Finding(None, "the GPU kernel 'mosaic_gpu' cannot run here; the scan is used")
 
 
-def _same(what: str, reference: str, found: list[np.ndarray], wanted: list[np.ndarray]) -> Finding:
+def _same(what: str, reference: str, found: list[np.ndarray], wanted: list[np.ndarray],
+          tolerance: float = TOLERANCE) -> Finding:
     off = max(np.abs(a - b).max() / np.abs(b).max() for a, b in zip(found, wanted, strict=True))
-    return Finding(bool(off < TOLERANCE), f"{what} agrees with {reference} to {off:.1e} (at most {TOLERANCE:.0e})")
+    return Finding(bool(off < tolerance), f"{what} agrees with {reference} to {off:.1e} (at most {tolerance:.0e})")
 
 
 def mesh(config: Config) -> Findings:

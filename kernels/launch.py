@@ -101,7 +101,7 @@ def _merge_cotangent(partial: Float[Array, "B K S P slab"], job: Job, plan: tile
 
 
 def join_slabs(plan: tiles.Plan, by_slab: Array, axis: int) -> Array:
-    """[..., slabs, slab, ...] to [..., C, ...]; channels that the last slab shares with the one before it count once."""
+    """[..., slabs, slab, ...] to [..., C, ...]; channels that the last slab shares with the one before count once."""
     by_slab = jnp.moveaxis(by_slab, (axis, axis + 1), (0, 1))
     whole = by_slab[:-1].reshape(-1, *by_slab.shape[2:])
     last = by_slab[-1, plan.slabs * plan.slab - plan.channels:]

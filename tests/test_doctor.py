@@ -60,6 +60,18 @@ def test_a_kernel_with_wrong_values_is_found(monkeypatch, capsys):
     assert finding.works is False and "agrees with a float64 loop to 1" in finding.text
 
 
+def test_every_operator_of_another_backend_is_held_against_the_scan(monkeypatch):
+    scan = kernels.api._BACKENDS["scan"]
+    monkeypatch.setitem(kernels.api._BACKENDS, "mosaic_gpu", scan)  # as if it were the kernel
+    _, *found = doctor.kernels()
+    assert [finding.text.split()[0] for finding in found] == ["line_scan", "propagate", "propagate_low_rank"]
+    assert all(finding.works for finding in found)
+    monkeypatch.setitem(kernels.api._BACKENDS, "mosaic_gpu", scan._replace(
+        propagate=lambda x, *rest: scan.propagate(x * x.dtype.type(1.1), *rest)))
+    _, *found = doctor.kernels()
+    assert [finding.works for finding in found] == [True, False, False]
+
+
 def test_a_disk_that_is_too_small_is_found(monkeypatch, tmp_path):
     monkeypatch.setattr(doctor.shutil, "disk_usage", lambda path: type("usage", (), {"free": 1000}))
     found = list(doctor.disk(tiny.config(tmp_path / "run", keep_every=5)))

@@ -23,6 +23,7 @@ from gspn_jax.files import sha256_of
 from gspn_jax.metrics import inception
 from gspn_jax.training.loop import train
 from tests.autoencoder import numpy_vae
+from tests.quick_compile import QUICK_COMPILE
 from tests.training import tiny
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -167,7 +168,7 @@ def test_two_processes_give_the_numbers_of_one(folder, tmp_path):
     call = [sys.executable, "-m", "gspn_jax.evaluate", "--run", str(folder / "run"), "--inception",
             str(folder / "inception.safetensors"), "--vae", str(folder / "vae.safetensors"), "--reference",
             str(folder / "ref.npz"), "--metrics", "is", "kid", "precision", "--num-samples", "6", "--batch-size", "4"]
-    env = os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0", "PYTHONPATH": str(ROOT)}
+    env = os.environ | {"XLA_FLAGS": QUICK_COMPILE, "PYTHONPATH": str(ROOT)}
     results = []
     for count in (1, 2):
         output = tmp_path / f"{count}.json"

@@ -25,6 +25,7 @@ from gspn_jax.data.latents import METADATA, LatentSource
 from gspn_jax.data.sources import FolderSource
 from gspn_jax.prepare import latents
 from tests.autoencoder import numpy_vae
+from tests.quick_compile import QUICK_COMPILE
 
 ROOT = pathlib.Path(__file__).parents[1]
 SIDE, COUNT, CLASSES = 8, 14, ("n01", "n02", "n03")
@@ -84,7 +85,7 @@ def test_moments_are_those_of_both_views_of_every_image(vae, images, tmp_path, c
 
 
 def start(*arguments: str) -> subprocess.Popen:
-    env = os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0", "PYTHONPATH": str(ROOT)}
+    env = os.environ | {"XLA_FLAGS": QUICK_COMPILE, "PYTHONPATH": str(ROOT)}
     return subprocess.Popen([sys.executable, "-m", "gspn_jax.prepare", *arguments], env=env, text=True,
                             stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
 

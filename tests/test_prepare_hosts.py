@@ -15,6 +15,7 @@ from safetensors.numpy import save_file
 from gspn_jax.cli import INTERRUPTED, USAGE_ERROR
 from gspn_jax.metrics import inception
 from tests.autoencoder import numpy_vae
+from tests.quick_compile import QUICK_COMPILE
 
 pytestmark = pytest.mark.slow
 ROOT = pathlib.Path(__file__).parents[1]
@@ -41,7 +42,7 @@ def prepare(kind: str, processes: int, cwd: pathlib.Path, *flags: str) -> tuple[
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     place = ["--coordinator", f"localhost:{port}", "--num-processes", str(processes), "--process-id"]
-    env = os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0", "PYTHONPATH": str(ROOT),
+    env = os.environ | {"XLA_FLAGS": QUICK_COMPILE, "PYTHONPATH": str(ROOT),
                         "GSPN_HEARTBEAT_SECONDS": "10"}
     started = [subprocess.Popen([sys.executable, "-m", "gspn_jax.prepare", kind, *flags,
                                  *([*place, str(i)] if processes > 1 else [])],

@@ -15,6 +15,7 @@ from safetensors.numpy import save_file
 from gspn_jax.autoencoder import AutoencoderConfig
 from gspn_jax.metrics import inception
 from tests.autoencoder import numpy_vae
+from tests.quick_compile import QUICK_COMPILE
 from tests.real_images import archive
 
 pytestmark = pytest.mark.slow
@@ -30,7 +31,7 @@ def call(folder: pathlib.Path, command: str) -> str:
     words = [str(ROOT / word) if word.split("/")[0] in ("train_dit.py", "sample.py", "configs") else word
              for word in command.split()]
     # 500 views through the encoder are worth compiling for, the rest is not
-    level = "" if "latents" in words else "--xla_backend_optimization_level=0"
+    level = "" if "latents" in words else QUICK_COMPILE
     env = os.environ | {"XLA_FLAGS": level, "PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, *words], cwd=folder, env=env, timeout=900, text=True,
                           stdout=subprocess.PIPE, stderr=subprocess.STDOUT)

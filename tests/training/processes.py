@@ -13,6 +13,7 @@ import jax
 import numpy as np
 
 from gspn_jax.training import checkpoints, sharding
+from tests.quick_compile import QUICK_COMPILE
 
 ROOT = pathlib.Path(__file__).parents[2]
 STEPS = 40
@@ -30,7 +31,7 @@ def command(run_dir: pathlib.Path, *flags: str) -> list[str]:
 
 def start(arguments: list[str], *, devices: int = 1, **more: str) -> subprocess.Popen:
     """A Python process of its own session, so that a signal can be sent to all that belongs to it."""
-    flags = f"--xla_backend_optimization_level=0 --xla_force_host_platform_device_count={devices}"
+    flags = f"{QUICK_COMPILE} --xla_force_host_platform_device_count={devices}"
     env = os.environ | {"XLA_FLAGS": flags, "PYTHONPATH": str(ROOT)} | more
     return subprocess.Popen([sys.executable, *arguments], env=env, text=True, stdout=subprocess.DEVNULL,
                             stderr=subprocess.PIPE, start_new_session=True)

@@ -21,6 +21,7 @@ from gspn_jax.config import MeshConfig
 from gspn_jax.training import checkpoints, manifest, sharding
 from gspn_jax.training.checkpoints import CheckpointError, Checkpoints
 from gspn_jax.training.state import abstract_state, create_state
+from tests.quick_compile import QUICK_COMPILE
 from tests.training import tiny
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -206,7 +207,7 @@ with cli.user_errors(CheckpointError):
 
 
 def run_script(script, *arguments, before=()):
-    env = os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0", "PYTHONPATH": str(ROOT)}
+    env = os.environ | {"XLA_FLAGS": QUICK_COMPILE, "PYTHONPATH": str(ROOT)}
     return subprocess.Popen([*before, sys.executable, "-c", script, *map(str, arguments)], env=env, text=True,
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 

@@ -17,9 +17,9 @@ from tests.training import tiny
 
 WIDTH = 36
 """A multiple of 4 and not of 8: with mesh.fsdp = 8 weights are padded."""
-MESHES = [(1, 1, 1), (2, 1, 1), (1, 1, 2), (1, 8, 1), (8, 1, 1), (2, 2, 2)]
-OTHER_MESHES = [(1, 2, 1), (4, 1, 1), (1, 1, 4), (2, 2, 1), (2, 1, 2), (1, 2, 2), (1, 4, 1), (1, 1, 8), (4, 2, 1),
-                (4, 1, 2), (2, 4, 1), (1, 4, 2), (2, 1, 4), (1, 2, 4)]
+MESHES = [(1, 8, 1), (2, 2, 2)]
+OTHER_MESHES = [(2, 1, 1), (1, 2, 1), (1, 1, 2), (4, 1, 1), (1, 4, 1), (1, 1, 4), (2, 2, 1), (2, 1, 2), (1, 2, 2),
+                (8, 1, 1), (1, 1, 8), (4, 2, 1), (4, 1, 2), (2, 4, 1), (1, 4, 2), (2, 1, 4), (1, 2, 4)]
 
 
 def batches(config, count):
@@ -65,7 +65,7 @@ def assert_same_weight(found, wanted):
     assert not found.any()
 
 
-@pytest.mark.parametrize("mesh_shape", MESHES[1:], ids=str)
+@pytest.mark.parametrize("mesh_shape", MESHES, ids=str)
 def test_twenty_steps_are_the_same_on_every_mesh(mesh_shape):
     assert_same_run(True, mesh_shape)
 
@@ -85,7 +85,7 @@ def test_twenty_steps_are_the_same_on_every_other_mesh(mesh_shape):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mesh_shape", MESHES[1:] + OTHER_MESHES, ids=str)
+@pytest.mark.parametrize("mesh_shape", MESHES + OTHER_MESHES, ids=str)
 def test_twenty_steps_of_the_dit_are_the_same_on_every_mesh(mesh_shape):
     assert_same_run(False, mesh_shape)
 
@@ -113,9 +113,9 @@ def test_accumulated_gradient_is_the_mean_over_micro_batches():
     graphdef, _ = models.abstract(config)
     params = jax.tree.map(lambda p: p + 0.02, models.init(config, 0))
     batch, key = next(batches(config, 1)), jax.random.key(3)
-    (loss, _), grads = make_gradient(config, graphdef)(params, batch, key)
+    (loss, _), grads = jax.jit(make_gradient(config, graphdef))(params, batch, key)
 
-    single = jax.value_and_grad(make_loss(config, graphdef), has_aux=True)
+    single = jax.jit(jax.value_and_grad(make_loss(config, graphdef), has_aux=True))
     parts = []
     for i, micro_key in enumerate(jax.random.split(key, 4)):  # images i, i+4, i+8, ...: each device keeps its own
         parts.append(single(params, {k: v[i::4] for k, v in batch.items()}, micro_key))
