@@ -44,6 +44,7 @@ CORRECT = [
     # batch, height, width, channels, groups, skip, chunk
     (2, 16, 16, 96, 96, False, None),
     (2, 16, 16, 100, 100, True, 2),
+    (2, 16, 16, 100, 1, False, None),
     (1, 32, 32, 64, 64, False, None),
     (1, 64, 64, 64, 64, False, None),
     (1, 20, 12, 72, 8, True, 3),
@@ -61,8 +62,8 @@ BANDWIDTH = [
     (64, 16, 16, 1536, 1536, 2),
     (8, 64, 64, 1152, 1152, None),
     (64, 14, 18, 1536, 1536, None),  # filled up to 16 x 20
-    (64, 16, 16, 1536, 96, None),  # weights spread over their channels by XLA
-    (64, 16, 16, 1536, 1, None),
+    (64, 16, 16, 1536, 96, None),  # weights of 16 channels, spread over them by XLA
+    (64, 16, 16, 1536, 1, None),  # and of all, spread on chip
 ]
 COPIED_VALUES = 2**28
 CALLS = 10

@@ -71,7 +71,7 @@ def forward(inputs: Inputs, outputs, shared: Shared, *, job: Job, plan: tiles.Pl
         per_direction = walk.index(t, position, walk.k)
         fetched = [read(inputs.x, walk.index(t, position))]
         if not plan.expands:
-            fetched += [read(inputs.weights, walk.index(t, position, walk.k, j)) for j in range(3)]
+            fetched += [walk.load_weight(inputs.weights, t, position, kind) for kind in range(3)]
         fetched += [read(ref, per_direction) for ref in (inputs.lam, inputs.out_gate, inputs.skip) if ref is not None]
         return tuple(fetched)
 
@@ -90,14 +90,15 @@ def forward(inputs: Inputs, outputs, shared: Shared, *, job: Job, plan: tiles.Pl
                 return fetched.pop(0).astype(jnp.float32)
 
             x, left, center, right = x.astype(jnp.float32), term(), term(), term()
-            has_left, has_right = walk.neighbours(position)
+            has_left, has_right = walk.neighbours(position, shared=job.shared)
             if job.logits:
                 a, b, c = (1.0 + _odds(logits) for logits in (left, center, right))
                 left, center, right = b * c, a * c, a * b
             left = jnp.where(has_left, left, 0.0)
             right = jnp.where(has_right, right, 0.0)
             if job.logits:
-                scale = 1.0 / (left + center + right)
+                scale = walk.spread(1.0 / (left + center + right))
+            left, center, right = map(walk.spread, (left, center, right))
             # one neighbour after the other: few values are alive at a time
             h = left * walk.read(state, walk.state(parity, 0, position, 0))
             h = h + center * walk.read(state, walk.state(parity, 0, position, 1))
@@ -172,23 +173,20 @@ def backward(inputs, outputs, shared: Shared, *, job: Job, plan: tiles.Plan):
         lines, k = walk.lines, walk.k
         zeros = compat.zeros((lines.positions, plan.slab), plan.layout)
 
-        def index(t: Array, position: Any, kind: int) -> tuple[str, tuple]:
-            """Where a kind of term is: (field, index)."""
-            if kind < 3:
-                return "weights", walk.index(t, position, k, kind)
-            return KINDS[kind], walk.index(t, position, k)
-
         def scan_tile(n: Array, position: Any, by_merge: Array, from_center: Array | None) -> tuple[Array, ...]:
             """(by_merge, what center hands on, adjoint of x), the latter stored if the directions do not meet."""
             t, parity = walk.visited(n), lax.rem(n, 2)
 
             def read(kind: int) -> Array:
-                field, at = index(t, position, kind)
-                return walk.read(getattr(inputs, field), at)
+                return walk.read(getattr(inputs, KINDS[kind]), walk.index(t, position, k))
 
             def write(kind: int, tile: Array) -> None:
-                field, at = index(t, position, kind)
-                compat.store(getattr(by, field), at, tile)
+                compat.store(getattr(by, KINDS[kind]), walk.index(t, position, k), tile)
+
+            def write_weight(kind: int, tile: Array) -> None:
+                *pixel, channels = walk.index(t, position, k, kind)
+                at = lax.axis_index("slab") if job.shared else channels
+                compat.store(by.weights, (*pixel, at), tile)
 
             x = walk.read(inputs.x, walk.index(t, position))
             gy = walk.read(cotangent, walk.index(t, position))
@@ -223,22 +221,26 @@ def backward(inputs, outputs, shared: Shared, *, job: Job, plan: tiles.Plan):
                 compat.store(by.x, walk.index(t, position, k), adjoint_x)
 
             # the weights once more, and what they get
-            weights, (has_left, has_right) = (read(0), read(1), read(2)), walk.neighbours(position)
+            weights = [walk.load_weight(inputs.weights, t, position, kind).astype(jnp.float32) for kind in range(3)]
+            has_left, has_right = walk.neighbours(position, shared=job.shared)
             if job.logits:
                 weights, complements = normalised(weights, has_left, has_right)
                 left, center, right = weights
             else:
                 left, center, right = weights
                 left, right = jnp.where(has_left, left, 0.0), jnp.where(has_right, right, 0.0)
+            left, center, right = map(walk.spread, (left, center, right))
             state[walk.state(1 - parity, 0, position, 1)] = walk.unless_first(t, left * adjoint)
             state[walk.state(1 - parity, 1, position, 1)] = walk.unless_first(t, right * adjoint)
             # line t - 1, which for the first line of a chunk is not there
             before = [walk.read(saved[k], walk.index(lax.max(t - 1, 0), position, halo=halo)) for halo in range(3)]
-            gradients = by_weights(adjoint, before, has_left, has_right)
+            gradients = by_weights(adjoint, before, *walk.neighbours(position))
+            if job.shared:
+                gradients = [*map(walk.sum_of_channels, gradients)]
             if job.logits:
                 gradients = by_logits(weights, complements, gradients)
             for kind, gradient in enumerate(gradients):
-                write(kind, walk.unless_first(t, gradient))
+                write_weight(kind, walk.unless_first(t, gradient))
             from_center = walk.unless_first(t, center * adjoint)
             if not center_in_registers:
                 state[walk.state(1 - parity, 2, position, 1)] = from_center

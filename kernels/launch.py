@@ -34,7 +34,8 @@ def backward(
     body = functools.partial(bodies.backward, job=job, plan=plan)
     outputs = Inputs(
         x=jax.ShapeDtypeStruct(inputs.x.shape, inputs.x.dtype) if plan.joint else _terms(job, inputs),
-        weights=_terms(job, inputs, 3),
+        weights=_terms(job, inputs, 3) if not job.shared else jax.ShapeDtypeStruct(
+            (*inputs.weights.shape[:-1], plan.slabs), jnp.float32),
         lam=_terms(job, inputs) if inputs.lam is not None else None,
         out_gate=_terms(job, inputs) if inputs.out_gate is not None else None,
         skip=_terms(job, inputs) if inputs.skip is not None else None,
@@ -48,6 +49,8 @@ def backward(
     by = _scan(body, job, plan, arrays, outputs, states=plan.handed_on)
     if not plan.joint:
         by = by._replace(x=_sum_directions(by.x))
+    if job.shared:
+        by = by._replace(weights=_sum_slabs(by.weights, inputs.weights))
     if by.merge is not None:
         by = by._replace(merge=_merge_cotangent(by.merge, job, plan))
     return by
@@ -71,6 +74,11 @@ def _terms(job: Job, inputs: Inputs, *kinds: int) -> jax.ShapeDtypeStruct:
 
 def _sum_directions(y: Float[Array, "B H W K C"]) -> Float[Array, "B H W C"]:
     return y[..., 0, :] if y.shape[3] == 1 else y.astype(jnp.float32).sum(3).astype(y.dtype)
+
+
+def _sum_slabs(by_slab: Float[Array, "B H W K 3 slabs"], weights: Array) -> Float[Array, "B H W K 3 G"]:
+    """What the weights of a group get from its slabs."""
+    return by_slab.reshape(*weights.shape, -1).sum(-1).astype(weights.dtype)
 
 
 def _state_shape(shape: tuple[int, ...], direction: str) -> tuple[int, ...]:

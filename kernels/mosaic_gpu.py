@@ -3,6 +3,7 @@
 docs/kernel.md shows how it walks the image, what is kept where, and the bytes and operations an element costs.
 """
 
+import dataclasses
 import functools
 
 import jax
@@ -83,12 +84,14 @@ def line_scan(
 
 
 def _padded(job: Job, inputs: Inputs) -> Float[Array, "B H W C"]:
-    """Spreads grouped weights over their channels and fills the map up to whole tiles; neither happens to our presets
-    in maps of 16, 32 or 64."""
+    """Fills the map up to whole tiles, and spreads weights over their channels if the channels of a block have several
+    groups; neither happens to our presets in maps of 16, 32 or 64."""
     _, height, width, channels = inputs.x.shape
     plan = _plan(job, height, width, channels)
     groups = inputs.weights.shape[-1]
-    if groups != channels:
+    if groups < channels and (groups == 1 or channels // groups % plan.slab == 0):
+        job = dataclasses.replace(job, shared=True)
+    elif groups != channels:
         inputs = inputs._replace(weights=jnp.repeat(inputs.weights, channels // groups, axis=-1))
     more = (0, plan.height - height), (0, plan.width - width)
     wider = (0, plan.channels - channels)
@@ -96,7 +99,8 @@ def _padded(job: Job, inputs: Inputs) -> Float[Array, "B H W C"]:
     def fill(array: Array | None) -> Array | None:
         if array is None:
             return None
-        return jnp.pad(array, ((0, 0), *more, *((0, 0),) * (array.ndim - 4), wider))
+        in_channels = wider if array.shape[-1] == channels else (0, 0)
+        return jnp.pad(array, ((0, 0), *more, *((0, 0),) * (array.ndim - 4), in_channels))
 
     merge = None if inputs.merge is None else jnp.pad(inputs.merge, ((0, 0), wider))
     filled = Inputs(*map(fill, inputs[:5]), merge)

@@ -18,6 +18,8 @@ class Job:
     lam: bool
     out_gate: bool
     skip: bool
+    shared: bool = False
+    """Whether all channels of a block have the same weights: one of the groups of `Inputs.weights`."""
 
 
 class Inputs(NamedTuple):
@@ -26,7 +28,7 @@ class Inputs(NamedTuple):
     x: Any
     """[B, H, W, C]"""
     weights: Any
-    """[B, H, W, K, 3, C], logits or ready"""
+    """[B, H, W, K, 3, C or G], logits or ready"""
     lam: Any
     """[B, H, W, K, C]"""
     out_gate: Any

@@ -80,14 +80,37 @@ class Walk(NamedTuple):
         """A tile in float32."""
         return compat.load(ref, index, self.plan.layout).astype(jnp.float32)
 
+    def load_weight(self, ref: Any, t: Array, position: Any, kind: int) -> Float[Array, "P slab"] | Float[Array, "P"]:
+        """A tile of one of the three weights, as it is in memory; a number a position where channels share it."""
+        *pixel, channels = self.index(t, position, self.k, kind)
+        if not self.job.shared:
+            return compat.load(ref, (*pixel, channels), self.plan.layout)
+        group = lax.div(self.start, self.plan.channels // ref.shape[-1])
+        return compat.load(ref, (*pixel, group), self.plan.layout.reduce(1))
+
+    def spread(self, tile: Array) -> Float[Array, "P slab"]:
+        """What channels share, for each of them."""
+        shape = self.lines.positions, self.plan.slab
+        return tile if tile.ndim == 2 else lax.broadcast_in_dim(tile, shape, (0,))
+
+    def sum_of_channels(self, tile: Float[Array, "P slab"]) -> Float[Array, "P"]:
+        """Over the channels of this slab that the one before it does not have."""
+        if self.plan.channels % self.plan.slab:
+            channel = compat.iota(tile.shape, 1, self.plan.layout) + self.start
+            tile = jnp.where(channel >= lax.axis_index("slab") * self.plan.slab, tile, 0.0)
+        return tile.sum(1)
+
     def state(self, parity: Array | int, kind: int, position: Any, offset: int) -> tuple:
         """Index in the state of the tile at `position`, or of its left (offset 0) or right (2) neighbours."""
         at = pl.ds(self.row(position) + offset, self.lines.positions)
         return (self.k if self.plan.joint else 0, parity, kind, at, slice(None))
 
-    def neighbours(self, position: Any) -> tuple[Array, Array]:
-        """Whether each element of a tile has a left and a right neighbour in the map."""
-        at = compat.iota((self.lines.positions, self.plan.slab), 0, self.plan.layout) + position
+    def neighbours(self, position: Any, *, shared: bool = False) -> tuple[Array, Array]:
+        """Whether each element of a tile, or position if `shared`, has a left and a right neighbour in the map."""
+        if shared:
+            at = compat.iota((self.lines.positions,), 0, self.plan.layout.reduce(1)) + position
+        else:
+            at = compat.iota((self.lines.positions, self.plan.slab), 0, self.plan.layout) + position
         return at > 0, at < self.lines.length - 1
 
 

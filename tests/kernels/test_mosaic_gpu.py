@@ -80,9 +80,16 @@ def test_directions_apart_with_chunks_and_a_skip_term(monkeypatch):
     assert_same_as_the_scan(arguments(1, 8, 8, 64, skip=True), chunk=2)
 
 
-def test_slabs_that_overlap_and_weights_shared_by_channels():
+def test_slabs_that_overlap_and_weights_of_small_groups():
     """72 channels are two overlapping slabs of 64. They store the same values twice, which counts as a race."""
     assert_same_as_the_scan(arguments(1, 4, 4, 72, groups=18, dtype=jnp.bfloat16), races=False)
+
+
+@pytest.mark.parametrize(("channels", "groups"), [
+    (64, 1), pytest.param(128, 2, marks=pytest.mark.slow), pytest.param(72, 1, marks=pytest.mark.slow)])
+def test_weights_that_the_channels_of_a_block_share(channels, groups):
+    """The kernel reads a number a pixel and spreads it. 72 channels overlap, as above."""
+    assert_same_as_the_scan(arguments(1, 4, 4, channels, groups=groups, skip=True), chunk=3, races=channels != 72)
 
 
 @pytest.mark.parametrize("slab", [pytest.param(0, marks=pytest.mark.slow), 1])
@@ -145,20 +152,22 @@ def test_the_interpreter_sees_a_missing_barrier(monkeypatch):
 
 
 @pytest.mark.parametrize("memory", ["plenty", "little"])
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
-def test_every_variant_lowers_for_cuda(memory, dtype, monkeypatch):
+@pytest.mark.parametrize(("dtype", "groups"), [(jnp.bfloat16, None), (jnp.float32, None), (jnp.bfloat16, 1)])
+def test_every_variant_lowers_for_cuda(memory, dtype, groups, monkeypatch):
     """The Python half of the compilation, which infers layouts and checks every operation, runs without a GPU."""
     if memory == "little":
         small_memory(monkeypatch)
     skip = dtype == jnp.float32
-    arrays = jax.eval_shape(lambda: arguments(2, 8, 8, 68, skip=skip, dtype=dtype))
+    arrays = jax.eval_shape(lambda: arguments(2, 8, 8, 68, groups=groups, skip=skip, dtype=dtype))
 
     def run(*arrays):
         y, pull = jax.vjp(lambda *a: mosaic_gpu.propagate(*a, 2 if skip else None), *arrays)
         return y, pull(y)
 
     text = jax.jit(run).trace(*arrays).lower(lowering_platforms=("cuda",)).as_text()
-    assert text.count("mosaic_gpu") >= 2
+    calls = [line for line in text.splitlines() if "custom_call @mosaic_gpu" in line]
+    assert len(calls) == 2
+    assert all(f"tensor<2x8x8x4x3x{groups or 68}x" in line for line in calls)  # weights as they were given
 
 
 def test_one_direction_lowers_for_cuda():
