@@ -32,15 +32,11 @@ def backward(
     """The cotangents of `inputs`."""
     batch = inputs.x.shape[0]
     body = functools.partial(bodies.backward, job=job, plan=plan)
-    outputs = Inputs(
-        x=jax.ShapeDtypeStruct(inputs.x.shape, inputs.x.dtype) if plan.joint else _terms(job, inputs),
-        weights=_terms(job, inputs, 3) if not job.shared else jax.ShapeDtypeStruct(
-            (*inputs.weights.shape[:-1], plan.slabs), jnp.float32),
-        lam=_terms(job, inputs) if inputs.lam is not None else None,
-        out_gate=_terms(job, inputs) if inputs.out_gate is not None else None,
-        skip=_terms(job, inputs) if inputs.skip is not None else None,
-        merge=None,
-    )
+    outputs = jax.tree.map(lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype), inputs._replace(merge=None))
+    if not plan.joint:
+        outputs = outputs._replace(x=_terms(job, inputs))
+    if job.shared:
+        outputs = outputs._replace(weights=jax.ShapeDtypeStruct((*inputs.weights.shape[:-1], plan.slabs), jnp.float32))
     if inputs.merge is not None:
         positions = _writers(plan) * max(plan.rows.positions, plan.columns.positions)
         blocks = (batch, len(job.directions), plan.slabs)
@@ -66,10 +62,10 @@ def adjoint(
     return _sum_directions(by_x), adjoints
 
 
-def _terms(job: Job, inputs: Inputs, *kinds: int) -> jax.ShapeDtypeStruct:
-    """[B, H, W, K, ..., C]"""
+def _terms(job: Job, inputs: Inputs) -> jax.ShapeDtypeStruct:
+    """[B, H, W, K, C]"""
     batch, height, width, channels = inputs.x.shape
-    return jax.ShapeDtypeStruct((batch, height, width, len(job.directions), *kinds, channels), inputs.x.dtype)
+    return jax.ShapeDtypeStruct((batch, height, width, len(job.directions), channels), inputs.x.dtype)
 
 
 def _sum_directions(y: Float[Array, "B H W K C"]) -> Float[Array, "B H W C"]:

@@ -60,6 +60,12 @@ def test_directions_meet_in_shared_memory():
     assert_same_as_the_scan(arrays, chunk=3)
 
 
+def test_terms_may_have_another_type_than_x():
+    """Their cotangents then have it too."""
+    x, *terms = arguments(1, 4, 4, 64)
+    assert_same_as_the_scan((x.astype(jnp.bfloat16), *terms))
+
+
 def small_memory(monkeypatch):
     """Maps too large to meet on chip, and lines that two warpgroups share, at sizes that can be interpreted."""
     monkeypatch.setattr(tiles, "SHARED_BYTES", 2**14)
