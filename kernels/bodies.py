@@ -234,9 +234,11 @@ def backward(inputs, outputs, shared: Shared, *, job: Job, plan: tiles.Plan):
             state[walk.state(1 - parity, 1, position, 1)] = walk.unless_first(t, right * adjoint)
             # line t - 1, which for the first line of a chunk is not there
             before = [walk.read(saved[k], walk.index(lax.max(t - 1, 0), position, halo=halo)) for halo in range(3)]
-            gradients = by_weights(adjoint, before, *walk.neighbours(position))
             if job.shared:
-                gradients = [*map(walk.sum_of_channels, gradients)]
+                gradients = by_weights(adjoint, before, *walk.neighbours(position))
+                gradients = [walk.sum_of_channels(gradient) for gradient in gradients]
+            else:
+                gradients = by_weights(adjoint, before, has_left, has_right)
             if job.logits:
                 gradients = by_logits(weights, complements, gradients)
             for kind, gradient in enumerate(gradients):
