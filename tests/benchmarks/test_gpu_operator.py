@@ -1,9 +1,11 @@
 """The script that waits for a GPU runs to its end: interpreted, at sizes that take seconds."""
 
+import dataclasses
 import importlib.util
 import json
 import pathlib
 import sys
+from types import SimpleNamespace
 
 import jax.numpy as jnp
 import pytest
@@ -21,11 +23,13 @@ def script(monkeypatch):
     spec.loader.exec_module(module)
     monkeypatch.setattr(tiles, "ROWS", 8)
     monkeypatch.setattr(tiles, "WARPGROUPS", 2)
+    resolve, small = module.models.resolve, {"hidden": 64, "groups": 64, "proxy": 16}
+    models = SimpleNamespace(resolve=lambda config: dataclasses.replace(resolve(config), **small))
     for name, value in {
         "CORRECT": [(1, 4, 4, 64, 64, True, 2)], "CORRECT_LOW_RANK": [(2, 4, 64, 16)], "COPIED_VALUES": 2**10,
         "CALLS": 1, "BANDWIDTH": [(1, 4, 4, 64, 4, None)], "ATTENTION": "xla", "TOKENS": [(1, 2), (1, 4)],
         "WIDTH": 64, "HEADS": 1, "CONVOLUTIONS": [(1, 4, 4, 8, 3)], "LOW_RANK": [(2, 4, 64, 16)],
-        "BLOCKS": [("GSPN-S/2", 2, 4)],
+        "BLOCKS": [("GSPN-S/2", 2, 4)], "models": models,
     }.items():  # fmt: skip
         monkeypatch.setattr(module, name, value)
     return module
