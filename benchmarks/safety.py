@@ -7,7 +7,8 @@ Each call is added to benchmarks/results/saving_DEVICE.json or start_DEVICE.json
 
 `saving` trains the same model in turns of --save-every steps, with a save at the start of a turn or without, and prints
 the ratio of their times, also of neighbours in pairs, and of the CPU seconds that the process took, which other work on
-the machine changes less; what a save costs shrinks with the distance between saves. `start` starts a process per
+the machine changes less; what a save costs shrinks with the distance between saves, and `save_alone` is the time of one
+beside which nothing is trained. `start` starts a process per
 preset that imports, traces, lowers and compiles initialisation and the step for 256-pixel latents (without running
 them: that is the device's time), first with an empty compilation cache, then with the one that is left.
 """
@@ -22,6 +23,8 @@ import tempfile
 import time
 
 ROOT = pathlib.Path(__file__).parents[1]
+ALONE = 5
+"""Saves beside which nothing is trained."""
 
 START = """
 import sys, time
@@ -95,6 +98,11 @@ def measure_saving(hidden: int, depth: int, batch_size: int, save_every: int, tu
                     cpu[saving].append((time.process_time() - cpu_start) / save_every)
                     blocked += [held_up] if saving else []
             saver.wait()
+            start, cpu_start = time.perf_counter(), time.process_time()
+            for save in range(1, ALONE + 1):
+                saver.save(number + save, state)
+                saver.wait()
+            alone, cpu_alone = (time.perf_counter() - start) / ALONE, (time.process_time() - cpu_start) / ALONE
             start = time.perf_counter()
             saver.restore(abstract_state(config, mesh))
             restore = time.perf_counter() - start
@@ -103,7 +111,8 @@ def measure_saving(hidden: int, depth: int, batch_size: int, save_every: int, tu
     return {"ratio": on / off, "ratio_of_pairs": statistics.median(pairs),
             "cpu_ratio_of_pairs": statistics.median(cpu_pairs), "all_pairs": pairs, "all_cpu_pairs": cpu_pairs,
             "checkpoint_mb": bytes_saved / 1e6, "step_ms_saving": 1e3 * on, "step_ms_not_saving": 1e3 * off,
-            "save_blocks_ms": 1e3 * statistics.median(blocked), "restore_seconds": restore}
+            "save_blocks_ms": 1e3 * statistics.median(blocked), "save_alone_seconds": alone,
+            "save_alone_cpu_seconds": cpu_alone, "restore_seconds": restore}
 
 
 def main() -> None:
