@@ -165,8 +165,17 @@ def join_other_hosts(argv: Sequence[str] | None = None) -> list[str]:
         raise ConfigError(f"GSPN_HEARTBEAT_SECONDS must be a number of seconds greater than 0, found {seconds!r}")
     import jax
 
-    jax.distributed.initialize(**arguments, heartbeat_timeout_seconds=int(seconds))  # alone, it asks Slurm's variables
+    jax.distributed.initialize(**arguments, local_device_ids=_local_device_ids(),
+                               heartbeat_timeout_seconds=int(seconds))  # without a place it asks Slurm's variables
     return rest
+
+
+def _local_device_ids() -> list[int] | None:
+    """[], all that this process sees, where it is alone on its host: left to itself (None) JAX takes one GPU for every
+    task of Slurm, which is right where a host has several."""
+    hosts = os.environ.get("SLURM_STEP_NUM_NODES") or os.environ.get("SLURM_NNODES")
+    alone = hosts is None or hosts == os.environ.get("SLURM_NTASKS")
+    return [] if alone and "JAX_LOCAL_DEVICE_IDS" not in os.environ else None
 
 
 def _in_slurm() -> bool:

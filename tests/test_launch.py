@@ -123,6 +123,31 @@ def test_sigterm_is_passed_on_and_a_kill_takes_the_child_along(tmp_path):
         assert process.communicate(timeout=60) == ("", "") and process.returncode == code
 
 
+JOINED = """
+import sys
+from gspn_jax import cli
+cli.join_other_hosts([])
+import jax
+print(jax.process_index(), jax.process_count(), jax.config.values["jax_cuda_visible_devices"])
+"""
+
+
+@pytest.mark.parametrize(("hosts", "more", "devices"), [
+    ("2", {}, ["all", "all"]),  # one task a host, as in slurm.sh
+    ("1", {}, ["0", "1"]),  # two tasks on one host
+    ("2", {"JAX_LOCAL_DEVICE_IDS": "2,3"}, ["2,3", "2,3"]),
+])
+def test_tasks_of_slurm_find_one_another_and_their_devices(hosts, more, devices):
+    job = {"SLURM_JOB_ID": str(os.getpid()), "SLURM_NTASKS": "2", "SLURM_STEP_NUM_NODES": hosts,
+           "SLURM_STEP_NODELIST": "localhost"}
+    tasks = [subprocess.Popen(
+        [sys.executable, "-c", JOINED], text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        env=os.environ | job | more | {"PYTHONPATH": str(LAUNCH.parents[1]), "SLURM_PROCID": str(i),
+                                       "SLURM_LOCALID": str(i), "XLA_FLAGS": ""}) for i in range(2)]
+    said = [task.communicate(timeout=60) for task in tasks]
+    assert [output.split() for output, _ in said] == [[str(i), "2", devices[i]] for i in range(2)], said
+
+
 def test_a_single_process_joins_nobody_and_keeps_its_flags():
     flags = ["--config", "c.py", "--train.steps", "3"]
     assert cli.join_other_hosts(flags) == flags
