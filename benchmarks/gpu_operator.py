@@ -91,15 +91,18 @@ def operator(backend: str | None, chunk: int | None = None) -> Callable:
 
 
 def passes(function: Callable, arrays: tuple) -> dict[str, Callable]:
-    """Jitted forward pass, backward pass alone from saved residuals, and both in one program."""
+    """Jitted forward pass, backward pass alone from saved residuals, and both in one program; compiled when called."""
     def both(*arrays):
         y, pull = jax.vjp(function, *arrays)
         return y, pull(y)
 
-    forward, both = jax.jit(function), jax.jit(both)
-    y, pull = jax.jit(lambda *a: jax.vjp(function, *a))(*arrays)
-    backward = jax.jit(lambda pull, y: pull(y))
-    return {"forward": lambda: forward(*arrays), "backward": lambda: backward(pull, y), "both": lambda: both(*arrays)}
+    @functools.cache
+    def saved():
+        return jax.jit(lambda *a: jax.vjp(function, *a))(*arrays)
+
+    backward = jax.jit(lambda y, pull: pull(y))
+    return {"forward": functools.partial(jax.jit(function), *arrays), "backward": lambda: backward(*saved()),
+            "both": functools.partial(jax.jit(both), *arrays)}
 
 
 def best_seconds(runs: dict[str, Callable], repeats: int) -> dict[str, float]:
@@ -153,10 +156,10 @@ def xla_expands() -> Iterator[None]:
 
 def fused_against_unfused(what: str, function: Callable, arrays: tuple, repeats: int) -> list[dict]:
     """`function`, which calls `propagate_low_rank`, with the proxy expanded on chip and by XLA."""
-    rows, fused, unfused = [], passes(function, arrays), {}
+    rows, fused = [], passes(function, arrays)
+    unfused = passes(lambda *a: function(*a), arrays)  # its own function, and so its own trace
     for which in ("forward", "both"):
         with xla_expands():
-            unfused = unfused or passes(lambda *a: function(*a), arrays)  # its own function, and so its own trace
             unfused[which]()
         seconds = best_seconds({"fused": fused[which], "unfused": unfused[which]}, repeats)
         ratio = seconds["unfused"] / seconds["fused"]

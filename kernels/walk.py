@@ -107,10 +107,10 @@ class Walk(NamedTuple):
 
     def neighbours(self, position: Any, *, shared: bool = False) -> tuple[Array, Array]:
         """Whether each element of a tile, or position if `shared`, has a left and a right neighbour in the map."""
+        shape, layout = (self.lines.positions, self.plan.slab), self.plan.layout
         if shared:
-            at = compat.iota((self.lines.positions,), 0, self.plan.layout.reduce(1)) + position
-        else:
-            at = compat.iota((self.lines.positions, self.plan.slab), 0, self.plan.layout) + position
+            shape, layout = shape[:1], layout.reduce(1)
+        at = compat.iota(shape, 0, layout) + position
         return at > 0, at < self.lines.length - 1
 
 
