@@ -150,9 +150,18 @@ def _shared(job: Job, plan: tiles.Plan, inputs: Inputs, states: int) -> Shared:
     total = (plan.height, plan.width, plan.slab) if plan.joint else (1, 1, tiles.QUANTUM)
     held = len(job.directions) if plan.joint else 1
     return Shared(
-        state=plgpu.SMEM((held, 2, states, plan.state_positions, plan.slab), jnp.float32),
-        total=plgpu.SMEM(total, jnp.float32),
+        state=_row_major((held, 2, states, plan.state_positions, plan.slab)),
+        total=_row_major(total),
         turn=plgpu.Barrier(num_arrivals=1, num_barriers=4),
         meeting=plgpu.Barrier(num_arrivals=plan.warpgroups),
         expansion=expansion.scratch(inputs, states) if plan.expands else (),
     )
+
+
+def _row_major(shape: tuple[int, ...]) -> plgpu.SMEM:
+    """float32 shared memory whose slices may start at any row.
+
+    Without transforms JAX infers a swizzle, whose pattern repeats every 8 rows, and a slice that starts at another row
+    is read and written at wrong addresses: a defect of JAX 0.10 to 0.12, see docs/kernel.md.
+    """
+    return plgpu.SMEM(shape, jnp.float32, transforms=(plgpu.TilingTransform((shape[-1],)),))
