@@ -6,7 +6,8 @@ python benchmarks/train_step.py --models DiT-XL/2 GSPN-L/2 GSPN-XL/2 --batch-siz
 
 A model is a preset, optionally with overrides: "DiT-S/2:mixer=gspn,hidden=192,depth=4,heads=4". Each is timed on the
 same synthetic batch, in a process of its own, so that the peak of its memory is its own; the ratio columns compare
-images/s of training and of one network evaluation, which is what sampling costs, with the first model of the list.
+images/s of training and of one network evaluation, which is what sampling costs, with the first model of the list. On a
+GPU there is no ratio to a model whose attention is not flash attention, nor of one.
 """
 
 import argparse
@@ -24,6 +25,7 @@ import numpy as np
 
 from gspn_jax import models
 from gspn_jax.config import Config, DataConfig, DiffusionConfig, MeshConfig, ModelConfig, TrainConfig
+from gspn_jax.models import attention
 from gspn_jax.training import sharding
 from gspn_jax.training.state import create_state
 from gspn_jax.training.step import make_step
@@ -50,6 +52,22 @@ def seconds(call, repeats: int) -> float:
         call()
         times.append(time.perf_counter() - start)
     return statistics.median(times)
+
+
+def attention_of(model: ModelConfig, arguments: argparse.Namespace, dtype: str) -> dict[str, str | None]:
+    """The implementation of attention that `model` runs with, if it has any, and why no ratio may be taken to it."""
+    arch = models.resolve(model)
+    if arch.mixer != "attention":
+        return {"attention": None, "no_ratio": None}
+    tokens = (arguments.image_size // arch.patch) ** 2
+    choice = attention.choose((arguments.batch_size, tokens, arch.heads, arch.hidden // arch.heads), dtype)
+    no_ratio = None if choice.fair else f"attention is XLA's: cuDNN's flash attention {choice.reason}"
+    return {"attention": choice.implementation, "no_ratio": no_ratio}
+
+
+def ratio(row: dict, first: dict, name: str) -> float | None:
+    """How many times `first`'s value the row's is; None where the attention of either makes that no fair comparison."""
+    return None if row["no_ratio"] or first["no_ratio"] else row[name] / first[name]
 
 
 def measure(model: ModelConfig, arguments: argparse.Namespace) -> dict[str, float | str | None]:
@@ -90,6 +108,7 @@ def measure(model: ModelConfig, arguments: argparse.Namespace) -> dict[str, floa
     peak = peak_flops(jax.devices()[0].device_kind)
     return {
         "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+        **attention_of(model, arguments, compute),
         "parameters": models.count_parameters(config), "gflops_per_image": flops / 1e9, "compile_seconds": compiled,
         "train_ms": 1e3 * train_seconds, "images_per_second": rate,
         "mfu": 3 * flops * rate / (peak * jax.device_count()) if peak else None,
@@ -121,11 +140,16 @@ def main() -> None:
         rows[text], device = row, row.pop("device")
         first = rows[arguments.models[0]]
         mfu = f"{row['mfu']:.1%}" if row["mfu"] else "n/a"
+        train_ratio, forward_ratio = (
+            "none" if value is None else f"{value:.2f}"
+            for value in (ratio(row, first, name) for name in ("images_per_second", "forward_images_per_second")))
         print(f"{text:46} {row['parameters'] / 1e6:7.1f}M {row['gflops_per_image']:7.2f} {row['train_ms']:9.1f} "
-              f"{row['images_per_second']:8.1f} {row['images_per_second'] / first['images_per_second']:6.2f} {mfu:>6} "
-              f"{row['forward_ms']:10.1f} {first['forward_ms'] / row['forward_ms']:6.2f} "
+              f"{row['images_per_second']:8.1f} {train_ratio:>6} {mfu:>6} "
+              f"{row['forward_ms']:10.1f} {forward_ratio:>6} "
               f"{(row['peak_bytes'] or row['compiled_bytes'] or 0) / 1e6:7.0f} {row['compile_seconds']:9.1f}",
               flush=True)
+        if row["no_ratio"]:
+            print(f"  no ratio: {row['no_ratio']}")
     print(device)
     if arguments.out:
         about = {"device": device, "jax": jax.__version__, "python": platform.python_version(),

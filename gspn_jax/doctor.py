@@ -60,7 +60,8 @@ def main(argv: list[str] | None = None) -> None:
     with cli.user_errors():
         argv = cli.join_other_hosts(argv)
         config = cli.parse_config(argv, program="gspn_jax.doctor", description=__doc__) if argv else None
-    checks: dict[str, Callable[[], Findings]] = {"versions": versions, "devices": devices, "kernels": kernels}
+    checks: dict[str, Callable[[], Findings]] = {"versions": versions, "devices": devices, "kernels": kernels,
+                                              "attention": attention}
     if config:
         checks |= {"mesh": lambda: mesh(config), "memory": lambda: memory(config), "disk": lambda: disk(config),
                    "data": lambda: data_set(config), "files": lambda: weight_files(config)}
@@ -159,6 +160,34 @@ def kernels() -> Findings:
                         run(operator, arrays, dtype, backend=backend), run(operator, exact, backend="scan"), tolerance)
     if "mosaic_gpu" not in available_backends():
         yield Finding(None, "the GPU kernel 'mosaic_gpu' cannot run here; the scan is used")
+
+
+def attention() -> Findings:
+    """Attention of the models in bfloat16 against a float64 softmax, with gradients against XLA's in float32."""
+    import jax
+    import jax.numpy as jnp
+
+    from gspn_jax.models import attention
+
+    rng = np.random.default_rng(0)
+    rounded = [jnp.asarray(rng.standard_normal((2, 256, 4, 72)), jnp.bfloat16) for _ in range(3)]
+    choice = attention.choose(rounded[0].shape, rounded[0].dtype)
+    q, k, v = (np.asarray(a, np.float64) for a in rounded)
+    weights = np.exp(np.einsum("bthd,bshd->bhts", q, k) / np.sqrt(q.shape[-1]))
+    truth = np.einsum("bhts,bshd->bthd", weights / weights.sum(-1, keepdims=True), v)
+
+    def run(arrays: list) -> list[np.ndarray]:
+        def both(q, k, v):
+            y, pull = jax.vjp(attention.attention, q, k, v)
+            return [y, *pull(y)]
+        return [np.asarray(a, np.float64) for a in jax.jit(both)(*arrays)]
+
+    what = f"attention by {choice.implementation!r}"
+    found, exact = run(rounded), run([a.astype(jnp.float32) for a in rounded])
+    yield _same(what, "a float64 softmax", found[:1], [truth], BFLOAT16_TOLERANCE)
+    yield _same(what, "itself in float32, with gradients,", found, exact, BFLOAT16_TOLERANCE)
+    if choice.reason:
+        yield Finding(None, f"cuDNN's flash attention {choice.reason}")
 
 
 def _same(what: str, reference: str, found: list[np.ndarray], wanted: list[np.ndarray],

@@ -33,8 +33,9 @@ def sharded(mesh: Mesh, *, batch: tuple[str, ...] = (), channels: tuple[str, ...
 def over_shards(operator: Callable, axes: str) -> Callable:
     """`operator`, which takes arrays and last the chunk, all by position, under `jax.shard_map` inside `sharded`.
 
-    `axes` says of each array, in words, what its first and its last axis are: b for images, c for channels, - for
-    neither. Arrays may be None. An axis of channels of size 1, which all channels share, is not split.
+    `axes` says of each array, in words, what its first and its last axis are, or, by a longer word, each: b for images,
+    c for channels or whole heads of them, - for neither. Arrays may be None. An axis of channels of size 1, which all
+    channels share, is not split.
     """
 
     @functools.wraps(operator)
@@ -43,26 +44,31 @@ def over_shards(operator: Callable, axes: str) -> Callable:
             return operator(*arguments)
         mesh, batch_axes, channel_axes = _current.get()
         *arrays, chunk = arguments
-        given = {i: (array, word) for i, (array, word) in enumerate(zip(arrays, axes.split(), strict=True))
-                 if array is not None}
-        sizes = [a.shape[-1] for a, (_, last) in given.values() if last == "c" and a.ndim > 1 and a.shape[-1] > 1]
-        batch = _dividing(mesh, batch_axes, math.gcd(*(a.shape[0] for a, (first, _) in given.values() if first == "b")))
-        channel = _dividing(mesh, channel_axes, math.gcd(*sizes) if sizes else 1)
+        words = zip(arrays, axes.split(), strict=True)
+        given = {i: (array, _letters(array, word)) for i, (array, word) in enumerate(words) if array is not None}
 
-        def spec(array: Array, word: str) -> PartitionSpec:
-            split = word[1] == "c" and array.ndim > 1 and array.shape[-1] > 1
-            return PartitionSpec(batch if word[0] == "b" else None, *(None,) * (array.ndim - 2),
-                                 *([channel if split else None] if array.ndim > 1 else []))
+        def common(letter: str) -> int:
+            return math.gcd(*(size for array, letters in given.values()
+                              for size, of in zip(array.shape, letters, strict=True) if of == letter))
+
+        split = {"b": _dividing(mesh, batch_axes, common("b")), "c": _dividing(mesh, channel_axes, common("c"))}
+        specs = {i: PartitionSpec(*map(split.get, letters)) for i, (_, letters) in given.items()}
 
         def local(parts: dict[int, Array]) -> Array:
             return operator(*(parts.get(i) for i in range(len(arrays))), chunk)
 
-        specs = {i: spec(*pair) for i, pair in given.items()}
         parts = {i: array for i, (array, _) in given.items()}
         return jax.shard_map(local, mesh=mesh, in_specs=(specs,), out_specs=specs[0],
                              axis_names=set(mesh.axis_names) - set(mesh.manual_axes), check_vma=False)(parts)
 
     return wrapped
+
+
+def _letters(array: Array, word: str) -> str:
+    """`word` with a letter for every axis; a vector that is given by its ends has the first of them."""
+    letters = word if len(word) > 2 else (word[0] + "-" * (array.ndim - 2) + word[1])[:array.ndim]
+    return "".join("-" if letter == "c" and size == 1 else letter
+                   for letter, size in zip(letters, array.shape, strict=True))
 
 
 def _dividing(mesh: Mesh, axes: tuple[str, ...], size: int) -> tuple[str, ...] | None:

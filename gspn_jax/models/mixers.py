@@ -6,6 +6,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from gspn_jax.models.attention import attention
 from gspn_jax.models.embeddings import XAVIER
 from gspn_jax.models.presets import Architecture
 from kernels import depthwise_conv, propagate_low_rank
@@ -30,10 +31,8 @@ class Attention(nnx.Module):
         """`chunk` has no meaning here; every mixer takes it."""
         batch, height, width, hidden = x.shape
         qkv = self.qkv(x)
-        if jax.default_backend() == "cpu":  # has no fast bfloat16 products
-            qkv = qkv.astype(jnp.float32)
         qkv = qkv.reshape(batch, height * width, 3, self.heads, hidden // self.heads)
-        y = jax.nn.dot_product_attention(qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2])
+        y = attention(qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2])
         return self.proj(y.reshape(x.shape))
 
 

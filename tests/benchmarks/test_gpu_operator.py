@@ -27,7 +27,7 @@ def script(monkeypatch):
     models = SimpleNamespace(resolve=lambda config: dataclasses.replace(resolve(config), **small))
     for name, value in {
         "CORRECT": [(1, 4, 4, 64, 64, True, 2)], "CORRECT_LOW_RANK": [(2, 4, 64, 16)], "COPIED_VALUES": 2**10,
-        "CALLS": 1, "BANDWIDTH": [(1, 4, 4, 64, 4, None)], "ATTENTION": "xla", "TOKENS": [(1, 2), (1, 4)],
+        "CALLS": 1, "BANDWIDTH": [(1, 4, 4, 64, 4, None)], "TOKENS": [(1, 2), (1, 4)],
         "WIDTH": 64, "HEADS": 1, "CONVOLUTIONS": [(1, 4, 4, 8, 3)], "LOW_RANK": [(2, 4, 64, 16)],
         "BLOCKS": [("GSPN-S/2", 2, 4)], "models": models,
     }.items():  # fmt: skip

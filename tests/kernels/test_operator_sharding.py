@@ -139,3 +139,19 @@ def test_what_a_low_rank_kernel_is_given_inside_sharded(groups):
     assert relative_error(compiled(*operands), expected) < 1e-6
     for found, right in zip(by_operands(run), by_operands(lambda *a: kernel(*a, 2)), strict=True):
         assert relative_error(found, right) < 1e-6
+
+
+@pytest.mark.parametrize(("heads", "a_device"), [(2, 1), (6, 3), (3, 3)])
+def test_an_axis_in_the_middle_is_split_where_the_mesh_divides_it(heads, a_device):
+    mesh = Mesh(np.asarray(jax.devices()[:4]).reshape(2, 2), ("data", "tensor"))
+    x = jnp.arange(4 * 3 * heads * 5, dtype=jnp.float32).reshape(4, 3, heads, 5)
+    seen = []
+
+    def double(x, _):
+        seen.append(x.shape)
+        return 2 * x
+
+    with sharded(mesh, batch=("data",), channels=("tensor",)):
+        found = jax.jit(lambda x: over_shards(double, "b-c-")(x, None))(x)
+    np.testing.assert_array_equal(found, 2 * x)
+    assert set(seen) == {(2, 3, a_device, 5)}
