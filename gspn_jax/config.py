@@ -109,6 +109,9 @@ class DataConfig:
     """What a corrupt image does: stop with its name, or be replaced by another one and counted in a warning."""
     workers: int = 0
     """Grain worker processes; 0 decodes in threads of the main process."""
+    in_memory: bool = False
+    """Decodes all images once, before training, and keeps them in the memory of every host: for small sets, which then
+    feed fast devices. The batches are the same; Grain is not needed."""
 
     def __post_init__(self) -> None:
         _one_of("data.source", self.source, ("digits", "folder", "tfds", "latents"))
@@ -119,6 +122,10 @@ class DataConfig:
             _check(bool(self.path), "data.path", "the image folder when data.source is 'folder'", self.path)
         if self.source == "latents":
             _check(bool(self.path), "data.path", "the folder of latents when data.source is 'latents'", self.path)
+            _check(not self.in_memory, "data.in_memory", "False when data.source is 'latents', which are not decoded",
+                   self.in_memory)
+        _check(not (self.in_memory and self.workers), "data.workers", "0 with data.in_memory, which leaves nothing to "
+               "decode while training", self.workers)
         if self.source == "tfds":
             _check(bool(self.name), "data.name", "a tensorflow-datasets name when data.source is 'tfds'", self.name)
 

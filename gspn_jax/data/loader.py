@@ -1,44 +1,42 @@
 """The one loader: a source -> endless batches whose content depends on the seed and the step only.
 
 The stream is the same for any number of worker processes, the global batch the same for any number of hosts, and a
-loader that starts at step n gives what another gives after n steps; so there is no iterator state to save.
+loader that starts at step n gives what another gives after n steps; so there is no iterator state to save. Images kept
+in memory (`memory`) give the same stream as those that Grain reads (`grain_loader`).
 """
 
-import logging
-import multiprocessing
-import os
-import shutil
-import signal
-import sys
-import threading
-import weakref
-from typing import Self
+from typing import Protocol, Self
 
-import grain
 import numpy as np
-from absl import flags
 from jaxtyping import Float32, Int32, UInt8
 
 from gspn_jax.config import ConfigError, DataConfig
-from gspn_jax.data.latents import LatentBatches
-from gspn_jax.data.sources import DataError, Source
-
-logger = logging.getLogger("gspn_jax.data")
+from gspn_jax.data.memory import MemoryLoader, MemorySource
+from gspn_jax.data.sources import Source
 
 Batch = dict[str, UInt8[np.ndarray, "B S S C"] | Float32[np.ndarray, "B S S C"] | Int32[np.ndarray, "B"]]
 
-# Each thread reads a batch of its own; the buffer, in batches, is what memory allows rather than what speed could use.
-_MAX_THREADS = 16
-_WORKER_THREADS = 2
-_SECONDS_AFTER_SIGTERM = 30
-_SHARED_MEMORY = "/dev/shm"
-_SHARED_BATCHES = 4  # of each worker, on their way: one queued, one being put, one being taken, one to spare
-# A set with so many bad images in a row is broken as a whole: replacing them would train on something else.
-_MAX_BAD_IN_A_ROW = 100
+
+class Loader(Protocol):
+    """An endless iterator of batches. Close it, or use it in a `with` statement."""
+
+    bad_images: set[str]
+    """The messages of the distinct bad images met so far."""
+
+    def __iter__(self) -> Self: ...
+
+    def __next__(self) -> Batch: ...
+
+    def close(self) -> None:
+        """Ends threads and processes; a second call does nothing."""
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(self, *exception) -> None: ...
 
 
 def make_loader(config: DataConfig, source: Source, *, batch_size: int, seed: int, start_step: int = 0,
-                num_hosts: int = 1, host: int = 0) -> "Loader":
+                num_hosts: int = 1, host: int = 0) -> Loader:
     """An endless iterator of {"image": uint8 [b, S, S, C], "label": int32 [b]}, b = batch_size / num_hosts.
 
     For config.source "latents", "image" is float32: a posterior sample of each latent, scaled, drawn anew each epoch.
@@ -50,143 +48,20 @@ def make_loader(config: DataConfig, source: Source, *, batch_size: int, seed: in
     `config.workers` > 0 the script needs the usual `if __name__ == "__main__":` guard.
 
     Iterating raises DataError for an image that cannot be decoded if `config.bad_images` is "error"; "skip" replaces it
-    by the next image that can and logs one warning a file, with the count, to the logger "gspn_jax.data".
+    by the next image that can and logs one warning a file, with the count, to the logger "gspn_jax.data". With
+    `config.in_memory` both happen when the source is made (`memory.MemorySource`).
     """
     if batch_size % num_hosts:
         raise ConfigError(f"train.batch_size must be a multiple of the number of hosts ({num_hosts}), "
                           f"found {batch_size}")
     if not 0 <= host < num_hosts:
         raise ValueError(f"host must be in [0, {num_hosts}), found {host}")
-    if config.source == "latents":  # a batch at a time: records are small and come by the ten thousand
-        batches = LatentBatches(source, batch_size=batch_size // num_hosts, seed=seed, flip=config.flip)
-        dataset = grain.MapDataset.range(sys.maxsize).map(batches)
-    else:
-        tries = 1 if config.bad_images == "error" else min(len(source), _MAX_BAD_IN_A_ROW)
-        records = _Records(source, tries, (config.image_size, config.image_size, config.channels))
-        dataset = grain.MapDataset.source(records).seed(seed).shuffle().repeat()
-        if config.flip:
-            dataset = dataset.random_map(_random_flip)
-        dataset = dataset.batch(batch_size // num_hosts)
     # Batch k of size b is rows k*b .. (k+1)*b of the stream: step s of host h is batch s * num_hosts + h.
-    dataset = dataset[start_step * num_hosts + host::num_hosts]
+    place = {"batch_size": batch_size // num_hosts, "seed": seed, "first": start_step * num_hosts + host,
+             "stride": num_hosts}
+    if config.in_memory:
+        source = source if isinstance(source, MemorySource) else MemorySource(source, config)
+        return MemoryLoader(source, flip=config.flip, **place)
+    from gspn_jax.data.grain_loader import GrainLoader  # the only one that needs Grain
 
-    threads = _WORKER_THREADS if config.workers else min(_MAX_THREADS, os.cpu_count() or 1)
-    batches = dataset.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads + 2))
-    if config.workers:
-        if not flags.FLAGS.is_parsed():  # Grain reads absl flags when it starts a process
-            flags.FLAGS.mark_as_parsed()
-        _check_shared_memory(config, batch_size // num_hosts)
-        options = grain.multiprocessing.MultiprocessingOptions(num_workers=config.workers)
-        batches = batches.mp_prefetch(options, worker_init_fn=_start_worker)
-    return Loader(batches, shared=config.workers > 0)
-
-
-class Loader:
-    """Iterates over Grain's batches and reports bad images where they are consumed, in the order of the stream.
-
-    `bad_images` holds the messages of the distinct bad images met so far. Close it, or use it in a `with` statement:
-    that ends its threads and processes.
-    """
-
-    def __init__(self, batches: grain.IterDataset, shared: bool):
-        self._open, self._shared = [iter(batches)], shared
-        self._finalizer = weakref.finalize(self, _close, self._open)  # at exit too, while Grain can still do it
-        self.bad_images: set[str] = set()
-
-    def __iter__(self) -> Self:
-        return self
-
-    def __next__(self) -> Batch:
-        if not self._open:
-            raise ValueError("the loader is closed")
-        batch = next(self._open[0])
-        problems, usable = batch.pop("problem", np.array("")), batch.pop("usable", None)  # latents have none
-        for i in np.flatnonzero(problems != ""):
-            found = str(problems[i]).split("\n")
-            if not usable[i]:
-                raise DataError(found[0] if len(found) == 1 else f"{len(found)} images in a row cannot be used; the "
-                                f"first: {found[0]}")
-            for problem in found:
-                if problem not in self.bad_images:
-                    self.bad_images.add(problem)
-                    logger.warning("%s; another image takes its place (bad images so far: %d)", problem,
-                                   len(self.bad_images))
-        # Copied out of the memory shared with a worker, which can then go at once.
-        return {name: np.array(values) for name, values in batch.items()} if self._shared else batch
-
-    def close(self) -> None:
-        """Ends threads and processes; a second call does nothing."""
-        self._finalizer()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exception) -> None:
-        self.close()
-
-
-def _close(iterators: list[grain.DatasetIterator]) -> None:
-    """Closes and lets go of them: one that is deleted when the interpreter is half gone complains."""
-    while iterators:
-        iterators.pop().close()
-
-
-class _Records:
-    """What Grain reads. A bad image is not an exception here but a "problem" beside the image that replaces it.
-
-    An exception would come from whichever thread or process fails first; a problem is met at its place in the stream.
-    """
-
-    def __init__(self, source: Source, tries: int, shape: tuple[int, int, int]):
-        self._source, self._tries, self._shape = source, tries, shape
-
-    def __len__(self) -> int:
-        return len(self._source)
-
-    def __getitem__(self, index: int) -> dict:
-        problems = []
-        for attempt in range(self._tries):
-            try:
-                record = self._source[(index + attempt) % len(self)]
-            except DataError as error:
-                problems.append(str(error))
-            else:
-                return {**record, "problem": np.str_("\n".join(problems)), "usable": np.bool_(True)}
-        return {"image": np.zeros(self._shape, np.uint8), "label": np.int32(0),
-                "problem": np.str_("\n".join(problems)), "usable": np.bool_(False)}
-
-
-def _start_worker(index: int, count: int) -> None:
-    """Signals that reach the whole job are the main process's to handle: it may still need a batch to stop in order.
-
-    A worker ends when the main process does, even when that was killed.
-    """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: _end_later())
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_later() -> None:
-    timer = threading.Timer(_SECONDS_AFTER_SIGTERM, os._exit, [1])
-    timer.daemon = True
-    timer.start()
-
-
-def _end_with_parent() -> None:
-    multiprocessing.parent_process().join()
-    os._exit(1)
-
-
-def _check_shared_memory(config: DataConfig, batch_size: int) -> None:
-    """A worker that fills the shared memory dies of SIGBUS without a word, and containers give little of it."""
-    value_bytes = 4 if config.source == "latents" else 1
-    needed = _SHARED_BATCHES * config.workers * batch_size * config.image_size**2 * config.channels * value_bytes
-    free = shutil.disk_usage(_SHARED_MEMORY).free if os.path.isdir(_SHARED_MEMORY) else needed
-    if free < needed:
-        raise ConfigError(f"data.workers={config.workers} needs {needed / 1e6:.0f} MB of shared memory for batches of "
-                          f"{batch_size} images, found {free / 1e6:.0f} MB free in {_SHARED_MEMORY}: use fewer "
-                          f"workers, or give the container more (docker run --shm-size)")
-
-
-def _random_flip(record: dict, rng: np.random.Generator) -> dict:
-    return {**record, "image": record["image"][:, ::-1]} if rng.integers(2) else record
+    return GrainLoader(config, source, **place)

@@ -15,10 +15,12 @@ from PIL import Image
 from gspn_jax.config import ConfigError, DataConfig
 from gspn_jax.data.decoding import DataError, decode_image, fit_image
 
-__all__ = ["DataError", "DigitsSource", "FolderSource", "Source", "make_source"]
+__all__ = ["MAX_BAD_IN_A_ROW", "DataError", "DigitsSource", "FolderSource", "Source", "make_source"]
 
 IMAGE_EXTENSIONS = (".jpeg", ".jpg", ".png")
 _SIZES_IN_FINGERPRINT = 1024
+MAX_BAD_IN_A_ROW = 100
+"""A set with so many bad images in a row is broken as a whole: replacing them would train on something else."""
 
 
 class Source(Protocol):
@@ -38,7 +40,8 @@ class Source(Protocol):
 def make_source(config: DataConfig) -> Source:
     """The source that `config` names, its images fitted to `image_size` and `channels`.
 
-    Latents are of the size they were prepared in; `LatentSource` gives their moments in place of an image.
+    Latents are of the size they were prepared in; `LatentSource` gives their moments in place of an image. With
+    `config.in_memory` all images are decoded here (`memory.MemorySource`, which says what that raises).
     Raises ConfigError for a set that is missing, empty, prepared in another format, or has other classes than
     `config.num_classes`.
     """
@@ -61,6 +64,10 @@ def make_source(config: DataConfig) -> Source:
     if found != config.num_classes:
         raise ConfigError(f"data.num_classes is {config.num_classes}, but {_describe(config)} has {found} "
                           f"{'class' if found == 1 else 'classes'} ({shorten(source.class_names)})")
+    if config.in_memory:
+        from gspn_jax.data.memory import MemorySource  # which imports this module
+
+        return MemorySource(source, config)
     return source
 
 

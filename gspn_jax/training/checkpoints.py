@@ -32,7 +32,7 @@ from gspn_jax.training.state import TrainState
 log = logging.getLogger(__name__)
 
 FIXED = ("model", "data", "diffusion", "train.batch_size", "train.accumulate", "train.seed", "train.ema_decays")
-FREE = ("model.remat", "model.backend", "data.path", "data.workers", "data.bad_images")
+FREE = ("model.remat", "model.backend", "data.path", "data.workers", "data.bad_images", "data.in_memory")
 """What a run cannot change when it goes on, and what of that it can all the same: its parameters and its stream of
 batches must stay the same run's. The content of the data is compared by its fingerprint."""
 SHAPES = ("data.channels", "data.num_classes")

@@ -1,15 +1,18 @@
 """What a run writes for people: the progress line, metrics.jsonl (the source of truth) and TensorBoard events."""
 
 import json
+import logging
 import pathlib
 import time
+from typing import Any
 
 import numpy as np
-import tensorboardX
 from PIL import Image
 from tqdm import tqdm
 
 from gspn_jax.files import replacing
+
+log = logging.getLogger(__name__)
 
 
 class RunLog:
@@ -24,7 +27,7 @@ class RunLog:
         path = self._dir / "metrics.jsonl"
         _truncate(path, start_step)
         self._jsonl = path.open("a", buffering=1)
-        self._events = tensorboardX.SummaryWriter(str(self._dir / "tensorboard"), purge_step=start_step + 1)
+        self._events = _events(self._dir, start_step)
         self._bar = tqdm(total=steps, initial=start_step, unit="step", dynamic_ncols=True, smoothing=0.05)
 
     def __enter__(self) -> "RunLog":
@@ -34,18 +37,20 @@ class RunLog:
         if self._enabled:
             self._bar.close()
             self._jsonl.close()
-            self._events.close()
+            if self._events:
+                self._events.close()
 
     def rewind(self, step: int) -> None:
         """Forgets what was logged after `step`, to which the run goes back."""
         if not self._enabled:
             return
         self._jsonl.close()
-        self._events.close()
+        if self._events:
+            self._events.close()
         path = self._dir / "metrics.jsonl"
         _truncate(path, step)
         self._jsonl = path.open("a", buffering=1)
-        self._events = tensorboardX.SummaryWriter(str(self._dir / "tensorboard"), purge_step=step + 1)
+        self._events = _events(self._dir, step)
         self._bar.reset()
         self._bar.update(step)
 
@@ -58,7 +63,7 @@ class RunLog:
         if not self._enabled:
             return
         self._jsonl.write(json.dumps({"step": step, "time": time.time(), **values}) + "\n")
-        for name, value in values.items():
+        for name, value in values.items() if self._events else ():
             self._events.add_scalar(name, value, step)
         if "loss" in values:
             shown = {"loss": f"{values['loss']:.4f}", "img/s": f"{values['images_per_second']:.1f}",
@@ -72,12 +77,23 @@ class RunLog:
         path = self._dir / name / f"step_{step:07d}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         image.save(path)
-        self._events.add_image(name, np.asarray(image.convert("RGB")), step, dataformats="HWC")
+        if self._events:
+            self._events.add_image(name, np.asarray(image.convert("RGB")), step, dataformats="HWC")
 
     def say(self, line: str) -> None:
         """A line of text that does not break the progress bar."""
         if self._enabled:
             tqdm.write(line)
+
+
+def _events(run_dir: pathlib.Path, start_step: int) -> Any:
+    """A tensorboardX.SummaryWriter; None on a bare machine, which has none."""
+    try:
+        import tensorboardX
+    except ModuleNotFoundError:
+        log.info("no TensorBoard events are written: tensorboardX is not installed; metrics.jsonl has all of it")
+        return None
+    return tensorboardX.SummaryWriter(str(run_dir / "tensorboard"), purge_step=start_step + 1)
 
 
 def _truncate(path: pathlib.Path, last_step: int) -> None:

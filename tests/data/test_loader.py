@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import gspn_jax.data.loader as loader_module
+import gspn_jax.data.grain_loader as loader_module
 from gspn_jax.config import ConfigError, DataConfig
 from gspn_jax.data import DataError, make_loader, make_source
 
