@@ -119,7 +119,14 @@ def kernels() -> Findings:
     import jax
     import jax.numpy as jnp
 
-    from kernels import available_backends, line_scan, propagate, propagate_low_rank, stochastic_weights
+    from kernels import (
+        available_backends,
+        backend_caveats,
+        line_scan,
+        propagate,
+        propagate_low_rank,
+        stochastic_weights,
+    )
 
     rng = np.random.default_rng(0)
 
@@ -158,8 +165,8 @@ def kernels() -> Findings:
             exact = [np.asarray(jnp.asarray(a, dtype), np.float32) for a in arrays]  # the scan, of the same numbers
             yield _same(f"{name} by the {backend!r} backend", "the scan, with gradients,",
                         run(operator, arrays, dtype, backend=backend), run(operator, exact, backend="scan"), tolerance)
-    if "mosaic_gpu" not in available_backends():
-        yield Finding(None, "the GPU kernel 'mosaic_gpu' cannot run here; the scan is used")
+    for backend, caveat in backend_caveats().items():
+        yield Finding(None, f"the {backend!r} backend {caveat}")
 
 
 def attention() -> Findings:

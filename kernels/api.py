@@ -5,10 +5,11 @@ import logging
 from collections.abc import Callable
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from kernels import mosaic_gpu, scan
+from kernels import scan
 from kernels.sharding import over_shards
 from kernels.weights import DIRECTIONS, check_direction
 
@@ -28,14 +29,27 @@ class _Backend(NamedTuple):
     """None if XLA is to expand the proxy."""
     refuses_low_rank: Callable[[Array, Array, int], str | None] | None = None
     """Why it cannot take x [B, H, W, C] with a proxy [B, H, W, d] of so many kinds of terms, in words, or None."""
+    caveat: Callable[[], str | None] = lambda: None
+    """What of it this machine cannot run, and what runs instead, in words, or None."""
+
+
+def _mosaic_gpu() -> _Backend:
+    """The GPU kernel; it is written in an experimental part of JAX, and a version that moves a name there costs no more
+    than this backend."""
+    try:
+        from kernels import mosaic_gpu
+    except (ImportError, AttributeError) as error:
+        reason = f"cannot be had from this JAX ({jax.__version__}: {error})"
+        return _Backend(scan.line_scan, scan.propagate, lambda: reason, lambda x, directions: reason)  # never called
+    return _Backend(
+        mosaic_gpu.line_scan, over_shards(mosaic_gpu.propagate, "bc bc bc bc -c bc"), mosaic_gpu.missing,
+        mosaic_gpu.refuses, over_shards(mosaic_gpu.propagate_low_rank, "bc b- -c -c -c -c -c"),
+        mosaic_gpu.refuses_low_rank, mosaic_gpu.caveat,
+    )
 
 
 _BACKENDS = {
-    "mosaic_gpu": _Backend(
-        mosaic_gpu.line_scan, over_shards(mosaic_gpu.propagate, "bc bc bc bc -c bc"), mosaic_gpu.missing,
-        mosaic_gpu.refuses, over_shards(mosaic_gpu.propagate_low_rank, "bc b- -c -c -c -c -c"),
-        mosaic_gpu.refuses_low_rank,
-    ),
+    "mosaic_gpu": _mosaic_gpu(),
     "scan": _Backend(scan.line_scan, scan.propagate, lambda: None, lambda x, directions: None),
 }
 """By name, best first; the last takes everything."""
@@ -44,6 +58,17 @@ _BACKENDS = {
 def available_backends() -> tuple[str, ...]:
     """Names of the backends that this machine can run, best first."""
     return tuple(name for name, backend in _BACKENDS.items() if backend.missing() is None)
+
+
+def backend_caveats() -> dict[str, str]:
+    """By name of a backend, what of it this machine cannot run and what runs instead."""
+    found = {}
+    for name, backend in _BACKENDS.items():
+        if reason := backend.missing():
+            found[name] = f"{reason}; {available_backends()[0]!r} runs instead"
+        elif reason := backend.caveat():
+            found[name] = reason
+    return found
 
 
 def line_scan(
@@ -181,7 +206,7 @@ def _log_choice(name: str, reasons: str) -> None:
 
 @functools.cache
 def _log_expansion(reason: str) -> None:
-    logger.info("XLA expands the proxy: the kernel that does so by itself %s.", reason)
+    logger.info("XLA expands the proxy, and the plain kernel scans: the one that does both %s.", reason)
 
 
 def _check_merge(merge: Array, x: Array) -> None:

@@ -8,7 +8,7 @@ import contextlib
 import contextvars
 import functools
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -17,10 +17,13 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array
 
-try:
-    from jax.experimental.pallas.mosaic_gpu import InterpretGPUParams
-except ImportError:  # JAX 0.10
-    from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
+PALLAS_NAMES = ("ACC", "Barrier", "CompilerParams", "Layout", "LoweringSemantics", "SMEM", "SwizzleTransform", "Tiling",
+                "TilingTransform", "barrier_arrive", "barrier_wait", "broadcasted_iota", "commit_smem",
+                "copy_gmem_to_smem", "kernel", "layout_cast", "load", "wgmma", "wgmma_wait")
+"""What the kernels use of Pallas' Mosaic GPU dialect, an experimental interface."""
+
+if _moved := [name for name in PALLAS_NAMES if not hasattr(plgpu, name)]:
+    raise ImportError(f"cannot import name {', '.join(map(repr, _moved))} from {plgpu.__name__!r}")
 
 _interpreting = contextvars.ContextVar("interpreting", default=None)
 _LOAD_TAKES_INDEX = "idx" in inspect.signature(plgpu.load).parameters and jax.__version_info__ < (0, 11)
@@ -32,11 +35,19 @@ def interpreted(*, detect_races: bool = True) -> Iterator[None]:
     _let_devices_end_apart()
     if jax.__version_info__ < (0, 11):
         _compile_once()
-    token = _interpreting.set(InterpretGPUParams(detect_races=detect_races))
+    token = _interpreting.set(_interpret_parameters()(detect_races=detect_races))
     try:
         yield
     finally:
         _interpreting.reset(token)
+
+
+def _interpret_parameters() -> type:
+    if hasattr(plgpu, "InterpretGPUParams"):
+        return plgpu.InterpretGPUParams
+    from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams  # JAX 0.10
+
+    return InterpretGPUParams
 
 
 def _let_devices_end_apart() -> None:
@@ -80,6 +91,23 @@ def reset_interpreter() -> None:
     from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call
 
     interpret_pallas_call.reset_gpu_interpret_mode_state()
+
+
+def lower_for(capability: Callable[[], tuple[int, int] | None]) -> None:
+    """From now on Pallas lowers for the compute capability that this gives, or, if that is None, the default device's.
+
+    Pallas has no argument for it. Raises AttributeError under a JAX whose Pallas asks otherwise.
+    """
+    from jax.experimental.mosaic.gpu import core, utils
+
+    module = core if hasattr(core, "_infer_arch") else utils  # JAX 0.10, and since 0.11.2
+    infer = getattr(module._infer_arch, "default_device", module._infer_arch)
+
+    def infer_arch() -> tuple[int, int]:
+        return capability() or infer()
+
+    infer_arch.default_device = infer
+    module._infer_arch = infer_arch
 
 
 def kernel(body: Any, **options: Any) -> Any:

@@ -43,10 +43,10 @@ class Expansion(NamedTuple):
 
     def begin(self, inputs: Inputs, walk: Walk) -> None:
         """Sends for `up` and the first line."""
-        share_out(walk.warpgroup, self.kinds, lambda kind: plgpu.copy_gmem_to_smem(
+        share_out(walk.plan, walk.warpgroup, self.kinds, lambda kind: plgpu.copy_gmem_to_smem(
             inputs.up.at[walk.k, lax.axis_index("slab"), kind], self.up.at[kind], self.up_arrived.at[kind]))
         self._send_for_line(inputs, walk, 0)
-        share_out(walk.warpgroup, self.kinds, lambda kind: plgpu.barrier_wait(self.up_arrived.at[kind]))
+        share_out(walk.plan, walk.warpgroup, self.kinds, lambda kind: plgpu.barrier_wait(self.up_arrived.at[kind]))
 
     def expand(self, inputs: Inputs, walk: Walk, n: Any, meanwhile: Callable[[], Any] = tuple) -> Any:
         """Expands the n-th line while `meanwhile` runs, whose value it returns, and sends for the one after it.
@@ -69,7 +69,7 @@ class Expansion(NamedTuple):
         def expand_another(kind: Array) -> None:
             expand_kind(kind, tuple)
 
-        share_out(walk.warpgroup, self.kinds, expand_another, first=tiles.WARPGROUPS)
+        share_out(walk.plan, walk.warpgroup, self.kinds, expand_another, first=walk.plan.warpgroups)
         return expand_kind(walk.warpgroup, meanwhile)
 
     def end(self, last: int) -> None:
@@ -94,11 +94,11 @@ class Expansion(NamedTuple):
             plgpu.copy_gmem_to_smem(source, self.proxy.at[slot], self.proxy_arrived.at[slot])
 
 
-def share_out(warpgroup: Array, kinds: int, do: Callable[[Array], None], first: int = 0) -> None:
+def share_out(plan: tiles.Plan, warpgroup: Array, kinds: int, do: Callable[[Array], None], first: int = 0) -> None:
     """Calls `do` with the kinds, from `first`, that are this warpgroup's."""
-    for start in range(first, kinds, tiles.WARPGROUPS):
+    for start in range(first, kinds, plan.warpgroups):
         kind = warpgroup + start
-        if start + tiles.WARPGROUPS <= kinds:
+        if start + plan.warpgroups <= kinds:
             do(kind)
         else:
             pl.when(kind < kinds)(functools.partial(do, kind))

@@ -10,32 +10,28 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from kernels import compat, expansion, launch, pullback, tiles
+from kernels import devices, expansion, launch, pullback, tiles
 from kernels.terms import Inputs, Job
 from kernels.weights import DIRECTIONS
 
-COMPUTE_CAPABILITY = 9.0
+missing = devices.missing
 
 
-def missing() -> str | None:
-    """Why this machine cannot run the kernel, or None."""
-    if compat.interpreting():
-        return None
-    device = jax.devices()[0]
-    if device.platform != "gpu":
-        return f"needs an NVIDIA GPU, and this machine's device is {device.device_kind!r}"
-    capability = str(getattr(device, "compute_capability", "unknown"))
-    if not capability.replace(".", "", 1).isdigit() or float(capability) < COMPUTE_CAPABILITY:
-        return (f"needs an NVIDIA GPU of compute capability {COMPUTE_CAPABILITY} or newer, and "
-                f"{device.device_kind!r} has {capability}")
-    return None
+def caveat() -> str | None:
+    """What of the kernel this GPU cannot run, and what runs instead, or None."""
+    device = devices.current()
+    return None if device.expanding else f"{_no_wgmma(device)}: XLA expands the proxies of propagate_low_rank"
+
+
+def _no_wgmma(device: devices.Device) -> str:
+    return f"needs wgmma to expand proxies, which compute capability {device.capability} does not have"
 
 
 def refuses(x: Float[Array, "B H W C"], directions: int) -> str | None:
     """Why the kernel cannot take `x` in that many directions, or None."""
     if x.dtype not in (jnp.float32, jnp.bfloat16):
         return f"takes float32 and bfloat16, not {x.dtype}"
-    if tiles.make_plan(*x.shape[1:], directions=directions) is None:
+    if tiles.make_plan(*x.shape[1:], directions=directions, device=devices.current()) is None:
         return f"has no room on chip for lines of {max(x.shape[1:3])} positions"
     return None
 
@@ -44,12 +40,15 @@ def refuses_low_rank(
     x: Float[Array, "B H W C"], proxy: Float[Array, "B H W d"], kinds: int
 ) -> str | None:
     """Why the kernel cannot expand `proxy` to so many kinds of terms by itself, or None."""
+    device = devices.current()
+    if device.expanding is None:
+        return _no_wgmma(device)
     if x.dtype != jnp.bfloat16:
         return f"takes bfloat16, not {x.dtype}"
-    if tiles.make_expanding_plan(*x.shape[1:]) is None:
+    if tiles.make_expanding_plan(*x.shape[1:], device=device) is None:
         return f"takes square maps of 16, 32 or 64 and an even number of channels from 64, not {list(x.shape[1:])}"
     passes = expansion, pullback
-    if max(part.shared_bytes(kinds, proxy.shape[-1]) for part in passes) > tiles.MOST_SHARED_BYTES:
+    if max(part.shared_bytes(kinds, proxy.shape[-1]) for part in passes) > device.shared_bytes:
         return f"has no room on chip for a proxy of {proxy.shape[-1]}"
     return None
 
@@ -87,7 +86,7 @@ def _padded(job: Job, inputs: Inputs) -> Float[Array, "B H W C"]:
     """Fills the map up to whole tiles, and spreads weights over their channels if the channels of a block have several
     groups; neither happens to our presets in maps of 16, 32 or 64."""
     _, height, width, channels = inputs.x.shape
-    plan = _plan(job, height, width, channels)
+    plan = tiles.make_plan(height, width, channels, directions=len(job.directions), device=devices.current())
     groups = inputs.weights.shape[-1]
     if groups < channels and (groups == 1 or channels // groups % plan.slab == 0):
         job = dataclasses.replace(job, shared=True)
@@ -104,27 +103,22 @@ def _padded(job: Job, inputs: Inputs) -> Float[Array, "B H W C"]:
 
     merge = None if inputs.merge is None else jnp.pad(inputs.merge, ((0, 0), wider))
     filled = Inputs(*map(fill, inputs[:5]), merge)
-    return _run(job, (height, width), filled)[:, :height, :width, :channels]
-
-
-def _plan(job: Job, height: int, width: int, channels: int) -> tiles.Plan:
-    """One plan for both passes."""
-    return tiles.make_plan(height, width, channels, directions=len(job.directions))
+    return _run(job, plan, filled)[:, :height, :width, :channels]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _run(job: Job, size: tuple[int, int], inputs: Inputs) -> Float[Array, "B H W C"]:
-    return launch.forward(job, _plan(job, *size, inputs.x.shape[-1]), inputs, save=False)[0]
+def _run(job: Job, plan: tiles.Plan, inputs: Inputs) -> Float[Array, "B H W C"]:
+    return launch.forward(job, plan, inputs, save=False)[0]
 
 
-def _run_forward(job, size, inputs):
-    y, states = launch.forward(job, _plan(job, *size, inputs.x.shape[-1]), inputs, save=True)
+def _run_forward(job, plan, inputs):
+    y, states = launch.forward(job, plan, inputs, save=True)
     return y, (inputs, states)
 
 
-def _run_backward(job, size, saved, cotangent):
+def _run_backward(job, plan, saved, cotangent):
     inputs, states = saved
-    return (launch.backward(job, _plan(job, *size, inputs.x.shape[-1]), inputs, states, cotangent),)
+    return (launch.backward(job, plan, inputs, states, cotangent),)
 
 
 _run.defvjp(_run_forward, _run_backward)
@@ -148,41 +142,37 @@ def propagate_low_rank(
     others = [a[:, :, None].astype(jnp.float32) for a in (lam, out_gate, skip) if a is not None]
     # in float32, so that gradients of weights that channels share are summed in it
     up = jnp.concatenate([gates, *others], axis=2).transpose(1, 2, 3, 0)
+    plan = tiles.make_expanding_plan(*size, channels, device=devices.current())
     # whole blocks of images, and a proxy that is as wide as the tensor cores take it
-    images = (0, -batch % tiles.make_expanding_plan(*size, channels).images), (0, 0), (0, 0)
+    images = (0, -batch % plan.images), (0, 0), (0, 0)
     width = (0, -proxy.shape[-1] % expansion.QUANTUM)
     x, proxy = jnp.pad(x, (*images, (0, 0))), jnp.pad(proxy.astype(x.dtype), (*images, width))
-    return _run_low_rank(job, x, proxy, jnp.pad(up, ((0, 0),) * 3 + (width,)), merge)[:batch]
+    return _run_low_rank(job, plan, x, proxy, jnp.pad(up, ((0, 0),) * 3 + (width,)), merge)[:batch]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _run_low_rank(
     job: Job,
+    plan: tiles.Plan,
     x: Float[Array, "B H W C"],
     proxy: Float[Array, "B H W d"],
     up: Float[Array, "4 N C d"],
     merge: Float[Array, "4 C"],
 ) -> Float[Array, "B H W C"]:
-    return launch.forward(job, *_expanding(x, proxy, up, merge), save=False)[0]
+    return launch.forward(job, plan, expansion.inputs(plan, x, proxy, up, merge), save=False)[0]
 
 
-def _run_low_rank_forward(job, x, proxy, up, merge):
-    y, states = launch.forward(job, *_expanding(x, proxy, up, merge), save=True)
+def _run_low_rank_forward(job, plan, x, proxy, up, merge):
+    y, states = launch.forward(job, plan, expansion.inputs(plan, x, proxy, up, merge), save=True)
     return y, (x, proxy, up, merge, states)
 
 
-def _run_low_rank_backward(job, saved, cotangent):
+def _run_low_rank_backward(job, plan, saved, cotangent):
     x, proxy, up, merge, states = saved
-    plan, inputs = _expanding(x, proxy, up, merge)
+    inputs = expansion.inputs(plan, x, proxy, up, merge)
     cotangent = cotangent.astype(x.dtype)
     by_x, adjoints = launch.adjoint(job, plan, inputs, cotangent)
     return by_x, *pullback.pull_back(job, plan, inputs, up, merge, adjoints, states, cotangent)
-
-
-def _expanding(x: Array, proxy: Array, up: Array, merge: Array) -> tuple[tiles.Plan, Inputs]:
-    """How both passes walk, and what they read."""
-    plan = tiles.make_expanding_plan(*x.shape[1:])
-    return plan, expansion.inputs(plan, x, proxy, up, merge)
 
 
 _run_low_rank.defvjp(_run_low_rank_forward, _run_low_rank_backward)

@@ -30,8 +30,6 @@ from kernels.walk import Walk, meet
 LOGITS = 3
 WIDTH = QUANTUM
 """Channels computed at a time where there are logits: with more the sums, which are in registers too, would spill."""
-BLOCKS = 264
-"""Blocks of `sum_over_lines` that there should be, two for each multiprocessor of an H200: batches are split for it."""
 
 
 class Given(NamedTuple):
@@ -96,7 +94,7 @@ def _by_up(
 ) -> tuple[Float[Array, "4 N C d"], Float[Array, "4 C"] | None]:
     """(sums of proxy times what `kinds` of terms get, sum of gy h if out_gate is one of them)."""
     groups, directions, rank = given.proxy.shape[1], len(job.directions), given.proxy.shape[-1]
-    wanted = math.ceil(BLOCKS / (directions * plan.slabs))
+    wanted = math.ceil(plan.blocks / (directions * plan.slabs))
     splits = max(n for n in range(1, groups + 1) if groups % n == 0 and n <= max(wanted, 1))
     blocks = (splits, directions, plan.slabs)
     positions = plan.rows.positions * plan.warpgroups
@@ -104,7 +102,7 @@ def _by_up(
     if OUT_GATE in kinds:
         outputs.append(jax.ShapeDtypeStruct((*blocks, positions, plan.slab), jnp.float32))
     body = functools.partial(sum_over_lines, job=job, plan=plan, kinds=kinds, groups=groups // splits)
-    shared = _shared(given, kinds, lines=2, up=(1, LOGITS if 0 in kinds else 0))
+    shared = _shared(plan, given, kinds, lines=2, up=(1, LOGITS if 0 in kinds else 0))
     if 0 not in kinds:
         given = given._replace(up=None)
     grid = dict(zip(("split", "direction", "slab"), blocks, strict=True))
@@ -119,14 +117,14 @@ def _by_proxy(job: Job, plan: tiles.Plan, given: Given) -> Float[Array, "B H W d
     body = functools.partial(sum_over_slabs, job=job, plan=plan)
     grid = {"image": groups, "line": count, "direction": len(job.directions)}
     kinds = tuple(range(given.up.shape[2]))
-    shared = _shared(given, kinds, lines=1, up=(2, len(kinds)))
+    shared = _shared(plan, given, kinds, lines=1, up=(2, len(kinds)))
     found = launch.run(body, grid, plan.warpgroups, given, outputs, shared)[0]
     found = found.reshape(2, 2, groups, count, plan.images, -1, rank).sum(1)
     found = found[0].transpose(0, 2, 1, 3, 4) + found[1].transpose(0, 2, 3, 1, 4)  # lines that are rows, and columns
     return found.reshape(groups * plan.images, plan.height, plan.width, rank).astype(given.x.dtype)
 
 
-def _shared(given: Given, kinds: tuple[int, ...], *, lines: int, up: tuple[int, int]) -> Tiles:
+def _shared(plan: tiles.Plan, given: Given, kinds: tuple[int, ...], *, lines: int, up: tuple[int, int]) -> Tiles:
     """With room for so many lines of the proxy, and for `up` of (slabs, kinds)."""
     rank, slab = given.proxy.shape[-1], tiles.SLABS[0]
     swizzled = functools.partial(expansion.swizzled, dtype=given.x.dtype)
@@ -136,7 +134,7 @@ def _shared(given: Given, kinds: tuple[int, ...], *, lines: int, up: tuple[int, 
         terms=swizzled((len(kinds), tiles.ROWS, slab)),
         proxy_arrived=plgpu.Barrier(num_barriers=lines),
         up_arrived=plgpu.Barrier(num_barriers=math.prod(up)) if math.prod(up) else (),
-        meeting=plgpu.Barrier(num_arrivals=tiles.WARPGROUPS),
+        meeting=plgpu.Barrier(num_arrivals=plan.warpgroups),
     )
 
 
@@ -186,7 +184,7 @@ def sum_over_lines(
 
         def all_steps(*sums: Any) -> Array:
             if 0 in kinds:
-                _send_up(warpgroup, given, shared, k, slab, 0)
+                _send_up(plan, warpgroup, given, shared, k, slab, 0)
                 _await_up(shared, 0)
             send(jnp.int32(0))
             zeros = compat.zeros((plan.lines(direction).positions, plan.slab), plan.layout)
@@ -217,7 +215,7 @@ def sum_over_slabs(given: Given, outputs: Any, shared: Tiles, *, job: Job, plan:
     def visit(k: int, direction: str) -> None:
         def send(slab: Array) -> None:
             """Past the last slab that one comes again."""
-            _send_up(warpgroup, given, shared, k, lax.min(slab, plan.slabs - 1), lax.rem(slab, 2))
+            _send_up(plan, warpgroup, given, shared, k, lax.min(slab, plan.slabs - 1), lax.rem(slab, 2))
 
         def step(slab: Array, total: Any) -> None:
             slot = lax.rem(slab, 2)
@@ -271,8 +269,10 @@ def _part(warpgroup: Array, given: Given) -> tuple[Any, Array]:
     return pl.ds(pl.multiple_of(lax.min(warpgroup, parts - 1) * QUANTUM, QUANTUM), QUANTUM), warpgroup < parts
 
 
-def _send_up(warpgroup: Array, given: Given, shared: Tiles, k: int, slab: Array, slot: int) -> None:
-    expansion.share_out(warpgroup, shared.up.shape[1], lambda kind: plgpu.copy_gmem_to_smem(
+def _send_up(
+    plan: tiles.Plan, warpgroup: Array, given: Given, shared: Tiles, k: int, slab: Array, slot: int
+) -> None:
+    expansion.share_out(plan, warpgroup, shared.up.shape[1], lambda kind: plgpu.copy_gmem_to_smem(
         given.up.at[k, slab, kind], shared.up.at[slot, kind], shared.up_arrived.at[slot * shared.up.shape[1] + kind]))
 
 
@@ -289,7 +289,7 @@ def _expand_logits(walk: Walk, shared: Tiles, line: Any, slot: int) -> None:
 
         pl.run_scoped(product, plgpu.ACC((tiles.ROWS, walk.plan.slab), jnp.float32))
 
-    expansion.share_out(walk.warpgroup, LOGITS, expand)
+    expansion.share_out(walk.plan, walk.warpgroup, LOGITS, expand)
 
 
 def _make_cotangents(

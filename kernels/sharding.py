@@ -30,6 +30,11 @@ def sharded(mesh: Mesh, *, batch: tuple[str, ...] = (), channels: tuple[str, ...
         _current.reset(token)
 
 
+def current_mesh() -> Mesh | None:
+    """The mesh of `sharded`, inside it."""
+    return None if _current.get() is None else _current.get()[0]
+
+
 def over_shards(operator: Callable, axes: str) -> Callable:
     """`operator`, which takes arrays and last the chunk, all by position, under `jax.shard_map` inside `sharded`.
 

@@ -1,4 +1,7 @@
-"""How the GPU kernel cuts an image: the channels of a block, the threads of a line, and what fits on chip."""
+"""How the GPU kernel cuts an image: the channels of a block, the threads of a line, and what fits on chip.
+
+What differs between GPUs comes from `devices`.
+"""
 
 import dataclasses
 import itertools
@@ -6,27 +9,20 @@ import math
 
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from kernels.devices import Device
+
 WARPGROUP = 128
 VECTOR = 2
 """Neighbouring channels that one thread takes: 4 bytes of bfloat16 at a time."""
 QUANTUM = WARPGROUP * VECTOR
 """Elements of a line that one warpgroup takes at once: positions along the line times channels."""
-TILE = {True: 1024, False: 512}
-"""Elements of a line computed at a time, 8 or 4 a thread, in a joint plan and in another: there a warpgroup carries
-several tiles of a line, and with more of each the backward kernel would spill registers."""
 HANDED_ON = {True: 2, False: 3}
 """Values a position that a line of the backward pass hands to the next one in shared memory, in a joint plan and in
 another; there the third, which stays at its position, would be several tiles of registers."""
 SLABS = (64, 32, 16, 8)
 """Channels that a block may take, best first: 64 of bfloat16 are a whole 128-byte cache line."""
-WARPGROUPS = 4
-"""Of a block that expands a proxy."""
 ROWS = 64
 """Positions of a line that a block expands from a proxy at once: the rows of the tensor cores' instruction."""
-MOST_SHARED_BYTES = 226 * 1024
-"""Of shared memory that a block may have on compute capability 9.0, less what barriers and Pallas itself take."""
-SHARED_BYTES = 200 * 1024
-"""Of that, what a block takes that reads all terms from device memory; the rest is for the L1 cache."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,6 +48,8 @@ class Plan:
     across: int = 0
     """Channels that a warp's threads lie across, if not the whole slab: those of a row of shared memory that threads
     write for the tensor cores."""
+    blocks: int = 0
+    """Blocks that a launch should have at least where that can be chosen."""
 
     @property
     def slabs(self) -> int:
@@ -90,7 +88,7 @@ class Lines:
         return self.padded // self.positions
 
 
-def make_plan(height: int, width: int, channels: int, *, directions: int) -> Plan | None:
+def make_plan(height: int, width: int, channels: int, *, directions: int, device: Device) -> Plan | None:
     """The plan with the least padding, then the widest slab; None when no line of the map fits in shared memory."""
     best, least = None, math.inf
     for joint, slab in itertools.product((True, False), SLABS):
@@ -100,12 +98,13 @@ def make_plan(height: int, width: int, channels: int, *, directions: int) -> Pla
         state = 2 * HANDED_ON[joint] * (max(padded_height, padded_width) + 2) * slab * 4
         shared = directions * state + padded_height * padded_width * slab * 4 if joint else state
         wide_enough = slab >= 32 or slab >= channels
-        if shared > SHARED_BYTES or (joint and (directions == 1 or not wide_enough)):
+        if shared > device.scan_bytes or (joint and (directions == 1 or not wide_enough or slab > device.joint_slab)):
             continue
         waste = padded_height * padded_width * padded_channels
         if waste < least:
+            tile = device.joint_tile if joint else device.apart_tile
             rows, columns = (
-                Lines(count, length, padded, _positions(padded, quantum, TILE[joint] // slab))
+                Lines(count, length, padded, _positions(padded, quantum, tile // slab))
                 for count, length, padded in ((height, width, padded_width), (width, height, padded_height))
             )
             shares = max(n for n in (1, 2, 4) if rows.tiles % n == columns.tiles % n == 0)
@@ -115,16 +114,19 @@ def make_plan(height: int, width: int, channels: int, *, directions: int) -> Pla
     return best
 
 
-def make_expanding_plan(height: int, width: int, channels: int) -> Plan | None:
-    """The plan of a kernel that expands its terms from a proxy; None for maps that it is not made for.
+def make_expanding_plan(height: int, width: int, channels: int, *, device: Device) -> Plan | None:
+    """The plan of a kernel that expands its terms from a proxy; None for maps and devices that it is not made for.
 
     A warpgroup takes its positions in two tiles: with one it would spill registers.
     """
-    slab, positions = SLABS[0], ROWS // WARPGROUPS
+    if device.expanding is None:
+        return None
+    warpgroups, blocks = device.expanding.warpgroups, device.expanding.blocks
+    slab, positions = SLABS[0], ROWS // warpgroups
     if height != width or width % positions or ROWS % width or channels < slab or channels % VECTOR:
         return None
     lines = Lines(height, width, width, positions // 2)
-    return Plan(height, width, channels, slab, False, lines, lines, WARPGROUPS, ROWS // width, True)
+    return Plan(height, width, channels, slab, False, lines, lines, warpgroups, ROWS // width, True, blocks=blocks)
 
 
 def _positions(padded: int, quantum: int, most: int) -> int:

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import jax.numpy as jnp
 import pytest
 
-from kernels import compat, tiles
+from kernels import compat, devices, tiles
 
 SCRIPT = pathlib.Path(__file__).parents[2] / "benchmarks" / "gpu_operator.py"
 
@@ -22,7 +22,6 @@ def script(monkeypatch):
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     monkeypatch.setattr(tiles, "ROWS", 8)
-    monkeypatch.setattr(tiles, "WARPGROUPS", 2)
     resolve, small = module.models.resolve, {"hidden": 64, "groups": 64, "proxy": 16}
     models = SimpleNamespace(resolve=lambda config: dataclasses.replace(resolve(config), **small))
     for name, value in {
@@ -32,7 +31,8 @@ def script(monkeypatch):
         "BLOCKS": [("GSPN-S/2", 2, 4)], "models": models,
     }.items():  # fmt: skip
         monkeypatch.setattr(module, name, value)
-    return module
+    with devices.for_device(dataclasses.replace(devices.DEVICES["9.0"], expanding=devices.Expanding(warpgroups=2))):
+        yield module
 
 
 @pytest.mark.slow

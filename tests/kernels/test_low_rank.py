@@ -1,5 +1,6 @@
 """Terms of low rank: a kernel that expands the proxy by itself, interpreted against the scan backend, and lowered."""
 
+import dataclasses
 import logging
 import math
 import re
@@ -11,7 +12,7 @@ import numpy_scan as truth
 import pytest
 from mosaic import interpreted
 
-from kernels import api, compat, mosaic_gpu, propagate, propagate_low_rank, sharded, tiles
+from kernels import api, compat, devices, mosaic_gpu, propagate, propagate_low_rank, sharded, tiles
 
 NAMES = ("x", "proxy", "gates", "lam", "out_gate", "merge", "skip")
 
@@ -41,7 +42,8 @@ def value_and_gradients(arrays, **options):
 def few_rows(monkeypatch):
     """Blocks of 2 warpgroups and 8 positions in place of 4 and 64: maps of 4 and 8 can be interpreted in seconds."""
     monkeypatch.setattr(tiles, "ROWS", 8)
-    monkeypatch.setattr(tiles, "WARPGROUPS", 2)
+    with devices.for_device(dataclasses.replace(devices.DEVICES["9.0"], expanding=devices.Expanding(warpgroups=2))):
+        yield
 
 
 def error(found, right):
@@ -52,7 +54,8 @@ def error(found, right):
 def assert_same_as_the_scan_in_float32(arrays, *, races=True, **options):
     """As near to it as the scan backend with the same bfloat16 inputs, whose error is 2e-3 to 1e-2 of the norm."""
     size = arrays["x"].shape[1]
-    assert tiles.make_expanding_plan(size, size, arrays["x"].shape[3]).images == tiles.ROWS // size
+    plan = tiles.make_expanding_plan(size, size, arrays["x"].shape[3], device=devices.current())
+    assert plan.images == tiles.ROWS // size
     exact = {name: array.astype(jnp.float32) for name, array in arrays.items()}
     expected = value_and_gradients(exact, backend="scan", **options)
     rounded = value_and_gradients(arrays, backend="scan", **options)

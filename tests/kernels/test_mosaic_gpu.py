@@ -4,6 +4,7 @@ The interpreter gives every warpgroup a thread of XLA's CPU client and blocks it
 tests/conftest.py make that pool large enough.
 """
 
+import dataclasses
 import re
 from types import SimpleNamespace
 
@@ -14,7 +15,7 @@ import numpy_scan as truth
 import pytest
 from mosaic import interpreted
 
-from kernels import bodies, compat, launch, line_scan, mosaic_gpu, propagate, tiles, walk
+from kernels import bodies, compat, devices, launch, line_scan, mosaic_gpu, propagate, tiles, walk
 from kernels.sharding import over_shards, sharded
 
 TOLERANCE = {"float32": 2e-6, "bfloat16": 6e-3}  # relative; the gradients go through states saved in bfloat16
@@ -56,7 +57,7 @@ def assert_same_as_the_scan(arrays, chunk=None, *, races=True):
 
 def test_directions_meet_in_shared_memory():
     arrays = arguments(1, 4, 4, 64, skip=True, merge=(4, 64))
-    assert tiles.make_plan(4, 4, 64, directions=4).joint
+    assert tiles.make_plan(4, 4, 64, directions=4, device=devices.current()).joint
     assert_same_as_the_scan(arrays, chunk=3)
 
 
@@ -66,23 +67,23 @@ def test_terms_may_have_another_type_than_x():
     assert_same_as_the_scan((x.astype(jnp.bfloat16), *terms))
 
 
-def small_memory(monkeypatch):
+@pytest.fixture
+def small_memory():
     """Maps too large to meet on chip, and lines that two warpgroups share, at sizes that can be interpreted."""
-    monkeypatch.setattr(tiles, "SHARED_BYTES", 2**14)
-    monkeypatch.setattr(tiles, "TILE", {True: 256, False: 256})
-    plan = tiles.make_plan(8, 8, 64, directions=4)
+    device = dataclasses.replace(devices.DEVICES["9.0"], scan_bytes=2**14, apart_tile=256)
+    plan = tiles.make_plan(8, 8, 64, directions=4, device=device)
     assert not plan.joint
     assert plan.warpgroups == 2
+    with devices.for_device(device):
+        yield
 
 
-def test_directions_apart_and_lines_shared_by_warpgroups(monkeypatch):
-    small_memory(monkeypatch)
+def test_directions_apart_and_lines_shared_by_warpgroups(small_memory):
     assert_same_as_the_scan(arguments(1, 8, 8, 64, dtype=jnp.bfloat16))
 
 
 @pytest.mark.slow
-def test_directions_apart_with_chunks_and_a_skip_term(monkeypatch):
-    small_memory(monkeypatch)
+def test_directions_apart_with_chunks_and_a_skip_term(small_memory):
     assert_same_as_the_scan(arguments(1, 8, 8, 64, skip=True), chunk=2)
 
 
@@ -144,9 +145,8 @@ def test_one_direction_with_ready_weights(direction):
         assert truth.relative_error(a, b) < TOLERANCE["float32"]
 
 
-def test_the_interpreter_sees_a_missing_barrier(monkeypatch):
+def test_the_interpreter_sees_a_missing_barrier(small_memory, monkeypatch):
     """Races are only excluded by a detector that finds them."""
-    small_memory(monkeypatch)
     monkeypatch.setattr(bodies, "meet", lambda plan, shared: None)
     try:
         with interpreted():
@@ -159,10 +159,10 @@ def test_the_interpreter_sees_a_missing_barrier(monkeypatch):
 
 @pytest.mark.parametrize("memory", ["plenty", "little"])
 @pytest.mark.parametrize(("dtype", "groups"), [(jnp.bfloat16, None), (jnp.float32, None), (jnp.bfloat16, 1)])
-def test_every_variant_lowers_for_cuda(memory, dtype, groups, monkeypatch):
+def test_every_variant_lowers_for_cuda(memory, dtype, groups, request):
     """The Python half of the compilation, which infers layouts and checks every operation, runs without a GPU."""
     if memory == "little":
-        small_memory(monkeypatch)
+        request.getfixturevalue("small_memory")
     skip = dtype == jnp.float32
     arrays = jax.eval_shape(lambda: arguments(2, 8, 8, 68, groups=groups, skip=skip, dtype=dtype))
 

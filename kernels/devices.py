@@ -1,0 +1,141 @@
+"""The GPUs that the kernel is made for: what differs between their generations, and for which of them it is traced.
+
+A number that a measurement on some GPU should change is a field of `Device`, and its value stands in `DEVICES`.
+benchmarks/kernel_assembly.py assembles the kernel for each of them; the table is in docs/kernel.md.
+"""
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator
+
+import jax
+from jax.extend.backend import get_default_device
+
+from kernels import compat, sharding
+
+KIB = 1024
+
+
+@dataclasses.dataclass(frozen=True)
+class Expanding:
+    """Tuning of the kernel that expands a proxy by itself."""
+
+    warpgroups: int = 4
+    """Of a block."""
+    blocks: int = 264
+    """Blocks of the sums over lines that there should be, two for each multiprocessor: batches are split for it."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Device:
+    """What the kernel may use on GPUs of one compute capability, and how it is cut for them."""
+
+    capability: str
+    examples: str
+    shared_bytes: int
+    """Of shared memory that a block may have, less 1 KiB that barriers and Pallas itself take."""
+    scan_bytes: int
+    """Of that, what a block takes that reads all terms from device memory; the rest is for the L1 cache."""
+    joint_slab: int = 64
+    """Most channels of a block whose directions meet in shared memory: with more the backward kernel would spill."""
+    joint_tile: int = 1024
+    """Elements of a line computed at a time, 8 a thread, where the directions meet."""
+    apart_tile: int = 512
+    """The same where they do not: a warpgroup carries several tiles of a line, and with more of each the backward
+    kernel would spill registers."""
+    expanding: Expanding | None = None
+    """None without wgmma, the tensor cores of compute capability 9.0 alone: there XLA expands proxies."""
+    oldest_jax: tuple[int, ...] = (0, 10, 2)
+    """The first version whose Pallas can assemble for it."""
+
+
+_AMPERE = (0, 11, 2)
+"""JAX 0.10 waits at barriers with an instruction of compute capability 9.0, and under `shard_map` so do 0.11.0 and
+0.11.1, which take every mesh for one of that capability."""
+
+DEVICES = {device.capability: device for device in (
+    Device("8.0", "A100", 162 * KIB, 160 * KIB, oldest_jax=_AMPERE),
+    Device("8.6", "RTX 3090, A10", 98 * KIB, 96 * KIB, oldest_jax=_AMPERE),
+    Device("8.9", "RTX 4090, L4, L40S", 98 * KIB, 96 * KIB, oldest_jax=_AMPERE),
+    Device("9.0", "H100, H200", 226 * KIB, 200 * KIB, expanding=Expanding()),
+    Device("10.0", "B200", 226 * KIB, 200 * KIB),
+    Device("10.3", "B300", 226 * KIB, 200 * KIB),
+    Device("12.0", "RTX 5090", 98 * KIB, 96 * KIB),
+    Device("12.1", "GB10", 98 * KIB, 96 * KIB),
+)}
+"""By compute capability."""
+
+DEFAULT = "9.0"
+"""What Pallas lowers for on a machine without a GPU."""
+
+_asked = jax.make_user_context(default_value=None)
+
+
+@contextlib.contextmanager
+def for_device(device: Device | str) -> Iterator[Device]:
+    """Kernels traced and lowered inside are made for `device`, a compute capability of `DEVICES` or tuning of one's
+    own, whatever this machine has: programs are lowered for a GPU that is not here, never run.
+
+        with for_device("8.0"):
+            jax.jit(function).trace(*shapes).lower(lowering_platforms=("cuda",))
+
+    Interpreted kernels have its sizes, and run. Functions that were traced before are traced anew.
+    Raises ValueError for another capability.
+    """
+    if isinstance(device, str):
+        if device not in DEVICES:
+            raise ValueError(f"device must be a compute capability of {', '.join(DEVICES)}, found {device!r}.")
+        device = DEVICES[device]
+    compat.lower_for(_capability_asked_for)
+    with _asked(device):
+        yield device
+
+
+def _capability_asked_for() -> tuple[int, int] | None:
+    return None if _asked.value is None else tuple(map(int, _asked.value.capability.split(".")))
+
+
+def current() -> Device:
+    """The device that kernels traced now are made for: that of `for_device`, or else JAX's default device, or DEFAULT
+    where `missing` has a reason against it."""
+    if _asked.value is not None:
+        return _asked.value
+    return DEVICES.get(_capability(get_default_device()), DEVICES[DEFAULT])
+
+
+def missing() -> str | None:
+    """Why kernels traced now have no device to run on, or None."""
+    if compat.interpreting():
+        return None
+    if _asked.value is not None:
+        return _too_old(_asked.value)
+    default = get_default_device()
+    if default.platform != "gpu":
+        return f"needs an NVIDIA GPU, and this machine's device is {default.device_kind!r}"
+    found = sorted({_capability(device) for device in _candidates(default)})
+    if len(found) > 1:  # Pallas lowers for the default device
+        return (f"needs GPUs of one compute capability, and found {' and '.join(found)}: CUDA_VISIBLE_DEVICES chooses "
+                f"those of one kind")
+    if found[0] not in DEVICES:
+        return (f"needs an NVIDIA GPU of compute capability {', '.join(DEVICES)}, and {default.device_kind!r} has "
+                f"{found[0]}")
+    return _too_old(DEVICES[found[0]])
+
+
+def _too_old(device: Device) -> str | None:
+    if jax.__version_info__ >= device.oldest_jax:
+        return None
+    return (f"needs JAX {'.'.join(map(str, device.oldest_jax))} or newer on GPUs of compute capability "
+            f"{device.capability}, and this is {jax.__version__}")
+
+
+def _candidates(default: jax.Device) -> list[jax.Device]:
+    """The devices that a program traced now may run on: the mesh's, or the one that was chosen, or any."""
+    mesh = sharding.current_mesh()
+    if mesh is not None:
+        return [default, *mesh.devices.flat]
+    return jax.devices() if jax.config.jax_default_device is None else [default]
+
+
+def _capability(device: jax.Device) -> str:
+    return str(getattr(device, "compute_capability", "none"))
