@@ -6,7 +6,7 @@
             print(found.registers, found.spilled_bytes, found.shared_bytes, len(found.ptx))
 
 The wheels of JAX's CUDA plugin, of the version of jaxlib, and of ptxas are fetched with pip on first use (250 MB, into
-~/.cache/gspn_jax/cuda) and unpacked, not installed. A stand-in for NVIDIA's driver (stand_in_driver.cc) tells the
+~/.cache/gspn_jax/cuda) and unpacked, not installed. A stand-in for NVIDIA's driver (emulator/stand_in_driver.cc) tells the
 plugin which GPU to compile for. Nothing runs on a device. Needs Linux, g++, and JAX 0.11 or newer on the CPU platform.
 """
 
@@ -33,12 +33,14 @@ import jaxlib
 
 NVCC = "nvidia-cuda-nvcc-cu12==12.9.86"
 """The wheel that has ptxas."""
-SOURCES = pathlib.Path(__file__).resolve().parent
+SOURCES = pathlib.Path(__file__).resolve().parent / "emulator"
 DEFAULT_CAPABILITY = (9, 0)
 """What JAX lowers for where there is no GPU, and the stand-in driver says."""
 _COMPILER = ("g++", "-O2", "-march=native", "-std=c++17", "-Wall", "-shared", "-fPIC")
 
 
+_HANDLER = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_uint32), ctypes.POINTER(ctypes.c_uint32),
+                            ctypes.c_uint32, ctypes.POINTER(ctypes.c_void_p))
 _capabilities: dict[str, float] = {}
 
 
@@ -87,13 +89,13 @@ def _unpack(requirements: list[str], target: pathlib.Path) -> None:
 
 
 def build(source: str, soname: str | None = None) -> pathlib.Path:
-    """The shared library of a C++ file of this folder, compiled on this machine if it or the file is new.
+    """The shared library of a C++ file of `emulator/`, compiled on this machine if it or a file there is new.
 
     Raises `ToolchainError` with what the compiler says, or if there is none.
     """
     command = [*_COMPILER, *([f"-Wl,-soname,{soname}"] if soname else [])]
-    text = (SOURCES / source).read_bytes()
-    key = hashlib.sha256(b"\0".join([text, " ".join(command).encode(), platform.node().encode()])).hexdigest()[:16]
+    texts = [path.read_bytes() for path in sorted(SOURCES.iterdir())]
+    key = hashlib.sha256(b"\0".join([*texts, " ".join(command).encode(), platform.node().encode()])).hexdigest()[:16]
     library = home() / f"{pathlib.Path(source).stem}-{key}.so"
     if not library.exists():
         home().mkdir(parents=True, exist_ok=True)
@@ -146,18 +148,19 @@ def architecture(capability: str) -> Iterator[None]:
     kept = module._infer_arch
     module._infer_arch = lambda: (major, minor)
     driver().stand_in_set_capability(major, minor)
+    jax.clear_caches()  # of what was lowered for another one
     try:
         yield
     finally:
+        jax.clear_caches()
         module._infer_arch = kept
         driver().stand_in_set_capability(*DEFAULT_CAPABILITY)
 
 
 def lower(function: Callable, *shapes: Any) -> list[bytes]:
     """The Mosaic GPU modules of `function`, each once, at arguments of these shapes (`jax.ShapeDtypeStruct`)."""
-    jax.clear_caches()  # a kernel that was lowered before, for another architecture perhaps, would not come again
     mosaic.KNOWN_KERNELS.clear()
-    jax.jit(function).trace(*shapes).lower(lowering_platforms=("cuda",))
+    jax.jit(lambda *arrays: function(*arrays)).trace(*shapes).lower(lowering_platforms=("cuda",))
     return list(mosaic.KNOWN_KERNELS.values())
 
 
@@ -169,7 +172,7 @@ class Assembled:
     report: str
     """What ptxas says of the kernel."""
     handle: int
-    """Address of the compiled kernel, of which `emulation` calls the host code."""
+    """Address of the compiled kernel."""
 
     @property
     def registers(self) -> int:
@@ -185,6 +188,33 @@ class Assembled:
     def static_shared_bytes(self) -> int:
         """Of a block, what it asks for at its launch not included."""
         return self._number(r"(\d+) bytes smem")
+
+    def launch(self, arrays: list[int], handler: Callable[[tuple, int, int, list[int]], None]) -> None:
+        """Runs the kernel's host code on arrays at these addresses, inputs and then outputs.
+
+        `handler` gets the launches that it makes: (grid, threads of a block, bytes of shared memory, addresses of the
+        parameters).
+        """
+        launched = []
+
+        @_HANDLER
+        def on_launch(grid, block, shared_bytes, parameters):
+            launched.append(tuple(grid[:3]))
+            handler(launched[-1], block[0] * block[1] * block[2], shared_bytes, parameters)
+            return 0
+
+        driver().stand_in_set_handler(on_launch)
+        pointer = ctypes.c_void_p
+        context, host, kernel = (pointer * 3).from_address(self.handle)
+        buffers = (pointer * len(arrays))(*arrays)
+        if jax.__version_info__ >= (0, 12):  # (kernel, context, stream, buffers, number of the device)
+            function = ctypes.CFUNCTYPE(None, pointer, pointer, pointer, pointer, ctypes.c_int)(host)
+            function(kernel, context, None, ctypes.addressof(buffers), 0)
+        else:
+            function = ctypes.CFUNCTYPE(ctypes.c_int, pointer, pointer, pointer)(host)
+            function(context, None, ctypes.addressof(buffers))
+        if not launched:
+            raise ToolchainError(f"the kernel's host code launched nothing: {driver().stand_in_said().decode()}")
 
     def _number(self, pattern: str) -> int:
         return max(map(int, re.findall(pattern, self.report)), default=0)
