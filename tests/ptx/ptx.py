@@ -32,8 +32,9 @@ PLAIN = {  # operation: (types of its operands: w 32 bits, d 64, p predicate; op
     "MOV32": ("ww", "mov.b32 mov.f32 mov.b16 mov.u32 mov.s32"),
     "MOV64": ("dd", "mov.b64 mov.u64 cvta.to.global.u64 cvta.param.u64 cvta.global.u64"),
     "SELP32": ("wwwp", "selp.b32 selp.f32 selp.b16 selp.u32 selp.s32"), "SELP64": ("dddp", "selp.b64"),
-    "ADD32": ("www", "add.s32 add.u32"), "SUB32": ("www", "sub.s32 sub.u32"), "MUL32": ("www", "mul.lo.s32 mul.lo.u32"),
-    "MAD32": ("wwww", "mad.lo.s32 mad.lo.u32"), "ADD64": ("ddd", "add.s64 add.u64"), "SUB64": ("ddd", "sub.s64 sub.u64"),
+    "ADD32": ("www", "add.s32 add.u32"), "SUB32": ("www", "sub.s32 sub.u32"),
+    "MUL32": ("www", "mul.lo.s32 mul.lo.u32"), "MAD32": ("wwww", "mad.lo.s32 mad.lo.u32"),
+    "ADD64": ("ddd", "add.s64 add.u64"), "SUB64": ("ddd", "sub.s64 sub.u64"),
     "MUL64": ("ddd", "mul.lo.s64 mul.lo.u64"), "MAD64": ("dddd", "mad.lo.s64"),
     "MUL_WIDE_U32": ("dww", "mul.wide.u32"), "MUL_WIDE_S32": ("dww", "mul.wide.s32"),
     "MUL_HI_U32": ("www", "mul.hi.u32"), "MUL_HI_S32": ("www", "mul.hi.s32"),
@@ -232,7 +233,8 @@ class _Assembler:
     def assemble(self) -> np.ndarray:
         code = np.zeros(len(self.scanned.instructions), INSTRUCTION)
         code["predicate"], code["operand"] = -1, -1
-        for self.record, (line, self.scope, text) in zip(code, self.scanned.instructions, strict=True):
+        for n, (line, scope, text) in enumerate(self.scanned.instructions):
+            self.record, self.scope = code[n], scope
             self.record["line"] = line
             if guard := re.match(r"@(!?)([%\w]+)\s+", text):
                 self.record["predicate"], self.record["negated"] = self.register(guard[2], "p"), bool(guard[1])

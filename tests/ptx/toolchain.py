@@ -6,8 +6,8 @@
             print(found.registers, found.spilled_bytes, found.shared_bytes, len(found.ptx))
 
 The wheels of JAX's CUDA plugin, of the version of jaxlib, and of ptxas are fetched with pip on first use (250 MB, into
-~/.cache/gspn_jax/cuda) and unpacked, not installed. A stand-in for NVIDIA's driver (emulator/stand_in_driver.cc) tells the
-plugin which GPU to compile for. Nothing runs on a device. Needs Linux, g++, and JAX 0.11 or newer on the CPU platform.
+~/.cache/gspn_jax/cuda) and unpacked, not installed. A stand-in for NVIDIA's driver (emulator/stand_in_driver.cc) tells
+the plugin which GPU to compile for. Nothing runs on a device. Needs Linux, g++, and JAX 0.11 or newer on CPU.
 """
 
 import contextlib

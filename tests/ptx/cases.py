@@ -1,0 +1,177 @@
+"""What is emulated: sizes of the operator, its values and gradients by the kernel, by the scan and in float64."""
+
+import dataclasses
+import json
+import pathlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from kernels import mosaic_gpu, propagate, propagate_low_rank
+from tests.kernels import numpy_scan
+from tests.ptx import emulation
+
+NAMES = ("x", "gates", "lam", "out_gate", "merge", "skip")
+RESULTS = pathlib.Path("build", "ptx", jax.__version__)
+"""Where `Outcome.save` leaves what `table.py` prints."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """Arguments of `propagate`, or of `propagate_low_rank` if there is a rank."""
+
+    batch: int
+    height: int
+    width: int
+    channels: int
+    dtype: str = "bfloat16"
+    groups: int | None = None
+    skip: bool = False
+    chunk: int | None = None
+    rank: int | None = None
+    quick: bool = False
+
+    def __str__(self) -> str:
+        parts = [f"{self.batch}x{self.height}x{self.width}x{self.channels}", self.dtype]
+        parts += [f"{name}{value}" for name, value in (("d", self.rank), ("groups", self.groups), ("chunk", self.chunk))
+                  if value]
+        return "-".join([*parts, "skip"] if self.skip else parts)
+
+    def arrays(self) -> dict[str, jax.Array]:
+        """The arguments by name; terms of low rank have factors [d, ...] instead of maps."""
+        rng, pixels = np.random.default_rng(0), (self.batch, self.height, self.width)
+        before = (self.rank,) if self.rank else pixels
+        shapes = {"x": (*pixels, self.channels), "gates": (*before, 4, 3, self.groups or self.channels),
+                  "lam": (*before, 4, self.channels), "out_gate": (*before, 4, self.channels), "merge": (4,)}
+        if self.skip:
+            shapes["skip"] = shapes["lam"]
+        if self.rank:
+            shapes["proxy"] = (*pixels, self.rank)
+        found = {}
+        for name, shape in shapes.items():
+            is_factor = self.rank and name not in ("x", "proxy", "merge")
+            values = rng.normal(size=shape) * (self.rank**-0.5 if is_factor else 1)
+            found[name] = jnp.asarray(values, jnp.float32 if name == "merge" else self.dtype)
+        return found
+
+
+CASES = [
+    Case(1, 16, 16, 64, "float32", quick=True),
+    Case(1, 16, 16, 64, quick=True),
+    Case(1, 64, 64, 16, quick=True),  # does not meet on chip
+    Case(1, 16, 16, 64, groups=1, skip=True, quick=True),
+    Case(4, 16, 16, 64, rank=24, quick=True),
+    Case(1, 16, 16, 96, "float32"),
+    Case(2, 16, 16, 96),
+    Case(1, 16, 16, 100, "float32", skip=True, chunk=2),
+    Case(1, 16, 16, 100, skip=True, chunk=2),
+    Case(1, 32, 32, 64, "float32"),
+    Case(1, 32, 32, 64),
+    Case(1, 64, 64, 64, "float32"),
+    Case(1, 64, 64, 64, skip=True, chunk=2),
+    Case(1, 128, 128, 8),
+    Case(1, 16, 16, 100, "float32", groups=1),
+    Case(1, 64, 64, 128, groups=2, chunk=3),
+    Case(1, 20, 12, 72, "float32", groups=8, skip=True, chunk=3),
+    Case(1, 16, 16, 1500),
+    Case(4, 16, 16, 100, rank=93, skip=True),
+    Case(8, 16, 16, 96, rank=96, chunk=2),
+    Case(2, 32, 32, 64, rank=32),
+    Case(1, 64, 64, 64, rank=16),
+    Case(4, 16, 16, 64, rank=128),
+]
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """What was found: for each name norm errors of kernel and scan relative to float64, and what ran."""
+
+    case: Case
+    kernel: dict[str, float]
+    scan: dict[str, float]
+    runs: list[emulation.Run]
+
+    @property
+    def faults(self) -> list[str]:
+        return [f"{run.program}: {fault}" for run in self.runs for fault in run.faults]
+
+    def save(self) -> None:
+        RESULTS.mkdir(parents=True, exist_ok=True)
+        found = {"case": str(self.case), "kernel": self.kernel, "scan": self.scan, "faults": self.faults,
+                 "launches": len(self.runs), "instructions": sum(run.instructions for run in self.runs)}
+        (RESULTS / f"{self.case}.json").write_text(json.dumps(found, indent=1))
+
+
+def run(case: Case, **options: Any) -> Outcome:
+    """Emulates a case forward and backward; `options` are those of `emulation.emulated`."""
+    arrays = case.arrays()
+    cotangent = np.asarray(jnp.asarray(np.random.default_rng(1).normal(size=arrays["x"].shape), case.dtype), np.float64)
+    with emulation.emulated(**options) as runs:
+        kernel = _values(_by_kernel(case), arrays, cotangent)
+    scan = _values(_by_scan(case), arrays, cotangent)
+    wide = {name: np.asarray(array, np.float64) for name, array in arrays.items()}
+    truth = dict((_low_rank_truth if case.rank else _truth)(case, wide, cotangent))
+    return Outcome(case, _errors(kernel, truth), _errors(scan, truth), runs)
+
+
+def norm_error(found: Any, truth: np.ndarray) -> float:
+    """Norm of the difference over the norm of the truth; NaN if there is one."""
+    difference = np.asarray(found, np.float64) - truth
+    return float(np.linalg.norm(difference) / np.linalg.norm(truth))
+
+
+def _errors(found: dict[str, Any], truth: dict[str, np.ndarray]) -> dict[str, float]:
+    return {name: norm_error(value, truth[name]) for name, value in found.items()}
+
+
+def _values(function: Callable, arrays: dict[str, jax.Array], cotangent: np.ndarray) -> dict[str, jax.Array]:
+    """y and the gradient of every argument, eagerly."""
+    y, pull = jax.vjp(lambda arrays: function(**arrays), arrays)
+    return {"y": y} | pull(jnp.asarray(cotangent, y.dtype))[0]
+
+
+def _by_kernel(case: Case) -> Callable:
+    """Without the checks of the machine that `propagate` makes."""
+    def call(skip=None, **arrays):
+        if case.rank:
+            names = ("x", "proxy", "gates", "lam", "out_gate", "merge")
+            return mosaic_gpu.propagate_low_rank(*(arrays[name] for name in names), skip, case.chunk)
+        return mosaic_gpu.propagate(*(arrays[name] for name in NAMES[:5]), skip, case.chunk)
+
+    return call
+
+
+def _by_scan(case: Case) -> Callable:
+    operator = propagate_low_rank if case.rank else propagate
+    return lambda **arrays: operator(**arrays, chunk=case.chunk, backend="scan")
+
+
+def _truth(case: Case, arrays: dict[str, np.ndarray], cotangent: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
+    """(name, y or gradient) in float64."""
+    x, gates, *others = (arrays.get(name) for name in NAMES)
+    gates = numpy_scan.spread(gates, case.channels)
+    yield "y", numpy_scan.propagate(x, gates, *others, chunk=case.chunk)
+    for name, gradient in zip(
+            NAMES, numpy_scan.propagate_gradients(x, gates, *others, case.chunk, cotangent), strict=True):
+        if name == "gates" and case.groups:
+            gradient = gradient.reshape(*gradient.shape[:-1], case.groups, -1).sum(-1)
+        yield name, gradient
+
+
+def _low_rank_truth(
+    case: Case, arrays: dict[str, np.ndarray], cotangent: np.ndarray
+) -> Iterator[tuple[str, np.ndarray]]:
+    """The same of products of proxy and factors; lam and out_gate are 1 more."""
+    proxy = arrays["proxy"]
+    terms = arrays | {name: np.tensordot(proxy, arrays[name], 1) + (name in ("lam", "out_gate"))
+                      for name in ("gates", "lam", "out_gate", "skip") if name in arrays}
+    by_proxy = np.zeros_like(proxy)
+    for name, value in _truth(case, terms, cotangent):
+        if name in ("gates", "lam", "out_gate", "skip") and name in arrays:
+            by_proxy += np.tensordot(value, arrays[name], [range(3, value.ndim), range(1, value.ndim - 2)])
+            value = np.tensordot(proxy, value, [range(3), range(3)])
+        yield name, value
+    yield "proxy", by_proxy
