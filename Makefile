@@ -11,12 +11,20 @@ EXTRAS := dev$(if $(filter 1,$(GPU)),$(comma)cuda13)
 READY := $(VENV)/.ready-gpu$(GPU)
 TORCH_READY := $(VENV)/.ready-torch
 
-.PHONY: help demo test test-slow test-torch test-torch-slow lint bench clean
+# The emulator of machine code has an environment of its own, with the JAX of Python 3.12: make test-ptx PTX_JAX=0.11.2
+PTX_JAX ?= $(shell sed -n 's/^jax==\(.*\); python_version >= "3.12"$$/\1/p' constraints.txt)
+PTX_VENV ?= .venv-ptx-$(PTX_JAX)
+PTX_READY := $(PTX_VENV)/.ready
+PYTHON_PTX ?= $(shell for python in $(PYTHON) python3.12 python3.13 $(HOME)/.pyenv/versions/3.1[23].*/bin/python; do \
+	$$python -c 'import sys; sys.exit(sys.version_info < (3, 12))' 2>/dev/null && echo $$python && break; done)
+
+.PHONY: help demo test test-slow test-torch test-torch-slow test-ptx test-ptx-slow lint bench clean
 
 help:
 	@echo "make demo        train on handwritten digits, sample a grid, score it (CPU: under 5 minutes)"
 	@echo "make test        the test suite        make lint        ruff"
 	@echo "make test-slow   the slow tests        make test-torch  the comparisons with PyTorch (test-torch-slow: the long ones)"
+	@echo "make test-ptx    the GPU kernels' machine code, emulated (test-ptx-slow: all sizes, with a table of errors)"
 	@echo "make bench       operator and train-step benchmarks on this machine"
 
 $(READY): pyproject.toml constraints.txt
@@ -32,6 +40,16 @@ $(TORCH_READY): $(READY)
 	$(BIN)/python -m pip install --quiet --no-deps -c constraints.txt torch-fidelity
 	@touch $@
 
+$(PTX_READY): constraints.txt
+	@test -n "$(PYTHON_PTX)" || { echo "Emulating machine code needs Python 3.12 or newer, and none was found; name one: make test-ptx PYTHON_PTX=python3.12"; exit 1; }
+	$(PYTHON_PTX) -m venv $(PTX_VENV)
+	sed '/^jax\(lib\)\{0,1\}==/d' constraints.txt > $(PTX_VENV)/constraints.txt
+	$(PTX_VENV)/bin/python -m pip install --quiet --upgrade pip
+	$(PTX_VENV)/bin/python -m pip install --quiet -c $(PTX_VENV)/constraints.txt jax==$(PTX_JAX) jaxlib==$(PTX_JAX) \
+		jaxtyping numpy pytest pytest-timeout pytest-xdist
+	$(PTX_VENV)/bin/python -m tests.ptx.toolchain
+	@touch $@
+
 demo: $(READY)
 	$(BIN)/python -m gspn_jax.demo
 
@@ -39,13 +57,20 @@ test: $(READY)
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
 test-slow: $(READY)
-	$(BIN)/python -m pytest -m "slow and not torch" -n $(JOBS) --dist loadfile
+	$(BIN)/python -m pytest -m "slow and not torch and not ptx" -n $(JOBS) --dist loadfile
 
 test-torch: $(TORCH_READY)
 	$(BIN)/python -m pytest -m "torch and not slow"
 
 test-torch-slow: $(TORCH_READY)
 	$(BIN)/python -m pytest -m "torch and slow"
+
+test-ptx: $(PTX_READY)
+	$(PTX_VENV)/bin/python -m pytest tests/ptx -m "ptx and not slow" -n $(JOBS)
+
+test-ptx-slow: $(PTX_READY)
+	$(PTX_VENV)/bin/python -m pytest tests/ptx -m ptx -n $(JOBS)
+	$(PTX_VENV)/bin/python -m tests.ptx.table
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -55,4 +80,4 @@ bench: $(READY)
 	$(BIN)/python benchmarks/train_step.py
 
 clean:
-	rm -rf $(VENV) .cache build *.egg-info
+	rm -rf $(VENV) .venv-ptx-* .cache build *.egg-info

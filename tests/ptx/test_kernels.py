@@ -3,7 +3,6 @@
 import pytest
 
 from tests.ptx import cases
-from tests.ptx.emulation import Policy
 
 pytestmark = [pytest.mark.ptx, pytest.mark.timeout(1200)]
 ROUNDINGS = 1.5

@@ -34,6 +34,7 @@ import jaxlib
 NVCC = "nvidia-cuda-nvcc-cu12==12.9.86"
 """The wheel that has ptxas."""
 SOURCES = pathlib.Path(__file__).resolve().parent / "emulator"
+DRIVER = "libcuda.so.1"
 DEFAULT_CAPABILITY = (9, 0)
 """What JAX lowers for where there is no GPU, and the stand-in driver says."""
 _COMPILER = ("g++", "-O2", "-march=native", "-std=c++17", "-Wall", "-shared", "-fPIC")
@@ -115,7 +116,7 @@ def build(source: str, soname: str | None = None) -> pathlib.Path:
 @functools.cache
 def driver() -> ctypes.CDLL:
     """The stand-in for libcuda.so.1: whoever asks for that name from now on finds it, so it is loaded first."""
-    found = ctypes.CDLL(str(build("stand_in_driver.cc", soname="libcuda.so.1")), mode=ctypes.RTLD_GLOBAL)
+    found = ctypes.CDLL(str(build("stand_in_driver.cc", soname=DRIVER)), mode=ctypes.RTLD_GLOBAL)
     found.stand_in_said.restype = ctypes.c_char_p
     return found
 
@@ -265,4 +266,8 @@ def _output_to(path: pathlib.Path) -> Iterator[None]:
 
 
 if __name__ == "__main__":
-    print(fetch())
+    try:
+        print(f"compiler of kernels in {fetch()}")
+        build("stand_in_driver.cc", soname=DRIVER), build("emulator.cc")
+    except ToolchainError as error:
+        sys.exit(str(error))

@@ -1,0 +1,106 @@
+"""Faults planted in the kernels themselves, in their machine code or in how their memory lies, are reported."""
+
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from kernels import launch, mosaic_gpu, propagate, propagate_low_rank
+from tests.ptx import cases, emulation
+
+pytestmark = pytest.mark.ptx
+PLAIN = cases.Case(1, 16, 16, 64, "float32")
+LOW_RANK = cases.Case(4, 16, 16, 64, rank=24)
+RIGHT = {PLAIN: 1e-6, LOW_RANK: 1e-2}
+"""Bounds of a norm error that only comes of rounding."""
+WAIT = r"mbarrier\.try_wait\.parity\S* P1, [^;]*;"
+PASSES = "setp.eq.b32 P1, 0, 0;"
+
+
+@functools.cache
+def expected(case):
+    arrays = {name: array.astype(jnp.float32) for name, array in case.arrays().items()}
+    return (propagate_low_rank if case.rank else propagate)(**arrays, backend="scan")
+
+
+def forward(case, edit=str, policy=emulation.Policy.RANDOM):
+    """(norm error of y, kinds of faults) of the kernel whose PTX was edited."""
+    operator = mosaic_gpu.propagate_low_rank if case.rank else mosaic_gpu.propagate
+    names = ("x", *(["proxy"] if case.rank else []), "gates", "lam", "out_gate", "merge")
+    arrays = case.arrays()
+    with emulation.emulated(edit=edit, policy=policy) as runs:
+        y = operator(*(arrays[name] for name in names), None, None)
+    return cases.norm_error(y, expected(case)), {fault.kind for run in runs for fault in run.faults}
+
+
+def replace(pattern, by, which=None):
+    """Edits the matches of `pattern`, or only the one of that number; `by` is a text or a function of the match."""
+    def edit(source):
+        matches = list(re.finditer(pattern, source))
+        assert matches
+        for match in reversed(matches if which is None else [matches[which]]):
+            text = by if isinstance(by, str) else by(match)
+            source = source[: match.start()] + text + source[match.end():]
+        return source
+
+    return edit
+
+
+def any_race(faults):
+    return any(kind.startswith("race") for kind in faults)
+
+
+@pytest.mark.parametrize("which", [0, None], ids=["first", "all"])
+def test_a_wait_for_a_turn_left_out(which):
+    """Of the directions, to add to the sum that they share. Some waits are not needed where the map is square."""
+    assert any_race(forward(PLAIN, replace(WAIT, PASSES, which))[1])
+
+
+def test_barriers_left_out():
+    assert any_race(forward(PLAIN, replace(r"bar\.sync[^;]*;", ""))[1])
+
+
+def test_a_wait_for_a_copy_left_out():
+    assert any_race(forward(LOW_RANK, replace(WAIT, PASSES), emulation.Policy.LATE_COPIES)[1])
+
+
+@pytest.mark.slow
+def test_a_fence_of_the_proxy_left_out():
+    """Of those behind the stores of `commit_smem`: the sums of the backward pass multiply what threads wrote."""
+    arrays = LOW_RANK.arrays()
+    edit = replace(r"fence\.proxy\.async[^;]*;", "")
+    with emulation.emulated(edit=lambda source: edit(source) if "sum_over" in source else source) as runs:
+        y, pull = jax.vjp(lambda x: mosaic_gpu.propagate_low_rank(
+            x, *(arrays[name] for name in ("proxy", "gates", "lam", "out_gate", "merge")), None, None), arrays["x"])
+        pull(y)
+    assert "missing proxy fence" in {fault.kind for run in runs for fault in run.faults}
+
+
+def test_a_wait_for_products_left_out():
+    assert not forward(LOW_RANK, replace(r"wgmma\.wait_group\S* 0;", ""))[0] < RIGHT[LOW_RANK]
+
+
+@pytest.mark.parametrize("which", [20, -20])
+def test_a_row_too_far(which):
+    """A row of the state or the sum is 64 channels of 4 bytes."""
+    def next_row(load):
+        return f"{load[1]}+{int(load[2] or 0) + 256}]"
+
+    error, faults = forward(PLAIN, replace(r"(ld\.shared\S*\s+\{[^}]*\}, \[%\w+)(?:\+(\d+))?\]", next_row, which))
+    assert faults or not error < RIGHT[PLAIN]
+
+
+def test_a_result_not_stored():
+    error, _ = forward(PLAIN, replace(r"st(\.global)?(\.v2)?\.b32[^;]*;", "", which=-1))
+    assert not error < RIGHT[PLAIN]  # NaN
+
+
+def test_buffers_left_to_jax(monkeypatch):
+    """It swizzles them: values are wrong, and no detector of memory can tell."""
+    monkeypatch.setattr(launch, "_row_major", lambda shape: plgpu.SMEM(shape, jnp.float32))
+    error, faults = forward(PLAIN)
+    assert error > 0.1
+    assert not faults
