@@ -14,7 +14,7 @@ GRADIENTS = ("x", "gates", "lam", "out_gate", "skip", "merge", "proxy")
 
 
 def main() -> None:
-    print(f"Emulated, JAX {jax.__version__}: norm errors relative to float64, in parentheses the scan's in that type.\n")
+    print(f"Emulated, JAX {jax.__version__}: norm errors relative to float64, in parentheses the scan's own.\n")
     print("| case | y | " + " | ".join(GRADIENTS) + " | launches | reports |")
     print("|" + "---|" * (len(GRADIENTS) + 4))
     for case in CASES:
