@@ -16,7 +16,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.mosaic.gpu import dialect_lowering
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from kernels import compat, launch, mosaic_gpu, tiles
+from kernels import compat, devices, launch, mosaic_gpu, tiles
 
 PATTERN = 8
 """Rows after which a swizzle repeats."""
@@ -51,9 +51,9 @@ def lower_with_gradients(function, *shapes):
     jax.jit(run).trace(*shapes).lower(lowering_platforms=("cuda",))
 
 
-def lower_propagate(channels=64):
+def lower_propagate(side=16, channels=64):
     array = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.bfloat16)
-    pixels = (1, 16, 16)
+    pixels = (1, side, side)
     lower_with_gradients(lambda *a: mosaic_gpu.propagate(*a, None, None), array((*pixels, channels)),
                          array((*pixels, 4, 3, channels)), array((*pixels, 4, channels)),
                          array((*pixels, 4, channels)), array((4,), dtype=jnp.float32))
@@ -84,10 +84,9 @@ def test_no_buffer_that_is_sliced_at_any_row_is_swizzled(lower, buffers):
     assert not shifted(buffers)
 
 
-def test_none_where_directions_do_not_meet_on_chip(buffers, monkeypatch):
-    monkeypatch.setattr(tiles, "SHARED_BYTES", 2**15)
-    lower_propagate()
-    assert not tiles.make_plan(16, 16, 64, directions=4).joint
+def test_none_where_directions_do_not_meet_on_chip(buffers):
+    assert not tiles.make_plan(64, 64, 16, directions=4, device=devices.DEVICES[devices.DEFAULT]).joint
+    lower_propagate(64, 16)
     assert buffers
     assert not shifted(buffers)
 
