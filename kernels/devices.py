@@ -54,7 +54,7 @@ _AMPERE = (0, 11, 2)
 0.11.1, which take every mesh for one of that capability."""
 
 DEVICES = {device.capability: device for device in (
-    Device("8.0", "A100", 162 * KIB, 160 * KIB, oldest_jax=_AMPERE),
+    Device("8.0", "A100", 162 * KIB, 160 * KIB, joint_tile=512, oldest_jax=_AMPERE),
     Device("8.6", "RTX 3090, A10", 98 * KIB, 96 * KIB, oldest_jax=_AMPERE),
     Device("8.9", "RTX 4090, L4, L40S", 98 * KIB, 96 * KIB, oldest_jax=_AMPERE),
     Device("9.0", "H100, H200", 226 * KIB, 200 * KIB, expanding=Expanding()),
@@ -110,9 +110,11 @@ def missing() -> str | None:
     if _asked.value is not None:
         return _too_old(_asked.value)
     default = get_default_device()
-    if default.platform != "gpu":
-        return f"needs an NVIDIA GPU, and this machine's device is {default.device_kind!r}"
-    found = sorted({_capability(device) for device in _candidates(default)})
+    candidates = _candidates(default)
+    for device in candidates:
+        if device.platform != "gpu":
+            return f"needs an NVIDIA GPU, and this machine's device is {device.device_kind!r}"
+    found = list(dict.fromkeys(map(_capability, candidates)))
     if len(found) > 1:  # Pallas lowers for the default device
         return (f"needs GPUs of one compute capability, and found {' and '.join(found)}: CUDA_VISIBLE_DEVICES chooses "
                 f"those of one kind")

@@ -1,0 +1,189 @@
+"""Which GPUs the kernel runs on, in which cut, and what it says of the others; no GPU is here."""
+
+import dataclasses
+import logging
+import pathlib
+import re
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import kernels
+from kernels import api, compat, devices, launch, propagate, propagate_low_rank, sharded, tiles
+from kernels.terms import Inputs, Job
+from kernels.weights import DIRECTIONS
+
+JAX = jax.__version_info__
+
+
+def gpu(capability, kind="NVIDIA GPU"):
+    return SimpleNamespace(platform="gpu", device_kind=kind, compute_capability=capability)
+
+
+def machine(monkeypatch, *gpus, default=None):
+    monkeypatch.setattr(devices, "get_default_device", lambda: default or gpus[0])
+    monkeypatch.setattr(jax, "devices", lambda: list(gpus))
+
+
+def terms(size, channels, dtype=jnp.bfloat16):
+    pixel = (4, size, size)
+    shapes = [(*pixel, channels), (*pixel, 4, 3, channels), (*pixel, 4, channels), (*pixel, 4, channels)]
+    return [*(jax.ShapeDtypeStruct(shape, dtype) for shape in shapes), jax.ShapeDtypeStruct((4,), jnp.float32)]
+
+
+def low_rank_terms(size, channels, rank):
+    shapes = [(4, size, size, channels), (4, size, size, rank), (rank, 4, 3, channels), (rank, 4, channels),
+              (rank, 4, channels)]
+    return [*(jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in shapes), jax.ShapeDtypeStruct((4,), jnp.float32)]
+
+
+@pytest.mark.parametrize("capability", devices.DEVICES)
+def test_the_kernel_is_taken_on_the_gpus_it_is_made_for(monkeypatch, capability):
+    machine(monkeypatch, gpu(capability), gpu(capability))
+    old = capability.startswith("8") and JAX < (0, 11, 2)
+    assert (kernels.available_backends()[0] == "mosaic_gpu") != old
+    assert devices.current().capability == capability
+    if old:
+        assert f"needs JAX 0.11.2 or newer on GPUs of compute capability {capability}" in devices.missing()
+
+
+@pytest.mark.parametrize("capability", ["7.0", "7.5", "8.7", "11.0", "13.0", "gfx942", "9.0a"])
+def test_other_gpus_scan_and_a_sentence_says_so(monkeypatch, capability, caplog):
+    machine(monkeypatch, gpu(capability, "Some GPU"))
+    api._log_choice.cache_clear()
+    arrays = terms(4, 8)
+    with caplog.at_level(logging.INFO, logger="kernels.api"):
+        jax.eval_shape(lambda *a: propagate(*a), *arrays)
+    sentence = (f"needs an NVIDIA GPU of compute capability 8.0, 8.6, 8.9, 9.0, 10.0, 10.3, 12.0, 12.1, and 'Some GPU' "
+                f"has {capability}")
+    assert caplog.messages == [f"Line scans run on the 'scan' backend. The 'mosaic_gpu' backend {sentence}."]
+    with pytest.raises(ValueError, match=re.escape(f"'mosaic_gpu', which {sentence}; 'scan' runs everywhere")):
+        jax.eval_shape(lambda *a: propagate(*a, backend="mosaic_gpu"), *arrays)
+    assert kernels.backend_caveats()["mosaic_gpu"] == f"{sentence}; 'scan' runs instead"
+
+
+def test_gpus_of_several_kinds_scan_unless_one_is_chosen(monkeypatch):
+    machine(monkeypatch, gpu("9.0"), gpu("10.0"))
+    assert "needs GPUs of one compute capability, and found 9.0 and 10.0" in devices.missing()
+    assert kernels.available_backends() == ("scan",)
+    with jax.default_device(jax.local_devices()[0]):  # which, here, is the GPU of 9.0
+        assert devices.missing() is None
+
+
+def test_it_is_the_mesh_that_counts(monkeypatch):
+    machine(monkeypatch, gpu("9.0"), gpu("10.0"))
+    for found, reason in (([gpu("9.0")] * 2, None), ([gpu("10.0")] * 2, "found 9.0 and 10.0"),
+                          (jax.local_devices()[:2], "device is 'cpu'")):
+        with sharded(SimpleNamespace(devices=np.array(found, object)), batch=("data",)):
+            assert devices.missing() is None if reason is None else reason in devices.missing()
+
+
+@pytest.mark.parametrize("capability", devices.DEVICES)
+def test_only_compute_capability_9_0_expands_proxies_and_elsewhere_xla_does(capability, caplog):
+    api._log_expansion.cache_clear()
+    with devices.for_device(capability), caplog.at_level(logging.INFO, logger="kernels.api"):
+        if devices.missing():
+            pytest.skip(devices.missing())
+        text = jax.jit(lambda *a: propagate_low_rank(*a)).trace(*low_rank_terms(16, 64, 32)).lower(
+            lowering_platforms=("cuda",)).as_text()
+    assert text.count("custom_call @mosaic_gpu") == 1
+    wide = "4x16x16x4x3x64xbf16" in text  # logits in device memory
+    assert wide == (capability != "9.0")
+    line = (f"XLA expands the proxy, and the plain kernel scans: the one that does both needs wgmma to expand proxies, "
+            f"which compute capability {capability} does not have.")
+    assert (line in caplog.messages) == wide
+    with devices.for_device(capability):
+        assert ("mosaic_gpu" in kernels.backend_caveats()) == wide
+
+
+def allocated(shapes):
+    """Bytes of a block's shared memory in types of scratch memory; a barrier has 8."""
+    leaves = jax.tree.leaves(shapes, is_leaf=lambda node: not isinstance(node, tuple))
+    return sum(np.prod(leaf.shape) * jnp.dtype(leaf.dtype).itemsize if hasattr(leaf, "shape") else 8 * np.prod(leaf.num_barriers)
+               for leaf in leaves)
+
+
+@pytest.mark.parametrize("capability", devices.DEVICES)
+def test_what_a_block_takes_fits_into_its_shared_memory(capability):
+    """As allocated for the backward pass, which takes more."""
+    device = devices.DEVICES[capability]
+    for height, width in [(4, 4), (16, 16), (32, 32), (64, 64), (1024, 1024), (20, 72), (7, 9), (1, 700)]:
+        for channels in (1, 8, 64, 72, 1152, 1500):
+            for directions in (DIRECTIONS, DIRECTIONS[:1]):
+                plan = tiles.make_plan(height, width, channels, directions=len(directions), device=device)
+                if plan is None:
+                    assert (height, width) == (1024, 1024) or device.scan_bytes < 2**17
+                    continue
+                job = Job(directions, None, logits=True, lam=True, out_gate=True, skip=False)
+                shared = launch._shared(job, plan, Inputs(*[None] * 6), plan.handed_on)
+                assert 0 < allocated(shared) <= device.shared_bytes
+
+
+def test_a_function_is_traced_anew_for_another_device():
+    @jax.jit
+    def slabs():
+        found.append(tiles.make_plan(16, 16, 1536, directions=4, device=devices.current()).slab)
+        return 0
+
+    found = []
+    for capability in ("9.0", "8.9", "9.0", "8.9"):
+        with devices.for_device(capability):
+            slabs()
+    assert found == [64, 32]
+
+
+def test_pallas_lowers_for_the_device_that_was_asked_for():
+    from jax.experimental.mosaic.gpu import core, utils
+
+    def inferred():
+        return (core if hasattr(core, "_infer_arch") else utils)._infer_arch()
+
+    with devices.for_device("12.1"):
+        assert inferred() == (12, 1)
+        with devices.for_device(dataclasses.replace(devices.DEVICES["8.0"], scan_bytes=2**14)) as tuned:
+            assert inferred() == (8, 0)
+            assert devices.current() == tuned
+    assert inferred() == (9, 0)
+    assert devices.current().capability == "9.0"
+
+
+def test_a_device_that_is_not_there_is_named():
+    with pytest.raises(ValueError, match=r"a compute capability of 8\.0, .*, 12\.1, found '7\.5'\."):
+        devices.for_device("7.5").__enter__()
+
+
+@pytest.mark.parametrize(("break_it", "said"), [
+    ("import jax.experimental.pallas.mosaic_gpu as m; del m.ACC", "cannot import name 'ACC'"),
+    ("import sys; sys.modules['jax.experimental.pallas.mosaic_gpu'] = None", "import of jax.experimental.pallas.mosaic_gpu halted"),
+], ids=["name", "module"])
+def test_a_jax_that_moves_a_name_of_pallas_costs_the_kernel_alone(break_it, said):
+    program = f"""{break_it}
+import jax.numpy as jnp, kernels
+assert kernels.available_backends() == ("scan",)
+x = jnp.ones((1, 2, 2, 1))
+h = kernels.line_scan(x, x, x, x, direction="down")
+assert h.sum() == 8, h
+print(kernels.backend_caveats()["mosaic_gpu"])
+try:
+    kernels.line_scan(x, x, x, x, direction="down", backend="mosaic_gpu")
+except ValueError as error:
+    print(error)
+"""
+    shown = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True,
+                           cwd=pathlib.Path(__file__).parents[2]).stdout
+    caveat, error = shown.splitlines()
+    assert caveat.startswith(f"cannot be had from this JAX ({jax.__version__}: ") and said in caveat
+    assert caveat.endswith("'scan' runs instead")
+    assert "'mosaic_gpu', which cannot be had from this JAX" in error and "'scan' runs everywhere" in error
+
+
+def test_every_name_of_pallas_that_is_used_is_looked_for_at_import():
+    folder = pathlib.Path(kernels.__file__).parent
+    used = {name for path in folder.glob("*.py") for name in re.findall(r"\bplgpu\.([A-Za-z]\w*)", path.read_text())}
+    only_if_there = {"store", "transpose_ref", "InterpretGPUParams"}
+    assert used - only_if_there == set(compat.PALLAS_NAMES)
