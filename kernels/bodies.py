@@ -11,7 +11,7 @@ from jaxtyping import Array, Float
 
 from kernels import compat, tiles
 from kernels.terms import KINDS, LAM, OUT_GATE, SKIP, Inputs, Job
-from kernels.walk import Shared, Walk, clear, finish, meet, take_turn, visit_mine
+from kernels.walk import Shared, Walk, begin_line, clear, finish, meet, take_turn, visit_mine
 from kernels.weights import LOGIT_FLOOR
 
 
@@ -76,7 +76,7 @@ def forward(inputs: Inputs, outputs, shared: Shared, *, job: Job, plan: tiles.Pl
         return tuple(fetched)
 
     def visit(walk: Walk) -> None:
-        lines = walk.lines
+        lines, merge = walk.lines, walk.read_merge(inputs.merge)
 
         def scan_tile(t: Array, position: Any, fetched: tuple[Array, ...]) -> Float[Array, "P slab"]:
             """A tile of y, stored if the directions do not meet."""
@@ -117,18 +117,22 @@ def forward(inputs: Inputs, outputs, shared: Shared, *, job: Job, plan: tiles.Pl
             if job.skip:
                 y = y + term() * x
             if inputs.merge is not None:
-                y = y * _read_merge(walk, inputs.merge)
+                y = y * merge
             if not plan.joint:
                 compat.store(outputs[0], walk.index(t, position, walk.k), y)
             return y
 
-        # the next line's loads are under way while a line is computed
-        def step(t, fetched):
-            following = tuple(fetch(walk, t + 1, position) for position in walk.positions())
-            results = [(position, scan_tile(t, position, tile))
-                       for position, tile in zip(walk.positions(), fetched, strict=True)]
-            take_turn(walk, shared, t, results) if plan.joint else meet(plan, shared)
-            return following
+        def step(t, queue):
+            begin_line(plan, shared)
+            positions, results = walk.positions(), []
+            for m, position in enumerate(positions):
+                tile, *queue = queue
+                results.append((position, scan_tile(t, position, tile)))
+                ahead, at = divmod(m + 2, len(positions))
+                queue.append(fetch(walk, t + ahead, positions[at]))
+            if plan.joint:
+                take_turn(walk, shared, t, results)
+            return tuple(queue)
 
         def expanding_step(t, fetched):
             def scan_and_fetch(position, nothing, tile):
@@ -145,17 +149,16 @@ def forward(inputs: Inputs, outputs, shared: Shared, *, job: Job, plan: tiles.Pl
             expansion.begin(inputs, walk)
             expansion.expand(inputs, walk, 0)
             meet(plan, shared)
-        first = tuple(fetch(walk, jnp.int32(0), position) for position in walk.positions())
-        lax.fori_loop(0, lines.count, expanding_step if plan.expands else step, first)
-        if plan.expands:
+            first = tuple(fetch(walk, jnp.int32(0), position) for position in walk.positions())
+            lax.fori_loop(0, lines.count, expanding_step, first)
             expansion.end(lines.count)
+        else:
+            positions = walk.positions()
+            first = [divmod(m, len(positions)) for m in range(2)]
+            lax.fori_loop(0, lines.count, step, tuple(fetch(walk, jnp.int32(t), positions[m]) for t, m in first))
         finish(walk, shared, outputs[0])
 
     visit_mine(job, plan, visit)
-
-
-def _read_merge(walk: Walk, merge: Any) -> Array:
-    return walk.read(merge, (walk.k, pl.ds(0, walk.lines.positions), pl.ds(walk.start, walk.plan.slab)))
 
 
 def backward(inputs, outputs, shared: Shared, *, job: Job, plan: tiles.Plan):
@@ -172,41 +175,51 @@ def backward(inputs, outputs, shared: Shared, *, job: Job, plan: tiles.Plan):
         walk = walk._replace(backwards=True)
         lines, k = walk.lines, walk.k
         zeros = compat.zeros((lines.positions, plan.slab), plan.layout)
+        merge = walk.read_merge(inputs.merge)
 
-        def scan_tile(n: Array, position: Any, by_merge: Array, from_center: Array | None) -> tuple[Array, ...]:
-            """(by_merge, what center hands on, adjoint of x), the latter stored if the directions do not meet."""
+        def fetch_pixel(n: Array, position: Any) -> dict[str, Array]:
+            """What a pixel's own terms need, as it is in memory."""
+            t = walk.visited(lax.min(n, lines.count - 1))
+            read = functools.partial(compat.load, layout=plan.layout)
+            found = {"x": read(inputs.x, walk.index(t, position)), "gy": read(cotangent, walk.index(t, position))}
+            if job.out_gate:
+                found["h"] = read(saved[k], walk.index(t, position, halo=1))
+            terms = {name: getattr(inputs, name) for name in ("lam", "out_gate", "skip")}
+            return found | {name: read(ref, walk.index(t, position, k)) for name, ref in terms.items() if ref is not None}
+
+        def fetch_weights(n: Array, position: Any) -> tuple[list[Array], list[Array]]:
+            """The weights of a tile, and the states of the line before to their left, in the middle and to their right;
+            for the first line of a chunk these are not used."""
+            t = walk.visited(n)
+            weights = [walk.load_weight(inputs.weights, t, position, kind) for kind in range(3)]
+            index = functools.partial(walk.index, lax.max(t - 1, 0), position)
+            return weights, [compat.load(saved[k], index(halo=halo), plan.layout) for halo in range(3)]
+
+        def pull_pixel(
+            n: Array, position: Any, fetched: dict[str, Array], by_merge: Array, from_center: Array | None
+        ) -> tuple[Array, Array, Array]:
+            """(by_merge, adjoint of h, adjoint of x), the latter stored if the directions do not meet."""
             t, parity = walk.visited(n), lax.rem(n, 2)
-
-            def read(kind: int) -> Array:
-                return walk.read(getattr(inputs, KINDS[kind]), walk.index(t, position, k))
+            fetched = {name: tile.astype(jnp.float32) for name, tile in fetched.items()}
+            x, gy = fetched["x"], fetched["gy"]
 
             def write(kind: int, tile: Array) -> None:
                 compat.store(getattr(by, KINDS[kind]), walk.index(t, position, k), tile)
 
-            def write_weight(kind: int, tile: Array) -> None:
-                *pixel, channels = walk.index(t, position, k, kind)
-                at = lax.axis_index("slab") if job.shared else channels
-                compat.store(by.weights, (*pixel, at), tile)
-
-            x = walk.read(inputs.x, walk.index(t, position))
-            gy = walk.read(cotangent, walk.index(t, position))
-
-            # the adjoint of h, and what the pixel's own terms get; few values are alive at a time
+            # few values are alive at a time
             if not center_in_registers:
                 from_center = walk.read(state, walk.state(parity, 2, position, 1))
             adjoint = from_center + walk.read(state, walk.state(parity, 0, position, 2))
             adjoint = adjoint + walk.read(state, walk.state(parity, 1, position, 0))
             by_x = None
             if job.out_gate:
-                out_gate, scaled = read(OUT_GATE), gy * _read_merge(walk, inputs.merge)
-                h = walk.read(saved[k], walk.index(t, position, halo=1))
+                out_gate, h, scaled = fetched["out_gate"], fetched["h"], gy * merge
                 term = out_gate * h
                 write(OUT_GATE, scaled * h)
                 if job.skip:
-                    skip = read(SKIP)
-                    term = term + skip * x
+                    term = term + fetched["skip"] * x
                     write(SKIP, scaled * x)
-                    by_x = scaled * skip
+                    by_x = scaled * fetched["skip"]
                 by_merge = by_merge + gy * term
                 adjoint = adjoint + scaled * out_gate
             else:
@@ -214,14 +227,25 @@ def backward(inputs, outputs, shared: Shared, *, job: Job, plan: tiles.Plan):
             adjoint_x = adjoint
             if job.lam:
                 write(LAM, adjoint * x)
-                adjoint_x = adjoint * read(LAM)
+                adjoint_x = adjoint * fetched["lam"]
             if by_x is not None:
                 adjoint_x = adjoint_x + by_x
             if not plan.joint:
                 compat.store(by.x, walk.index(t, position, k), adjoint_x)
+            return by_merge, adjoint, adjoint_x
 
-            # the weights once more, and what they get
-            weights = [walk.load_weight(inputs.weights, t, position, kind).astype(jnp.float32) for kind in range(3)]
+        def pull_weights(
+            n: Array, position: Any, weights: list[Array], before: list[Array], adjoint: Array
+        ) -> Array | None:
+            """Computes the weights once more and what they get; returns what center hands on, if in registers."""
+            t, parity = walk.visited(n), lax.rem(n, 2)
+
+            def write_weight(kind: int, tile: Array) -> None:
+                *pixel, channels = walk.index(t, position, k, kind)
+                at = lax.axis_index("slab") if job.shared else channels
+                compat.store(by.weights, (*pixel, at), tile)
+
+            weights = [weight.astype(jnp.float32) for weight in weights]
             has_left, has_right = walk.neighbours(position, shared=job.shared)
             if job.logits:
                 weights, complements = normalised(weights, has_left, has_right)
@@ -232,8 +256,7 @@ def backward(inputs, outputs, shared: Shared, *, job: Job, plan: tiles.Plan):
             left, center, right = map(walk.spread, (left, center, right))
             state[walk.state(1 - parity, 0, position, 1)] = walk.unless_first(t, left * adjoint)
             state[walk.state(1 - parity, 1, position, 1)] = walk.unless_first(t, right * adjoint)
-            # line t - 1, which for the first line of a chunk is not there
-            before = [walk.read(saved[k], walk.index(lax.max(t - 1, 0), position, halo=halo)) for halo in range(3)]
+            before = [tile.astype(jnp.float32) for tile in before]
             if job.shared:
                 gradients = by_weights(adjoint, before, *walk.neighbours(position))
                 gradients = [walk.sum_of_channels(gradient) for gradient in gradients]
@@ -247,25 +270,43 @@ def backward(inputs, outputs, shared: Shared, *, job: Job, plan: tiles.Plan):
             if not center_in_registers:
                 state[walk.state(1 - parity, 2, position, 1)] = from_center
                 from_center = None
-            return by_merge, from_center, adjoint_x
+            return from_center
 
         def joint_step(n, carry):
-            (by_merge, carried), results, following = carry, [], []
-            for position, from_center in zip(walk.positions(), carried, strict=True):
-                by_merge, from_center, adjoint_x = scan_tile(n, position, by_merge, from_center)
+            """What the weights of a tile need is on its way while its pixels are computed, and what the next pixels
+            need while the weights are. The barrier of the line and the turn keep ptxas from moving these loads down."""
+            (by_merge, carried, pixel), results, following = carry, [], []
+            positions = walk.positions()
+            for m, (position, from_center) in enumerate(zip(positions, carried, strict=True)):
+                weights = fetch_weights(n, position)
+                if m == 0:
+                    begin_line(plan, shared)
+                by_merge, adjoint, adjoint_x = pull_pixel(n, position, pixel, by_merge, from_center)
+                last = m + 1 == len(positions)
+                pixel = fetch_pixel(n + 1, positions[0]) if last else fetch_pixel(n, positions[m + 1])
                 results.append((position, adjoint_x))
-                following.append(from_center)
-            take_turn(walk, shared, walk.visited(n), results)
-            return by_merge, tuple(following)
+                if last:
+                    take_turn(walk, shared, walk.visited(n), results)
+                following.append(pull_weights(n, position, *weights, adjoint))
+            return by_merge, tuple(following), pixel
 
         def step(n, carry):
-            carry = _tile_by_tile(walk, lambda position, *own: scan_tile(n, position, *own)[:2], *carry)
-            meet(plan, shared)
-            return carry
+            begin_line(plan, shared)
+
+            def pull(position, by_merge, from_center):
+                pixel, weights = fetch_pixel(n, position), fetch_weights(n, position)
+                by_merge, adjoint, _ = pull_pixel(n, position, pixel, by_merge, from_center)
+                return by_merge, pull_weights(n, position, *weights, adjoint)
+
+            return _tile_by_tile(walk, pull, *carry)
 
         clear(walk, shared, plan.handed_on)
         carried = (zeros if center_in_registers else None,) * len(walk.positions())
-        by_merge, _ = lax.fori_loop(0, lines.count, joint_step if plan.joint else step, (zeros, carried))
+        if plan.joint:
+            carry = zeros, carried, fetch_pixel(jnp.int32(0), walk.positions()[0])
+            by_merge, *_ = lax.fori_loop(0, lines.count, joint_step, carry)
+        else:
+            by_merge, _ = lax.fori_loop(0, lines.count, step, (zeros, carried))
         if job.out_gate:
             writer = 0 if plan.joint else walk.warpgroup
             mine = pl.ds(writer * lines.positions, lines.positions)
@@ -288,11 +329,12 @@ def adjoint(inputs, outputs, shared: Shared, *, job: Job, plan: tiles.Plan):
         walk = walk._replace(backwards=True)
         lines = walk.lines
         zeros = compat.zeros((lines.positions, plan.slab), plan.layout)
+        merge = walk.read_merge(inputs.merge)
 
         def scan_tile(n: Array, position: Any, from_center: Array) -> Array:
             """What center hands on."""
             t, parity = walk.visited(n), lax.rem(n, 2)
-            scaled = walk.read(cotangent, walk.index(t, position)) * _read_merge(walk, inputs.merge)
+            scaled = walk.read(cotangent, walk.index(t, position)) * merge
             found = from_center + walk.read(state, walk.state(parity, 0, position, 2))
             found = found + walk.read(state, walk.state(parity, 1, position, 0))
             found = found + scaled * expansion.read(walk, n, position, OUT_GATE)

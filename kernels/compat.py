@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
+from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array
 
@@ -111,12 +112,25 @@ def lower_for(capability: Callable[[], tuple[int, int] | None]) -> None:
 
 
 def kernel(body: Any, **options: Any) -> Any:
-    """`plgpu.kernel` with warpgroup lowering (0.10 would choose another), interpreted inside `interpreted()`."""
-    parameters = plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Warpgroup)
+    """`plgpu.kernel` with warpgroup lowering (0.10 would choose another), interpreted inside `interpreted()`.
+
+    Pallas would put a barrier before and after each store. Our kernels have their own: see `warpgroup_barrier`.
+    """
+    parameters = plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Warpgroup,
+                                      unsafe_no_auto_barriers=True)
     interpret = _interpreting.get()
     if interpret is not None:
         options["interpret"] = interpret
     return plgpu.kernel(body, compiler_params=parameters, **options)
+
+
+def warpgroup_barrier() -> None:
+    """All threads of this warpgroup are here: what one of them wrote before, all of them read afterwards.
+
+    ptxas moves no load across it. The interpreter has one thread for a warpgroup, which needs none.
+    """
+    if not interpreting():
+        plgpu.inline_mgpu()(lambda _: mgpu.warpgroup_barrier())()
 
 
 def load(ref: Any, index: tuple, layout: Any) -> Array:

@@ -22,7 +22,7 @@ def forward(job: Job, plan: tiles.Plan, inputs: Inputs, *, save: bool) -> tuple[
     outputs = [jax.ShapeDtypeStruct(shape, inputs.x.dtype)]
     if save:
         outputs += [jax.ShapeDtypeStruct(_state_shape(inputs.x.shape, d), inputs.x.dtype) for d in job.directions]
-    y, *states = _scan(body, job, plan, _tiled_merge(inputs, plan), outputs, states=1)
+    y, *states = _scan(body, job, plan, inputs, outputs, states=1)
     return (y if plan.joint else _sum_directions(y)), tuple(states)
 
 
@@ -41,7 +41,7 @@ def backward(
         positions = _writers(plan) * max(plan.rows.positions, plan.columns.positions)
         blocks = (batch, len(job.directions), plan.slabs)
         outputs = outputs._replace(merge=jax.ShapeDtypeStruct((*blocks, positions, plan.slab), jnp.float32))
-    arrays = (_tiled_merge(inputs, plan), (cotangent.astype(inputs.x.dtype), *states))
+    arrays = (inputs, (cotangent.astype(inputs.x.dtype), *states))
     by = _scan(body, job, plan, arrays, outputs, states=plan.handed_on)
     if not plan.joint:
         by = by._replace(x=_sum_directions(by.x))
@@ -58,7 +58,7 @@ def adjoint(
     """(cotangent of x, adjoint of every state) of a plan that expands its terms."""
     body = functools.partial(bodies.adjoint, job=job, plan=plan)
     outputs = _terms(job, inputs), _terms(job, inputs)
-    by_x, adjoints = _scan(body, job, plan, (_tiled_merge(inputs, plan), cotangent), outputs, states=plan.handed_on)
+    by_x, adjoints = _scan(body, job, plan, (inputs, cotangent), outputs, states=plan.handed_on)
     return _sum_directions(by_x), adjoints
 
 
@@ -82,14 +82,6 @@ def _state_shape(shape: tuple[int, ...], direction: str) -> tuple[int, ...]:
     batch, height, width, channels = shape
     rows = direction in ("down", "up")
     return (batch, height, width + 2, channels) if rows else (batch, height + 2, width, channels)
-
-
-def _tiled_merge(inputs: Inputs, plan: tiles.Plan) -> Inputs:
-    if inputs.merge is None:
-        return inputs
-    directions, channels = inputs.merge.shape
-    positions = max(plan.rows.positions, plan.columns.positions)
-    return inputs._replace(merge=jnp.broadcast_to(inputs.merge[:, None], (directions, positions, channels)))
 
 
 def _writers(plan: tiles.Plan) -> int:

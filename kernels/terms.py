@@ -36,7 +36,7 @@ class Inputs(NamedTuple):
     skip: Any
     """[B, H, W, K, C]"""
     merge: Any
-    """[K, P, C] float32, the same for each of the P positions of a tile"""
+    """[K, C] float32"""
     proxy: Any = None
     """[2, B / n, lines, n L, d]: lines of n images side by side, rows and then columns; see `Expansion`"""
     up: Any = None

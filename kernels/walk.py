@@ -100,6 +100,13 @@ class Walk(NamedTuple):
             tile = jnp.where(channel >= lax.axis_index("slab") * self.plan.slab, tile, 0.0)
         return tile.sum(1)
 
+    def read_merge(self, merge: Any) -> Float[Array, "P slab"] | None:
+        """The factors of this direction's channels, spread over the positions of a tile: two numbers a thread."""
+        if merge is None:
+            return None
+        factors = compat.load(merge, (self.k, pl.ds(self.start, self.plan.slab)), self.plan.layout.reduce(0))
+        return lax.broadcast_in_dim(factors, (self.lines.positions, self.plan.slab), (1,))
+
     def state(self, parity: Array | int, kind: int, position: Any, offset: int) -> tuple:
         """Index in the state of the tile at `position`, or of its left (offset 0) or right (2) neighbours."""
         at = pl.ds(self.row(position) + offset, self.lines.positions)
@@ -147,36 +154,56 @@ class Shared(NamedTuple):
 
 
 def meet(plan: tiles.Plan, shared: Shared) -> None:
+    """All warpgroups of the block are here: what one wrote before, all see afterwards."""
     if plan.warpgroups > 1:
         plgpu.barrier_arrive(shared.meeting)
         plgpu.barrier_wait(shared.meeting)
+    else:
+        compat.warpgroup_barrier()
+
+
+def begin_line(plan: tiles.Plan, shared: Shared) -> None:
+    """All threads that share a line are here: what the line before wrote to the state is seen.
+
+    As the state has two buffers, this is also all that keeps a line from overwriting what the one before still reads.
+    Loads issued before it stay before it, under the computation of the line.
+    """
+    if plan.joint:
+        compat.warpgroup_barrier()
+    else:
+        meet(plan, shared)
 
 
 def clear(walk: Walk, shared: Shared, kinds: int) -> None:
-    """Zeroes the state before the first line, the position beyond each end included, and the total."""
-    plan = walk.plan
-    zeros = compat.zeros((walk.lines.positions, plan.slab), plan.layout)
+    """Zeroes the state before the first line, the position beyond each end included, and the total.
 
-    def clear_state():
-        @pl.loop(0, walk.lines.tiles)
-        def _(n):
-            for parity, kind, offset in itertools.product((0, 1), range(kinds), (0, 2)):
-                shared.state[walk.state(parity, kind, n * walk.lines.positions, offset)] = zeros
+    Others see the zeros once a line began, or all met.
+    """
+    plan, positions = walk.plan, walk.lines.positions
+    zeros = compat.zeros((positions, plan.slab), plan.layout)
 
-    if plan.expands:
-        def clear_mine(offset):
-            for parity, kind, position in itertools.product((0, 1), range(kinds), walk.positions()):
-                shared.state[walk.state(parity, kind, position, offset)] = zeros
+    def clear_at(position: Any, offset: int) -> None:
+        for parity, kind in itertools.product((0, 1), range(kinds)):
+            shared.state[walk.state(parity, kind, position, offset)] = zeros
 
-        clear_mine(0)
-        pl.when(walk.warpgroup == plan.warpgroups - 1)(functools.partial(clear_mine, 2))
-        meet(plan, shared)
+    def clear_end(position: Any) -> None:
+        """The two positions beyond the last tile; it is stored to once more, by other threads."""
+        compat.warpgroup_barrier()
+        clear_at(position, 2)
+
+    def clear_line() -> None:
+        pl.loop(0, walk.lines.tiles)(lambda n: clear_at(n * positions, 0))
+        clear_end((walk.lines.tiles - 1) * positions)
+
+    if plan.expands:  # each warpgroup its part
+        for position in walk.positions():
+            clear_at(position, 0)
+        pl.when(walk.warpgroup == plan.warpgroups - 1)(lambda: clear_end(walk.positions()[-1]))
         return
     if not plan.joint:
-        pl.when(walk.warpgroup == 0)(clear_state)
-        meet(plan, shared)
+        pl.when(walk.warpgroup == 0)(clear_line)
         return
-    clear_state()
+    clear_line()
     if walk.k == 0:  # the first to add
 
         @pl.loop(0, plan.height)
