@@ -4,8 +4,8 @@ python benchmarks/image_loader.py --images CIFAR/train                     one f
 python benchmarks/image_loader.py                                          5,000 made-up JPEGs of 32x32
 python benchmarks/image_loader.py --images CIFAR/train --out benchmarks/results/image_loader_cpu.json
 
-Both sides give the same batches, flips drawn, in turns in this process; the first batches of both are compared.
-`--cores` restricts the process to that many cores, so that results of different machines compare.
+Both sides give the same batches, flips drawn, in turns in this process; their first batches are compared. `--cores`
+restricts the process to that many cores, so that results of different machines compare.
 """
 
 import argparse
