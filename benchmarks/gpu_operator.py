@@ -3,14 +3,15 @@
     python benchmarks/gpu_operator.py --out benchmarks/results/operator_gpu.json [--quick] [--tables operator ...]
 
 Values and gradients are checked first (gpu_values.py; `--values` names its result if it was made before); nothing is
-timed if one is wrong, unless `--anyway` asks for it. Then seven tables: (1) copy: the device's own bandwidth. (2) products:
-the matrix products of a block of GSPN-XL/2, 1500 wide, against 1536. (3) convolutions: depthwise 7x7 and 3x3 by cuDNN, in
-float32 and bfloat16, against sums of shifted products. (4) operator: forward and backward, milliseconds, share of the
-copy's bandwidth (each input read once, each output written once) and, without `--quick`, the ratio to the scan backend
-compiled by XLA; overlapping slabs, maps that are filled up and weights that are spread over channels have rows of their
-own, which is what they cost. (5) low_rank: the kernel that expands the proxy by itself against XLA's product and the
-plain kernel, alone and (6) blocks: within the mixer of a GSPN block. (7) attention at equal tokens and width, 256 to
-65,536 tokens, and where the lines cross; only cuDNN's flash attention is compared with.
+timed if one is wrong, unless `--anyway` asks for it. Then seven tables: (1) copy: the device's own bandwidth.
+(2) products: the matrix products of a block of GSPN-XL/2, 1500 wide, against 1536. (3) convolutions: depthwise 7x7
+and 3x3 by cuDNN, in float32 and bfloat16, against sums of shifted products. (4) operator: forward and backward,
+milliseconds, share of the copy's bandwidth (each input read once, each output written once) and, without `--quick`,
+the ratio to the scan backend compiled by XLA; overlapping slabs, maps that are filled up and weights that are spread
+over channels have rows of their own, which is what they cost. (5) low_rank: the kernel that expands the proxy by
+itself against XLA's product and the plain kernel, alone and (6) blocks: within the mixer of a GSPN block. (7)
+attention at equal tokens and width, 256 to 65,536 tokens, and where the lines cross; only cuDNN's flash attention is
+compared with.
 
 All sides of a ratio run in turns in this process; times are the best of `--repeats` of ten calls in a row. Results are
 written after each row, and a table that fails does not stop the next. With another device than an NVIDIA GPU of compute
@@ -55,6 +56,8 @@ class Sizes:
 
     copied_values: int = 2**28
     calls: int = 10
+    untimed: int = 2
+    """Repeats before those that are timed."""
     rows: int = 8192
     widths: tuple = (1500, 1536)
     convolutions: tuple = ((64, 16, 16, 1500, 7), (64, 16, 16, 1500, 3), (16, 32, 32, 1200, 7))
@@ -86,7 +89,7 @@ FULL = Sizes()
 QUICK = dataclasses.replace(FULL, convolutions=FULL.convolutions[:1], operator=FULL.operator[:2] + FULL.operator[3:5],
                             against_scan=False, low_rank=FULL.low_rank[:1], blocks=FULL.blocks[:1],
                             attention=FULL.attention[:2])
-TINY = Sizes(copied_values=2**10, calls=1, rows=16, widths=(12, 16), convolutions=((1, 4, 4, 8, 3),),
+TINY = Sizes(copied_values=2**10, calls=1, untimed=0, rows=16, widths=(12, 16), convolutions=((1, 4, 4, 8, 3),),
              operator=((1, 4, 4, 64, 4, None),), low_rank=((2, 4, 64, 16),), blocks=(("GSPN-S/2", 2, 4),),
              attention=((1, 2), (1, 4)), width=64, heads=1)
 """What takes seconds in the interpreter; the model of a block is made smaller too (`block_mixer`)."""
@@ -112,20 +115,20 @@ def passes(function: Callable, arrays: tuple) -> dict[str, Callable]:
             "both": functools.partial(jax.jit(both), *arrays)}
 
 
-def best_seconds(runs: dict[str, Callable], repeats: int, calls: int) -> dict[str, float]:
-    """The shortest of the repeats of each, taken in turns after two that are not timed.
+def best_seconds(runs: dict[str, Callable], repeats: int, sizes: Sizes) -> dict[str, float]:
+    """The shortest of the repeats of each, taken in turns after some that are not timed.
 
-    A repeat is `calls` calls in a row: the device works on one while the host sends for the next.
+    A repeat is `sizes.calls` calls in a row: the device works on one while the host sends for the next.
     """
     times = {name: [] for name in runs}
-    for _ in range(repeats + 2):
+    for _ in range(repeats + sizes.untimed):
         for name, run in runs.items():
             start = time.perf_counter()
-            for _ in range(calls):
+            for _ in range(sizes.calls):
                 result = run()
             jax.block_until_ready(result)
-            times[name].append((time.perf_counter() - start) / calls)
-    return {name: min(values[2:]) for name, values in times.items()}
+            times[name].append((time.perf_counter() - start) / sizes.calls)
+    return {name: min(values[sizes.untimed:]) for name, values in times.items()}
 
 
 def needed_bytes(arrays: tuple) -> dict[str, int]:
@@ -139,7 +142,7 @@ def copy(sizes: Sizes, repeats: int) -> Rows:
     """Bytes per second, read and written, of a device copy of 1 GiB."""
     array = jnp.ones(sizes.copied_values, jnp.float32)
     run = jax.jit(lambda a: a + 1)
-    seconds = best_seconds({"copy": lambda: run(array)}, repeats, sizes.calls)["copy"]
+    seconds = best_seconds({"copy": lambda: run(array)}, repeats, sizes)["copy"]
     yield {"bytes": 2 * array.nbytes, "ms": seconds * 1e3, "bytes_per_second": 2 * array.nbytes / seconds}
 
 
@@ -153,7 +156,7 @@ def products(sizes: Sizes, repeats: int) -> Rows:
         runs = {"forward": functools.partial(jax.jit(lambda x, w: x @ w), x, w),
                 "by_x": functools.partial(jax.jit(lambda g, w: g @ w.T), g, w),
                 "by_w": functools.partial(jax.jit(lambda x, g: x.T @ g), x, g)}
-        seconds = best_seconds(runs, repeats, sizes.calls)
+        seconds = best_seconds(runs, repeats, sizes)
         flops = 2 * sizes.rows * width**2
         first = first or sum(seconds.values())
         yield {"shape": [sizes.rows, width, width], **{f"{name}_ms": value * 1e3 for name, value in seconds.items()},
@@ -197,7 +200,7 @@ def convolutions(sizes: Sizes, repeats: int) -> Rows:
                 sides["by_kernel"] = {"grouped": functools.partial(by_kernel, x, kernel, cotangent),
                                       "shifted": functools.partial(jax.jit(shifted_by_kernel), x, kernel, cotangent)}
             for which, both in sides.items():
-                seconds = best_seconds(both, repeats, sizes.calls)
+                seconds = best_seconds(both, repeats, sizes)
                 yield {"shape": shape, "kernel": side, "dtype": jnp.dtype(dtype).name,
                        "result": jnp.dtype(result).name, "pass": which,
                        **{f"{name}_ms": value * 1e3 for name, value in seconds.items()},
@@ -210,7 +213,7 @@ def against_memory(sizes: Sizes, repeats: int) -> Rows:
         backends = ("mosaic_gpu", "scan") if sizes.against_scan else ("mosaic_gpu",)
         runs = {backend: passes(operator(backend, chunk), arrays) for backend in backends}
         for which, needed in needed_bytes(arrays).items():
-            seconds = best_seconds({backend: run[which] for backend, run in runs.items()}, repeats, sizes.calls)
+            seconds = best_seconds({backend: run[which] for backend, run in runs.items()}, repeats, sizes)
             row = {"shape": shape, "groups": groups, "chunk": chunk, "pass": which,
                    "ms": seconds["mosaic_gpu"] * 1e3, "bytes": needed}
             if sizes.against_scan:
@@ -236,7 +239,7 @@ def fused_against_unfused(what: str, function: Callable, arrays: tuple, sizes: S
     for which in ("forward", "both"):
         with xla_expands():
             unfused[which]()
-        seconds = best_seconds({"fused": fused[which], "unfused": unfused[which]}, repeats, sizes.calls)
+        seconds = best_seconds({"fused": fused[which], "unfused": unfused[which]}, repeats, sizes)
         yield {"what": what, "pass": which, "fused_ms": seconds["fused"] * 1e3,
                "unfused_ms": seconds["unfused"] * 1e3, "ratio": seconds["unfused"] / seconds["fused"]}
 
@@ -275,7 +278,7 @@ def against_attention(sizes: Sizes, repeats: int) -> Rows:
         choice = attention.choose(qkv.shape[1:], qkv.dtype)
         ours, theirs = passes(operator("mosaic_gpu"), arrays), passes(attention.attention, tuple(qkv))
         for which in ("forward", "backward"):
-            seconds = best_seconds({"kernel": ours[which], "attention": theirs[which]}, repeats, sizes.calls)
+            seconds = best_seconds({"kernel": ours[which], "attention": theirs[which]}, repeats, sizes)
             ratio = seconds["attention"] / seconds["kernel"] if choice.fair else None
             yield {"tokens": side * side, "batch": batch, "width": sizes.width, "pass": which,
                    "ms": seconds["kernel"] * 1e3, "attention_ms": seconds["attention"] * 1e3,

@@ -3,8 +3,8 @@
     python benchmarks/gpu_values.py --out benchmarks/results/values_gpu.json [--processes 8] [--limit 120]
 
 The truth is a loop over pixels in NumPy (tests/kernels/numpy_scan.py). Each case runs in a process of its own, several
-side by side: what takes longest is the compiler, and a case that ends in a crash or hangs costs no other. The results are
-written after each. Exit code 1 if a value is wrong or missing. With another device than an NVIDIA GPU of compute
+side by side: what takes longest is the compiler, and a case that ends in a crash or hangs costs no other. The results
+are written after each. Exit code 1 if a value is wrong or missing. With another device than an NVIDIA GPU of compute
 capability 8.0 or newer the script stops with a sentence; `--rehearse` interprets small cases on a CPU.
 """
 
