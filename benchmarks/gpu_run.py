@@ -1,13 +1,14 @@
-"""A real run for as long as there is time: a GSPN on CIFAR-10's pixels, its samples, and what a classifier says of them.
+"""A real run for as long as there is time: a GSPN on CIFAR-10's pixels, its samples, and what a classifier says.
 
     python benchmarks/gpu_run.py --images CIFAR --seconds 120 --out run.json --grid samples.png
 
-`CIFAR` holds `train/<class>/*.jpg` and `test/<class>/*.jpg`, or is a .tar.gz of those. GSPN-S/2 in patches of 2 (16x16
-tokens), flow matching, bfloat16, images in memory, a constant learning rate after the warm-up, samples from the average of
-the parameters. When the time is up the run gets SIGTERM, as from a scheduler, saves and stops; then a grid of samples is
-drawn from its checkpoint, and `--samples` more are judged by a classifier that is trained on the same images: the share
-that it gives the class asked for, and the Frechet distance in its features, beside that of held-out real images. Those
-numbers are not FID. Results are written after each part. `--rehearse`: a tiny network, a few steps.
+`CIFAR` holds `train/<class>/*.jpg` and `test/<class>/*.jpg`, or is a .tar.gz of those. GSPN-S/2 in patches of 2
+(16x16 tokens), flow matching, bfloat16, images in memory, a constant learning rate after the warm-up, samples from
+the average of the parameters. When the time is up the run gets SIGTERM, as from a scheduler, saves and stops; then a
+grid of samples is drawn from its checkpoint, and `--samples` more are judged by a classifier that is trained on the
+same images: the share that it gives the class asked for, and the Frechet distance in its features, beside that of
+held-out real images. Those numbers are not FID. Results are written after each part. `--rehearse`: a tiny network, a
+few steps.
 """
 
 import argparse
@@ -26,7 +27,12 @@ from collections.abc import Iterator
 
 import jax
 import numpy as np
+
+# which operator.py takes away where the standard library's was not imported yet
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent))
+
 from gpu_record import Record
+from image_loader import make_images
 
 from gspn_jax import cli, data, models
 from gspn_jax.config import (
@@ -54,11 +60,15 @@ CURVE_POINTS = 200
 
 
 @contextlib.contextmanager
-def unpacked(images: pathlib.Path) -> Iterator[pathlib.Path]:
-    """The folder that holds train/ and test/: `images`, or where its archive is unpacked to."""
+def unpacked(images: pathlib.Path | None) -> Iterator[pathlib.Path]:
+    """The folder that holds train/ and test/: `images`, or where its archive is unpacked to; None makes some up."""
     with contextlib.ExitStack() as opened:
-        if images.is_file():
-            root = pathlib.Path(opened.enter_context(tempfile.TemporaryDirectory()))
+        root = pathlib.Path(opened.enter_context(tempfile.TemporaryDirectory()))
+        if images is None:
+            images = root
+            for part in ("train", "test"):
+                make_images(root / part, 32, 40)
+        elif images.is_file():
             with tarfile.open(images) as tar:
                 tar.extractall(root, filter="data")
             images = next((path.parent for path in sorted(root.rglob("train")) if path.is_dir()), root)
@@ -161,7 +171,8 @@ def run(arguments: argparse.Namespace, record: Record, images: pathlib.Path, run
 def main() -> None:
     start = time.monotonic()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", type=pathlib.Path, required=True, help="CIFAR-10 as images, or its archive")
+    parser.add_argument("--images", type=pathlib.Path, help="CIFAR-10 as images, or its archive; needed unless "
+                        "--rehearse")
     parser.add_argument("--seconds", type=float, default=120, help="for all of it")
     parser.add_argument("--samples", type=int, default=2000, help="that are judged")
     parser.add_argument("--rehearse", action="store_true", help="a tiny network and a few steps")
@@ -169,6 +180,8 @@ def main() -> None:
     parser.add_argument("--grid", type=pathlib.Path, help="a picture of samples, a row a class")
     parser.add_argument("--out", type=pathlib.Path, help="a JSON file for the results")
     arguments = parser.parse_args()
+    if not (arguments.images or arguments.rehearse):
+        parser.error("--images must name CIFAR-10 as images")
     cli.setup()
     with cli.user_errors(data.DataError), tempfile.TemporaryDirectory() as folder:
         record = Record(arguments.out)

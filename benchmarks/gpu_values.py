@@ -22,6 +22,8 @@ import jax.numpy as jnp
 import numpy as np
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1] / "tests" / "kernels"))
+# which operator.py takes away where the standard library's was not imported yet
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent))
 
 import numpy_scan as truth
 from gpu_record import Record

@@ -81,7 +81,8 @@ class ClassifierJudge:
         state = optimizer.init(params)
         for _ in range(steps):
             rows = rng.integers(len(images), size=BATCH)
-            params, state = step(params, state, images[rows], labels[rows].astype(np.int32), rng.random(BATCH) < flip / 2)
+            mirrored = rng.random(BATCH) < flip / 2
+            params, state = step(params, state, images[rows], labels[rows].astype(np.int32), mirrored)
         self._params = jax.block_until_ready(params)
         self._real = moments(self._apply(images)[0])
 
