@@ -4,8 +4,8 @@ python benchmarks/image_loader.py --images CIFAR/train                     one f
 python benchmarks/image_loader.py                                          5,000 made-up JPEGs of 32x32
 python benchmarks/image_loader.py --images CIFAR/train --out benchmarks/results/image_loader_cpu.json
 
-Both sides give the same batches, flips drawn, in turns in this process; the first batches of both are compared.
-`--cores` restricts the process to that many cores, so that results of different machines compare.
+Both sides give the same batches, flips drawn, in turns in this process; their first batches are compared. `--cores`
+restricts the process to that many cores, so that results of different machines compare.
 """
 
 import argparse
@@ -13,6 +13,7 @@ import contextlib
 import dataclasses
 import os
 import pathlib
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -21,19 +22,24 @@ import numpy as np
 from PIL import Image
 
 
+def make_images(root: str | pathlib.Path, size: int, count: int) -> None:
+    """Made-up photographs of ten classes: noise, enlarged, as JPEG."""
+    rng = np.random.default_rng(0)
+    for i in range(count):
+        path = pathlib.Path(root, f"class {i % 10}", f"{i:05}.jpg")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        noise = Image.fromarray(rng.integers(256, size=(8, 8, 3), dtype=np.uint8))
+        noise.resize((size, size), Image.Resampling.BICUBIC).save(path)
+
+
 @contextlib.contextmanager
-def folder_of(images: str | None, size: int, count: int = 5000) -> Iterator[str]:
-    """`images`, or a temporary folder of `count` made-up photographs: noise, enlarged, as JPEG."""
+def folder_of(images: str | None, size: int) -> Iterator[str]:
+    """`images`, or a temporary folder of 5,000 that are made up."""
     if images:
         yield images
         return
-    rng = np.random.default_rng(0)
     with tempfile.TemporaryDirectory() as root:
-        for i in range(count):
-            path = pathlib.Path(root, f"class {i % 10}", f"{i:05}.jpg")
-            path.parent.mkdir(exist_ok=True)
-            noise = Image.fromarray(rng.integers(256, size=(8, 8, 3), dtype=np.uint8))
-            noise.resize((size, size), Image.Resampling.BICUBIC).save(path)
+        make_images(root, size, 5000)
         yield root
 
 
@@ -78,6 +84,7 @@ def main() -> None:
 
     available = sorted(os.sched_getaffinity(0))
     os.sched_setaffinity(0, available[:arguments.cores])  # before any thread is started
+    sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent))  # which operator.py may have taken away
     from record import measure_and_append
 
     settings = {"images": arguments.images and pathlib.Path(arguments.images).name, "size": arguments.image_size,

@@ -1,31 +1,49 @@
 """Training and sampling cost of any presets and mixers, in one run on whatever devices there are.
 
 python benchmarks/train_step.py                                   small models that a CPU can run
-python benchmarks/train_step.py --models DiT-XL/2 GSPN-L/2 GSPN-XL/2 --batch-size 64 --image-size 32 --channels 4 \
-    --remat full --out benchmarks/results/train_step_gpu.json
+python benchmarks/train_step.py --models configs/gspn_xl_2.py configs/dit_xl_2.py --batch-size 64 --image-size 32 \
+    --channels 4 --measure training sampling --out benchmarks/results/train_step_gpu.json
 
-A model is a preset, optionally with overrides: "DiT-S/2:mixer=gspn,hidden=192,depth=4,heads=4". Each is timed on the
-same synthetic batch, in a process of its own, so that the peak of its memory is its own; the ratio columns compare
-images/s of training and of one network evaluation, which is what sampling costs, with the first model of the list. On a
-GPU there is no ratio to a model whose attention is not flash attention, nor of one.
+A model is a preset, optionally with overrides, "DiT-S/2:mixer=gspn,hidden=192,depth=4,heads=4", or a config file,
+whose model it then is. Each is timed on the same synthetic batch, in a process of its own, so that the peak of its
+memory is its own and its end not that of the others; results are written after each. `--measure` says what:
+"training" a step, "forward" one network evaluation compiled by itself, "sampling" one within a sampler, which casts
+weights once. The ratio columns compare images/s with the first model of the list. On a GPU there is no ratio to a
+model whose attention is not flash attention, nor of one.
 """
 
 import argparse
-import concurrent.futures
+import dataclasses
 import datetime
 import json
 import multiprocessing
+import pathlib
 import platform
 import statistics
+import sys
 import time
+import traceback
+from multiprocessing.connection import Connection
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gspn_jax import models
-from gspn_jax.config import Config, DataConfig, DiffusionConfig, MeshConfig, ModelConfig, TrainConfig
+from gspn_jax import cli, models
+from gspn_jax.config import (
+    Config,
+    DataConfig,
+    DiffusionConfig,
+    MeshConfig,
+    ModelConfig,
+    Remat,
+    SamplerConfig,
+    TrainConfig,
+)
+from gspn_jax.files import replacing
 from gspn_jax.models import attention
+from gspn_jax.sampling import Sampler
 from gspn_jax.training import sharding
 from gspn_jax.training.state import create_state
 from gspn_jax.training.step import make_step
@@ -35,11 +53,18 @@ CPU_MODELS = ("DiT-S/2:hidden=192,depth=8,heads=3", "DiT-S/2:mixer=gspn,hidden=1
               "GSPN-S/2:hidden=192,depth=12")
 
 
-def parse_model(text: str, remat: str) -> ModelConfig:
-    """ "DiT-S/2:mixer=gspn,depth=4" -> ModelConfig. """
+KINDS = ("training", "forward", "sampling")
+CLASSES = 1000
+
+
+def parse_model(text: str, remat: str | None) -> ModelConfig:
+    """"DiT-S/2:mixer=gspn,depth=4" or "configs/NAME.py" -> ModelConfig; `remat` None is "none", or the file's own."""
+    if text.endswith(".py"):
+        model = cli.load_config(text).model
+        return model if remat is None else dataclasses.replace(model, remat=remat)
     preset, _, overrides = text.partition(":")
     fields = dict(item.split("=") for item in overrides.split(",")) if overrides else {}
-    return ModelConfig(preset=preset, drop_path=0.0, remat=remat,
+    return ModelConfig(preset=preset, drop_path=0.0, remat=remat or "none",
                        **{name: int(value) if value.isdigit() else value for name, value in fields.items()})
 
 
@@ -70,92 +95,171 @@ def ratio(row: dict, first: dict, name: str) -> float | None:
     return None if row["no_ratio"] or first["no_ratio"] else row[name] / first[name]
 
 
-def measure(model: ModelConfig, arguments: argparse.Namespace) -> dict[str, float | str | None]:
-    """Milliseconds, images/s, bytes and MFU of a train step, and milliseconds of one network evaluation."""
+def make_config(model: ModelConfig, arguments: argparse.Namespace) -> Config:
     compute = "float32" if jax.default_backend() == "cpu" else "bfloat16"
-    config = Config(
+    return Config(
         run_dir="unused", model=model, diffusion=DiffusionConfig(objective="flow"), mesh=MeshConfig(),
-        data=DataConfig(image_size=arguments.image_size, channels=arguments.channels, num_classes=1000),
+        sampler=SamplerConfig(name="euler", steps=arguments.sampler_steps),
+        data=DataConfig(image_size=arguments.image_size, channels=arguments.channels, num_classes=CLASSES),
         train=TrainConfig(batch_size=arguments.batch_size, precision=f"params=float32,compute={compute}"))
-    mesh = sharding.make_mesh(config.mesh)
+
+
+def measure_training(config: Config, mesh: jax.sharding.Mesh, repeats: int) -> dict[str, float | None]:
+    """Milliseconds, images/s, bytes and MFU of a train step."""
+    size, count = (config.data.image_size, config.data.image_size, config.data.channels), config.train.batch_size
     rng = np.random.default_rng(0)
-    size = (arguments.image_size, arguments.image_size, arguments.channels)
-    batch = {"image": rng.integers(0, 256, (arguments.batch_size, *size), np.uint8),
-             "label": rng.integers(0, 1000, arguments.batch_size, np.int32)}
+    batch = {"image": rng.integers(0, 256, (count, *size), np.uint8),
+             "label": rng.integers(0, CLASSES, count, np.int32)}
     batch = jax.device_put(batch, sharding.batch_sharding(mesh))
-    state = create_state(config, mesh)
+    holder = [create_state(config, mesh)]
 
     start = time.perf_counter()
-    step = make_step(config, mesh).lower(state, batch).compile()
+    step = make_step(config, mesh).lower(holder[0], batch).compile()
     compiled = time.perf_counter() - start
     memory = step.memory_analysis()
-    holder = [state]
 
     def train() -> None:
         holder[0], metrics = step(holder[0], batch)
         jax.block_until_ready(metrics)
 
-    train_seconds = seconds(train, arguments.repeats)
-    stats = jax.devices()[0].memory_stats() or {}
-    labels = jnp.zeros(arguments.batch_size, jnp.int32)
-    graphdef, _ = models.abstract(config)
-    forward = jax.jit(lambda params, x, t, y: models.apply(graphdef, params, x, t, y))
-    x, t = jnp.zeros((arguments.batch_size, *size)), jnp.zeros(arguments.batch_size)
-    forward_seconds = seconds(lambda: jax.block_until_ready(forward(holder[0].params, x, t, labels)), arguments.repeats)
-
-    rate = arguments.batch_size / train_seconds
-    flops = models.forward_flops(models.resolve(model), arguments.channels, *size[:2])
+    train_seconds = seconds(train, repeats)
+    rate = count / train_seconds
+    flops = models.forward_flops(models.resolve(config.model), size[2], *size[:2])
     peak = peak_flops(jax.devices()[0].device_kind)
     return {
-        "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
-        **attention_of(model, arguments, compute),
-        "parameters": models.count_parameters(config), "gflops_per_image": flops / 1e9, "compile_seconds": compiled,
-        "train_ms": 1e3 * train_seconds, "images_per_second": rate,
+        "compile_seconds": compiled, "train_ms": 1e3 * train_seconds, "images_per_second": rate,
         "mfu": 3 * flops * rate / (peak * jax.device_count()) if peak else None,
-        "forward_ms": 1e3 * forward_seconds, "forward_images_per_second": arguments.batch_size / forward_seconds,
-        "peak_bytes": stats.get("peak_bytes_in_use"),
+        "peak_bytes": (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use"),
         "compiled_bytes": memory.temp_size_in_bytes + memory.argument_size_in_bytes if memory else None,
     }
+
+
+def measure_forward(config: Config, mesh: jax.sharding.Mesh, repeats: int) -> dict[str, float]:
+    """Milliseconds and images/s of one network evaluation."""
+    size, count = (config.data.image_size, config.data.image_size, config.data.channels), config.train.batch_size
+    graphdef, _ = models.abstract(config)
+    params = create_state(config, mesh).params
+    forward = jax.jit(lambda params, x, t, y: models.apply(graphdef, params, x, t, y))
+    x, t, labels = jnp.zeros((count, *size)), jnp.zeros(count), jnp.zeros(count, jnp.int32)
+    elapsed = seconds(lambda: jax.block_until_ready(forward(params, x, t, labels)), repeats)
+    return {"forward_ms": 1e3 * elapsed, "forward_images_per_second": count / elapsed}
+
+
+def measure_sampling(config: Config, mesh: jax.sharding.Mesh, repeats: int) -> dict[str, float]:
+    """Milliseconds an evaluation and images/s of Euler's sampler without guidance, and its compilation."""
+    count = config.train.batch_size
+    sampler = Sampler(config, mesh)
+    params = create_state(config, mesh).params
+    labels, seeds = np.arange(count) % CLASSES, np.arange(count)
+    start = time.perf_counter()
+    jax.block_until_ready(sampler.draw(params, labels, seeds))
+    first = time.perf_counter() - start
+    elapsed = seconds(lambda: jax.block_until_ready(sampler.draw(params, labels, seeds)), repeats)
+    return {"sampler_compile_seconds": first - elapsed, "sampler_evaluations": sampler.evaluations,
+            "evaluation_ms": 1e3 * elapsed / sampler.evaluations, "sampled_images_per_second": count / elapsed}
+
+
+MEASURES = dict(zip(KINDS, (measure_training, measure_forward, measure_sampling), strict=True))
+
+
+def measure(text: str, arguments: argparse.Namespace) -> dict[str, Any]:
+    """All that is asked for of one model."""
+    model = parse_model(text, arguments.remat)
+    config = make_config(model, arguments)
+    mesh = sharding.make_mesh(config.mesh)
+    flops = models.forward_flops(models.resolve(model), arguments.channels, *(arguments.image_size,) * 2)
+    row = {"device": f"{jax.device_count()} x {jax.devices()[0].device_kind}", "remat": model.remat,
+           **attention_of(model, arguments, config.train.precision.split("=")[-1]),
+           "parameters": models.count_parameters(config), "gflops_per_image": flops / 1e9}
+    for kind in arguments.measure:
+        row |= MEASURES[kind](config, mesh, arguments.repeats)
+    return row
+
+
+def measure_apart(text: str, arguments: argparse.Namespace, answer: Connection) -> None:
+    """What a process runs."""
+    try:
+        cli.setup()  # what runs, attention and scans, is said in log lines
+        answer.send(measure(text, arguments))
+    except Exception as error:  # of any kind: the other models are worth having
+        traceback.print_exc()
+        answer.send({"error": f"{type(error).__name__}: {str(error)[:300]}"})
+
+
+def in_process(text: str, arguments: argparse.Namespace) -> dict[str, Any]:
+    """`measure` in a process of its own, {"error": ...} if it fails or takes longer than `--limit`."""
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe(duplex=False)
+    process = context.Process(target=measure_apart, args=(text, arguments, theirs), daemon=True)
+    process.start()
+    theirs.close()
+    try:
+        if not ours.poll(arguments.limit):
+            return {"error": f"no answer in {arguments.limit:g} s"}
+        return ours.recv()
+    except EOFError:
+        process.join()
+        return {"error": f"ended with code {process.exitcode}"}
+    finally:
+        process.kill()
+        process.join()
+
+
+COLUMNS = {
+    "train_ms": ("train ms", "9.1f"), "images_per_second": ("img/s", "8.1f"), "mfu": ("MFU", "6.1%"),
+    "forward_ms": ("forward ms", "10.1f"), "forward_images_per_second": ("img/s", "8.1f"),
+    "evaluation_ms": ("evaluation ms", "13.2f"), "sampled_images_per_second": ("img/s", "8.1f"),
+    "compile_seconds": ("compile s", "9.1f"),
+}
+"""What is printed of a row, and how."""
+
+
+def table_line(text: str, row: dict, first: dict) -> str:
+    """The columns that the row has, rates with their ratio to the first model's; no ratio to an unfair attention."""
+    parts = [f"{text:46} {row['parameters'] / 1e6:7.1f}M {row['gflops_per_image']:8.2f} GFLOP"]
+    for name, (title, form) in COLUMNS.items():
+        if row.get(name) is None:
+            continue
+        shown = f"{title} {row[name]:{form}}"
+        if name.endswith("images_per_second") and name in first:
+            compared = ratio(row, first, name)
+            shown += f" ({'no ratio' if compared is None else f'{compared:.2f}x'})"
+        parts.append(shown)
+    return ", ".join(parts) + f", {(row.get('peak_bytes') or row.get('compiled_bytes') or 0) / 1e6:.0f} MB"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=CPU_MODELS)
+    parser.add_argument("--measure", nargs="+", default=["training", "forward"], choices=KINDS)
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--image-size", type=int, default=32)
     parser.add_argument("--channels", type=int, default=3)
-    parser.add_argument("--remat", default="none", choices=("none", "dots", "full"))
+    parser.add_argument("--remat", choices=get_args(Remat), help="none by default, or what a config file says")
+    parser.add_argument("--sampler-steps", type=int, default=20)
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--out", help="write the results as JSON to this file")
+    parser.add_argument("--limit", type=float, help="seconds for each model; it is stopped then, and the next begins")
+    parser.add_argument("--out", type=pathlib.Path, help="a JSON file for the results, written after each model")
     arguments = parser.parse_args()
 
     print(f"jax {jax.__version__}, batch {arguments.batch_size}, "
-          f"{arguments.image_size}x{arguments.image_size}x{arguments.channels}, remat {arguments.remat}")
-    print(f"{'model':46} {'params':>8} {'GFLOP':>7} {'train ms':>9} {'img/s':>8} {'ratio':>6} {'MFU':>6} "
-          f"{'forward ms':>10} {'ratio':>6} {'MB':>7} {'compile s':>9}")
-    rows = {}
+          f"{arguments.image_size}x{arguments.image_size}x{arguments.channels}")
+    about = {"jax": jax.__version__, "python": platform.python_version(), "date": datetime.date.today().isoformat(),
+             "arguments": {name: str(value) if isinstance(value, pathlib.Path) else value
+                           for name, value in vars(arguments).items()}}
+    rows: dict[str, dict] = {}
     for text in arguments.models:
-        with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
-            row = process.submit(measure, parse_model(text, arguments.remat), arguments).result()
-        rows[text], device = row, row.pop("device")
-        first = rows[arguments.models[0]]
-        mfu = f"{row['mfu']:.1%}" if row["mfu"] else "n/a"
-        train_ratio, forward_ratio = (
-            "none" if value is None else f"{value:.2f}"
-            for value in (ratio(row, first, name) for name in ("images_per_second", "forward_images_per_second")))
-        print(f"{text:46} {row['parameters'] / 1e6:7.1f}M {row['gflops_per_image']:7.2f} {row['train_ms']:9.1f} "
-              f"{row['images_per_second']:8.1f} {train_ratio:>6} {mfu:>6} "
-              f"{row['forward_ms']:10.1f} {forward_ratio:>6} "
-              f"{(row['peak_bytes'] or row['compiled_bytes'] or 0) / 1e6:7.0f} {row['compile_seconds']:9.1f}",
-              flush=True)
-        if row["no_ratio"]:
+        rows[text] = row = in_process(text, arguments)
+        about["device"] = row.pop("device", about.get("device"))
+        good = [found for found in rows.values() if "error" not in found]
+        print(f"{text:46} {row['error']}" if "error" in row else table_line(text, row, good[0]), flush=True)
+        if row.get("no_ratio"):
             print(f"  no ratio: {row['no_ratio']}")
-    print(device)
-    if arguments.out:
-        about = {"device": device, "jax": jax.__version__, "python": platform.python_version(),
-                 "date": datetime.date.today().isoformat()}
-        with open(arguments.out, "w") as file:
-            json.dump(about | {"arguments": vars(arguments), "results": rows}, file, indent=1)
+        if arguments.out:
+            with replacing(arguments.out) as temporary:
+                temporary.write_text(json.dumps(about | {"results": rows}, indent=1) + "\n")
+    print(about["device"])
+    sys.exit(any("error" in row for row in rows.values()))
 
 
 if __name__ == "__main__":

@@ -85,7 +85,13 @@ def main(argv: list[str] | None = None) -> None:
 def versions() -> Findings:
     import jax
 
-    found = {name: importlib.metadata.version(name) for name in PACKAGES}
+    found = {}
+    for name in PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            advice = ": what trains needs data.in_memory" if name == "grain" else ""
+            yield Finding(None if name == "grain" else False, f"{name} is not installed{advice}")
     yield Finding(sys.version_info >= (3, 11), f"Python {sys.version.split()[0]} (3.11 or newer is needed)")
     number = tuple(int(part) for part in jax.__version__.split(".")[:3] if part.isdigit())
     yield Finding(OLDEST <= number < TOO_NEW, f"JAX {jax.__version__} (0.10.2 to 0.12 are supported)")

@@ -1,5 +1,7 @@
 """The doctor finds nothing wrong where nothing is, and says in words what would not work."""
 
+import importlib.metadata
+
 import numpy as np
 import pytest
 
@@ -92,3 +94,16 @@ def test_without_a_config_the_machine_alone_is_looked_at(capsys):
     doctor.main([])
     shown = capsys.readouterr().out
     assert "kernels:" in shown and "disk:" not in shown and "--config CONFIG looks at one run" in shown
+
+
+def test_a_machine_without_grain_is_told_what_it_can_do(monkeypatch):
+    def version(name, found=importlib.metadata.version):
+        if name in ("grain", "optax"):
+            raise importlib.metadata.PackageNotFoundError(name)
+        return found(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    found = [(finding.works, finding.text) for finding in doctor.versions()]
+    assert (None, "grain is not installed: what trains needs data.in_memory") in found
+    assert (False, "optax is not installed") in found
+    assert found[-1][0] is None and "jax" in found[-1][1]
