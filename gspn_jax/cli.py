@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from typing import NoReturn
 
+from gspn_jax import huge_pages
 from gspn_jax.config import Config, ConfigError
 
 USAGE_ERROR = 2
@@ -61,8 +62,10 @@ def _lost_host(error: RuntimeError) -> bool:
 def setup() -> None:
     """Log lines on stderr and JAX's compilation cache on disk (JAX_COMPILATION_CACHE_DIR moves it).
 
-    Called before JAX is imported: one of several hosts goes on in a child process (see `_watch_over_child`).
+    Called first, before JAX is imported: on a CPU a command starts again with large pages (see `huge_pages`), and one
+    of several hosts goes on in a child process (see `_watch_over_child`).
     """
+    huge_pages.restart_with_them()
     named = any(argument.split("=")[0] in HOSTS for argument in sys.argv) or any(map(os.environ.get, HOSTS.values()))
     if (named or _in_slurm()) and "jax" not in sys.modules:
         _watch_over_child()

@@ -1,4 +1,8 @@
-"""Mean and covariance of features that stream by: summed on the devices in float32, drained to float64 on the host."""
+"""Mean and covariance of features that stream by: summed in float32, drained to float64 on the host.
+
+GPUs sum every batch where it is. Features in the host's memory are collected until there are enough for one product: a
+CPU adds to a [D, D] matrix at the speed of its memory, which a batch is too small for.
+"""
 
 import functools
 from typing import NamedTuple
@@ -11,6 +15,10 @@ from jaxtyping import Array, Bool, Float, Float32
 
 from gspn_jax.metrics.frechet import Gaussian
 
+HOST_ROWS = 2048
+"""After how many collected rows, as much memory as one float32 [D, D] for Inception's features, they are summed."""
+PADDED_ROWS = 256
+"""They are padded to a multiple of this: every number of them would be a program of its own to compile."""
 DRAIN_ROWS = 4096
 """After how many rows, padded ones among them, the sums move to the host: float32 is left before its error grows."""
 
@@ -33,11 +41,15 @@ class Moments:
         self._shift: Array | np.ndarray | None = None
         self._sums: Sums | None = None
         self._rows = 0
+        self._collected: list[np.ndarray] = []
         self._total: Sums | None = None
 
     def add(self, features: Float32[Array, "N D"], mask: Bool[Array, " N"] | None = None) -> None:
         """Adds the rows where `mask` is True (None: all). They may be split over devices and hosts."""
         mask = np.ones(len(features), bool) if mask is None else mask
+        if _in_host_memory(features):
+            self._collect(np.asarray(features)[np.asarray(mask)])
+            return
         where = _whole(features)
         if self._shift is None:
             self._shift = _masked_mean(where)(features, mask)
@@ -49,12 +61,26 @@ class Moments:
         if self._rows >= DRAIN_ROWS:
             self._drain()
 
+    def _collect(self, rows: Float32[np.ndarray, "N D"]) -> None:
+        if self._shift is None:
+            self._shift = rows.sum(0) / max(len(rows), 1)
+        self._collected.append(rows)
+        self._rows += len(rows)
+        if self._rows >= HOST_ROWS:
+            self._drain()
+
     def _drain(self) -> None:
-        if self._sums is None:
+        if self._collected:
+            x = np.concatenate(self._collected) - self._shift
+            padded = np.pad(x, ((0, -len(x) % PADDED_ROWS), (0, 0)))
+            sums = Sums(len(x), x.sum(0), _product(padded))
+        elif self._sums is not None:
+            sums = jax.device_get(self._sums)
+        else:
             return
-        sums = Sums(*(np.asarray(value, np.float64) for value in jax.device_get(self._sums)))
+        sums = Sums(*(np.asarray(value, np.float64) for value in sums))
         self._total = sums if self._total is None else Sums(*map(np.add, self._total, sums))
-        self._sums, self._rows = None, 0
+        self._sums, self._collected, self._rows = None, [], 0
 
     @property
     def count(self) -> int:
@@ -92,6 +118,18 @@ class Moments:
         """Takes up a `state`."""
         if state:
             self._shift, self._total = state["shift"], Sums(*(state[name] for name in Sums._fields))
+
+
+@jax.jit
+def _product(x: Float32[Array, "N D"]) -> Float32[Array, "D D"]:
+    return jnp.matmul(x.T, x, precision=jax.lax.Precision.HIGHEST)
+
+
+def _in_host_memory(features: Array | np.ndarray) -> bool:
+    """Whether this process can read all of them without a copy from a GPU."""
+    if isinstance(features, np.ndarray):
+        return jax.default_backend() == "cpu"
+    return features.is_fully_addressable and all(device.platform == "cpu" for device in features.devices())
 
 
 def _whole(array: Array) -> NamedSharding | None:

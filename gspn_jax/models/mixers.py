@@ -30,10 +30,15 @@ class Attention(nnx.Module):
     def __call__(self, x: Float[Array, "B H W D"], *, chunk: int | None = None) -> Float[Array, "B H W D"]:
         """`chunk` has no meaning here; every mixer takes it."""
         batch, height, width, hidden = x.shape
-        qkv = self.qkv(x)
-        qkv = qkv.reshape(batch, height * width, 3, self.heads, hidden // self.heads)
-        y = attention(qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2])
+        heads = (batch, height * width, self.heads, hidden // self.heads)
+        y = attention(*(a.reshape(heads) for a in self._queries_keys_values(x)))
         return self.proj(y.reshape(x.shape))
+
+    def _queries_keys_values(self, x: Float[Array, "B H W D"]) -> list[Float[Array, "B H W D"]]:
+        """The linear `qkv` as three products: the gradient of slices of one would be padded and added up."""
+        linear = self.qkv
+        x, kernel, bias = linear.promote_dtype((x, linear.kernel[...], linear.bias[...]), dtype=linear.dtype)
+        return [x @ kernel[:, i] + bias[i] for i in range(3)]
 
 
 class DepthwiseConv(nnx.Module):
