@@ -13,7 +13,7 @@ import dataclasses
 import enum
 import functools
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -190,37 +190,43 @@ class Kernel:
 _assembled: dict[bytes, toolchain.Assembled] = {}
 
 
-def _compile(function: Callable, arrays: tuple[jax.Array, ...]) -> toolchain.Assembled:
-    module, = toolchain.lower(function, *(jax.ShapeDtypeStruct(a.shape, a.dtype) for a in arrays))
+def call(
+    function: Callable, arrays: Sequence[jax.Array], outputs: Sequence[Any], *, edit: Callable[[str], str] = str,
+    **options: Any
+) -> tuple[list[jax.Array], list[Run]]:
+    """(results, what ran) of a function that is one kernel and gives arrays of the shapes and types of `outputs`.
+
+    `edit` changes the PTX before it runs; `options` are those of `emulate`: seed, policy, noise. Results are NaN where
+    nothing is stored.
+    """
+    module, = toolchain.lower(function, *(jax.ShapeDtypeStruct(array.shape, array.dtype) for array in arrays))
     if module not in _assembled:
         _assembled[module] = toolchain.assemble(module)
-    return _assembled[module]
+    inputs = [guarded(array.shape, array.dtype) for array in arrays]
+    for copy, array in zip(inputs, arrays, strict=True):
+        copy[...] = np.asarray(array)
+    found = [guarded(output.shape, output.dtype) for output in outputs]
+    runs = Kernel(_assembled[module], edit)([*inputs, *found], len(found), **options)
+    return [jnp.asarray(output) for output in found], runs
 
 
 @contextlib.contextmanager
-def emulated(*, edit: Callable[[str], str] = str, **options: Any) -> Iterator[list[Run]]:
-    """Inside, the project's kernels are emulated; yields the list of what ran.
-
-    `edit` changes the PTX before it runs (of tests of the detectors); `options` are those of `emulate`: seed, policy,
-    noise. Outputs start as NaN, and stay so where nothing is stored.
-    """
+def emulated(**options: Any) -> Iterator[list[Run]]:
+    """Inside, the project's kernels are emulated, with `options` of `call`; yields the list of what ran."""
     runs: list[Run] = []
     original = compat.kernel
 
     def kernel(body, **arguments):
         lowered = original(body, **arguments)
 
-        def call(*arrays):
+        def emulate_call(*arrays):
             if any(isinstance(array, jax.core.Tracer) for array in arrays):
                 raise TypeError("an emulated kernel runs eagerly, without jit")
-            inputs = [guarded(array.shape, array.dtype) for array in arrays]
-            for copy, array in zip(inputs, arrays, strict=True):
-                copy[...] = np.asarray(array)
-            outputs = [guarded(out.shape, out.dtype) for out in arguments["out_type"]]
-            runs.extend(Kernel(_compile(lowered, arrays), edit)([*inputs, *outputs], len(outputs), **options))
-            return [jnp.asarray(output) for output in outputs]
+            results, ran = call(lowered, arrays, arguments["out_type"], **options)
+            runs.extend(ran)
+            return results
 
-        return call
+        return emulate_call
 
     compat.kernel = kernel
     try:
