@@ -149,8 +149,8 @@ def wrong(row: dict[str, Any]) -> bool:
 def shown(row: dict[str, Any]) -> str:
     if "refused" in row or "failed" in row:
         return f"  {row['case']}: {row.get('refused') or row['failed']}"
-    return (f"  {row['case']} {row['kernel']}: {row['registers']} registers, {row['spilled_bytes']} bytes spilled, "
-            f"{row['shared_bytes']} of {row['shared_bytes_there_are']} bytes of shared memory"
+    return (f"  {row['case']} {row['kernel']} ({row['target']}): {row['registers']} registers, "
+            f"{row['spilled_bytes']} bytes spilled, {row['shared_bytes']} of {row['shared_bytes_there_are']} bytes shared"
             + (" WRONG" if wrong(row) else ""))
 
 
