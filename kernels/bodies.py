@@ -48,6 +48,18 @@ def by_logits(weights: Sequence[Array], complements: Sequence[Array], gradients:
             for weight, complement, gradient in zip(weights, complements, gradients, strict=True)]
 
 
+TILE_REGISTERS = 28
+"""Of a thread, that a tile of all terms may take on its way: bfloat16 does, float32 would spill."""
+
+
+def _fit(walk: Walk, inputs: Inputs) -> bool:
+    """Whether registers have room for the terms of a tile beside those of the tile that is computed."""
+    weights = (inputs.weights,) * 3
+    terms = [ref for ref in (inputs.x, *weights, inputs.lam, inputs.out_gate, inputs.skip) if ref is not None]
+    elements = walk.lines.positions * walk.plan.slab // tiles.WARPGROUP
+    return sum(elements * ref.dtype.itemsize for ref in terms) <= 4 * TILE_REGISTERS
+
+
 def _tile_by_tile(walk: Walk, do: Callable, carry: Any, queue: tuple) -> tuple[Any, tuple]:
     """Calls carry, new = do(position, carry, old) for each tile of a line, where old and new are its own in `queue`.
 
@@ -123,13 +135,15 @@ def forward(inputs: Inputs, outputs, shared: Shared, *, job: Job, plan: tiles.Pl
             return y
 
         def step(t, queue):
+            """Loads stand behind the tile whose registers they take, and before the turn, below which ptxas cannot move
+            them: they have all of the next tile's time to arrive if `queue` has two tiles, and a turn's if one."""
             begin_line(plan, shared)
             positions, results = walk.positions(), []
             for m, position in enumerate(positions):
                 tile, *queue = queue
                 results.append((position, scan_tile(t, position, tile)))
-                ahead, at = divmod(m + 2, len(positions))
-                queue.append(fetch(walk, t + ahead, positions[at]))
+                lines_ahead, at = divmod(m + 1 + len(queue), len(positions))
+                queue.append(fetch(walk, t + lines_ahead, positions[at]))
             if plan.joint:
                 take_turn(walk, shared, t, results)
             return tuple(queue)
@@ -154,7 +168,7 @@ def forward(inputs: Inputs, outputs, shared: Shared, *, job: Job, plan: tiles.Pl
             expansion.end(lines.count)
         else:
             positions = walk.positions()
-            first = [divmod(m, len(positions)) for m in range(2)]
+            first = [divmod(m, len(positions)) for m in range(2 if _fit(walk, inputs) else 1)]
             lax.fori_loop(0, lines.count, step, tuple(fetch(walk, jnp.int32(t), positions[m]) for t, m in first))
         finish(walk, shared, outputs[0])
 
@@ -173,7 +187,7 @@ def backward(inputs, outputs, shared: Shared, *, job: Job, plan: tiles.Plan):
 
     def visit(walk: Walk) -> None:
         walk = walk._replace(backwards=True)
-        lines, k = walk.lines, walk.k
+        lines, k, early = walk.lines, walk.k, _fit(walk, inputs)
         zeros = compat.zeros((lines.positions, plan.slab), plan.layout)
         merge = walk.read_merge(inputs.merge)
 
@@ -185,7 +199,8 @@ def backward(inputs, outputs, shared: Shared, *, job: Job, plan: tiles.Plan):
             if job.out_gate:
                 found["h"] = read(saved[k], walk.index(t, position, halo=1))
             terms = {name: getattr(inputs, name) for name in ("lam", "out_gate", "skip")}
-            return found | {name: read(ref, walk.index(t, position, k)) for name, ref in terms.items() if ref is not None}
+            at = walk.index(t, position, k)
+            return found | {name: read(ref, at) for name, ref in terms.items() if ref is not None}
 
         def fetch_weights(n: Array, position: Any) -> tuple[list[Array], list[Array]]:
             """The weights of a tile, and the states of the line before to their left, in the middle and to their right;
@@ -278,17 +293,23 @@ def backward(inputs, outputs, shared: Shared, *, job: Job, plan: tiles.Plan):
             (by_merge, carried, pixel), results, following = carry, [], []
             positions = walk.positions()
             for m, (position, from_center) in enumerate(zip(positions, carried, strict=True)):
-                weights = fetch_weights(n, position)
+                if early:
+                    weights = fetch_weights(n, position)
                 if m == 0:
                     begin_line(plan, shared)
+                if not early:
+                    pixel = fetch_pixel(n, position)
                 by_merge, adjoint, adjoint_x = pull_pixel(n, position, pixel, by_merge, from_center)
                 last = m + 1 == len(positions)
-                pixel = fetch_pixel(n + 1, positions[0]) if last else fetch_pixel(n, positions[m + 1])
+                if early:
+                    pixel = fetch_pixel(n + 1, positions[0]) if last else fetch_pixel(n, positions[m + 1])
                 results.append((position, adjoint_x))
                 if last:
                     take_turn(walk, shared, walk.visited(n), results)
+                if not early:
+                    weights = fetch_weights(n, position)
                 following.append(pull_weights(n, position, *weights, adjoint))
-            return by_merge, tuple(following), pixel
+            return by_merge, tuple(following), pixel if early else ()
 
         def step(n, carry):
             begin_line(plan, shared)
@@ -303,7 +324,7 @@ def backward(inputs, outputs, shared: Shared, *, job: Job, plan: tiles.Plan):
         clear(walk, shared, plan.handed_on)
         carried = (zeros if center_in_registers else None,) * len(walk.positions())
         if plan.joint:
-            carry = zeros, carried, fetch_pixel(jnp.int32(0), walk.positions()[0])
+            carry = zeros, carried, fetch_pixel(jnp.int32(0), walk.positions()[0]) if early else ()
             by_merge, *_ = lax.fori_loop(0, lines.count, joint_step, carry)
         else:
             by_merge, _ = lax.fori_loop(0, lines.count, step, (zeros, carried))

@@ -14,13 +14,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
-from jax.experimental.mosaic import gpu as mgpu
+from jax.experimental.mosaic.gpu import warpgroup_barrier as mosaic_barrier
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array
 
 PALLAS_NAMES = ("ACC", "Barrier", "CompilerParams", "Layout", "LoweringSemantics", "SMEM", "SwizzleTransform", "Tiling",
                 "TilingTransform", "barrier_arrive", "barrier_wait", "broadcasted_iota", "commit_smem",
-                "copy_gmem_to_smem", "kernel", "layout_cast", "load", "wgmma", "wgmma_wait")
+                "copy_gmem_to_smem", "inline_mgpu", "kernel", "layout_cast", "load", "wgmma", "wgmma_wait")
 """What the kernels use of Pallas' Mosaic GPU dialect, an experimental interface."""
 
 if _moved := [name for name in PALLAS_NAMES if not hasattr(plgpu, name)]:
@@ -130,7 +130,7 @@ def warpgroup_barrier() -> None:
     ptxas moves no load across it. The interpreter has one thread for a warpgroup, which needs none.
     """
     if not interpreting():
-        plgpu.inline_mgpu()(lambda _: mgpu.warpgroup_barrier())()
+        plgpu.inline_mgpu()(lambda _: mosaic_barrier())()
 
 
 def load(ref: Any, index: tuple, layout: Any) -> Array:

@@ -147,7 +147,7 @@ def test_one_direction_with_ready_weights(direction):
 
 def test_the_interpreter_sees_a_missing_barrier(small_memory, monkeypatch):
     """Races are only excluded by a detector that finds them."""
-    monkeypatch.setattr(bodies, "meet", lambda plan, shared: None)
+    monkeypatch.setattr(bodies, "begin_line", lambda plan, shared: None)
     try:
         with interpreted():
             jax.block_until_ready(run_propagate("mosaic_gpu")(*arguments(1, 8, 8, 64)))

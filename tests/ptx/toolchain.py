@@ -33,6 +33,8 @@ import jaxlib
 
 NVCC = "nvidia-cuda-nvcc-cu12==12.9.86"
 """The wheel that has ptxas."""
+NVDISASM = "nvidia-cuda-nvdisasm==13.5.37"
+"""The wheel that has the disassembler; there is none of CUDA 12."""
 SOURCES = pathlib.Path(__file__).resolve().parent / "emulator"
 DRIVER = "libcuda.so.1"
 DEFAULT_CAPABILITY = (9, 0)
@@ -73,6 +75,17 @@ def fetch() -> pathlib.Path:
     return packages
 
 
+def fetch_disassembler() -> None:
+    """Puts nvdisasm beside ptxas, where Mosaic GPU looks for it; raises `ToolchainError` where pip cannot have it."""
+    target = fetch() / "nvidia/cuda_nvcc/bin/nvdisasm"
+    with open(home() / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not target.exists():
+            unpacked = home() / "nvdisasm"
+            _unpack([NVDISASM], unpacked)
+            (unpacked / "nvidia/cu13/bin/nvdisasm").rename(target)
+
+
 def _unpack(requirements: list[str], target: pathlib.Path) -> None:
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
         wheels, unpacked = pathlib.Path(folder, "wheels"), pathlib.Path(folder, "packages")
@@ -84,7 +97,7 @@ def _unpack(requirements: list[str], target: pathlib.Path) -> None:
         for wheel in wheels.glob("*.whl"):
             with zipfile.ZipFile(wheel) as archive:
                 archive.extractall(unpacked)
-        for program in (unpacked / "nvidia/cuda_nvcc/bin").iterdir():
+        for program in unpacked.glob("nvidia/*/bin/*"):
             program.chmod(0o755)
         unpacked.rename(target)
 
@@ -174,6 +187,8 @@ class Assembled:
     """What ptxas says of the kernel."""
     handle: int
     """Address of the compiled kernel."""
+    sass: str
+    """The machine code, if it was asked for."""
 
     @property
     def registers(self) -> int:
@@ -221,8 +236,10 @@ class Assembled:
         return max(map(int, re.findall(pattern, self.report)), default=0)
 
 
-def assemble(module: bytes) -> Assembled:
+def assemble(module: bytes, *, disassemble: bool = False) -> Assembled:
     """Compiles a module of `lower`. Raises `ToolchainError` with what the compiler or ptxas says."""
+    if disassemble:
+        fetch_disassembler()
     plugin, capability = _plugin(), driver().stand_in_capability() / 10
     first = _capabilities.setdefault("first", capability)
     if capability != first:
@@ -230,18 +247,22 @@ def assemble(module: bytes) -> Assembled:
                              f"would be this one for {capability}: assemble it in another process")
     with tempfile.TemporaryDirectory(prefix="kernel-") as name:
         folder = pathlib.Path(name)
-        with _dumping_to(folder), _output_to(folder / "log.txt"):
+        with _dumping_to(folder, sass=disassemble), _output_to(folder / "log.txt"):
             handle = plugin.MosaicGpuCompile(module, len(module))
         programs, reports = sorted(folder.glob("*.ptx")), sorted(folder.glob("*.ptxas"))
         if not handle or len(programs) != 1:
             raise ToolchainError(f"the kernel does not compile: {(folder / 'log.txt').read_text()[-2000:]}")
-        return Assembled(programs[0].read_text(), "".join(r.read_text() for r in reports), handle)
+        said, sass = ("".join(path.read_text() for path in paths) for paths in (reports, folder.glob("*.sass*")))
+        return Assembled(programs[0].read_text(), said, handle, sass)
 
 
 @contextlib.contextmanager
-def _dumping_to(folder: pathlib.Path) -> Iterator[None]:
-    """Makes the compiler leave the PTX and what ptxas says in `folder`; the lowering in Python would dump there too."""
+def _dumping_to(folder: pathlib.Path, *, sass: bool) -> Iterator[None]:
+    """Makes the compiler leave the PTX, what ptxas says and perhaps the machine code in `folder`; the lowering in
+    Python would dump there too."""
     wanted = dict(MOSAIC_GPU_DUMP_TO=str(folder), MOSAIC_GPU_DUMP_PTX="1", MOSAIC_GPU_DUMP_PTXAS="1")
+    if sass:
+        wanted["MOSAIC_GPU_DUMP_SASS"] = "1"
     os.environ.update(wanted)
     try:
         yield
