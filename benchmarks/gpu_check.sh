@@ -11,34 +11,34 @@
 # step failed.
 #
 # It needs Python 3.11 or newer with jax, flax, optax, orbax-checkpoint, scipy, Pillow, tqdm and jaxtyping.
-# PYTHON names the interpreter, SECONDS_IN_ALL the time; --fail STEP makes that step fail.
+# PYTHON names the interpreter, SECONDS_IN_ALL the time; --fail STEP (several of them, too) makes that step fail.
 set -uo pipefail
-cd "$(dirname "$0")/.."
 
 usage() { echo "gpu_check.sh: $1; see the head of $0" >&2; exit 2; }
 STEPS="doctor values speed training sampling run" REHEARSE= FAIL= IMAGES=
 while [ $# -gt 0 ]; do
   case $1 in
     --rehearse) REHEARSE=--rehearse; shift ;;
-    --fail) FAIL=${2:-}; shift 2
-      [[ " $STEPS " == *" $FAIL "* ]] || usage "--fail must be one of $STEPS, found '$FAIL'" ;;
-    --images) IMAGES=${2:-}; shift 2
-      [ -e "$IMAGES" ] || usage "--images must be a folder or an archive, found '$IMAGES'" ;;
+    --fail) [[ -n ${2:-} && " $STEPS " == *" $2 "* ]] || usage "--fail must be one of $STEPS, found '${2:-}'"
+      FAIL+=" $2 "; shift 2 ;;
+    --images) [ -e "${2:-}" ] || usage "--images must be a folder or an archive, found '${2:-}'"
+      IMAGES=$(realpath "$2"); shift 2 ;;
     *) usage "the options are --images CIFAR, --rehearse and --fail STEP, found '$1'" ;;
   esac
 done
 OUT=${OUT:-gpu_check_results}
-PYTHON=${PYTHON:-python3}
+PYTHON=$(command -v "${PYTHON:-python3}") || usage "PYTHON must be an interpreter, found '${PYTHON:-python3}'"
 [ ! -e "$OUT/table.txt" ] || usage "$OUT has results already: choose another OUT"
 mkdir -p "$OUT" || exit 2
-OUT=$(cd "$OUT" && pwd)
+OUT=$(realpath "$OUT") PYTHON=$(realpath -s "$PYTHON")
+cd "$(dirname "$0")/.."
 WORK=$(mktemp -d)
 trap 'rm -rf "$WORK"' EXIT
 mkdir "$WORK/logs"
 END=$(($(date +%s) + ${SECONDS_IN_ALL:-530}))
 RUN_SECONDS=110  # what is kept for the run, whatever the steps before it take
 
-export PYTHONPATH=$PWD PYTHONUNBUFFERED=1
+export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
 export JAX_COMPILATION_CACHE_DIR=$WORK/cache JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0.5  # one for all steps
 if [ -n "$REHEARSE" ]; then
   # the interpreter needs a thread for each warpgroup that waits: as many as there are devices
@@ -61,7 +61,7 @@ step() {
   start=$(date +%s)
   if [ "$limit" -lt 5 ]; then
     echo "no time was left for it" | tee "$log"; code=124
-  elif [ "$name" = "$FAIL" ]; then
+  elif [[ $FAIL == *" $name "* ]]; then
     echo "made to fail by --fail" | tee "$log"; code=1
   else
     timeout -k 5 "$limit" "$@" 2>&1 | sed -u 's/\r/\n/g' | tee "$log"; code=${PIPESTATUS[0]}
