@@ -115,7 +115,8 @@ def table(folder: pathlib.Path, steps: pathlib.Path) -> Iterator[str]:
             found = json.loads(path.read_text())
             if found.get("device") and found["device"] != device:
                 device = found["device"]
-                yield f"    on {device}, jax {found['jax']}, {found['date']}"
+                rehearsed = ", a rehearsal: its times mean nothing" if "cpu" in device else ""
+                yield f"    on {device}, jax {found['jax']}, {found['date']}{rehearsed}"
             yield from (f"    {text}" for text in LINES[name](found))
         except (ValueError, KeyError, TypeError) as error:
             yield f"    {path.name} cannot be read: {type(error).__name__} {error}"

@@ -46,11 +46,16 @@ def test_steps_that_fail_do_not_stop_the_next(tmp_path):
     assert again.returncode == 2 and "has results already" in again.stderr
 
 
+def test_only_the_steps_that_are_asked_for_run(tmp_path):
+    done = check(tmp_path / "out", "--rehearse", "--only", "speed", "--only", "run", "--fail", "speed", "--fail", "run")
+    assert done.returncode == 1 and outcomes(tmp_path / "out") == {"speed": "FAILED", "run": "FAILED"}
+
+
 def test_a_step_that_hangs_is_stopped_and_one_without_time_is_not_begun(tmp_path):
     hangs = tmp_path / "python"  # in place of every script, except for the table
     hangs.write_text(f'#!/bin/sh\ncase $1 in *gpu_table.py) exec {sys.executable} "$@" ;; esac\nexec sleep 600\n')
     hangs.chmod(0o755)
-    done = check(tmp_path / "out", "--rehearse", "--fail", "run", PYTHON=str(hangs), SECONDS_IN_ALL="117")
+    done = check(tmp_path / "out", "--rehearse", "--fail", "run", PYTHON=str(hangs), SECONDS_IN_ALL="137")
     assert done.returncode == 1
     table = (tmp_path / "out/table.txt").read_text()
     assert outcomes(tmp_path / "out") == dict.fromkeys(STEPS, "OUT") | {"run": "FAILED"}
@@ -61,7 +66,7 @@ def test_a_step_that_hangs_is_stopped_and_one_without_time_is_not_begun(tmp_path
 @pytest.mark.parametrize("flags, sentence", [
     (["--fail", "nothing"], "--fail must be one of doctor values speed training sampling run, found 'nothing'"),
     (["--images", "/no/such"], "--images must be a folder or an archive, found '/no/such'"),
-    (["--quick"], "the options are --images CIFAR, --rehearse and --fail STEP, found '--quick'"),
+    (["--quick"], "the options are --images CIFAR, --rehearse, --only STEP and --fail STEP, found '--quick'"),
 ])  # fmt: skip
 def test_wrong_flags_get_a_sentence(tmp_path, flags, sentence):
     done = check(tmp_path / "out", *flags)
