@@ -11,34 +11,36 @@
 # step failed.
 #
 # It needs Python 3.11 or newer with jax, flax, optax, orbax-checkpoint, scipy, Pillow, tqdm and jaxtyping.
-# PYTHON names the interpreter, SECONDS_IN_ALL the time; --fail STEP makes that step fail.
+# PYTHON names the interpreter, SECONDS_IN_ALL the time. --only STEP (several, too) leaves out the others, --fail STEP
+# (several, too) makes that step fail.
 set -uo pipefail
-cd "$(dirname "$0")/.."
 
 usage() { echo "gpu_check.sh: $1; see the head of $0" >&2; exit 2; }
-STEPS="doctor values speed training sampling run" REHEARSE= FAIL= IMAGES=
+STEPS="doctor values speed training sampling run" REHEARSE= FAIL= ONLY= IMAGES=
 while [ $# -gt 0 ]; do
   case $1 in
     --rehearse) REHEARSE=--rehearse; shift ;;
-    --fail) FAIL=${2:-}; shift 2
-      [[ " $STEPS " == *" $FAIL "* ]] || usage "--fail must be one of $STEPS, found '$FAIL'" ;;
-    --images) IMAGES=${2:-}; shift 2
-      [ -e "$IMAGES" ] || usage "--images must be a folder or an archive, found '$IMAGES'" ;;
-    *) usage "the options are --images CIFAR, --rehearse and --fail STEP, found '$1'" ;;
+    --fail|--only) [[ -n ${2:-} && " $STEPS " == *" $2 "* ]] || usage "$1 must be one of $STEPS, found '${2:-}'"
+      [ "$1" = --fail ] && FAIL+=" $2 " || ONLY+=" $2 "; shift 2 ;;
+    --images) [ -e "${2:-}" ] || usage "--images must be a folder or an archive, found '${2:-}'"
+      IMAGES=$(realpath "$2"); shift 2 ;;
+    *) usage "the options are --images CIFAR, --rehearse, --only STEP and --fail STEP, found '$1'" ;;
   esac
 done
 OUT=${OUT:-gpu_check_results}
-PYTHON=${PYTHON:-python3}
+PYTHON=$(command -v "${PYTHON:-python3}") || usage "PYTHON must be an interpreter, found '${PYTHON:-python3}'"
 [ ! -e "$OUT/table.txt" ] || usage "$OUT has results already: choose another OUT"
 mkdir -p "$OUT" || exit 2
-OUT=$(cd "$OUT" && pwd)
+OUT=$(realpath "$OUT") PYTHON=$(realpath -s "$PYTHON")
+cd "$(dirname "$0")/.."
 WORK=$(mktemp -d)
 trap 'rm -rf "$WORK"' EXIT
 mkdir "$WORK/logs"
 END=$(($(date +%s) + ${SECONDS_IN_ALL:-530}))
-RUN_SECONDS=110  # what is kept for the run, whatever the steps before it take
+RUN_SECONDS=130  # what is kept for the run, whatever the steps before it take
+[[ -z $ONLY || $ONLY == *" run "* ]] || RUN_SECONDS=5
 
-export PYTHONPATH=$PWD PYTHONUNBUFFERED=1
+export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
 export JAX_COMPILATION_CACHE_DIR=$WORK/cache JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0.5  # one for all steps
 if [ -n "$REHEARSE" ]; then
   # the interpreter needs a thread for each warpgroup that waits: as many as there are devices
@@ -56,12 +58,13 @@ table() { $PYTHON benchmarks/gpu_table.py "$OUT" "$WORK/steps.tsv" > "$OUT/table
 step() {
   local name=$1 limit=$2 log=$WORK/logs/$1.log start code
   shift 2
+  [[ -z $ONLY || $ONLY == *" $name "* ]] || return 0
   [ "$name" = run ] || [ "$limit" -le $(($(left) - RUN_SECONDS)) ] || limit=$(($(left) - RUN_SECONDS))
   echo "== $name, at most $limit s"
   start=$(date +%s)
   if [ "$limit" -lt 5 ]; then
     echo "no time was left for it" | tee "$log"; code=124
-  elif [ "$name" = "$FAIL" ]; then
+  elif [[ $FAIL == *" $name "* ]]; then
     echo "made to fail by --fail" | tee "$log"; code=1
   else
     timeout -k 5 "$limit" "$@" 2>&1 | sed -u 's/\r/\n/g' | tee "$log"; code=${PIPESTATUS[0]}
@@ -82,19 +85,19 @@ fi
 LONG=$([ -n "$REHEARSE" ] && echo 20 || echo 1)  # a rehearsal has no hurry
 
 step doctor $((60 * LONG)) $PYTHON -m gspn_jax.doctor
-step values $((100 * LONG)) $PYTHON benchmarks/gpu_values.py $REHEARSE --limit $((90 * LONG)) --out "$OUT/values.json"
-step speed $((110 * LONG)) $PYTHON benchmarks/gpu_operator.py ${REHEARSE:---quick} --values "$OUT/values.json" \
+step values $((90 * LONG)) $PYTHON benchmarks/gpu_values.py $REHEARSE --limit $((80 * LONG)) --out "$OUT/values.json"
+step speed $((100 * LONG)) $PYTHON benchmarks/gpu_operator.py ${REHEARSE:---quick} --values "$OUT/values.json" \
   --anyway --repeats $([ -n "$REHEARSE" ] && echo 1 || echo 10) --out "$OUT/speed.json"
-step training $((170 * LONG)) $PYTHON benchmarks/train_step.py $MODELS $SHAPE --measure training \
-  --limit $((75 * LONG)) --out "$OUT/training.json"
+step training $((180 * LONG)) $PYTHON benchmarks/train_step.py $MODELS $SHAPE --measure training \
+  --together --limit $((170 * LONG)) --out "$OUT/training.json"
 step sampling $((90 * LONG)) $PYTHON benchmarks/train_step.py $SAMPLED $SHAPE --measure sampling \
-  --sampler-steps $SAMPLER_STEPS --limit $((50 * LONG)) --out "$OUT/sampling.json"
+  --sampler-steps $SAMPLER_STEPS --limit $((60 * LONG)) --out "$OUT/sampling.json"
 if [ -n "$IMAGES$REHEARSE" ]; then  # a rehearsal makes images up
   step run $(($(left) - 8)) $PYTHON benchmarks/gpu_run.py $REHEARSE ${IMAGES:+--images "$IMAGES"} \
     --seconds $(($(left) - 20)) --out "$OUT/run.json" --grid "$OUT/samples.png"
-else
+elif [[ -z $ONLY || $ONLY == *" run "* ]]; then
   printf 'run\tno images were named\t0\t0\n' >> "$WORK/steps.tsv"
+  table
 fi
-table
 cat "$OUT/table.txt"
 $PYTHON benchmarks/gpu_table.py "$OUT" "$WORK/steps.tsv" > /dev/null

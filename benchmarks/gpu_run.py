@@ -52,9 +52,9 @@ from gspn_jax.metrics.classifier import ClassifierJudge
 from gspn_jax.training import checkpoints, sharding
 from gspn_jax.training.loop import Interrupted, train
 
-AFTER_TRAINING = 60.0
+AFTER_TRAINING = 75.0
 """Seconds kept for samples and their judge; in a rehearsal there is no hurry."""
-EPOCHS_OF_JUDGE = 8
+EPOCHS_OF_JUDGE = 5
 ROWS_OF_GRID = 8
 CURVE_POINTS = 200
 

@@ -17,6 +17,9 @@ def values(found: dict[str, Any]) -> Iterator[str]:
     cases = found["cases"]
     wrong = [row for row in cases if row["correct"] is not True]
     yield f"{len(cases) - len(wrong)} of {len(cases)} variants of the kernel agree with float64"
+    for row in cases:
+        if row.get("expanded_by_xla"):
+            yield f"by XLA and the plain kernel {row['case']}: the one that expands proxies {row['expanded_by_xla']}"
     for row in wrong:
         said = row.get("error") or ("no answer" if row["correct"] is None else " ".join(
             f"{name} {error:.1e}" for name, error in row["errors"].items()))
@@ -112,7 +115,8 @@ def table(folder: pathlib.Path, steps: pathlib.Path) -> Iterator[str]:
             found = json.loads(path.read_text())
             if found.get("device") and found["device"] != device:
                 device = found["device"]
-                yield f"    on {device}, jax {found['jax']}, {found['date']}"
+                rehearsed = ", a rehearsal: its times mean nothing" if "cpu" in device else ""
+                yield f"    on {device}, jax {found['jax']}, {found['date']}{rehearsed}"
             yield from (f"    {text}" for text in LINES[name](found))
         except (ValueError, KeyError, TypeError) as error:
             yield f"    {path.name} cannot be read: {type(error).__name__} {error}"

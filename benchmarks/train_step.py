@@ -13,16 +13,21 @@ model whose attention is not flash attention, nor of one.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import datetime
+import fcntl
 import json
 import multiprocessing
+import os
 import pathlib
 import platform
 import statistics
 import sys
+import tempfile
 import time
 import traceback
+from collections.abc import Iterator
 from multiprocessing.connection import Connection
 from typing import Any, get_args
 
@@ -45,7 +50,7 @@ from gspn_jax.files import replacing
 from gspn_jax.models import attention
 from gspn_jax.sampling import Sampler
 from gspn_jax.training import sharding
-from gspn_jax.training.state import create_state
+from gspn_jax.training.state import abstract_state, create_state
 from gspn_jax.training.step import make_step
 from gspn_jax.training.throughput import peak_flops
 
@@ -104,57 +109,71 @@ def make_config(model: ModelConfig, arguments: argparse.Namespace) -> Config:
         train=TrainConfig(batch_size=arguments.batch_size, precision=f"params=float32,compute={compute}"))
 
 
-def measure_training(config: Config, mesh: jax.sharding.Mesh, repeats: int) -> dict[str, float | None]:
-    """Milliseconds, images/s, bytes and MFU of a train step."""
+@contextlib.contextmanager
+def device_to_itself(lock: str) -> Iterator[None]:
+    """Waits until no other process that names the same file is inside; one that is killed is not."""
+    with open(lock, "a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def measure_training(config: Config, mesh: jax.sharding.Mesh, repeats: int, lock: str) -> dict[str, float | None]:
+    """Milliseconds, images/s, bytes and MFU of a train step. What needs the host alone is done before the device is
+    asked for."""
     size, count = (config.data.image_size, config.data.image_size, config.data.channels), config.train.batch_size
     rng = np.random.default_rng(0)
     batch = {"image": rng.integers(0, 256, (count, *size), np.uint8),
              "label": rng.integers(0, CLASSES, count, np.int32)}
-    batch = jax.device_put(batch, sharding.batch_sharding(mesh))
-    holder = [create_state(config, mesh)]
-
     start = time.perf_counter()
-    step = make_step(config, mesh).lower(holder[0], batch).compile()
-    compiled = time.perf_counter() - start
-    memory = step.memory_analysis()
+    lowered = make_step(config, mesh).lower(abstract_state(config, mesh), batch)
+    lowered_seconds = time.perf_counter() - start
+    with device_to_itself(lock):
+        start = time.perf_counter()
+        step = lowered.compile()
+        compiled = time.perf_counter() - start
+        memory = step.memory_analysis()
+        batch, holder = jax.device_put(batch, sharding.batch_sharding(mesh)), [create_state(config, mesh)]
 
-    def train() -> None:
-        holder[0], metrics = step(holder[0], batch)
-        jax.block_until_ready(metrics)
+        def train() -> None:
+            holder[0], metrics = step(holder[0], batch)
+            jax.block_until_ready(metrics)
 
-    train_seconds = seconds(train, repeats)
+        train_seconds = seconds(train, repeats)
     rate = count / train_seconds
     flops = models.forward_flops(models.resolve(config.model), size[2], *size[:2])
     peak = peak_flops(jax.devices()[0].device_kind)
     return {
-        "compile_seconds": compiled, "train_ms": 1e3 * train_seconds, "images_per_second": rate,
+        "lower_seconds": lowered_seconds, "compile_seconds": compiled,
+        "train_ms": 1e3 * train_seconds, "images_per_second": rate,
         "mfu": 3 * flops * rate / (peak * jax.device_count()) if peak else None,
         "peak_bytes": (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use"),
         "compiled_bytes": memory.temp_size_in_bytes + memory.argument_size_in_bytes if memory else None,
     }
 
 
-def measure_forward(config: Config, mesh: jax.sharding.Mesh, repeats: int) -> dict[str, float]:
+def measure_forward(config: Config, mesh: jax.sharding.Mesh, repeats: int, lock: str) -> dict[str, float]:
     """Milliseconds and images/s of one network evaluation."""
     size, count = (config.data.image_size, config.data.image_size, config.data.channels), config.train.batch_size
     graphdef, _ = models.abstract(config)
-    params = create_state(config, mesh).params
     forward = jax.jit(lambda params, x, t, y: models.apply(graphdef, params, x, t, y))
     x, t, labels = jnp.zeros((count, *size)), jnp.zeros(count), jnp.zeros(count, jnp.int32)
-    elapsed = seconds(lambda: jax.block_until_ready(forward(params, x, t, labels)), repeats)
+    with device_to_itself(lock):
+        params = create_state(config, mesh).params
+        elapsed = seconds(lambda: jax.block_until_ready(forward(params, x, t, labels)), repeats)
     return {"forward_ms": 1e3 * elapsed, "forward_images_per_second": count / elapsed}
 
 
-def measure_sampling(config: Config, mesh: jax.sharding.Mesh, repeats: int) -> dict[str, float]:
+def measure_sampling(config: Config, mesh: jax.sharding.Mesh, repeats: int, lock: str) -> dict[str, float]:
     """Milliseconds an evaluation and images/s of Euler's sampler without guidance, and its compilation."""
     count = config.train.batch_size
     sampler = Sampler(config, mesh)
-    params = create_state(config, mesh).params
     labels, seeds = np.arange(count) % CLASSES, np.arange(count)
-    start = time.perf_counter()
-    jax.block_until_ready(sampler.draw(params, labels, seeds))
-    first = time.perf_counter() - start
-    elapsed = seconds(lambda: jax.block_until_ready(sampler.draw(params, labels, seeds)), repeats)
+    with device_to_itself(lock):
+        params = create_state(config, mesh).params
+        start = time.perf_counter()
+        jax.block_until_ready(sampler.draw(params, labels, seeds))
+        first = time.perf_counter() - start
+        elapsed = seconds(lambda: jax.block_until_ready(sampler.draw(params, labels, seeds)), repeats)
     return {"sampler_compile_seconds": first - elapsed, "sampler_evaluations": sampler.evaluations,
             "evaluation_ms": 1e3 * elapsed / sampler.evaluations, "sampled_images_per_second": count / elapsed}
 
@@ -162,7 +181,7 @@ def measure_sampling(config: Config, mesh: jax.sharding.Mesh, repeats: int) -> d
 MEASURES = dict(zip(KINDS, (measure_training, measure_forward, measure_sampling), strict=True))
 
 
-def measure(text: str, arguments: argparse.Namespace) -> dict[str, Any]:
+def measure(text: str, arguments: argparse.Namespace, lock: str) -> dict[str, Any]:
     """All that is asked for of one model."""
     model = parse_model(text, arguments.remat)
     config = make_config(model, arguments)
@@ -172,31 +191,48 @@ def measure(text: str, arguments: argparse.Namespace) -> dict[str, Any]:
            **attention_of(model, arguments, config.train.precision.split("=")[-1]),
            "parameters": models.count_parameters(config), "gflops_per_image": flops / 1e9}
     for kind in arguments.measure:
-        row |= MEASURES[kind](config, mesh, arguments.repeats)
+        row |= MEASURES[kind](config, mesh, arguments.repeats, lock)
     return row
 
 
-def measure_apart(text: str, arguments: argparse.Namespace, answer: Connection) -> None:
+def measure_apart(text: str, arguments: argparse.Namespace, lock: str, answer: Connection) -> None:
     """What a process runs."""
     try:
         cli.setup()  # what runs, attention and scans, is said in log lines
-        answer.send(measure(text, arguments))
+        answer.send(measure(text, arguments, lock))
     except Exception as error:  # of any kind: the other models are worth having
         traceback.print_exc()
         answer.send({"error": f"{type(error).__name__}: {str(error)[:300]}"})
 
 
-def in_process(text: str, arguments: argparse.Namespace) -> dict[str, Any]:
-    """`measure` in a process of its own, {"error": ...} if it fails or takes longer than `--limit`."""
+def measured(arguments: argparse.Namespace) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Each model and what was found, {"error": ...} if its process failed or took longer than `--limit`.
+
+    With `--together` all processes are started at once; each has the device to itself when it needs it.
+    """
     context = multiprocessing.get_context("spawn")
-    ours, theirs = context.Pipe(duplex=False)
-    process = context.Process(target=measure_apart, args=(text, arguments, theirs), daemon=True)
-    process.start()
-    theirs.close()
+    with tempfile.NamedTemporaryFile() as lock:
+        running = {}
+        for text in arguments.models:
+            waiting = arguments.models if arguments.together else (text,)
+            for name in waiting:
+                if name not in running:
+                    ours, theirs = context.Pipe(duplex=False)
+                    process = context.Process(target=measure_apart, args=(name, arguments, lock.name, theirs),
+                                              daemon=True)
+                    process.start()
+                    theirs.close()
+                    end = None if arguments.limit is None else time.monotonic() + arguments.limit
+                    running[name] = process, ours, end
+            yield text, answer_of(*running[text])
+
+
+def answer_of(process: multiprocessing.Process, answer: Connection, end: float | None) -> dict[str, Any]:
+    """What the process sends until `end`; it is gone afterwards."""
     try:
-        if not ours.poll(arguments.limit):
-            return {"error": f"no answer in {arguments.limit:g} s"}
-        return ours.recv()
+        if not answer.poll(None if end is None else max(0.0, end - time.monotonic())):
+            return {"error": "out of time"}
+        return answer.recv()
     except EOFError:
         process.join()
         return {"error": f"ended with code {process.exitcode}"}
@@ -209,7 +245,7 @@ COLUMNS = {
     "train_ms": ("train ms", "9.1f"), "images_per_second": ("img/s", "8.1f"), "mfu": ("MFU", "6.1%"),
     "forward_ms": ("forward ms", "10.1f"), "forward_images_per_second": ("img/s", "8.1f"),
     "evaluation_ms": ("evaluation ms", "13.2f"), "sampled_images_per_second": ("img/s", "8.1f"),
-    "compile_seconds": ("compile s", "9.1f"),
+    "lower_seconds": ("lower s", "7.1f"), "compile_seconds": ("compile s", "9.1f"),
 }
 """What is printed of a row, and how."""
 
@@ -238,7 +274,9 @@ def main() -> None:
     parser.add_argument("--remat", choices=get_args(Remat), help="none by default, or what a config file says")
     parser.add_argument("--sampler-steps", type=int, default=20)
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--limit", type=float, help="seconds for each model; it is stopped then, and the next begins")
+    parser.add_argument("--limit", type=float, help="seconds for each model from its start; it is stopped then")
+    parser.add_argument("--together", action="store_true", help="start all at once: what the host does for one hides "
+                        "behind the others, and each has the device to itself while it is compiled and timed")
     parser.add_argument("--out", type=pathlib.Path, help="a JSON file for the results, written after each model")
     arguments = parser.parse_args()
 
@@ -248,8 +286,10 @@ def main() -> None:
              "arguments": {name: str(value) if isinstance(value, pathlib.Path) else value
                            for name, value in vars(arguments).items()}}
     rows: dict[str, dict] = {}
-    for text in arguments.models:
-        rows[text] = row = in_process(text, arguments)
+    if arguments.together:  # before JAX looks for devices: a process takes the memory that it needs
+        os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
+    for text, row in measured(arguments):
+        rows[text] = row
         about["device"] = row.pop("device", about.get("device"))
         good = [found for found in rows.values() if "error" not in found]
         print(f"{text:46} {row['error']}" if "error" in row else table_line(text, row, good[0]), flush=True)

@@ -82,10 +82,11 @@ def test_a_run_in_memory_on_a_bare_machine_is_the_run_that_grain_feeds(images, t
     assert process.returncode == 0, process.stderr
     assert "going on from step 3" in process.stdout + process.stderr
     assert "no TensorBoard events are written: tensorboardX is not installed" in process.stderr
-    train(whole)
+    for config in (whole, dataclasses.replace(bare, data=data)):  # and Grain goes on where memory was left
+        train(dataclasses.replace(config, train=dataclasses.replace(config.train, steps=7)))
     logs = {run: [json.loads(line) for line in (tmp_path / run / "metrics.jsonl").read_text().splitlines()]
             for run in ("whole", "bare")}
     losses = {run: [line["loss"] for line in lines if "loss" in line] for run, lines in logs.items()}
-    assert losses["bare"] == losses["whole"] and len(losses["whole"]) == 6
+    assert losses["bare"] == losses["whole"] and len(losses["whole"]) == 7
     assert [line["step"] for line in logs["bare"] if "eval/is" in line] == [3, 6]
     jax.tree.map(np.testing.assert_array_equal, everything(tmp_path / "whole"), everything(tmp_path / "bare"))
