@@ -54,9 +54,8 @@ def fit_image(image: Image.Image, size: int, channels: int) -> UInt8[np.ndarray,
         width, height = (round(side * size / short) for side in image.size)
         image = image.resize((width, height), Image.Resampling.BICUBIC)
     left, top = (image.width - size) // 2, (image.height - size) // 2
-    if image.size != (size, size):
-        image = image.crop((left, top, left + size, top + size))
-    return np.array(image).reshape(size, size, channels)
+    pixels = np.asarray(image).reshape(image.height, image.width, channels)
+    return np.array(pixels[top:top + size, left:left + size])
 
 
 def _to_mode(image: Image.Image, mode: str) -> Image.Image:
