@@ -48,16 +48,15 @@ def by_logits(weights: Sequence[Array], complements: Sequence[Array], gradients:
             for weight, complement, gradient in zip(weights, complements, gradients, strict=True)]
 
 
-TILE_REGISTERS = 28
-"""Of a thread, that a tile of all terms may take on its way: bfloat16 does, float32 would spill."""
+MOST_AHEAD = 14
+"""Bytes that all terms of an element may take if those of a tile are to be loaded a tile ahead: seven terms in
+bfloat16. With float32 the registers would spill."""
 
 
-def _fit(walk: Walk, inputs: Inputs) -> bool:
-    """Whether registers have room for the terms of a tile beside those of the tile that is computed."""
-    weights = (inputs.weights,) * 3
-    terms = [ref for ref in (inputs.x, *weights, inputs.lam, inputs.out_gate, inputs.skip) if ref is not None]
-    elements = walk.lines.positions * walk.plan.slab // tiles.WARPGROUP
-    return sum(elements * ref.dtype.itemsize for ref in terms) <= 4 * TILE_REGISTERS
+def _loads_ahead(inputs: Inputs) -> bool:
+    """Whether registers have room for the terms of the next tile beside those of the tile that is computed."""
+    terms = inputs.x, *(inputs.weights,) * 3, inputs.lam, inputs.out_gate, inputs.skip
+    return sum(ref.dtype.itemsize for ref in terms if ref is not None) <= MOST_AHEAD
 
 
 def _tile_by_tile(walk: Walk, do: Callable, carry: Any, queue: tuple) -> tuple[Any, tuple]:
@@ -168,7 +167,7 @@ def forward(inputs: Inputs, outputs, shared: Shared, *, job: Job, plan: tiles.Pl
             expansion.end(lines.count)
         else:
             positions = walk.positions()
-            first = [divmod(m, len(positions)) for m in range(2 if _fit(walk, inputs) else 1)]
+            first = [divmod(m, len(positions)) for m in range(2 if _loads_ahead(inputs) else 1)]
             lax.fori_loop(0, lines.count, step, tuple(fetch(walk, jnp.int32(t), positions[m]) for t, m in first))
         finish(walk, shared, outputs[0])
 
@@ -187,7 +186,9 @@ def backward(inputs, outputs, shared: Shared, *, job: Job, plan: tiles.Plan):
 
     def visit(walk: Walk) -> None:
         walk = walk._replace(backwards=True)
-        lines, k, early = walk.lines, walk.k, _fit(walk, inputs)
+        lines, k = walk.lines, walk.k
+        # lines of few channels and many tiles have no registers for it: those of addresses far apart
+        early = _loads_ahead(inputs) and len(walk.positions()) <= 2
         zeros = compat.zeros((lines.positions, plan.slab), plan.layout)
         merge = walk.read_merge(inputs.merge)
 
@@ -312,22 +313,32 @@ def backward(inputs, outputs, shared: Shared, *, job: Job, plan: tiles.Plan):
             return by_merge, tuple(following), pixel if early else ()
 
         def step(n, carry):
+            """As `joint_step`, but for the turn; the tiles of a line are one program."""
             begin_line(plan, shared)
+            first = walk.positions()[0]
 
-            def pull(position, by_merge, from_center):
-                pixel, weights = fetch_pixel(n, position), fetch_weights(n, position)
+            def pull(position, carry, from_center):
+                by_merge, pixel = carry
+                if not early:
+                    by_merge, adjoint, _ = pull_pixel(n, position, fetch_pixel(n, position), by_merge, from_center)
+                    return (by_merge, ()), pull_weights(n, position, *fetch_weights(n, position), adjoint)
+                weights = fetch_weights(n, position)
                 by_merge, adjoint, _ = pull_pixel(n, position, pixel, by_merge, from_center)
-                return by_merge, pull_weights(n, position, *weights, adjoint)
+                following = position + lines.positions
+                last = following == first + len(walk.positions()) * lines.positions
+                pixel = fetch_pixel(jnp.where(last, n + 1, n), jnp.where(last, first, following))
+                return (by_merge, pixel), pull_weights(n, position, *weights, adjoint)
 
             return _tile_by_tile(walk, pull, *carry)
 
         clear(walk, shared, plan.handed_on)
         carried = (zeros if center_in_registers else None,) * len(walk.positions())
+        pixel = fetch_pixel(jnp.int32(0), walk.positions()[0]) if early else ()
         if plan.joint:
-            carry = zeros, carried, fetch_pixel(jnp.int32(0), walk.positions()[0]) if early else ()
+            carry = zeros, carried, pixel
             by_merge, *_ = lax.fori_loop(0, lines.count, joint_step, carry)
         else:
-            by_merge, _ = lax.fori_loop(0, lines.count, step, (zeros, carried))
+            (by_merge, _), _ = lax.fori_loop(0, lines.count, step, ((zeros, pixel), carried))
         if job.out_gate:
             writer = 0 if plan.joint else walk.warpgroup
             mine = pl.ds(writer * lines.positions, lines.positions)

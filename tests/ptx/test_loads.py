@@ -98,6 +98,6 @@ def test_threads_of_a_warpgroup_meet_once_a_line(name):
 
 
 def test_loads_that_come_late_are_told(monkeypatch):
-    monkeypatch.setattr(bodies, "TILE_REGISTERS", 0)
+    monkeypatch.setattr(bodies, "MOST_AHEAD", 0)
     for name, found in assembled().items():
         assert min(line.ahead() for line in lines(found.sass)) < AHEAD[name]
