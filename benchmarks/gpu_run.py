@@ -55,7 +55,7 @@ from gspn_jax.training.loop import Interrupted, train
 AFTER_TRAINING = 75.0
 """Seconds kept for samples and their judge; in a rehearsal there is no hurry."""
 EPOCHS_OF_JUDGE = 5
-ROWS_OF_GRID = 8
+SHOWN_OF_CLASS = 8
 CURVE_POINTS = 200
 
 
@@ -151,9 +151,10 @@ def run(arguments: argparse.Namespace, record: Record, images: pathlib.Path, run
 
     count = min(arguments.samples, len(list((images / "test").glob("*/*"))))
     samples, wanted = draw(config, count, min(500, count))
-    shown = np.concatenate([np.flatnonzero(wanted == k)[:ROWS_OF_GRID] for k in range(classes)])
+    columns = min(SHOWN_OF_CLASS, count // classes)
+    shown = np.concatenate([np.flatnonzero(wanted == k)[:columns] for k in range(classes)])
     train_set = data.make_source(config.data)
-    picture = grid(samples[shown], list(train_set.class_names), columns=ROWS_OF_GRID)
+    picture = grid(samples[shown], list(train_set.class_names), columns=columns)
     if arguments.grid:
         picture.save(arguments.grid)
     record["sampled_after_seconds"] = time.monotonic() - start
