@@ -14,6 +14,7 @@ train_step = scripts.load("train_step")
 def run(monkeypatch, out, *arguments):
     shape = ["--batch-size", "8", "--image-size", "4", "--channels", "1", "--repeats", "1", "--out", str(out)]
     monkeypatch.setattr(sys, "argv", ["train_step.py", *shape, *arguments])
+    monkeypatch.syspath_prepend(scripts.FOLDER)  # the processes that it starts have the same
     with pytest.raises(SystemExit) as stopped:
         train_step.main()
     return int(stopped.value.code), json.loads(out.read_text())["results"]
