@@ -13,9 +13,9 @@ itself against XLA's product and the plain kernel, alone and (6) blocks: within 
 attention at equal tokens and width, 256 to 65,536 tokens, and where the lines cross; only cuDNN's flash attention is
 compared with.
 
-All sides of a ratio run in turns in this process; times are the best of `--repeats` of up to ten calls in a row. Results are
-written after each row, and a table that fails does not stop the next. With another device than an NVIDIA GPU of compute
-capability 8.0 or newer the script stops with a sentence; `--rehearse` interprets small cases on a CPU.
+All sides of a ratio run in turns in this process; times are the best of `--repeats` of up to ten calls in a row.
+Results are written after each row, and a table that fails does not stop the next. With another device than an NVIDIA
+GPU of compute capability 8.0 or newer the script stops with a sentence; `--rehearse` interprets small cases on a CPU.
 """
 
 import argparse
