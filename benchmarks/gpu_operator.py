@@ -13,9 +13,9 @@ itself against XLA's product and the plain kernel, alone and (6) blocks: within 
 attention at equal tokens and width, 256 to 65,536 tokens, and where the lines cross; only cuDNN's flash attention is
 compared with.
 
-All sides of a ratio run in turns in this process; times are the best of `--repeats` of ten calls in a row. Results are
-written after each row, and a table that fails does not stop the next. With another device than an NVIDIA GPU of compute
-capability 8.0 or newer the script stops with a sentence; `--rehearse` interprets small cases on a CPU.
+All sides of a ratio run in turns in this process; times are the best of `--repeats` of up to ten calls in a row.
+Results are written after each row, and a table that fails does not stop the next. With another device than an NVIDIA
+GPU of compute capability 8.0 or newer the script stops with a sentence; `--rehearse` interprets small cases on a CPU.
 """
 
 import argparse
@@ -52,6 +52,9 @@ from gspn_jax.models.mixers import GSPNMixer
 from kernels import api, available_backends, propagate, propagate_low_rank
 
 Rows = Iterator[dict]
+
+SECONDS_A_ROW, SECONDS_A_REPEAT = 4.0, 0.1
+"""Of what is slow; of what is not, a row takes less."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,17 +125,31 @@ def passes(function: Callable, arrays: tuple) -> dict[str, Callable]:
 def best_seconds(runs: dict[str, Callable], repeats: int, sizes: Sizes) -> dict[str, float]:
     """The shortest of the repeats of each, taken in turns after some that are not timed.
 
-    A repeat is `sizes.calls` calls in a row: the device works on one while the host sends for the next.
+    A repeat is `sizes.calls` calls in a row: the device works on one while the host sends for the next. What is slow
+    gets fewer calls and repeats, so that it does not cost the rows after it.
     """
-    times = {name: [] for name in runs}
-    for _ in range(repeats + sizes.untimed):
+    calls = {name: fitting_calls(run, sizes) for name, run in runs.items()}
+    times, begun = {name: [] for name in runs}, time.perf_counter()
+    for done in range(repeats + sizes.untimed):
+        if done > sizes.untimed and time.perf_counter() - begun > SECONDS_A_ROW:
+            break
         for name, run in runs.items():
             start = time.perf_counter()
-            for _ in range(sizes.calls):
+            for _ in range(calls[name]):
                 result = run()
             jax.block_until_ready(result)
-            times[name].append((time.perf_counter() - start) / sizes.calls)
+            times[name].append((time.perf_counter() - start) / calls[name])
     return {name: min(values[sizes.untimed:]) for name, values in times.items()}
+
+
+def fitting_calls(run: Callable, sizes: Sizes) -> int:
+    """`sizes.calls`, or as many as take SECONDS_A_REPEAT; compiles."""
+    if sizes.calls == 1:
+        return 1
+    jax.block_until_ready(run())
+    start = time.perf_counter()
+    jax.block_until_ready(run())
+    return max(1, min(sizes.calls, int(SECONDS_A_REPEAT / (time.perf_counter() - start))))
 
 
 def needed_bytes(arrays: tuple) -> dict[str, int]:

@@ -54,8 +54,10 @@ from gspn_jax.training.loop import Interrupted, train
 
 AFTER_TRAINING = 75.0
 """Seconds kept for samples and their judge; in a rehearsal there is no hurry."""
+SHORTEST = 20.0
+"""Seconds that training gets at the least: until it listens to signals and has compiled a step."""
 EPOCHS_OF_JUDGE = 5
-ROWS_OF_GRID = 8
+SHOWN_OF_CLASS = 8
 CURVE_POINTS = 200
 
 
@@ -87,7 +89,7 @@ def make_config(folder: pathlib.Path, run_dir: str, classes: int, rehearse: bool
                         in_memory=True),
         diffusion=DiffusionConfig(objective="flow"),
         sampler=SamplerConfig(name="heun", steps=2 if rehearse else 20, guidance_scale=1.5),
-        optimizer=OptimizerConfig(learning_rate=1e-3, final_learning_rate=1e-3, warmup_steps=2 if rehearse else 200),
+        optimizer=OptimizerConfig(learning_rate=6e-4, final_learning_rate=6e-4, warmup_steps=2 if rehearse else 200),
         train=TrainConfig(steps=4 if rehearse else 1_000_000, batch_size=8 if rehearse else 256, log_every=1 if rehearse
                           else 50, save_every=1_000_000, ema_decays=(0.999,),
                           precision=f"params=float32,compute={compute}"))
@@ -95,7 +97,7 @@ def make_config(folder: pathlib.Path, run_dir: str, classes: int, rehearse: bool
 
 def train_until(config: Config, deadline: float) -> str:
     """Trains until `deadline` on the clock of time.monotonic, or to the last step; says which."""
-    timer = threading.Timer(max(1.0, deadline - time.monotonic()), os.kill, (os.getpid(), signal.SIGTERM))
+    timer = threading.Timer(max(SHORTEST, deadline - time.monotonic()), os.kill, (os.getpid(), signal.SIGTERM))
     timer.daemon = True
     timer.start()
     try:
@@ -151,9 +153,10 @@ def run(arguments: argparse.Namespace, record: Record, images: pathlib.Path, run
 
     count = min(arguments.samples, len(list((images / "test").glob("*/*"))))
     samples, wanted = draw(config, count, min(500, count))
-    shown = np.concatenate([np.flatnonzero(wanted == k)[:ROWS_OF_GRID] for k in range(classes)])
+    columns = min(SHOWN_OF_CLASS, count // classes)
+    shown = np.concatenate([np.flatnonzero(wanted == k)[:columns] for k in range(classes)])
     train_set = data.make_source(config.data)
-    picture = grid(samples[shown], list(train_set.class_names), columns=ROWS_OF_GRID)
+    picture = grid(samples[shown], list(train_set.class_names), columns=columns)
     if arguments.grid:
         picture.save(arguments.grid)
     record["sampled_after_seconds"] = time.monotonic() - start

@@ -64,7 +64,7 @@ def models(found: dict[str, Any]) -> Iterator[str]:
         if "error" in row:
             yield f"{model}: {row['error']}"
             continue
-        parts = [f"{model} ({row['parameters'] / 1e6:.0f}M, remat {row['remat']})"]
+        parts = [f"{model} ({row['parameters'] / 1e6:.0f}M, remat {row['remat']}, scans by {row['scans']})"]
         if row["attention"]:
             parts.append(f"attention by {row['attention']}")
         for name, form, unit in COLUMNS:

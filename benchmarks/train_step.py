@@ -53,6 +53,7 @@ from gspn_jax.training import sharding
 from gspn_jax.training.state import abstract_state, create_state
 from gspn_jax.training.step import make_step
 from gspn_jax.training.throughput import peak_flops
+from kernels import available_backends
 
 CPU_MODELS = ("DiT-S/2:hidden=192,depth=8,heads=3", "DiT-S/2:mixer=gspn,hidden=192,depth=8,heads=3",
               "GSPN-S/2:hidden=192,depth=12")
@@ -188,6 +189,7 @@ def measure(text: str, arguments: argparse.Namespace, lock: str) -> dict[str, An
     mesh = sharding.make_mesh(config.mesh)
     flops = models.forward_flops(models.resolve(model), arguments.channels, *(arguments.image_size,) * 2)
     row = {"device": f"{jax.device_count()} x {jax.devices()[0].device_kind}", "remat": model.remat,
+           "scans": model.backend or available_backends()[0],
            **attention_of(model, arguments, config.train.precision.split("=")[-1]),
            "parameters": models.count_parameters(config), "gflops_per_image": flops / 1e9}
     for kind in arguments.measure:

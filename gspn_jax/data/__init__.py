@@ -1,6 +1,6 @@
-"""Images in, batches out: sources, the Grain loader, prefetch to devices, and pixel helpers.
+"""Images in, batches out: sources, the loader (by Grain or from memory), prefetch to devices, and pixel helpers.
 
-The names below are imported when first used, so that `gspn_jax.data.images` needs no Grain.
+The names below are imported when first used, so that what needs no Grain does without it.
 """
 
 import importlib

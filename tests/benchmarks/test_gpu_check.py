@@ -105,8 +105,8 @@ def shown(folder, monkeypatch, capsys):
 def test_the_table_says_what_was_found(tmp_path, monkeypatch, capsys):
     about = {"device": "1 x NVIDIA H200", "jax": "0.11.2", "date": "2026-12-01"}
     right = {"case": "propagate 1", "correct": True, "errors": {"forward": 1e-7}}
-    model = {"parameters": 692e6, "remat": "full", "attention": None, "train_ms": 188.0, "images_per_second": 340.4,
-             "mfu": 0.361, "peak_bytes": 48.3e9}
+    model = {"parameters": 692e6, "remat": "full", "scans": "mosaic_gpu", "attention": None, "train_ms": 188.0,
+             "images_per_second": 340.4, "mfu": 0.361, "peak_bytes": 48.3e9}
     write(tmp_path, [("doctor", "0", "9", "60"), ("values", "0", "50", "100"), ("training", "0", "90", "170"),
                      ("run", "0", "100", "120")],
           values=about | {"cases": [right, right]},
@@ -119,8 +119,8 @@ def test_the_table_says_what_was_found(tmp_path, monkeypatch, capsys):
     assert code == 0
     for said in ("values     ok           50 s of 100", "on 1 x NVIDIA H200, jax 0.11.2, 2026-12-01",
                  "2 of 2 variants of the kernel agree with float64",
-                 "GSPN-XL/2 (692M, remat full), 188 ms a step, 340.4 images/s, 36.1% MFU, 48.3 GB",
-                 "DiT-XL/2 (692M, remat full), attention by cudnn, 188 ms",
+                 "GSPN-XL/2 (692M, remat full, scans by mosaic_gpu), 188 ms a step, 340.4 images/s, 36.1% MFU, 48.3 GB",
+                 "DiT-XL/2 (692M, remat full, scans by mosaic_gpu), attention by cudnn, 188 ms",
                  "GSPN-S/2 (18.9M): 900 steps, 230,400 images, loss 0.1234, 4321 images/s, MFU 10.0%",
                  "2000 samples: the class asked for 0.500", "Frechet distance 12 (held-out images 0.3)"):
         assert said in text

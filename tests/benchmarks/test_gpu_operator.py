@@ -63,7 +63,8 @@ def test_a_table_that_fails_does_not_stop_the_next(tmp_path, monkeypatch):
     assert record["copy_error"].strip().endswith("RuntimeError: out of memory")
 
 
-QUICK = [case for case in gpu_values.cases() if max(case.shape[1:3]) <= 20 and case.shape[3] <= 128]
+QUICK = [case for case in gpu_values.cases() if max(case.shape[1:3]) <= 20 and case.shape[3] <= 128
+         and (case.operator != "propagate" or case.dtype == "float32")]
 
 
 @pytest.mark.parametrize("case", QUICK, ids=str)

@@ -66,6 +66,15 @@ def test_every_host_goes_on_at_any_step_as_the_grain_loader_does(start_step, hos
         assert_same(take(5, Numbered(20), config(in_memory=True), **place), take(5, Numbered(20), config(), **place))
 
 
+def test_a_set_by_its_name_is_decoded_once_and_stays_the_same_run():
+    data = DataConfig(source="digits")
+    source, kept = make_source(data), make_source(DataConfig(source="digits", in_memory=True))
+    assert isinstance(kept, memory.MemorySource) and len(kept) == len(source) == 1797
+    assert (kept.fingerprint, kept.class_names) == (source.fingerprint, source.class_names)
+    assert all(np.array_equal(kept[i][name], source[i][name]) for i in (0, 1000, 1796) for name in ("image", "label"))
+    assert_same(take(3, kept, DataConfig(in_memory=True), batch_size=64), take(3, source, data, batch_size=64))
+
+
 def test_worker_processes_of_the_grain_loader_give_the_same():
     alone = take(6, Numbered(20), config(in_memory=True), start_step=2)
     for workers in (1, 2):
