@@ -7,6 +7,7 @@ import pytest
 
 import kernels.api
 from gspn_jax import doctor
+from gspn_jax.models import attention
 from gspn_jax.training import checkpoints
 from tests.training import tiny
 from tests.training.test_checkpoints import save
@@ -72,6 +73,15 @@ def test_every_operator_of_another_backend_is_held_against_the_scan(monkeypatch)
         propagate=lambda x, *rest: scan.propagate(x * x.dtype.type(1.1), *rest)))
     _, *found = doctor.kernels()
     assert [finding.works for finding in found] == [True, False, False]
+
+
+def test_attention_with_wrong_values_is_found(monkeypatch):
+    right = attention.attention
+    *found, note = doctor.attention()
+    assert all(finding.works for finding in found) and "flash attention needs an NVIDIA GPU" in note.text
+    monkeypatch.setattr(attention, "attention", lambda q, k, v: right(q, k, v) * q.dtype.type(1.1))
+    finding, *_ = doctor.attention()
+    assert finding.works is False and finding.text.startswith("attention by 'xla' agrees with a float64 softmax")
 
 
 def test_a_disk_that_is_too_small_is_found(monkeypatch, tmp_path):

