@@ -1,8 +1,13 @@
-"""What is emulated: sizes of the operator, its values and gradients by the kernel, by the scan and in float64."""
+"""What is emulated: sizes of the operator, its values and gradients by the kernel, by the scan and in float64.
+
+    python -m tests.ptx.cases 1x16x16x64-bfloat16 8.0       # one case for GPUs of compute capability 8.0
+"""
 
 import dataclasses
 import json
+import os
 import pathlib
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -10,13 +15,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kernels import mosaic_gpu, propagate, propagate_low_rank
+from kernels import devices, mosaic_gpu, propagate, propagate_low_rank
 from tests.kernels import numpy_scan
-from tests.ptx import emulation
+from tests.ptx import emulation, toolchain
 
 NAMES = ("x", "gates", "lam", "out_gate", "merge", "skip")
 RESULTS = pathlib.Path("build", "ptx", jax.__version__)
 """Where `Outcome.save` leaves what `table.py` prints."""
+ROUNDINGS = 1.5
+"""By how much the kernel's error may exceed that of the scan backend in the same type: both round differently."""
+ROUNDINGS_OF_STATES = 2.0
+"""The same of gradients that read the states which the forward pass saves in bfloat16; the scan has them in float32."""
+FROM_STATES = ("gates", "out_gate", "merge")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,11 +108,23 @@ class Outcome:
     def faults(self) -> list[str]:
         return [f"{run.program}: {fault}" for run in self.runs for fault in run.faults]
 
-    def save(self) -> None:
-        RESULTS.mkdir(parents=True, exist_ok=True)
+    def wrong(self) -> list[str]:
+        """Faults, and errors that are not of rounding. A gradient that the scan sums in float32 counts as rounded once,
+        like y."""
+        found = self.faults
+        for name, error in self.kernel.items():
+            from_states = name in FROM_STATES and self.case.dtype == "bfloat16"
+            most = (ROUNDINGS_OF_STATES if from_states else ROUNDINGS) * max(self.scan[name], self.scan["y"])
+            if not error < most:  # which a NaN is not
+                found.append(f"{self.case}: the norm error of {name} is {error:.1e}, not below {most:.1e}")
+        return found
+
+    def save(self, capability: str = devices.DEFAULT) -> None:
+        folder = RESULTS / capability
+        folder.mkdir(parents=True, exist_ok=True)
         found = {"case": str(self.case), "kernel": self.kernel, "scan": self.scan, "faults": self.faults,
                  "launches": len(self.runs), "instructions": sum(run.instructions for run in self.runs)}
-        (RESULTS / f"{self.case}.json").write_text(json.dumps(found, indent=1))
+        (folder / f"{self.case}.json").write_text(json.dumps(found, indent=1))
 
 
 def run(case: Case, **options: Any) -> Outcome:
@@ -175,3 +197,17 @@ def _low_rank_truth(
             value = np.tensordot(proxy, value, [range(3), range(3)])
         yield name, value
     yield "proxy", by_proxy
+
+
+def main(name: str, capability: str) -> None:
+    case, = (case for case in CASES if str(case) == name)
+    with devices.for_device(capability), toolchain.architecture(capability):
+        outcome = run(case)
+    outcome.save(capability)
+    print(*outcome.runs, sep="\n")
+    sys.exit("\n".join(outcome.wrong()) or None)
+
+
+if __name__ == "__main__":
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    main(*sys.argv[1:])

@@ -40,7 +40,7 @@ PLAIN = {  # operation: (types of its operands: w 32 bits, d 64, p predicate; op
     "MUL_HI_U32": ("www", "mul.hi.u32"), "MUL_HI_S32": ("www", "mul.hi.s32"),
     "DIV_U32": ("www", "div.u32"), "DIV_S32": ("www", "div.s32"), "REM_U32": ("www", "rem.u32"),
     "REM_S32": ("www", "rem.s32"), "MIN_S32": ("www", "min.s32"), "MAX_S32": ("www", "max.s32"),
-    "MIN_U32": ("www", "min.u32"), "MAX_U32": ("www", "max.u32"),
+    "NEG32": ("ww", "neg.s32"), "MIN_U32": ("www", "min.u32"), "MAX_U32": ("www", "max.u32"),
     "ADD16": ("www", "add.s16 add.u16"), "SUB16": ("www", "sub.s16"), "MUL16": ("www", "mul.lo.s16 mul.lo.u16"),
     "MAD16": ("wwww", "mad.lo.s16"),
     "AND32": ("www", "and.b32 and.b16"), "OR32": ("www", "or.b32 or.b16"), "XOR32": ("www", "xor.b32 xor.b16"),
@@ -62,7 +62,9 @@ PLAIN = {  # operation: (types of its operands: w 32 bits, d 64, p predicate; op
     "MAX_NAN_F32": ("www", "max.NaN.f32"), "EXP2_F32": ("ww", "ex2.approx.f32 ex2.approx.ftz.f32"),
     "LOG2_F32": ("ww", "lg2.approx.f32"), "RECIPROCAL_F32": ("ww", "rcp.rn.f32 rcp.approx.f32 rcp.approx.ftz.f32"),
     "ADD_BF16X2": ("www", "add.bf16x2 add.rn.bf16x2"), "MUL_BF16X2": ("www", "mul.bf16x2 mul.rn.bf16x2"),
-    "FMA_BF16X2": ("wwww", "fma.rn.bf16x2"),
+    "FMA_BF16X2": ("wwww", "fma.rn.bf16x2"), "ADD_F32X2": ("ddd", "add.f32x2 add.rn.f32x2"),
+    "SUB_F32X2": ("ddd", "sub.f32x2 sub.rn.f32x2"), "MUL_F32X2": ("ddd", "mul.f32x2 mul.rn.f32x2"),
+    "FMA_F32X2": ("dddd", "fma.rn.f32x2"),
 }  # fmt: skip
 _PLAIN = {opcode: (operation, types) for operation, (types, opcodes) in PLAIN.items() for opcode in opcodes.split()}
 
@@ -248,8 +250,8 @@ class _Assembler:
             self.put("NOP")
         elif opcode.startswith("mov") and arguments[1] in SPECIAL_REGISTERS:
             self.put("SPECIAL", [self.register(arguments[0], "w")], kind=SPECIAL_REGISTERS[arguments[1]])
-        elif opcode == "mov.b32" and "{" in "".join(arguments):
-            self.put("PACK" if arguments[1].startswith("{") else "UNPACK", self.registers(",".join(arguments)))
+        elif opcode in ("mov.b32", "mov.b64") and "{" in "".join(arguments):
+            self.pack_or_unpack(*arguments, wide=opcode == "mov.b64")
         elif opcode in _PLAIN:
             operation, types = _PLAIN[opcode]
             self.put(operation, [self.register(a, kind) for a, kind in zip(arguments, types, strict=True)])
@@ -306,6 +308,12 @@ class _Assembler:
         return number
 
     # ---- instructions
+
+    def pack_or_unpack(self, target: str, source: str, *, wide: bool) -> None:
+        """{low, high} on one side, a register that holds both on the other."""
+        operands = [number for text in (target, source)
+                    for number in self.registers(text, "d" if wide and "{" not in text else "w")]
+        self.put(("PACK" if "{" in source else "UNPACK") + ("64" if wide else ""), operands)
 
     def load_parameter(self, match, target, source):
         name, offset = re.match(r"\[(\w+)(?:\+(\d+))?\]", source).groups()

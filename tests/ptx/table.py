@@ -8,9 +8,11 @@ import sys
 
 import jax
 
+from kernels import devices
 from tests.ptx.cases import CASES, RESULTS
 
-COLUMNS = ("case", "y", "gradient that is furthest from the scan's", "launches", "warp instructions", "reports")
+COLUMNS = ("capability", "case", "y", "gradient that is furthest from the scan's", "launches", "warp instructions",
+           "reports")
 
 
 def row(case: str, kernel: dict[str, float], scan: dict[str, float], faults: list[str], launches: int,
@@ -26,12 +28,13 @@ def main() -> None:
     print(f"Emulated, JAX {jax.__version__}: norm errors relative to float64; in parentheses the scan's own.\n")
     print("|", " | ".join(COLUMNS), "|")
     print("|" + "---|" * len(COLUMNS))
-    for case in CASES:
-        path = RESULTS / f"{case}.json"
-        if path.exists():
-            print("|", " | ".join(row(**json.loads(path.read_text()))), "|")
-        else:
-            print(f"not run: {case}", file=sys.stderr)
+    for capability in sorted(devices.DEVICES, key=lambda capability: capability != devices.DEFAULT):
+        for case in CASES:
+            path = RESULTS / capability / f"{case}.json"
+            if path.exists():
+                print("|", " | ".join([capability, *row(**json.loads(path.read_text()))]), "|")
+            elif capability == devices.DEFAULT:
+                print(f"not run: {case}", file=sys.stderr)
 
 
 if __name__ == "__main__":

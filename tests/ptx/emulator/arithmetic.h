@@ -45,6 +45,15 @@ class Arithmetic {
     });
   }
 
+  // The same for pairs of float.
+  template <class... In, class F>
+  bool map_pairs(F f) {
+    return map<u64, In...>([f](auto... words) {
+      const u64 low = bits<u32>(f(bits<float>(static_cast<u32>(words))...));
+      return low | static_cast<u64>(bits<u32>(f(bits<float>(static_cast<u32>(words >> 32))...))) << 32;
+    });
+  }
+
   template <class F>
   bool map_predicates(F f) {
     const int second = in_.operand[2] >= 0 ? in_.operand[2] : in_.operand[1];
@@ -68,7 +77,11 @@ class Arithmetic {
       case PACK:
         return map<u32, u32, u32>([](u32 low, u32 high) { return (low & 0xffff) | high << 16; });
       case UNPACK:
-        return unpack();
+        return unpack<u32>(16);
+      case PACK64:
+        return map<u64, u32, u32>([](u64 low, u64 high) { return low | high << 32; });
+      case UNPACK64:
+        return unpack<u64>(32);
       case SELP32:
         return select<u32>();
       case SELP64:
@@ -83,12 +96,13 @@ class Arithmetic {
     }
   }
 
-  bool unpack() {
+  template <class T>
+  bool unpack(int half) {
     for (int lane = 0; lane < kLanes; lane++) {
       if (!(mask_ >> lane & 1)) continue;
-      const u32 word = warp_.get<u32>(in_.operand[2], lane);
-      warp_.set<u32>(in_.operand[0], lane, word & 0xffff);
-      warp_.set<u32>(in_.operand[1], lane, word >> 16);
+      const T whole = warp_.get<T>(in_.operand[2], lane);
+      warp_.set<u32>(in_.operand[0], lane, whole & ((T{1} << half) - 1));
+      warp_.set<u32>(in_.operand[1], lane, whole >> half);
     }
     return true;
   }
@@ -136,6 +150,7 @@ class Arithmetic {
       case MAX_S32: return map<s32, s32, s32>(maximum);
       case MIN_U32: return map<u32, u32, u32>(minimum);
       case MAX_U32: return map<u32, u32, u32>(maximum);
+      case NEG32: return map<u32, u32>([](u32 a) { return 0 - a; });
       default: return false;
     }
   }
@@ -223,11 +238,12 @@ class Arithmetic {
 
   bool floats() {
     const auto add = [](float a, float b) { return a + b; };
+    const auto subtract = [](float a, float b) { return a - b; };
     const auto multiply = [](float a, float b) { return a * b; };
     const auto multiply_add = [](float a, float b, float c) { return fmaf(a, b, c); };
     switch (in_.operation) {
       case ADD_F32: return map<float, float, float>(add);
-      case SUB_F32: return map<float, float, float>([](float a, float b) { return a - b; });
+      case SUB_F32: return map<float, float, float>(subtract);
       case MUL_F32: return map<float, float, float>(multiply);
       case FMA_F32: return map<float, float, float, float>(multiply_add);
       case DIV_F32: return map<float, float, float>([](float a, float b) { return a / b; });
@@ -246,6 +262,10 @@ class Arithmetic {
       case ADD_BF16X2: return map_halves<u32, u32>(add);
       case MUL_BF16X2: return map_halves<u32, u32>(multiply);
       case FMA_BF16X2: return map_halves<u32, u32, u32>(multiply_add);
+      case ADD_F32X2: return map_pairs<u64, u64>(add);
+      case SUB_F32X2: return map_pairs<u64, u64>(subtract);
+      case MUL_F32X2: return map_pairs<u64, u64>(multiply);
+      case FMA_F32X2: return map_pairs<u64, u64, u64>(multiply_add);
       default: return false;
     }
   }
