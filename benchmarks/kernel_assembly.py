@@ -150,7 +150,7 @@ def shown(row: dict[str, Any]) -> str:
     if "refused" in row or "failed" in row:
         return f"  {row['case']}: {row.get('refused') or row['failed']}"
     return (f"  {row['case']} {row['kernel']} ({row['target']}): {row['registers']} registers, "
-            f"{row['spilled_bytes']} bytes spilled, {row['shared_bytes']} of {row['shared_bytes_there_are']} bytes shared"
+            f"{row['spilled_bytes']} bytes spilled, {row['shared_bytes']} of {row['shared_bytes_there_are']} shared"
             + (" WRONG" if wrong(row) else ""))
 
 

@@ -36,13 +36,14 @@ class Device:
     """Of shared memory that a block may have, less 1 KiB that barriers and Pallas itself take."""
     scan_bytes: int
     """Of that, what a block takes that reads all terms from device memory; the rest is for the L1 cache."""
-    joint_slab: int = 64
-    """Most channels of a block whose directions meet in shared memory: with more the backward kernel would spill."""
     joint_tile: int = 1024
     """Elements of a line computed at a time, 8 a thread, where the directions meet."""
     apart_tile: int = 512
     """The same where they do not: a warpgroup carries several tiles of a line, and with more of each the backward
     kernel would spill registers."""
+    joint_shares: bool = True
+    """Whether a block whose directions meet takes weights that its channels share; where it would spill registers,
+    directions do not meet for them."""
     expanding: Expanding | None = None
     """None without wgmma, the tensor cores of compute capability 9.0 alone: there XLA expands proxies."""
     oldest_jax: tuple[int, ...] = (0, 10, 2)
@@ -54,7 +55,7 @@ _AMPERE = (0, 11, 2)
 0.11.1, which take every mesh for one of that capability."""
 
 DEVICES = {device.capability: device for device in (
-    Device("8.0", "A100", 162 * KIB, 160 * KIB, joint_tile=512, oldest_jax=_AMPERE),
+    Device("8.0", "A100", 162 * KIB, 160 * KIB, joint_tile=512, apart_tile=256, joint_shares=False, oldest_jax=_AMPERE),
     Device("8.6", "RTX 3090, A10", 98 * KIB, 96 * KIB, oldest_jax=_AMPERE),
     Device("8.9", "RTX 4090, L4, L40S", 98 * KIB, 96 * KIB, oldest_jax=_AMPERE),
     Device("9.0", "H100, H200", 226 * KIB, 200 * KIB, expanding=Expanding()),

@@ -86,9 +86,17 @@ def _padded(job: Job, inputs: Inputs) -> Float[Array, "B H W C"]:
     """Fills the map up to whole tiles, and spreads weights over their channels if the channels of a block have several
     groups; neither happens to our presets in maps of 16, 32 or 64."""
     _, height, width, channels = inputs.x.shape
-    plan = tiles.make_plan(height, width, channels, directions=len(job.directions), device=devices.current())
-    groups = inputs.weights.shape[-1]
-    if groups < channels and (groups == 1 or channels // groups % plan.slab == 0):
+    groups, device = inputs.weights.shape[-1], devices.current()
+    make_plan = functools.partial(
+        tiles.make_plan, height, width, channels, directions=len(job.directions), device=device)
+
+    def shares(plan: tiles.Plan) -> bool:
+        return groups < channels and (groups == 1 or channels // groups % plan.slab == 0)
+
+    plan = make_plan()
+    if plan.joint and shares(plan) and not device.joint_shares:
+        plan = make_plan(may_be_joint=False)
+    if shares(plan):
         job = dataclasses.replace(job, shared=True)
     elif groups != channels:
         inputs = inputs._replace(weights=jnp.repeat(inputs.weights, channels // groups, axis=-1))

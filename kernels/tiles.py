@@ -88,7 +88,9 @@ class Lines:
         return self.padded // self.positions
 
 
-def make_plan(height: int, width: int, channels: int, *, directions: int, device: Device) -> Plan | None:
+def make_plan(
+    height: int, width: int, channels: int, *, directions: int, device: Device, may_be_joint: bool = True
+) -> Plan | None:
     """The plan with the least padding, then the widest slab; None when no line of the map fits in shared memory."""
     best, least = None, math.inf
     for joint, slab in itertools.product((True, False), SLABS):
@@ -98,7 +100,7 @@ def make_plan(height: int, width: int, channels: int, *, directions: int, device
         state = 2 * HANDED_ON[joint] * (max(padded_height, padded_width) + 2) * slab * 4
         shared = directions * state + padded_height * padded_width * slab * 4 if joint else state
         wide_enough = slab >= 32 or slab >= channels
-        if shared > device.scan_bytes or (joint and (directions == 1 or not wide_enough or slab > device.joint_slab)):
+        if shared > device.scan_bytes or (joint and (directions == 1 or not wide_enough or not may_be_joint)):
             continue
         waste = padded_height * padded_width * padded_channels
         if waste < least:

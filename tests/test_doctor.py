@@ -104,6 +104,7 @@ def test_without_a_config_the_machine_alone_is_looked_at(capsys):
     doctor.main([])
     shown = capsys.readouterr().out
     assert "kernels:" in shown and "disk:" not in shown and "--config CONFIG looks at one run" in shown
+    assert "'mosaic_gpu' backend needs an NVIDIA GPU, and this machine's device is 'cpu'; 'scan' runs" in shown
 
 
 def test_a_machine_without_grain_is_told_what_it_can_do(monkeypatch):
