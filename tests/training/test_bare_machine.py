@@ -51,11 +51,10 @@ class Small(extractor.Extractor):  # in place of Inception, whose compilation ta
 
 evaluation.Extractor = Small
 inception.require = lambda path, flag: path
-inception.read = lambda path: inception.random_state_dict(0)
+inception.read = inception.from_state_dict = lambda *_: {}
 cli.setup()
 config = from_dict(json.loads(sys.argv[1]))
 config = dataclasses.replace(config, eval=EvalConfig(every=3, num_samples=11, metrics=("is",), batch_size=8, steps=2))
-train(dataclasses.replace(config, train=dataclasses.replace(config.train, steps=3)))
 train(config)
 """
 
@@ -70,23 +69,24 @@ def images(tmp_path_factory):
     return root
 
 
-def test_a_run_in_memory_on_a_bare_machine_is_the_run_that_grain_feeds(images, tmp_path):
+def test_a_bare_machine_goes_on_from_memory_with_the_run_that_grain_fed(images, tmp_path):
     data = DataConfig(source="folder", path=str(images), image_size=8, channels=3, num_classes=2, flip=True)
     whole = tiny.config(tmp_path / "whole", steps=6, save_every=3, log_every=1)
     # a constant learning rate, so that a run of three steps is the beginning of one of six
     steady = dataclasses.replace(whole.optimizer, warmup_steps=0, final_learning_rate=whole.optimizer.learning_rate)
     whole = dataclasses.replace(whole, data=data, optimizer=steady)
-    bare = dataclasses.replace(whole, run_dir=str(tmp_path / "bare"), data=dataclasses.replace(data, in_memory=True))
+    part = dataclasses.replace(whole, run_dir=str(tmp_path / "part"))
+    train(whole)
+    train(dataclasses.replace(part, train=dataclasses.replace(part.train, steps=3)))
+    bare = dataclasses.replace(part, data=dataclasses.replace(data, in_memory=True))
     process = subprocess.run([sys.executable, "-c", SCRIPT, json.dumps(dataclasses.asdict(bare))], cwd=ROOT, text=True,
                              capture_output=True, timeout=300)
     assert process.returncode == 0, process.stderr
     assert "going on from step 3" in process.stdout + process.stderr
     assert "no TensorBoard events are written: tensorboardX is not installed" in process.stderr
-    for config in (whole, dataclasses.replace(bare, data=data)):  # and Grain goes on where memory was left
-        train(dataclasses.replace(config, train=dataclasses.replace(config.train, steps=7)))
     logs = {run: [json.loads(line) for line in (tmp_path / run / "metrics.jsonl").read_text().splitlines()]
-            for run in ("whole", "bare")}
+            for run in ("whole", "part")}
     losses = {run: [line["loss"] for line in lines if "loss" in line] for run, lines in logs.items()}
-    assert losses["bare"] == losses["whole"] and len(losses["whole"]) == 7
-    assert [line["step"] for line in logs["bare"] if "eval/is" in line] == [3, 6]
-    jax.tree.map(np.testing.assert_array_equal, everything(tmp_path / "whole"), everything(tmp_path / "bare"))
+    assert losses["part"] == losses["whole"] and len(losses["whole"]) == 6
+    assert [line["step"] for line in logs["part"] if "eval/is" in line] == [3, 6]  # the first one had been missed
+    jax.tree.map(np.testing.assert_array_equal, everything(tmp_path / "whole"), everything(tmp_path / "part"))
