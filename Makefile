@@ -18,14 +18,14 @@ PTX_READY := $(PTX_VENV)/.ready
 PYTHON_PTX ?= $(shell for python in $(PYTHON) python3.12 python3.13 $(HOME)/.pyenv/versions/3.1[23].*/bin/python; do \
 	$$python -c 'import sys; sys.exit(sys.version_info < (3, 12))' 2>/dev/null && echo $$python && break; done)
 
-.PHONY: help demo test test-slow test-torch test-torch-slow test-ptx test-ptx-slow lint bench clean
+.PHONY: help demo test test-slow test-torch test-torch-slow test-ptx test-ptx-slow lint bench peers clean
 
 help:
 	@echo "make demo        train on handwritten digits, sample a grid, score it (CPU: under 5 minutes)"
 	@echo "make test        the test suite        make lint        ruff"
 	@echo "make test-slow   the slow tests        make test-torch  the comparisons with PyTorch (test-torch-slow: the long ones)"
 	@echo "make test-ptx    the GPU kernels' machine code, emulated (test-ptx-slow: all sizes, with a table of errors)"
-	@echo "make bench       operator and train-step benchmarks on this machine"
+	@echo "make bench       operator and train-step benchmarks on this machine        make peers  beside PyTorch"
 
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and f"Python 3.11 or newer is needed, {sys.executable} is {sys.version.split()[0]}; name another one: make PYTHON=python3.12")'
@@ -78,6 +78,9 @@ lint: $(READY)
 bench: $(READY)
 	$(BIN)/python benchmarks/operator.py
 	$(BIN)/python benchmarks/train_step.py
+
+peers: $(TORCH_READY)
+	$(BIN)/python benchmarks/peers.py
 
 clean:
 	rm -rf $(VENV) .venv-ptx-* .cache build *.egg-info

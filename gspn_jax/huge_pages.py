@@ -7,6 +7,7 @@ No call within the process does the same: `mallopt` keeps no block of this size 
 gives large pages only to who asks (the default of most distributions), it is glibc that must ask.
 """
 
+import contextlib
 import os
 import pathlib
 import sys
@@ -34,7 +35,8 @@ def restart_with_them() -> None:
     if value is not None:
         sys.stdout.flush()
         sys.stderr.flush()
-        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], {**os.environ, "GLIBC_TUNABLES": value})
+        with contextlib.suppress(OSError):  # then it goes on as it is
+            os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], {**os.environ, "GLIBC_TUNABLES": value})
 
 
 def tunables(environment: Mapping[str, str], setting: str, glibc: tuple[int, ...],
