@@ -46,12 +46,12 @@ class Sampler:
 
         def draw(params, labels, seeds):
             keys = jax.vmap(jax.random.key)(seeds)
-            params = fsdp.outside_blocks(config, mesh, params)
-
-            def denoise(x, t, y):
-                return models.apply(graphdef, params, x, t, y)
-
             with fsdp.sharded_model(config, mesh):
+                params = models.prepared(config, fsdp.outside_blocks(config, mesh, params))
+
+                def denoise(x, t, y):
+                    return models.apply(graphdef, params, x, t, y)
+
                 x = samplers.sample(config.sampler, config.diffusion, denoise, shape, labels, keys,
                                     null_class=config.data.num_classes, learn_sigma=learn_sigma, progress=progress,
                                     clip_denoised=config.sampler.clip_denoised)

@@ -26,11 +26,14 @@ from gspn_jax.training import sharding
 @contextlib.contextmanager
 def sharded_model(config: Config, mesh: Mesh) -> Iterator[None]:
     """Inside, denoisers are traced for what each device has: images over "data" and "fsdp", channels over "tensor"."""
+    # channels that are split over "tensor" would not stay so when they are padded
+    tensor_cores = mesh.devices.flat[0].platform == "gpu" and mesh.shape["tensor"] == 1
     if mesh.shape["fsdp"] == 1:
-        with kernels.sharded(mesh, batch=sharding.BATCH_AXES, channels=("tensor",)):
+        with (blocks.run_blocks_on(blocks.Machine(tensor_cores=tensor_cores)),
+              kernels.sharded(mesh, batch=sharding.BATCH_AXES, channels=("tensor",))):
             yield
         return
-    with blocks.run_blocks_by(_runner(config, mesh)):
+    with blocks.run_blocks_on(blocks.Machine(_runner(config, mesh), tensor_cores)):
         yield
 
 
@@ -57,7 +60,7 @@ def _name(path: tuple) -> str:
 
 
 def _runner(config: Config, mesh: Mesh):
-    """For `blocks.run_blocks_by`."""
+    """For `blocks.Machine`."""
     _, shapes = models.abstract(config)
     compute = parse_precision(config.train.precision)["compute"]
     layers = {}  # path in a block -> (where, shape) of the weight of one block; the stacks of a model have equal blocks
