@@ -10,6 +10,9 @@ comma := ,
 EXTRAS := dev$(if $(filter 1,$(GPU)),$(comma)cuda13)
 READY := $(VENV)/.ready-gpu$(GPU)
 TORCH_READY := $(VENV)/.ready-torch
+COMPILE_VENV := .venv-compile
+COMPILE_READY := $(COMPILE_VENV)/.ready
+ARGS ?= recorded
 
 # The emulator of machine code has an environment of its own, with the JAX of Python 3.12: make test-ptx PTX_JAX=0.11.2
 PTX_JAX ?= $(shell sed -n 's/^jax==\(.*\); python_version >= "3.12"$$/\1/p' constraints.txt)
@@ -18,7 +21,7 @@ PTX_READY := $(PTX_VENV)/.ready
 PYTHON_PTX ?= $(shell for python in $(PYTHON) python3.12 python3.13 $(HOME)/.pyenv/versions/3.1[23].*/bin/python; do \
 	$$python -c 'import sys; sys.exit(sys.version_info < (3, 12))' 2>/dev/null && echo $$python && break; done)
 
-.PHONY: help demo test test-slow test-torch test-torch-slow test-ptx test-ptx-slow lint bench clean
+.PHONY: help demo test test-slow test-torch test-torch-slow test-ptx test-ptx-slow lint bench gpu-compile clean
 
 help:
 	@echo "make demo        train on handwritten digits, sample a grid, score it (CPU: under 5 minutes)"
@@ -75,9 +78,19 @@ test-ptx-slow: $(PTX_READY)
 lint: $(READY)
 	$(BIN)/ruff check .
 
+# XLA's compiler for GPUs, which needs none: 4 GB of wheels, so an environment of its own and no part of CI
+$(COMPILE_READY): pyproject.toml
+	$(PYTHON_PTX) -m venv $(COMPILE_VENV)
+	$(COMPILE_VENV)/bin/python -m pip install --quiet --upgrade pip
+	$(COMPILE_VENV)/bin/python -m pip install --quiet -e . 'jax[cuda13]==0.12.0.1'
+	@touch $@
+
+gpu-compile: $(COMPILE_READY)
+	$(COMPILE_VENV)/bin/python benchmarks/gpu_compile.py $(ARGS)
+
 bench: $(READY)
 	$(BIN)/python benchmarks/operator.py
 	$(BIN)/python benchmarks/train_step.py
 
 clean:
-	rm -rf $(VENV) .venv-ptx-* .cache build *.egg-info
+	rm -rf $(VENV) $(COMPILE_VENV) .venv-ptx-* .cache build *.egg-info

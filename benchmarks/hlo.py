@@ -175,12 +175,14 @@ class Program:
                 users[operand].append(found)
 
         def read(array: str, size: int) -> int:
+            if body[array].root:
+                return size
             total = 0
             for user in users[array]:
-                if user.opcode in ("dynamic-slice", "slice") or user.opcode == "gather" and user.operands[0] == array:
+                if user.opcode in ("dynamic-slice", "slice") or (user.opcode == "gather" and user.operands[0] == array):
                     total += nbytes(user.shape)
-                elif user.opcode in ("bitcast", "get-tuple-element"):
-                    total += read(user.name, size)
+                elif user.opcode in ("bitcast", "get-tuple-element", "convert"):  # what is cut off is not converted
+                    total += min(size, read(user.name, nbytes(user.shape)) * size // max(nbytes(user.shape), 1))
                 elif not (user.opcode == "dynamic-update-slice" and user.operands[0] == array):
                     return size
             return min(total, size)

@@ -1,14 +1,14 @@
 """Least times of a compiled program's kernels on a GPU, by kind of work, and what runs while collectives do.
 
-A kernel takes at least as long as its bytes at 85 % of the memory bandwidth, and a matrix product at least as long as its
-operations at 700 TFLOP/s, about what large bfloat16 products reach on Hopper. Launches, caches, scans' latency and slow
-convolutions are left out, so that a real run takes longer.
+A kernel takes at least as long as its bytes at 85 % of the memory bandwidth, and a matrix product at least as long as
+its operations at 700 TFLOP/s, about what large bfloat16 products reach on Hopper. Launches, the latency of scans and
+slow convolutions are left out, so that a real run takes longer.
 """
 
 import collections
 from typing import NamedTuple
 
-from benchmarks.hlo import ASYNC_STARTS, Instruction, Program, arrays, nbytes
+from benchmarks.hlo import ASYNC_STARTS, FREE, Instruction, Program, arrays, nbytes
 
 BANDWIDTH = {"h100": 3.35e12, "h200": 4.8e12}
 """Bytes a second, from the data sheets of the SXM modules."""
@@ -70,9 +70,8 @@ def _kind(program: Program, kernel: Instruction, *, outside: bool) -> str:
         return library
     where = program.where(kernel)
     if outside:
-        fills = kernel.opcode == "fusion" and {part.opcode for part in program.inside(kernel)} <= {
-            "broadcast", "constant", "tuple", "parameter"}
-        return "zero-filling" if fills or kernel.opcode == "broadcast" else "outside of blocks"
+        fills = {part.opcode for part in program.inside(kernel)} <= {*FREE, "broadcast"}
+        return "zero-filling" if fills else "outside of blocks"
     if any(file.startswith("kernels/depthwise") for file, _ in where[:2]):
         return "around convolutions"
     if any(file.startswith("kernels/") for file, _ in where):

@@ -183,11 +183,12 @@ class GSPNBlock(nnx.Module):
         return x + (y if drop_path is None else drop_path(y))
 
     def _joined(self, x: Float[Array, "B H W D"], long_skip: Float[Array, "B H W D"]) -> Float[Array, "B H W D"]:
-        """The linear of both side by side; tensor cores add the two products, and nothing is copied."""
+        """The linear of both side by side; tensor cores add two products, so that nothing is put together first."""
         if not tensor_cores():
             return self.join(jnp.concatenate([x, long_skip], axis=-1))
         upper, lower = jnp.split(self.join.kernel[...].astype(x.dtype), 2)
-        return x @ upper + long_skip @ lower + self.join.bias[...].astype(x.dtype)
+        # without the barrier XLA merges the gradients of the two products, and puts their arguments together after all
+        return x @ upper + jax.lax.optimization_barrier(long_skip @ lower) + self.join.bias[...].astype(x.dtype)
 
 
 def prepared(params: Any, arch: Architecture, dtype: DTypeLike) -> Any:

@@ -1,10 +1,10 @@
 """Widths that tensor cores take: 1500 channels are computed as 1536, and the 36 that are added are zero.
 
-Matrix libraries copy a matrix whose rows are no multiple of 16 bytes, on every call. The padding exists while blocks run
-and nowhere else: parameters are padded where they are cast, and the transpose of that cuts their gradients, so that
-state, checkpoints and counts know nothing of it. Added channels stay zero through a block: the linears have zero rows,
-columns and biases there, the convolutions zero kernels, the layer norm leaves them out, and the
-scans map zero to zero.
+Matrix libraries copy a matrix whose rows are no multiple of 16 bytes, on every call. The padding exists while blocks
+run and nowhere else: parameters are padded where they are cast, and the transpose of that cuts their gradients, so that
+state, checkpoints and counts know nothing of it. Added channels of the tokens stay zero: the linears have zero columns
+and biases there, the convolutions zero kernels, and the scans map zero to zero. The layer norm leaves them out of its
+sums; what it makes of them meets zero rows.
 """
 
 import re

@@ -26,8 +26,7 @@ from gspn_jax.training import sharding
 @contextlib.contextmanager
 def sharded_model(config: Config, mesh: Mesh) -> Iterator[None]:
     """Inside, denoisers are traced for what each device has: images over "data" and "fsdp", channels over "tensor"."""
-    # channels that are split over "tensor" would not stay so when they are padded
-    tensor_cores = mesh.devices.flat[0].platform == "gpu" and mesh.shape["tensor"] == 1
+    tensor_cores = uses_tensor_cores(mesh)
     if mesh.shape["fsdp"] == 1:
         with (blocks.run_blocks_on(blocks.Machine(tensor_cores=tensor_cores)),
               kernels.sharded(mesh, batch=sharding.BATCH_AXES, channels=("tensor",))):
@@ -35,6 +34,12 @@ def sharded_model(config: Config, mesh: Mesh) -> Iterator[None]:
         return
     with blocks.run_blocks_on(blocks.Machine(_runner(config, mesh), tensor_cores)):
         yield
+
+
+def uses_tensor_cores(mesh: Mesh) -> bool:
+    """Whether blocks are laid out for tensor cores: on GPUs, unless "tensor" splits channels, which padding would move
+    from one device to another."""
+    return mesh.devices.flat[0].platform == "gpu" and mesh.shape["tensor"] == 1
 
 
 def outside_blocks(config: Config, mesh: Mesh, params: Any) -> Any:
