@@ -10,11 +10,11 @@ What XLA makes of the training step and of the sampler for NVIDIA GPUs, on a mac
 (`make gpu-compile`; [numbers](../benchmarks/results/gpu_compile.json); {versions}; {dates}). **No time here was
 measured.** They are bounds: a kernel takes at least as long as its bytes at 85 % of the memory bandwidth (3.35 TB/s on
 H100, 4.8 on H200), and a product at least as long as its operations at 700 TFLOP/s. Launches, the latency of the scans'
-lines and slow convolutions are left out. Nothing is tuned: products are cuBLAS's, convolutions cuDNN's. A GPU runs the
-program that its own XLA picks, with the kernels of docs/kernel.md; this page says what the program asks of the memory.
+lines and slow convolutions are left out. Nothing is tuned: products are cuBLAS's, convolutions cuDNN's, where a GPU
+picks the fastest of several. The page says what programs ask of the memory, not how fast the kernels in them are.
 
-Latents of 32x32x4, bfloat16 computation, float32 state, one average. GB are 1e9 bytes of one device: the state (arguments)
-and beside it the temporary memory of the compiled program.
+Latents of 32x32x4, bfloat16 computation, float32 state, one average. GB are 1e9 bytes of one device: the state, and
+beside it the temporary memory of the compiled program.
 
 ## Training steps
 | preset | GPUs (data x fsdp) | batch | remat | H100 ms | H200 ms | images/s, at most (H200) | state GB | temporary GB |

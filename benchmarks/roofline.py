@@ -70,7 +70,7 @@ def _kind(program: Program, kernel: Instruction, *, outside: bool) -> str:
         return library
     where = program.where(kernel)
     if outside:
-        fills = {part.opcode for part in program.inside(kernel)} <= {*FREE, "broadcast"}
+        fills = {part.opcode for part in program.inside(kernel)} <= {*FREE, "broadcast", "copy"}
         return "zero-filling" if fills else "outside of blocks"
     if any(file.startswith("kernels/depthwise") for file, _ in where[:2]):
         return "around convolutions"

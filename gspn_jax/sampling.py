@@ -46,7 +46,7 @@ class Sampler:
 
         def draw(params, labels, seeds):
             keys = jax.vmap(jax.random.key)(seeds)
-            with fsdp.sharded_model(config, mesh):
+            with fsdp.sharded_model(config, mesh, forward_only=True):
                 params = models.prepared(config, fsdp.outside_blocks(config, mesh, params))
 
                 def denoise(x, t, y):

@@ -31,7 +31,7 @@ def depthwise_conv(
         raise ValueError(f"bias must have shape {list(x.shape[3:])}, found {list(bias.shape)}.")
     y = _correlate(x, kernel)
     if bias is not None:
-        y += bias.astype(jnp.float32)
+        y = y.astype(jnp.float32) + bias.astype(jnp.float32)
     return y.astype(x.dtype)
 
 

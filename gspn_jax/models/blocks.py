@@ -39,6 +39,9 @@ class Machine(NamedTuple):
     tensor_cores: bool = False
     """Whether widths are padded for them (`width`), and tokens kept row by row between blocks: left to itself XLA:GPU
     turns them, and layer norms take three kernels."""
+    forward_only: bool = False
+    """Whether no gradient is taken. A stretch of blocks then reads its weights and long skips where they are; the
+    gradient of that would add up whole stacks, so that they are sliced where there may be one."""
 
 
 _ANY = Machine()
@@ -232,7 +235,8 @@ def run_stack(
     """
     graphdef, params = nnx.split(blocks)
     params = nnx.to_pure_dict(params)
-    runner = _machine.get().runner
+    machine = _machine.get()
+    runner = machine.runner
     layers = (jnp.arange(len(chunks)), params if runner else prepare(params), drop_path, long_skips)
     policy = "dots" if runner and remat == "none" else remat
     kept = jnp.zeros((len(chunks) - 1, *x.shape), x.dtype) if keep else None
@@ -253,13 +257,19 @@ def run_stack(
 
         def step(carry, layer, one=one):
             x, kept = carry
+            if not isinstance(layer, tuple):
+                layer = jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, layer, keepdims=False), layers)
             index, *others = layer
             if keep:  # what enters the first block lands in the place of what enters the second, which replaces it
                 kept = jax.lax.dynamic_update_index_in_dim(kept, x, len(chunks) - 1 - index, 0)
             return (one(x, *others), kept), None
 
-        whole = stop - start == len(chunks)
-        part = layers if whole else jax.tree.map(lambda a, start=start, stop=stop: a[start:stop], layers)
+        if stop - start == len(chunks):
+            part = layers
+        elif machine.forward_only:
+            part = jnp.arange(start, stop)
+        else:
+            part = jax.tree.map(lambda a, start=start, stop=stop: a[start:stop], layers)
         (x, kept), _ = jax.lax.scan(step, (x, kept), part)
         start = stop
     return x, kept

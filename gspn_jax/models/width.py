@@ -77,4 +77,6 @@ def _pad(array: Array, axis: int, size: int) -> Array:
 
 def _pad_halves(array: Array, axis: int, size: int) -> Array:
     """Each half of the axis is padded, for what comes in is two arrays of tokens side by side."""
+    if array.shape[axis] == 2 * size:
+        return array
     return jnp.concatenate([_pad(half, axis, size) for half in jnp.split(array, 2, axis=axis)], axis=axis)

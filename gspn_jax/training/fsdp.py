@@ -24,15 +24,16 @@ from gspn_jax.training import sharding
 
 
 @contextlib.contextmanager
-def sharded_model(config: Config, mesh: Mesh) -> Iterator[None]:
+def sharded_model(config: Config, mesh: Mesh, *, forward_only: bool = False) -> Iterator[None]:
     """Inside, denoisers are traced for what each device has: images over "data" and "fsdp", channels over "tensor"."""
     tensor_cores = uses_tensor_cores(mesh)
     if mesh.shape["fsdp"] == 1:
-        with (blocks.run_blocks_on(blocks.Machine(tensor_cores=tensor_cores)),
+        machine = blocks.Machine(tensor_cores=tensor_cores, forward_only=forward_only)
+        with (blocks.run_blocks_on(machine),
               kernels.sharded(mesh, batch=sharding.BATCH_AXES, channels=("tensor",))):
             yield
         return
-    with blocks.run_blocks_on(blocks.Machine(_runner(config, mesh), tensor_cores)):
+    with blocks.run_blocks_on(blocks.Machine(_runner(config, mesh), tensor_cores, forward_only)):
         yield
 
 

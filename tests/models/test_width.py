@@ -74,11 +74,13 @@ def test_what_is_added_to_the_tokens_is_zero_after_a_block():
 def test_a_layer_norm_of_padded_tokens_is_that_of_the_others():
     x = np.random.default_rng(0).normal(3, 2, (2, 1, 1, 20)).astype(np.float32)
     found = blocks.layer_norm(width.pad_tokens(jnp.asarray(x), 64), 20)[..., :20]
-    np.testing.assert_allclose(found, blocks.layer_norm(jnp.asarray(x)), atol=1e-6)
+    # 44 channels are taken off a sum over 64 of which 20 are left: rounding grows by 1 + 44/20 (mean / deviation)^2 = 6
+    np.testing.assert_allclose(found, blocks.layer_norm(jnp.asarray(x)), rtol=6 * 2**-22)
 
 
 def test_parameters_are_prepared_once_and_for_all():
-    """The same numbers, whether blocks cast and pad their weights or find them so; only `merge` stays float32."""
+    """The same numbers to float32's rounding, far below one of bfloat16, whether blocks cast and pad their weights or
+    find them so; only `merge` stays float32."""
     config = make_config(ODD, precision=BFLOAT16)
     graphdef, _ = models.abstract(config)
     params, inputs = random_params(config), random_inputs(2, 8, 8)
@@ -86,7 +88,7 @@ def test_parameters_are_prepared_once_and_for_all():
     with blocks.run_blocks_on(blocks.Machine(tensor_cores=True)):
         prepared = models.prepared(config, params)
         found, wanted = apply(prepared), apply(params)
-    np.testing.assert_array_equal(found, wanted)
+    assert relative_error(found, np.asarray(wanted, np.float64)) < 1e-6
     mixer = prepared["trunk"]["in_blocks"]["mixer"]
     assert mixer["lam"]["kernel"].shape[1:] == (32, 4, 64) and mixer["lam"]["kernel"].dtype == jnp.bfloat16
     assert mixer["merge"].dtype == jnp.float32 and prepared["final"]["linear"]["kernel"].dtype == np.float32
