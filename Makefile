@@ -83,7 +83,7 @@ lint: $(READY)
 $(COMPILE_READY): pyproject.toml
 	$(PYTHON_PTX) -m venv $(COMPILE_VENV)
 	$(COMPILE_VENV)/bin/python -m pip install --quiet --upgrade pip
-	$(COMPILE_VENV)/bin/python -m pip install --quiet -e . 'jax[cuda13]==0.12.0.1'
+	$(COMPILE_VENV)/bin/python -m pip install --quiet -e . 'jax[cuda13]==$(PTX_JAX)'
 	@touch $@
 
 gpu-compile: $(COMPILE_READY)
