@@ -17,6 +17,7 @@ import contextlib
 import dataclasses
 import datetime
 import importlib.metadata
+import importlib.util
 import json
 import math
 import os
@@ -284,15 +285,19 @@ def main() -> None:
     os.environ["JAX_PLATFORMS"] = "cpu"  # the plugin for CUDA is loaded all the same, and no GPU is looked for
     sys.path.insert(0, str(ROOT))
     from benchmarks import gpu_compile_report
+    from gspn_jax.cli import user_errors
 
-    if arguments.what == "recorded":
-        import jax
+    if arguments.what != "render" and importlib.util.find_spec("jax_cuda13_plugin") is None:
+        sys.exit("error: XLA's compiler for GPUs must be installed (jax[cuda13]), found none: use make gpu-compile")
+    with user_errors():
+        if arguments.what == "recorded":
+            import jax
 
-        for words in RECORDED:
-            run(parse([*words.split(), "--record"]))
-            jax.clear_caches()
-    elif arguments.what != "render":
-        run(arguments)
+            for words in RECORDED:
+                run(parse([*words.split(), "--record"]))
+                jax.clear_caches()
+        elif arguments.what != "render":
+            run(arguments)
     if arguments.record or arguments.what in ("recorded", "render"):
         gpu_compile_report.write(RESULTS, ROOT / "docs" / "performance.md")
 

@@ -257,19 +257,27 @@ def run_stack(
 
         def step(carry, layer, one=one):
             x, kept = carry
-            if not isinstance(layer, tuple):
-                layer = jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, layer, keepdims=False), layers)
             index, *others = layer
             if keep:  # what enters the first block lands in the place of what enters the second, which replaces it
                 kept = jax.lax.dynamic_update_index_in_dim(kept, x, len(chunks) - 1 - index, 0)
             return (one(x, *others), kept), None
 
-        if stop - start == len(chunks):
-            part = layers
-        elif machine.forward_only:
-            part = jnp.arange(start, stop)
+        whole = stop - start == len(chunks)
+        if machine.forward_only and not whole:
+            x, kept = _forward(step, (x, kept), layers, start, stop)
         else:
-            part = jax.tree.map(lambda a, start=start, stop=stop: a[start:stop], layers)
-        (x, kept), _ = jax.lax.scan(step, (x, kept), part)
+            part = layers if whole else jax.tree.map(lambda a, start=start, stop=stop: a[start:stop], layers)
+            (x, kept), _ = jax.lax.scan(step, (x, kept), part)
         start = stop
     return x, kept
+
+
+def _forward(step: Callable, carry: Any, layers: Any, start: int, stop: int) -> Any:
+    """The carry of `jax.lax.scan(step, carry, layers[start:stop])`, without a copy of that part of `layers`."""
+    def turn(state):
+        index, carry = state
+        layer = jax.tree.map(
+            lambda a: jax.lax.dynamic_index_in_dim(a, index, keepdims=False, allow_negative_indices=False), layers)
+        return index + 1, step(carry, layer)[0]
+
+    return jax.lax.while_loop(lambda state: state[0] < stop, turn, (jnp.int32(start), carry))[1]
