@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.experimental.layout import Layout, with_layout_constraint
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Float, Int, Key
 
 from gspn_jax.config import Remat
 from gspn_jax.models.embeddings import XAVIER
@@ -258,8 +258,8 @@ def run_stack(
         def step(carry, layer, one=one):
             x, kept = carry
             index, *others = layer
-            if keep:  # what enters the first block lands in the place of what enters the second, which replaces it
-                kept = jax.lax.dynamic_update_index_in_dim(kept, x, len(chunks) - 1 - index, 0)
+            if keep:
+                kept = _put(kept, x, len(chunks) - 1 - index)
             return (one(x, *others), kept), None
 
         whole = stop - start == len(chunks)
@@ -270,6 +270,29 @@ def run_stack(
             (x, kept), _ = jax.lax.scan(step, (x, kept), part)
         start = stop
     return x, kept
+
+
+@jax.custom_vjp
+def _put(kept: Float[Array, "L B H W D"], x: Float[Array, "B H W D"], place: Int[Array, ""]):
+    """`kept` with `x` in a place that is written to once, or behind its end: then it lands in the last place, whose own
+    tokens are still to come.
+
+    Each place is read once in the backward pass, so that nothing needs to be taken out of the cotangent, which XLA may
+    do in a copy of it. Of what `kept` holds before, which is replaced, the gradient is not to be asked.
+    """
+    return jax.lax.dynamic_update_index_in_dim(kept, x, place, 0, allow_negative_indices=False)
+
+
+def _put_forward(kept, x, place):
+    return _put(kept, x, place), place
+
+
+def _put_backward(place, cotangent):
+    grad_x = jax.lax.dynamic_index_in_dim(cotangent, place, keepdims=False, allow_negative_indices=False)
+    return cotangent, jnp.where(place < cotangent.shape[0], grad_x, 0), None
+
+
+_put.defvjp(_put_forward, _put_backward)
 
 
 def _forward(step: Callable, carry: Any, layers: Any, start: int, stop: int) -> Any:
