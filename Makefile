@@ -10,6 +10,9 @@ comma := ,
 EXTRAS := dev$(if $(filter 1,$(GPU)),$(comma)cuda13)
 READY := $(VENV)/.ready-gpu$(GPU)
 TORCH_READY := $(VENV)/.ready-torch
+COMPILE_VENV := .venv-compile
+COMPILE_READY := $(COMPILE_VENV)/.ready
+ARGS ?= recorded
 
 # The emulator of machine code has an environment of its own, with the JAX of Python 3.12: make test-ptx PTX_JAX=0.11.2
 PTX_JAX ?= $(shell sed -n 's/^jax==\(.*\); python_version >= "3.12"$$/\1/p' constraints.txt)
@@ -18,7 +21,7 @@ PTX_READY := $(PTX_VENV)/.ready
 PYTHON_PTX ?= $(shell for python in $(PYTHON) python3.12 python3.13 $(HOME)/.pyenv/versions/3.1[23].*/bin/python; do \
 	$$python -c 'import sys; sys.exit(sys.version_info < (3, 12))' 2>/dev/null && echo $$python && break; done)
 
-.PHONY: help demo test test-slow test-torch test-torch-slow test-ptx test-ptx-slow lint bench peers clean
+.PHONY: help demo test test-slow test-torch test-torch-slow test-ptx test-ptx-slow lint bench peers gpu-compile clean
 
 help:
 	@echo "make demo        train on handwritten digits, sample a grid, score it (CPU: under 5 minutes)"
@@ -26,6 +29,7 @@ help:
 	@echo "make test-slow   the slow tests        make test-torch  the comparisons with PyTorch (test-torch-slow: the long ones)"
 	@echo "make test-ptx    the GPU kernels' machine code, emulated (test-ptx-slow: all sizes, with a table of errors)"
 	@echo "make bench       operator and train-step benchmarks on this machine        make peers  beside PyTorch"
+	@echo "make gpu-compile ARGS='step GSPN-XL/2'    what XLA makes of it for an H200, without a GPU (4 GB of wheels)"
 
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and f"Python 3.11 or newer is needed, {sys.executable} is {sys.version.split()[0]}; name another one: make PYTHON=python3.12")'
@@ -75,6 +79,16 @@ test-ptx-slow: $(PTX_READY)
 lint: $(READY)
 	$(BIN)/ruff check .
 
+# XLA's compiler for GPUs, which needs none: 4 GB of wheels, so an environment of its own and no part of CI
+$(COMPILE_READY): pyproject.toml
+	$(PYTHON_PTX) -m venv $(COMPILE_VENV)
+	$(COMPILE_VENV)/bin/python -m pip install --quiet --upgrade pip
+	$(COMPILE_VENV)/bin/python -m pip install --quiet -e . 'jax[cuda13]==$(PTX_JAX)'
+	@touch $@
+
+gpu-compile: $(COMPILE_READY)
+	$(COMPILE_VENV)/bin/python benchmarks/gpu_compile.py $(ARGS)
+
 bench: $(READY)
 	$(BIN)/python benchmarks/operator.py
 	$(BIN)/python benchmarks/train_step.py
@@ -83,4 +97,4 @@ peers: $(TORCH_READY)
 	$(BIN)/python benchmarks/peers.py
 
 clean:
-	rm -rf $(VENV) .venv-ptx-* .cache build *.egg-info
+	rm -rf $(VENV) $(COMPILE_VENV) .venv-ptx-* .cache build *.egg-info

@@ -12,6 +12,7 @@ import argparse
 import collections
 import dataclasses
 import datetime
+import itertools
 import json
 import math
 import os
@@ -66,7 +67,16 @@ Without a tilde it is what XLA says of that very program. With one it lies on th
 images a device on 8 devices, with the gradients of the mesh; at 128 images (8 x 1, batch 1024, full) the temporary
 memory on that line is {check} off the compiler. **XLA:CPU** planned these buffers: it computes in float32 where the
 program says bfloat16, which makes what it keeps up to twice as large, and runs the operator as a scan. A GPU's plan is
-another one, and the kernel keeps other values between the passes: expect it between the two columns.
+another one, and its kernel keeps other values between the passes:
+
+## On GPUs: XLA:GPU's plan
+The same steps compiled for 8 H200 ({gpu_versions}, {gpu_date}; [performance.md](performance.md) has the time bounds).
+State and temporary memory are those of the compiled program, with the kernel in it; `names` is the `remat` of the
+configs. What is exchanged is counted as below, in the types that the GPUs send.
+
+| mesh | batch | remat | state | temporary | in all | all-gathers | GB | reduce-scatters | GB | all-reduces | GB |
+|---|---|---|---|---|---|---|---|---|---|---|---|
+{gpu}
 
 ## What is exchanged in a step
 Batch 256, `remat full`, read from the compiled programs; loops count as often as they turn. GB sent by one device, by a
@@ -82,14 +92,14 @@ ring: (n - 1) / n of the result for an all-gather and a reduce-scatter, twice th
   bfloat16, carries four.
 - Under fsdp the gradients of a block are reduce-scattered in float32 at once (`lax.psum_scatter`, and so on
   every backend); in HSDP each device's part is then all-reduced over `data`. Without fsdp the compiler all-reduces them
-  block by block: here in float32, on a GPU possibly in bfloat16, the type of the products.
+  block by block: here in float32, on a GPU in bfloat16, the type of the products.
 - Counts are before XLA's GPU passes, which combine small collectives and overlap them with computation.
 - No activation is exchanged: left to itself the compiler had split the products over fsdp and gathered activations
   (all-to-all and all-gather of [B, 16, 16, 1500] in every block), which is why blocks run under `jax.shard_map`.
 
 ## Which mesh
-- **8 GPUs of 80 GB**: `mesh.data 8` (the default) with `remat full`: the state fits on each; `dots` at batch 256 is
-  worth a try, it may or may not fit. `--mesh.fsdp 8` sends
+- **8 GPUs of 80 GB**: `mesh.data 8` (the default) with `remat names`, at batch 256 {gpu_total} GB of each;
+  four times the batch fits with `remat full`. `--mesh.fsdp 8` sends
   about as many bytes (two gathers in bfloat16 and a reduce-scatter for one all-reduce in float32) and frees 9.7 GB of
   state and 2.4 GB of gradients, but has many small collectives: take it where memory is short (batch 1024, smaller
   devices).
@@ -267,12 +277,30 @@ def render(results: dict) -> str:
               "check": f"{guess / check - 1:+.1%}", "parameters": f"{results['parameters'] / 1e6:.1f}M",
               "jax": results["jax"], "date": results["date"],
               "largest": f"{max(p['largest_all_gather'] for p in programs.values()) / 1e6:.1f}",
-              "stack": f"{29 * 1504 * 1500 * 4 / 1e6:.0f}"} | {
+              "stack": f"{29 * 1504 * 1500 * 4 / 1e6:.0f}"} | on_gpus() | {
                   f"kept_{remat}": f"{value / 1e6:,.0f}" for remat, value in kept.items()}
     text = TEMPLATE
     for key, value in values.items():
         text = text.replace("{" + key + "}", value)
     return text
+
+
+def on_gpus() -> dict[str, str]:
+    """What docs/memory.md says of GPUs, from the results of gpu_compile.py."""
+    results = json.loads((ROOT / "benchmarks" / "results" / "gpu_compile.json").read_text())
+    rows = []
+    for (data, fsdp), remat in itertools.product(((8, 1), (1, 8)), ("names", "full")):
+        result = results[f"step GSPN-XL/2 --batch 256 --mesh {data}x{fsdp} --remat {remat}"]
+        held, temporary = result["arguments_gb"], result["temporary_gb"]
+        cells = [f"{data} x {fsdp}", "256", remat, f"{held:.2f}", f"{temporary:.2f}", f"{held + temporary:.1f}"]
+        for kind in ("all-gather", "reduce-scatter", "all-reduce"):
+            sent = result["sent"].get(kind)
+            cells += [f"{sent['count']:,}", f"{sent['gigabytes_sent']:.2f}"] if sent else ["", ""]
+        rows.append(f"| {' | '.join(cells)} |")
+    first = results["step GSPN-XL/2 --batch 256 --mesh 8x1 --remat names"]
+    return {"gpu": "\n".join(rows), "gpu_date": first["date"],
+            "gpu_versions": f"JAX {first['versions']['jax']}, cuDNN {first['versions']['nvidia-cudnn-cu13']}",
+            "gpu_total": f"{first['arguments_gb'] + first['temporary_gb']:.0f}"}
 
 
 def gb(bytes_: float, digits: int = 1) -> str:

@@ -6,9 +6,10 @@ srun --nodes=8 --ntasks-per-node=1 python train_dit.py --config configs/gspn_xl_
     --train.batch-size 1024 --optimizer.warmup-steps 6256     (64 GPUs, the batch of the GSPN paper)
 
 400,000 steps of 256 images (80 epochs); warm-up over 5 epochs, 25,025 steps, then half a cosine.
-Each GPU holds the whole state (11.1 GB in float32 with Adam and EMA) and 32 images of each step; blocks are
-recomputed in the backward pass (remat). --mesh.fsdp 8 splits the state within a node: docs/memory.md has bytes a device
-and traffic for 8, 64 and 256 GPUs.
+Each GPU holds the whole state (11.1 GB in float32 with Adam and EMA) and 32 images of each step; the backward pass
+computes norms, 3x3 convolutions and activations again (remat) and finds the rest in TEMP GB, by the compiler's plan.
+More than 64 images a GPU of 80 GB need --model.remat full. --mesh.fsdp 8 splits the state within a node: docs/memory.md
+has bytes a device and traffic for 8, 64 and 256 GPUs.
 Hardware, time and result: not yet run. Expected at 400,000 steps, without guidance, from the paper (global
 batch 1024 on 64 A100): FID-50K 15.26, IS 85.99.
 """
@@ -25,7 +26,7 @@ from gspn_jax.config import (
 
 config = Config(
     run_dir="runs/gspn_xl_2",
-    model=ModelConfig(preset="GSPN-XL/2", drop_path=0.1, remat="full"),
+    model=ModelConfig(preset="GSPN-XL/2", drop_path=0.1, remat="names"),
     data=DataConfig(source="latents", path="data/imagenet256_latents", image_size=32, channels=4, num_classes=1000,
                     flip=True),
     diffusion=DiffusionConfig(objective="ddpm", label_dropout=0.1),

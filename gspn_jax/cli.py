@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import importlib.metadata
 import importlib.util
 import logging
 import os
@@ -69,12 +70,25 @@ def setup() -> None:
     named = any(argument.split("=")[0] in HOSTS for argument in sys.argv) or any(map(os.environ.get, HOSTS.values()))
     if (named or _in_slurm()) and "jax" not in sys.modules:
         _watch_over_child()
+    set_xla_flags()
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     for name in ("gspn_jax", "kernels"):
         logging.getLogger(name).setLevel(logging.INFO)
     _quiet_failed_saves()
     cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME", pathlib.Path.home() / ".cache")) / "gspn_jax" / "jax"
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache))
+
+
+SLICE_FUSION = "--xla_gpu_enable_dynamic_slice_fusion"
+
+
+def set_xla_flags() -> None:
+    """Switches off what JAX 0.11.2 for CUDA does wrong: a product that is saved for the backward pass it computes
+    twice. 0.10.2 and 0.12 do not, and gain by it. Has no effect once JAX is imported, or on a choice of one's own."""
+    flags = os.environ.get("XLA_FLAGS", "")
+    cuda = any(importlib.util.find_spec(f"jax_cuda{version}_plugin") for version in (12, 13))
+    if cuda and importlib.metadata.version("jax") == "0.11.2" and SLICE_FUSION not in flags:
+        os.environ["XLA_FLAGS"] = f"{flags} {SLICE_FUSION}=false".strip()
 
 
 def _quiet_failed_saves() -> None:

@@ -8,7 +8,7 @@ import dataclasses
 from typing import Any, Literal, get_args
 
 Mixer = Literal["attention", "gspn"]
-Remat = Literal["none", "dots", "full"]
+Remat = Literal["none", "dots", "names", "full"]
 Metric = Literal["fid", "sfid", "is", "kid", "precision", "recall"]
 
 CHANGEABLE = ("data", "train.batch_size", "train.accumulate", "train.seed")
@@ -75,7 +75,8 @@ class ModelConfig:
     learn_sigma: bool | None = None
     """None: two outputs per channel (prediction and variance range) under the "ddpm" objective, one under "flow"."""
     remat: Remat = "none"
-    """What the backward pass recomputes: nothing, all but the linears, all. Under mesh.fsdp "none" is "dots"."""
+    """What the backward pass recomputes: nothing, all but the linears, all but what is dear to compute for its size
+    (`gspn_jax.models.remat.NAMES`), all. Under mesh.fsdp "none" is "dots"."""
     backend: Literal["scan", "mosaic_gpu"] | None = None
 
     def __post_init__(self) -> None:
@@ -84,7 +85,7 @@ class ModelConfig:
             _check(value is None or value > 0, f"model.{name}", "greater than 0 or None", value)
         _one_of("model.layout", self.layout, ("paper", "dit", None))
         _one_of("model.mixer", self.mixer, ("attention", "gspn", None))
-        _one_of("model.remat", self.remat, ("none", "dots", "full"))
+        _one_of("model.remat", self.remat, get_args(Remat))
         _one_of("model.backend", self.backend, ("scan", "mosaic_gpu", None))
         _positive(self, "model", "proxy_ratio")
         _fraction(self, "model", "drop_path")

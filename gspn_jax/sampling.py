@@ -46,12 +46,12 @@ class Sampler:
 
         def draw(params, labels, seeds):
             keys = jax.vmap(jax.random.key)(seeds)
-            params = fsdp.outside_blocks(config, mesh, params)
+            with fsdp.sharded_model(config, mesh, forward_only=True):
+                params = models.prepared(config, fsdp.outside_blocks(config, mesh, params))
 
-            def denoise(x, t, y):
-                return models.apply(graphdef, params, x, t, y)
+                def denoise(x, t, y):
+                    return models.apply(graphdef, params, x, t, y)
 
-            with fsdp.sharded_model(config, mesh):
                 x = samplers.sample(config.sampler, config.diffusion, denoise, shape, labels, keys,
                                     null_class=config.data.num_classes, learn_sigma=learn_sigma, progress=progress,
                                     clip_denoised=config.sampler.clip_denoised)
@@ -62,6 +62,7 @@ class Sampler:
         split = sharding.batch_sharding(mesh)
         self._draw = jax.jit(draw, in_shardings=(sharding.param_shardings(shapes, mesh), split, split),
                              out_shardings=split)
+        self._params = sharding.stored(shapes, mesh)
         self._gather = jax.jit(lambda images: images, out_shardings=sharding.replicated(mesh))
 
     def __call__(self, params: Any, labels: Sequence[int] | Int[np.ndarray, " N"],
@@ -70,6 +71,11 @@ class Sampler:
         images = self._gather(self.draw(params, labels, seeds))
         images = np.asarray(images.addressable_data(0))[:len(labels)]
         return images if self._decode is None else self._decode(images)
+
+    def lower(self, count: int) -> jax.stages.Lowered:
+        """The program that draws `count` images, a multiple of the devices that images are split over."""
+        integers = [jax.ShapeDtypeStruct((count,), dtype) for dtype in (np.int32, np.uint32)]
+        return self._draw.lower(self._params, *integers)
 
     def draw(self, params: Any, labels: Sequence[int] | Int[np.ndarray, " N"],
              seeds: Sequence[int] | Int[np.ndarray, " N"]) -> UInt8[Array, "M H W C"] | Float[Array, "M h w C"]:

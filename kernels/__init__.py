@@ -2,8 +2,9 @@
 
 from kernels.api import available_backends, backend_caveats, line_scan, propagate, propagate_low_rank
 from kernels.depthwise import depthwise_conv
+from kernels.saved import STATES as SCAN_STATES
 from kernels.sharding import sharded
 from kernels.weights import stochastic_weights
 
-__all__ = ["available_backends", "backend_caveats", "depthwise_conv", "line_scan", "propagate",
+__all__ = ["SCAN_STATES", "available_backends", "backend_caveats", "depthwise_conv", "line_scan", "propagate",
            "propagate_low_rank", "sharded", "stochastic_weights"]

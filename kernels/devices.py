@@ -135,7 +135,7 @@ def _too_old(device: Device) -> str | None:
 def _candidates(default: jax.Device) -> list[jax.Device]:
     """The devices that a program traced now may run on: the mesh's, or the one that was chosen, or any."""
     mesh = sharding.current_mesh()
-    if mesh is not None:
+    if isinstance(mesh, jax.sharding.Mesh):  # that of an enclosing shard_map has no devices
         return [default, *mesh.devices.flat]
     return jax.devices() if jax.config.jax_default_device is None else [default]
 

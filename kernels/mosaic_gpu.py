@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from kernels import devices, expansion, launch, pullback, tiles
+from kernels.saved import named
 from kernels.terms import Inputs, Job
 from kernels.weights import DIRECTIONS
 
@@ -121,7 +122,7 @@ def _run(job: Job, plan: tiles.Plan, inputs: Inputs) -> Float[Array, "B H W C"]:
 
 def _run_forward(job, plan, inputs):
     y, states = launch.forward(job, plan, inputs, save=True)
-    return y, (inputs, states)
+    return y, (inputs, named(states))
 
 
 def _run_backward(job, plan, saved, cotangent):
@@ -172,7 +173,7 @@ def _run_low_rank(
 
 def _run_low_rank_forward(job, plan, x, proxy, up, merge):
     y, states = launch.forward(job, plan, expansion.inputs(plan, x, proxy, up, merge), save=True)
-    return y, (x, proxy, up, merge, states)
+    return y, (x, proxy, up, merge, named(states))
 
 
 def _run_low_rank_backward(job, plan, saved, cotangent):

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
+from kernels.saved import named
 from kernels.weights import DIRECTIONS, LOGIT_FLOOR, inside, line_axes
 
 
@@ -84,7 +85,7 @@ def _scan(
 
 
 def _scan_forward(x, weights, lam, directions, chunk, logits):
-    states = _scan(x, weights, lam, directions, chunk, logits)
+    states = named(_scan(x, weights, lam, directions, chunk, logits))
     return states, (x, weights, lam, states)
 
 

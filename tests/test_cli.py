@@ -84,3 +84,18 @@ def test_compiled_programs_are_kept_on_the_disk_by_default(tmp_path, monkeypatch
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "/elsewhere")
     cli.setup()
     assert os.environ["JAX_COMPILATION_CACHE_DIR"] == "/elsewhere"
+
+
+@pytest.mark.parametrize(("version", "plugin", "before", "after"), [
+    ("0.11.2", True, "", "--xla_gpu_enable_dynamic_slice_fusion=false"),
+    ("0.11.2", True, "--a=b", "--a=b --xla_gpu_enable_dynamic_slice_fusion=false"),
+    ("0.11.2", True, "--xla_gpu_enable_dynamic_slice_fusion=true", "--xla_gpu_enable_dynamic_slice_fusion=true"),
+    ("0.11.2", False, "--a=b", "--a=b"), ("0.12.0.1", True, "--a=b", "--a=b"),
+])
+def test_products_that_one_version_of_jax_computes_twice_on_a_gpu_are_computed_once(
+        version, plugin, before, after, monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", before)
+    monkeypatch.setattr(cli.importlib.metadata, "version", lambda name: version)
+    monkeypatch.setattr(cli.importlib.util, "find_spec", lambda name: plugin or None)
+    cli.set_xla_flags()
+    assert os.environ["XLA_FLAGS"] == after

@@ -9,13 +9,14 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, Key
 
 from gspn_jax.config import Config, ConfigError, parse_precision
+from gspn_jax.models import blocks
 from gspn_jax.models.denoisers import Denoiser
 from gspn_jax.models.flops import forward_flops
 from gspn_jax.models.presets import PRESETS, Architecture, Preset, resolve
 
 __all__ = [
     "PRESETS", "Architecture", "Denoiser", "Preset", "abstract", "apply", "count_parameters", "create", "forward_flops",
-    "init", "learns_sigma", "resolve", "split",
+    "init", "learns_sigma", "prepared", "resolve", "split",
 ]  # fmt: skip
 
 Params = dict[str, Any]
@@ -57,6 +58,17 @@ def apply(
 ) -> Float[Array, "B H W O"]:  # fmt: skip
     """Calls the denoiser that `split` took apart; see `Denoiser.__call__`."""
     return nnx.merge(graphdef, params)(x, t, y, drop_path_key=drop_path_key)
+
+
+def prepared(config: Config, params: Params) -> Params:
+    """Parameters for a program that evaluates the denoiser many times: what blocks cast, they find cast.
+
+    Of those that are split over devices (`blocks.Machine.runner`) a block still has more to do.
+    """
+    arguments = _arguments(config)
+    trunk = {name: blocks.prepared_stack(stack, arguments["arch"], arguments["dtype"])
+             if name.endswith("blocks") else stack for name, stack in params["trunk"].items()}
+    return params | {"trunk": trunk}
 
 
 def init(config: Config, seed: int | Key[Array, ""]) -> Params:

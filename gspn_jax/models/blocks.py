@@ -4,18 +4,21 @@ import contextlib
 import contextvars
 import itertools
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.experimental.layout import Layout, with_layout_constraint
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Float, Int, Key
 
 from gspn_jax.config import Remat
 from gspn_jax.models.embeddings import XAVIER
-from gspn_jax.models.mixers import MIXERS, DepthwiseConv, GSPNMixer
+from gspn_jax.models.mixers import FLOAT32, MIXERS, DepthwiseConv, GSPNMixer
 from gspn_jax.models.presets import Architecture
+from gspn_jax.models.remat import checkpointed, named
+from gspn_jax.models.width import pad_block
 
 ZEROS = jax.nn.initializers.zeros
 MLP_RATIO = 4
@@ -23,31 +26,41 @@ BRANCHES = 2
 """At most so many residual branches in a block."""
 NORM_EPSILON = 1e-6
 
-_POLICIES = {
-    "none": lambda step: step,
-    # Keeps the outputs of the linears; recomputes norms, gates, scans and attention scores.
-    "dots": lambda step: jax.checkpoint(
-        step, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable, prevent_cse=False
-    ),
-    "full": lambda step: jax.checkpoint(step, prevent_cse=False),
-}
 
-_runner = contextvars.ContextVar("how a block is run", default=None)
+class Machine(NamedTuple):
+    """How blocks run where they run: chosen by who compiles them, in no config and no checkpoint."""
+
+    runner: Callable[[Callable], Callable] | None = None
+    """`run_stack` calls runner(apply) for every block in place of apply(params, x, *others): the parameters of one
+    block as they are stored, and arrays (or None) with a leading batch axis; the result has it too.
+
+    It is here that weights split over devices are gathered, one block at a time. They are gathered again for the
+    backward pass, so that `remat` "none", which would keep them, becomes "dots"."""
+    tensor_cores: bool = False
+    """Whether widths are padded for them (`width`), and tokens kept row by row between blocks: left to itself XLA:GPU
+    turns them, and layer norms take three kernels."""
+    forward_only: bool = False
+    """Whether no gradient is taken. A stretch of blocks then reads its weights and long skips where they are; the
+    gradient of that would add up whole stacks, so that they are sliced where there may be one."""
+
+
+_ANY = Machine()
+_machine = contextvars.ContextVar("how blocks run", default=_ANY)
 
 
 @contextlib.contextmanager
-def run_blocks_by(runner: Callable[[Callable], Callable]) -> Iterator[None]:
-    """Inside, `run_stack` calls runner(apply) for every block in place of apply(params, x, *others): the parameters of
-    one block as they are stored, and arrays (or None) with a leading batch axis; the result has it too.
-
-    It is here that weights split over devices are gathered, one block at a time. They are gathered again for the
-    backward pass, so that `remat` "none", which would keep them, becomes "dots".
-    """
-    token = _runner.set(runner)
+def run_blocks_on(machine: Machine) -> Iterator[None]:
+    """Inside, blocks are traced for `machine`."""
+    token = _machine.set(machine)
     try:
         yield
     finally:
-        _runner.reset(token)
+        _machine.reset(token)
+
+
+def tensor_cores() -> bool:
+    """Whether blocks are traced for a machine that has them."""
+    return _machine.get().tensor_cores
 
 
 class DropPath(NamedTuple):
@@ -80,11 +93,20 @@ class Drawn(NamedTuple):
         return branch * self.factor[:, index].astype(branch.dtype)
 
 
-def layer_norm(x: Float[Array, "B H W D"]) -> Float[Array, "B H W D"]:
-    """Zero mean and unit variance over D, without scale or bias, computed and returned in float32."""
+def layer_norm(x: Float[Array, "B H W D"], width: int | None = None) -> Float[Array, "B H W D"]:
+    """Zero mean and unit variance over D, without scale or bias, computed and returned in float32.
+
+    With `width` over the first so many channels; the others must be zero, and come out as anything.
+    """
     x = x.astype(jnp.float32)
-    x = x - x.mean(-1, keepdims=True)
-    return x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + NORM_EPSILON)
+    added = 0 if width is None else x.shape[-1] - width
+    if not added:
+        x = x - x.mean(-1, keepdims=True)
+        return x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + NORM_EPSILON)
+    mean = x.sum(-1, keepdims=True) / width
+    x = x - mean  # a mask would be kept, as large as x, for all blocks: what was added is taken off the sum instead
+    variance = (jnp.square(x).sum(-1, keepdims=True) - added * jnp.square(mean)) / width
+    return x * jax.lax.rsqrt(variance + NORM_EPSILON)
 
 
 def modulate(x: Float[Array, "B H W D"], shift: Float[Array, "B D"], scale: Float[Array, "B D"]):
@@ -112,7 +134,7 @@ class Mlp(nnx.Module):
         self.fc2 = nnx.Linear(MLP_RATIO * hidden, hidden, kernel_init=XAVIER, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: Float[Array, "B H W D"]) -> Float[Array, "B H W D"]:
-        return self.fc2(jax.nn.gelu(self.fc1(x), approximate=True))
+        return self.fc2(jax.nn.gelu(named(self.fc1(x), "fc1"), approximate=True))
 
 
 class DiTBlock(nnx.Module):
@@ -145,7 +167,7 @@ class GSPNBlock(nnx.Module):
     """
 
     def __init__(self, arch: Architecture, *, long_skip: bool, dtype: DTypeLike, rngs: nnx.Rngs):
-        hidden = arch.hidden
+        self.hidden = hidden = arch.hidden
         self.join = nnx.Linear(2 * hidden, hidden, kernel_init=XAVIER, dtype=dtype, rngs=rngs) if long_skip else None
         self.mixer = GSPNMixer(arch, dtype=dtype, rngs=rngs)
         self.conv = DepthwiseConv(3, hidden, dtype=dtype, rngs=rngs)
@@ -156,10 +178,37 @@ class GSPNBlock(nnx.Module):
         chunk: int | None, drop_path: DropPath | None = None, long_skip: Float[Array, "B H W D"] | None = None,
     ) -> Float[Array, "B H W D"]:  # fmt: skip
         if self.join is not None:
-            x = self.join(jnp.concatenate([x, long_skip], axis=-1))
-        y = self.conv(self.mixer(layer_norm(x), chunk=chunk))
+            x = named(self._joined(x, long_skip), "join")
+        if tensor_cores():
+            x = with_layout_constraint(x, Layout((0, 1, 2, 3)))
+        y = self.conv(self.mixer(layer_norm(x, self.hidden), chunk=chunk))
         y = self.out_proj(y * jax.nn.relu(y))
         return x + (y if drop_path is None else drop_path(y))
+
+    def _joined(self, x: Float[Array, "B H W D"], long_skip: Float[Array, "B H W D"]) -> Float[Array, "B H W D"]:
+        """The linear of both side by side; tensor cores add two products, so that nothing is put together first."""
+        if not tensor_cores():
+            return self.join(jnp.concatenate([x, long_skip], axis=-1))
+        upper, lower = jnp.split(self.join.kernel[...].astype(x.dtype), 2)
+        # without the barrier XLA merges the gradients of the two products, and puts their arguments together after all
+        return x @ upper + jax.lax.optimization_barrier(long_skip @ lower) + self.join.bias[...].astype(x.dtype)
+
+
+def prepared(params: Any, arch: Architecture, dtype: DTypeLike) -> Any:
+    """Parameters of a block, or of a stack of them, as blocks compute with them: in `dtype`, but for those that are
+    used in float32, and on a machine with tensor cores in the widths that those take."""
+    params = _cast(params, dtype)
+    return pad_block(params, arch) if tensor_cores() and arch.layout == "paper" else params
+
+
+def prepared_stack(params: Any, arch: Architecture, dtype: DTypeLike) -> Any:
+    """What of `prepared` can be done for all blocks at once: of parameters that are split over devices the cast."""
+    return _cast(params, dtype) if _machine.get().runner else prepared(params, arch, dtype)
+
+
+def _cast(params: Any, dtype: DTypeLike) -> Any:
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: leaf if path[-1].key in FLOAT32 else leaf.astype(dtype), params)
 
 
 def stack(make: Callable[[nnx.Rngs], nnx.Module], count: int, rngs: nnx.Rngs) -> nnx.Module:
@@ -176,36 +225,82 @@ def run_stack(
     blocks: nnx.Module, x: Float[Array, "B H W D"], condition: Float[Array, "B D"] | None = None, *,
     chunks: tuple[int | None, ...], remat: Remat, drop_path: DropPath | None = None,
     long_skips: Float[Array, "L B H W D"] | None = None, keep: bool = False,
-) -> tuple[Float[Array, "B H W D"], Float[Array, "L B H W D"] | None]:  # fmt: skip
+    prepare: Callable[[Any], Any] = lambda params: params,
+) -> tuple[Float[Array, "B H W D"], Float[Array, "L-1 B H W D"] | None]:  # fmt: skip
     """Runs a stack of blocks by a scan over its leading axis, so that compile time does not depend on the depth.
 
     `chunks` (one entry a block) is static, so each stretch of equal entries is a scan of its own. `drop_path` and
-    `long_skips` have one entry a block too. Returns the tokens and, with `keep`, those after every block.
+    `long_skips` have one entry a block too. `prepare` makes what is computed with of parameters, of a block or of all.
+    Returns the tokens and, with `keep`, those between the blocks, the last first: the order of those that read them.
     """
     graphdef, params = nnx.split(blocks)
     params = nnx.to_pure_dict(params)
-    layers = (params, drop_path, long_skips)
-    runner = _runner.get()
+    machine = _machine.get()
+    runner = machine.runner
+    layers = (jnp.arange(len(chunks)), params if runner else prepare(params), drop_path, long_skips)
     policy = "dots" if runner and remat == "none" else remat
-    kept = []
+    kept = jnp.zeros((len(chunks) - 1, *x.shape), x.dtype) if keep else None
     start = 0
     for chunk, stretch in itertools.groupby(chunks):
         stop = start + len(list(stretch))
 
         def apply(params, x, condition, drop_path, long_skip, chunk=chunk):
-            block = nnx.merge(graphdef, params)
+            block = nnx.merge(graphdef, prepare(params) if runner else params)
             return block(x, condition, chunk=chunk, drop_path=drop_path, long_skip=long_skip)
 
         run = runner(apply) if runner else apply
 
-        def step(x, layer, run=run):
-            params, drop_path, long_skip = layer
-            x = run(params, x, condition, drop_path and drop_path.draw(x.shape[0]), long_skip)
-            return x, x if keep else None
+        def one(x, params, drop_path, long_skip, run=run):
+            return run(params, x, condition, drop_path and drop_path.draw(x.shape[0]), long_skip)
+
+        one = checkpointed(one, policy)
+
+        def step(carry, layer, one=one):
+            x, kept = carry
+            index, *others = layer
+            if keep:
+                kept = _put(kept, x, len(chunks) - 1 - index)
+            return (one(x, *others), kept), None
 
         whole = stop - start == len(chunks)
-        part = layers if whole else jax.tree.map(lambda a, start=start, stop=stop: a[start:stop], layers)
-        x, outputs = jax.lax.scan(_POLICIES[policy](step), x, part)
-        kept.append(outputs)
+        if machine.forward_only and not whole:
+            x, kept = _forward(step, (x, kept), layers, start, stop)
+        else:
+            part = layers if whole else jax.tree.map(lambda a, start=start, stop=stop: a[start:stop], layers)
+            (x, kept), _ = jax.lax.scan(step, (x, kept), part)
         start = stop
-    return x, jnp.concatenate(kept) if keep else None
+    return x, kept
+
+
+@jax.custom_vjp
+def _put(kept: Float[Array, "L B H W D"], x: Float[Array, "B H W D"], place: Int[Array, ""]):
+    """`kept` with `x` in a place that is written to once, or behind its end: then it lands in the last place, whose own
+    tokens are still to come.
+
+    Each place is read once in the backward pass, so that nothing needs to be taken out of the cotangent, which XLA may
+    do in a copy of it. Of what `kept` holds before, which is replaced, the gradient is not to be asked.
+    """
+    return jax.lax.dynamic_update_index_in_dim(kept, x, place, 0, allow_negative_indices=False)
+
+
+def _put_forward(kept, x, place):
+    return _put(kept, x, place), place
+
+
+def _put_backward(place, cotangent):
+    grad_x = jax.lax.dynamic_index_in_dim(cotangent, place, keepdims=False, allow_negative_indices=False)
+    return cotangent, jnp.where(place < cotangent.shape[0], grad_x, 0), None
+
+
+_put.defvjp(_put_forward, _put_backward)
+
+
+def _forward(step: Callable, carry: Any, layers: Any, start: int, stop: int) -> Any:
+    """The carry of `jax.lax.scan(step, carry, layers[start:stop])`, without a copy of that part of `layers`."""
+    def turn(state):
+        index, carry = state
+        layer = jax.tree.map(
+            lambda a: jax.lax.dynamic_index_in_dim(a, index, keepdims=False, allow_negative_indices=False), layers)
+        return index + 1, step(carry, layer)[0]
+
+    return jax.lax.while_loop(lambda state: state[0] < stop, turn, (jnp.int32(start), carry))[1]

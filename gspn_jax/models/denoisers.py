@@ -4,6 +4,8 @@ The trunk is the layout: `DiTTrunk` (adaLN-zero blocks in a row) or `GSPNTrunk` 
 around it is common to both.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -18,18 +20,21 @@ from gspn_jax.models.blocks import (
     Modulation,
     layer_norm,
     modulate,
+    prepared,
     run_stack,
     stack,
+    tensor_cores,
 )
 from gspn_jax.models.embeddings import LabelEmbed, PatchEmbed, TimestepEmbed, sincos_positions, unpatchify
 from gspn_jax.models.presets import Architecture
+from gspn_jax.models.width import pad_tokens, widths
 
 
 class DiTTrunk(nnx.Module):
     """Blocks that each take the condition. Attention needs positions, line scans do not."""
 
     def __init__(self, arch: Architecture, *, dtype: DTypeLike, rngs: nnx.Rngs):
-        self.arch = arch
+        self.arch, self.dtype = arch, dtype
         self.blocks = stack(lambda rngs: DiTBlock(arch, dtype=dtype, rngs=rngs), arch.blocks, rngs)
 
     def __call__(
@@ -40,7 +45,8 @@ class DiTTrunk(nnx.Module):
             x = x + sincos_positions(*x.shape[1:]).astype(x.dtype)
             if remat == "none" and jax.default_backend() == "cpu":
                 remat = "dots"  # a CPU computes what is elementwise as fast as it reads it, in a third of the memory
-        x, _ = run_stack(self.blocks, x, condition, chunks=self.arch.chunks, remat=remat, drop_path=drop_path)
+        x, _ = run_stack(self.blocks, x, condition, chunks=self.arch.chunks, remat=remat, drop_path=drop_path,
+                         prepare=functools.partial(prepared, arch=self.arch, dtype=self.dtype))
         return x
 
 
@@ -51,7 +57,7 @@ class GSPNTrunk(nnx.Module):
     """
 
     def __init__(self, arch: Architecture, *, dtype: DTypeLike, rngs: nnx.Rngs):
-        self.arch = arch
+        self.arch, self.dtype = arch, dtype
         half = arch.depth // 2
         self.in_blocks, self.out_blocks = (
             stack(lambda rngs, skip=skip: GSPNBlock(arch, long_skip=skip, dtype=dtype, rngs=rngs), count, rngs)
@@ -67,11 +73,14 @@ class GSPNTrunk(nnx.Module):
             for part in (slice(None, half + 1), slice(half + 1, None))
         )
         x = x + condition[:, None, None].astype(x.dtype)
+        if tensor_cores():
+            x = pad_tokens(x, widths(arch)["hidden"])
+        prepare = functools.partial(prepared, arch=arch, dtype=self.dtype)
         x, kept = run_stack(self.in_blocks, x, chunks=arch.chunks[: half + 1], remat=arch.remat, drop_path=drop_in,
-                            keep=True)
+                            keep=True, prepare=prepare)
         x, _ = run_stack(self.out_blocks, x, chunks=arch.chunks[half + 1 :], remat=arch.remat, drop_path=drop_out,
-                         long_skips=kept[:-1][::-1])
-        return x
+                         long_skips=kept, prepare=prepare)
+        return x[..., : arch.hidden]
 
 
 class FinalLayer(nnx.Module):

@@ -9,11 +9,14 @@ from jaxtyping import Array, Float
 from gspn_jax.models.attention import attention
 from gspn_jax.models.embeddings import XAVIER
 from gspn_jax.models.presets import Architecture
+from gspn_jax.models.remat import named
 from kernels import depthwise_conv, propagate_low_rank
 
 DIRECTIONS = 4
 NEIGHBOURS = 3
 MIXER_KERNEL = 7
+FLOAT32 = ("merge",)
+"""Parameters that are used in float32 whatever the type of the computation; the other ones are cast to it first."""
 
 # Uniform in +-1/sqrt(kernel area): the usual default for a depthwise convolution.
 DEPTHWISE = jax.nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform", in_axis=(0, 1), out_axis=2)
@@ -69,7 +72,6 @@ class GSPNMixer(nnx.Module):
 
     def __init__(self, arch: Architecture, *, dtype: DTypeLike, rngs: nnx.Rngs):
         self.backend = arch.backend
-        self.groups = arch.groups
         self.in_proj = nnx.Linear(arch.hidden, arch.hidden, kernel_init=XAVIER, dtype=dtype, rngs=rngs)
         self.conv = DepthwiseConv(MIXER_KERNEL, arch.hidden, dtype=dtype, rngs=rngs)
         self.proxy = nnx.Linear(arch.hidden, arch.proxy, kernel_init=XAVIER, dtype=dtype, rngs=rngs)
@@ -86,17 +88,17 @@ class GSPNMixer(nnx.Module):
 
     def __call__(self, x: Float[Array, "B H W D"], *, chunk: int | None = None) -> Float[Array, "B H W D"]:
         """`chunk` lines a local scan, None for the whole map."""
-        x = self.conv(self.in_proj(x))
-        proxy = self.proxy(x)
+        x = named(self.conv(named(self.in_proj(x), "in_proj")), "conv7")
+        proxy = named(self.proxy(x), "proxy")
         gates, lam, out_gate, skip = (
             None if linear is None else linear.kernel[...].astype(x.dtype)
             for linear in (self.gates, self.lam, self.out_gate, self.skip)
         )
         y = propagate_low_rank(
-            x, proxy, gates.reshape(-1, DIRECTIONS, NEIGHBOURS, self.groups), lam, out_gate, self.merge[...],
+            x, proxy, gates.reshape(gates.shape[0], DIRECTIONS, NEIGHBOURS, -1), lam, out_gate, self.merge[...],
             skip=skip, chunk=chunk, backend=self.backend,
         )  # fmt: skip
-        return self.out_proj(y)
+        return named(self.out_proj(named(y, "scan")), "out_proj")
 
 
 MIXERS = {"attention": Attention, "gspn": GSPNMixer}

@@ -10,7 +10,7 @@ ITEM_BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s32": 4, "u32":
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{")
-_COLLECTIVE = re.compile(rf"^\s*(?:ROOT )?%?[\w.\-]+ = (.*?) ({'|'.join(KINDS)})(?:-start)?\(")
+_COLLECTIVE = re.compile(rf"^\s*(?:ROOT )?%?[\w.\-]+ = (.*?) ({'|'.join(KINDS)})(-start)?\(")
 _ARRAY = re.compile(r"(\w+)\[([\d,]*)\]")
 _CALLED = re.compile(r"(?:to_apply|calls|body|true_computation|false_computation)=%?([\w.\-]+)")
 _TRIPS = re.compile(r'known_trip_count":\{"n":"(\d+)"')
@@ -56,6 +56,8 @@ def collectives(text: str, devices: int) -> Iterator[Collective]:
             if found:
                 arrays = [(item, tuple(map(int, filter(None, axes.split(","))))) for item, axes in
                           _ARRAY.findall(found[1])]
+                if found[3] and found[2] != "all-reduce":  # the shape of a start has its arguments, then its results
+                    arrays = arrays[len(arrays) // 2 :]
                 group = _group(line, devices)
                 if group > 1:
                     yield Collective(found[2], tuple(shape for _, shape in arrays),

@@ -24,14 +24,23 @@ from gspn_jax.training import sharding
 
 
 @contextlib.contextmanager
-def sharded_model(config: Config, mesh: Mesh) -> Iterator[None]:
+def sharded_model(config: Config, mesh: Mesh, *, forward_only: bool = False) -> Iterator[None]:
     """Inside, denoisers are traced for what each device has: images over "data" and "fsdp", channels over "tensor"."""
+    tensor_cores = uses_tensor_cores(mesh)
     if mesh.shape["fsdp"] == 1:
-        with kernels.sharded(mesh, batch=sharding.BATCH_AXES, channels=("tensor",)):
+        machine = blocks.Machine(tensor_cores=tensor_cores, forward_only=forward_only)
+        with (blocks.run_blocks_on(machine),
+              kernels.sharded(mesh, batch=sharding.BATCH_AXES, channels=("tensor",))):
             yield
         return
-    with blocks.run_blocks_by(_runner(config, mesh)):
+    with blocks.run_blocks_on(blocks.Machine(_runner(config, mesh), tensor_cores, forward_only)):
         yield
+
+
+def uses_tensor_cores(mesh: Mesh) -> bool:
+    """Whether blocks are laid out for tensor cores: on GPUs, unless "tensor" splits channels, which padding would move
+    from one device to another."""
+    return mesh.devices.flat[0].platform == "gpu" and mesh.shape["tensor"] == 1
 
 
 def outside_blocks(config: Config, mesh: Mesh, params: Any) -> Any:
@@ -57,7 +66,7 @@ def _name(path: tuple) -> str:
 
 
 def _runner(config: Config, mesh: Mesh):
-    """For `blocks.run_blocks_by`."""
+    """For `blocks.Machine`."""
     _, shapes = models.abstract(config)
     compute = parse_precision(config.train.precision)["compute"]
     layers = {}  # path in a block -> (where, shape) of the weight of one block; the stacks of a model have equal blocks

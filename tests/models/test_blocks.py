@@ -21,7 +21,7 @@ class Affine(nnx.Module):
 
 
 @pytest.mark.parametrize("chunks", [(2, 2, 2, 2), (2, 2, None, None), (1, 2, 3, 1)])
-@pytest.mark.parametrize("remat", ["none", "dots", "full"])
+@pytest.mark.parametrize("remat", ["none", "dots", "names", "full"])
 def test_blocks_run_in_order_each_with_its_own_parameters_chunk_and_skip(chunks, remat):
     blocks = stack(Affine, 4, nnx.Rngs(0))
     bias = np.asarray(blocks.bias[...])
@@ -35,7 +35,7 @@ def test_blocks_run_in_order_each_with_its_own_parameters_chunk_and_skip(chunks,
         x = 2 * x + bias[i] + (chunks[i] or 0) + skips[i]
         expected.append(x)
     np.testing.assert_allclose(found, expected[-1], rtol=1e-6)
-    np.testing.assert_allclose(kept, np.stack(expected), rtol=1e-6)
+    np.testing.assert_allclose(kept, np.stack(expected[-2::-1]), rtol=1e-6)  # between the blocks, the last first
 
 
 def test_stack_drops_by_the_rate_of_each_block():

@@ -133,7 +133,7 @@ def test_remat_changes_no_gradient(model):
         return jax.tree.leaves(loss(random_params(config)))
 
     plain = gradients("none")
-    for remat in ("dots", "full"):
+    for remat in ("dots", "names", "full"):
         for found, expected in zip(gradients(remat), plain, strict=True):
             np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5 * np.abs(expected).max(), err_msg=remat)
 

@@ -44,3 +44,20 @@ def test_what_is_in_a_loop_counts_as_often_as_it_turns():
 
 def test_what_stays_on_a_device_is_none():
     assert found(lambda x: lax.psum(x, "data"), (8, 3), 1, 4) == []
+
+
+START = """ENTRY %main (x: f32[8,4], y: bf16[2]) -> f32[8,4] {
+  %scatter = ((f32[8,4]{1,0}, f32[16]{0}), (f32[2,4]{1,0}, f32[4]{0})) reduce-scatter-start(%x, %z), \
+replica_groups={{0,1,2,3}}, dimensions={0}, to_apply=%add
+  %gather = (bf16[2]{0}, bf16[8]{0}) all-gather-start(%y), replica_groups={{0,1,2,3}}, dimensions={0}
+  %reduce = f32[6]{0} all-reduce-start(%w), replica_groups={{0,1,2,3}}, to_apply=%add
+}
+"""
+
+
+def test_one_that_is_started_and_waited_for_counts_by_its_results():
+    """As XLA:GPU writes them: the shape names the arguments too."""
+    scatter, gather, reduce = collectives(START, 4)
+    assert (scatter.shapes, scatter.sent) == (((2, 4), (4,)), (32 + 16) * 4 * 3 / 4)
+    assert (gather.shapes, gather.sent) == (((8,),), 8 * 2 * 3 / 4)
+    assert (reduce.shapes, reduce.sent) == (((6,),), 2 * 6 * 4 * 3 / 4)

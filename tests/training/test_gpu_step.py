@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from gspn_jax.config import Config, DataConfig, MeshConfig, ModelConfig, TrainConfig
-from gspn_jax.training import sharding
+from gspn_jax.training import fsdp, sharding
 from gspn_jax.training.state import abstract_state
 from gspn_jax.training.step import make_step
 from kernels import devices
@@ -13,9 +13,11 @@ from kernels import devices
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mesh_shape", [(2, 1, 1), (1, 2, 1), (1, 1, 2)], ids=str)
-def test_the_step_has_the_kernel_that_expands_the_proxy(mesh_shape):
+def test_the_step_has_the_kernel_that_expands_the_proxy(mesh_shape, monkeypatch):
+    monkeypatch.setattr(fsdp, "uses_tensor_cores", lambda mesh: mesh.shape["tensor"] == 1)
     config = Config(
-        "unused", model=ModelConfig(preset="GSPN-S/2", hidden=128, depth=2, remat="full"), mesh=MeshConfig(*mesh_shape),
+        "unused", mesh=MeshConfig(*mesh_shape),
+        model=ModelConfig(preset="GSPN-S/2", hidden=128, depth=2, remat="names"),
         data=DataConfig(source="latents", path="unused", image_size=32, channels=4, num_classes=10),
         train=TrainConfig(batch_size=16))
     mesh = sharding.make_mesh(config.mesh, jax.devices()[:2])

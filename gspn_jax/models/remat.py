@@ -1,0 +1,32 @@
+"""What the backward pass keeps of a block's forward pass, and what it computes again."""
+
+from collections.abc import Callable
+
+import jax
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array
+
+from gspn_jax.config import Remat
+from kernels import SCAN_STATES
+
+NAMES = ("in_proj", "conv7", "proxy", SCAN_STATES, "scan", "out_proj", "join", "fc1")
+"""What "names" keeps: products after their bias, the 7x7 convolution, and the result and the states of the scans."""
+
+
+def named(value: Array, name: str) -> Array:
+    """`value`, which "names" keeps if the name is one of NAMES."""
+    return checkpoint_name(value, name)
+
+
+def checkpointed(step: Callable, remat: Remat) -> Callable:
+    """`step`, whose backward pass computes again what `remat` does not keep; "none" keeps everything."""
+    policies = jax.checkpoint_policies
+    if remat == "none":
+        return step
+    policy = {
+        # Keeps the outputs of the linears; recomputes norms, gates, scans and attention scores.
+        "dots": policies.dots_with_no_batch_dims_saveable,
+        "names": policies.save_only_these_names(*NAMES),
+        "full": None,
+    }[remat]
+    return jax.checkpoint(step, policy=policy, prevent_cse=False)
