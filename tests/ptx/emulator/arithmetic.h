@@ -63,36 +63,26 @@ class Arithmetic {
 
   bool moves() {
     switch (in_.operation) {
-      case NOP:
-        return true;
-      case MOV32:
-        return map<u32, u32>([](u32 a) { return a; });
-      case MOV64:
-        return map<u64, u64>([](u64 a) { return a; });
+      case NOP: return true;
+      case MOV32: return map<u32, u32>([](u32 a) { return a; });
+      case MOV64: return map<u64, u64>([](u64 a) { return a; });
       case MOVP: {
         const u32 constant = in_.immediate ? kAllLanes : 0;
         warp_.set_predicate(in_.operand[0], mask_, in_.operand[1] >= 0 ? warp_.predicates[in_.operand[1]] : constant);
         return true;
       }
-      case PACK:
-        return map<u32, u32, u32>([](u32 low, u32 high) { return (low & 0xffff) | high << 16; });
-      case UNPACK:
-        return unpack<u32>(16);
-      case PACK64:
-        return map<u64, u32, u32>([](u64 low, u64 high) { return low | high << 32; });
-      case UNPACK64:
-        return unpack<u64>(32);
-      case SELP32:
-        return select<u32>();
-      case SELP64:
-        return select<u64>();
+      case PACK: return map<u32, u32, u32>([](u32 low, u32 high) { return (low & 0xffff) | high << 16; });
+      case UNPACK: return unpack<u32>(16);
+      case PACK64: return map<u64, u32, u32>([](u64 low, u64 high) { return low | high << 32; });
+      case UNPACK64: return unpack<u64>(32);
+      case SELP32: return select<u32>();
+      case SELP64: return select<u64>();
       case PARAMETER: {
         u64 value = 0;
         memcpy(&value, launch_.parameters + in_.immediate, in_.bytes);
         return in_.bytes == 8 ? map<u64>([=] { return value; }) : map<u32>([=] { return value; });
       }
-      default:
-        return false;
+      default: return false;
     }
   }
 
@@ -179,9 +169,11 @@ class Arithmetic {
       case SHL64: return map<u64, u64, u32>([](u64 a, u32 b) { return b > 63 ? 0 : a << b; });
       case SHR_U64: return map<u64, u64, u32>([](u64 a, u32 b) { return b > 63 ? 0 : a >> b; });
       case SHR_S64: return map<s64, s64, u32>([](s64 a, u32 b) { return a >> std::min(b, 63u); });
-      case BFE_U32: return map<u32, u32, u32, u32>([](u32 a, u32 b, u32 c) { return extract_bits(a, b, c, 32, false); });
+      case BFE_U32:
+        return map<u32, u32, u32, u32>([](u32 a, u32 b, u32 c) { return extract_bits(a, b, c, 32, false); });
       case BFE_S32: return map<u32, u32, u32, u32>([](u32 a, u32 b, u32 c) { return extract_bits(a, b, c, 32, true); });
-      case BFE_U64: return map<u64, u64, u32, u32>([](u64 a, u32 b, u32 c) { return extract_bits(a, b, c, 64, false); });
+      case BFE_U64:
+        return map<u64, u64, u32, u32>([](u64 a, u32 b, u32 c) { return extract_bits(a, b, c, 64, false); });
       case BFE_S64: return map<u64, u64, u32, u32>([](u64 a, u32 b, u32 c) { return extract_bits(a, b, c, 64, true); });
       case SETP: return set_predicate();
       default: return false;
@@ -212,8 +204,9 @@ class Arithmetic {
     u32 found = 0;
     for (int lane = 0; lane < kLanes; lane++) {
       const auto a = convert(warp_.get<T>(in_.operand[1], lane)), b = convert(warp_.get<T>(in_.operand[2], lane));
-      const bool holds[] = {a == b, a != b, a < b, a <= b, a > b, a >= b};  // in the order of Comparison
-      found |= static_cast<u32>(holds[in_.mode]) << lane;
+      const bool less = a<b, greater = a> b, equal = a == b;  // none of them of a NaN
+      const bool holds[] = {equal, less || greater, less, less || equal, greater, greater || equal};
+      found |= static_cast<u32>(holds[in_.mode]) << lane;  // in the order of Comparison
     }
     return found;
   }
@@ -229,9 +222,8 @@ class Arithmetic {
       case U32_TO_F32: return map<float, u32>([](u32 a) { return a; });
       case BF16_TO_F32: return map<float, u32>(from_bfloat16);
       case F32_TO_BF16: return map<u32, float>(to_bfloat16);
-      case F32_TO_BF16X2: return map<u32, float, float>([](float high, float low) {
-        return to_bfloat16(low) | to_bfloat16(high) << 16;
-      });
+      case F32_TO_BF16X2:
+        return map<u32, float, float>([](float high, float low) { return to_bfloat16(low) | to_bfloat16(high) << 16; });
       default: return false;
     }
   }
@@ -251,12 +243,11 @@ class Arithmetic {
       case ABS_F32: return map<u32, u32>([](u32 a) { return a & 0x7fffffff; });
       case MIN_F32: return map<float, float, float>(fminf);
       case MAX_F32: return map<float, float, float>(fmaxf);
-      case MAX_NAN_F32: return map<float, float, float>([](float a, float b) {
-        return std::isnan(a) || std::isnan(b) ? bits<float>(0x7fffffff) : std::max(a, b);
-      });
-      case EXP2_F32: return map<float, float>([this](float a) {
-        return approximate(flush_subnormal(exp2f(flush_subnormal(a))));
-      });
+      case MAX_NAN_F32:
+        return map<float, float, float>(
+            [](float a, float b) { return std::isnan(a) || std::isnan(b) ? bits<float>(0x7fffffff) : std::max(a, b); });
+      case EXP2_F32:
+        return map<float, float>([this](float a) { return approximate(flush_subnormal(exp2f(flush_subnormal(a)))); });
       case LOG2_F32: return map<float, float>([this](float a) { return approximate(log2f(a)); });
       case RECIPROCAL_F32: return map<float, float>([this](float a) { return approximate(1.0f / a); });
       case ADD_BF16X2: return map_halves<u32, u32>(add);

@@ -2,11 +2,9 @@
 
 #pragma once
 
-#include <numeric>
-#include <random>
-
 #include "arithmetic.h"
 #include "copies.h"
+#include "scheduler.h"
 
 class Block {
  public:
@@ -17,31 +15,21 @@ class Block {
         random_(random),
         index_(index),
         memory_(launch, report),
+        warps_(make_warps(launch, report, random)),
         mbarriers_(report, memory_, warps_),
-        copies_(report, device, memory_, mbarriers_) {
-    const int threads = launch.block[0] * launch.block[1] * launch.block[2];
-    if (threads > kLanes * kMaxWarps) report.stop(-1, "not covered: threads of a block", str(threads));
-    for (int first = 0; first < threads; first += kLanes) {
-      const uint32_t lanes = threads - first >= kLanes ? kAllLanes : (1u << (threads - first)) - 1;
-      warps_.emplace_back(launch, warps_.size(), lanes, static_cast<uint32_t>(random_()));
-    }
-    order_.resize(warps_.size());
-    std::iota(order_.begin(), order_.end(), 0);
-    std::shuffle(order_.begin(), order_.end(), random_);
-  }
+        copies_(report, device, memory_, mbarriers_),
+        scheduler_(launch, random, warps_, copies_) {}
 
   // Returns the number of instructions of warps.
   uint64_t run() {
     uint64_t steps = 0;
-    while (any(Warp::AT_BARRIER) || any(Warp::AT_MBARRIER) || any(Warp::RUNNING)) {
-      if (copy_now()) {
+    while (!scheduler_.all_done()) {
+      if (scheduler_.copy_is_next()) {
         copies_.finish(random_() % copies_.under_way());
-      } else if (!any(Warp::RUNNING)) {
+      } else if (!scheduler_.any(Warp::RUNNING)) {
         stop_at_deadlock();
       } else {
-        if (left_ <= 0 || warps_[current_].state != Warp::RUNNING) choose_warp();
-        left_--;
-        step(current_);
+        step(scheduler_.next_warp());
         if (++steps > kMostSteps) report_.stop(-1, "no end", str(steps) + " instructions of a block");
       }
     }
@@ -61,38 +49,15 @@ class Block {
     Knowledge knows;
   };
 
-  // ---- whose turn it is ------------------------------------------------------------------------------------------------
-
-  bool any(Warp::State state) const {
-    return std::any_of(warps_.begin(), warps_.end(), [=](const Warp& warp) { return warp.state == state; });
-  }
-
-  bool copy_now() {
-    if (copies_.idle()) return false;
-    if (!any(Warp::RUNNING) || launch_.policy == EARLY_COPIES) return true;
-    const bool at_random = launch_.policy == RANDOM || launch_.policy == ROUND_ROBIN;
-    return at_random && left_ == 0 && random_() % 4 == 0;
-  }
-
-  void choose_warp() {
-    const int count = warps_.size();
-    auto running = [this](int i) { return warps_[i].state == Warp::RUNNING; };
-    left_ = 1;
-    switch (launch_.policy) {
-      case ROUND_ROBIN:
-        do current_ = (current_ + 1) % count; while (!running(current_));
-        break;
-      case LATE_COPIES:
-        current_ = *std::find_if(order_.begin(), order_.end(), running);
-        break;
-      case EARLY_COPIES:
-        current_ = *std::find_if(order_.rbegin(), order_.rend(), running);
-        left_ = 1 + random_() % 8;
-        break;
-      default:
-        do current_ = random_() % count; while (!running(current_));
-        left_ = launch_.policy == UNTIL_IT_WAITS ? 1 << 30 : 1 + random_() % (1 << random_() % 10);
+  static std::vector<Warp> make_warps(const Launch& launch, Report& report, std::mt19937_64& random) {
+    const int threads = launch.block[0] * launch.block[1] * launch.block[2];
+    if (threads > kLanes * kMaxWarps) report.stop(-1, "not covered: threads of a block", str(threads));
+    std::vector<Warp> warps;
+    for (int first = 0; first < threads; first += kLanes) {
+      const uint32_t lanes = threads - first >= kLanes ? kAllLanes : (1u << (threads - first)) - 1;
+      warps.emplace_back(launch, warps.size(), lanes, static_cast<uint32_t>(random()));
     }
+    return warps;
   }
 
   [[noreturn]] void stop_at_deadlock() {
@@ -103,13 +68,15 @@ class Block {
       if (warp.state == Warp::DONE) continue;
       pc = warp.waits_at;
       const bool named = warp.state == Warp::AT_BARRIER;
-      waiting += "; warp " + str(i) + " at " + (named ? "bar.sync " + str(warp.waits_for) : "the mbarrier at " +
-                 SharedMemory::offset(warp.waits_for)) + ", line " + str(launch_.code[pc].line);
+      waiting +=
+          "; warp " + str(i) + " at " +
+          (named ? "bar.sync " + str(warp.waits_for) : "the mbarrier at " + SharedMemory::offset(warp.waits_for)) +
+          ", line " + str(launch_.code[pc].line);
     }
     report_.stop(pc, "deadlock", waiting.substr(2) + mbarriers_.state());
   }
 
-  // ---- one instruction of one warp -----------------------------------------------------------------------------------------
+  // ---- one instruction of one warp
 
   void step(int number) {
     Warp& warp = warps_[number];
@@ -121,12 +88,8 @@ class Block {
     if (in.predicate >= 0) mask &= warp.predicates[in.predicate] ^ (in.negated ? kAllLanes : 0);
     needs_all_lanes(warp, pc, group.lanes);
     switch (in.operation) {
-      case BRANCH:
-        branch(warp, which, mask);
-        break;
-      case RETURN:
-        leave(warp, which, mask);
-        break;
+      case BRANCH: branch(warp, which, mask); break;
+      case RETURN: leave(warp, which, mask); break;
       default:
         group.pc++;
         if (!Arithmetic(launch_, in, warp, mask).run() && mask) execute(number, pc, mask);
@@ -169,13 +132,18 @@ class Block {
       case SPECIAL: return special(number, in, mask);
       case LOAD: return load(number, pc, mask);
       case STORE: return store(number, pc, mask);
-      case LOAD_MATRIX: case STORE_MATRIX: return move_matrices(number, pc);
+      case LOAD_MATRIX:
+      case STORE_MATRIX: return move_matrices(number, pc);
       case ELECT: return elect(warp, in);
-      case SHUFFLE_INDEX: case SHUFFLE_XOR: case SHUFFLE_DOWN: case SHUFFLE_UP: return shuffle(warp, in, mask);
+      case SHUFFLE_INDEX:
+      case SHUFFLE_XOR:
+      case SHUFFLE_DOWN:
+      case SHUFFLE_UP: return shuffle(warp, in, mask);
       case BARRIER: return meet(number, pc);
       case WARP_BARRIER: return sync_lanes(number);
       case MBARRIER_INIT: return create_mbarrier(warp, pc, mask);
-      case MBARRIER_ARRIVE: case MBARRIER_EXPECT: return arrive(number, pc, mask);
+      case MBARRIER_ARRIVE:
+      case MBARRIER_EXPECT: return arrive(number, pc, mask);
       case MBARRIER_WAIT: return wait(number, pc, mask);
       case PROXY_FENCE: return fence(number);
       case TMA_LOAD: return copy(number, pc, mask);
@@ -199,7 +167,7 @@ class Block {
   uint32_t grid(int d) const { return launch_.grid[d]; }
   uint32_t threads() const { return launch_.block[0]; }
 
-  // ---- memory ------------------------------------------------------------------------------------------------------------
+  // ---- memory
 
   Access by(int number, int pc, int lane) const {
     const Warp& warp = warps_[number];
@@ -268,7 +236,7 @@ class Block {
     }
   }
 
-  // ---- within a warp -------------------------------------------------------------------------------------------------------
+  // ---- within a warp
 
   void elect(Warp& warp, const Instruction& in) {
     const uint32_t leader = __builtin_ctz(warp.lanes);
@@ -302,7 +270,7 @@ class Block {
     tick(number);
   }
 
-  // ---- barriers ------------------------------------------------------------------------------------------------------------
+  // ---- barriers
 
   void meet(int number, int pc) {
     const Instruction& in = launch_.code[pc];
@@ -372,7 +340,7 @@ class Block {
     warp.set_predicate(in.operand[2], mask, passed);
   }
 
-  // ---- asynchronous --------------------------------------------------------------------------------------------------------
+  // ---- asynchronous
 
   void copy(int number, int pc, uint32_t mask) {
     const Instruction& in = launch_.code[pc];
@@ -382,10 +350,16 @@ class Block {
       if (!(mask >> lane & 1)) continue;
       const uint64_t descriptor = warp.get<uint64_t>(in.operand[2], lane);
       const uint64_t parameters = reinterpret_cast<uint64_t>(launch_.parameters);
-      const bool inside = descriptor >= parameters && descriptor + sizeof(TensorMap) <= parameters + launch_.parameter_bytes;
+      const bool inside =
+          descriptor >= parameters && descriptor + sizeof(TensorMap) <= parameters + launch_.parameter_bytes;
       if (!inside || descriptor % 64) report_.stop(pc, "TMA: descriptor not among the parameters");
-      Copy copy{pc, warp.get<uint32_t>(in.operand[0], lane), warp.get<uint32_t>(in.operand[1], lane),
-                reinterpret_cast<const TensorMap*>(descriptor), {}, 0, warp.knows};
+      Copy copy{pc,
+                warp.get<uint32_t>(in.operand[0], lane),
+                warp.get<uint32_t>(in.operand[1], lane),
+                reinterpret_cast<const TensorMap*>(descriptor),
+                {},
+                0,
+                warp.knows};
       if (copy.map->rank != in.list_length) report_.stop(pc, "TMA: coordinates", str(in.list_length));
       for (int d = 0; d < in.list_length; d++) copy.start[d] = warp.get<int32_t>(launch_.lists[in.list + d], lane);
       copies_.issue(copy);
@@ -431,7 +405,6 @@ class Block {
   std::vector<Warp> warps_;
   Mbarriers mbarriers_;
   CopyEngine copies_;
+  Scheduler scheduler_;
   Barrier barriers_[16];
-  std::vector<int> order_;
-  int current_ = 0, left_ = 0;
 };

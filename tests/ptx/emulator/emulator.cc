@@ -1,7 +1,7 @@
 // A functional emulator of PTX: the blocks of a grid one after the other, each with its warps interleaved.
 //
-// It says what a kernel computes and which of its accesses are wrong, not how long it takes. What it covers is what Mosaic
-// GPU makes of our kernels; anything else is a fault. tests/ptx/README.md tells what is checked and what is not.
+// It says what a kernel computes and which of its accesses are wrong, not how long it takes. What it covers is what
+// Mosaic GPU makes of our kernels; anything else is a fault. tests/ptx/README.md tells what is checked and what is not.
 
 #include "block.h"
 

@@ -45,7 +45,8 @@ class GlobalMemory {
         return false;
       }
     }
-    if (address % bytes) report_.fault(pc, "misaligned access to device memory", place(address) + ", bytes " + str(bytes));
+    if (address % bytes)
+      report_.fault(pc, "misaligned access to device memory", place(address) + ", bytes " + str(bytes));
     return address % bytes == 0;
   }
 

@@ -11,9 +11,9 @@
 struct Mbarrier {
   explicit Mbarrier(uint32_t count) : count(count), pending(count) {}
 
-  uint32_t count;         // arrivals of a phase
-  int64_t pending;        // arrivals that this phase still needs
-  int64_t bytes = 0;      // that copies still have to bring
+  uint32_t count;     // arrivals of a phase
+  int64_t pending;    // arrivals that this phase still needs
+  int64_t bytes = 0;  // that copies still have to bring
   uint64_t phase = 0;
   Knowledge arriving, done;  // of those who arrived in this phase, and in those before
 };

@@ -4,35 +4,31 @@
 
 #include <cstdint>
 
-// Registers hold 32 or 64 bits a lane, predicates one; types are those of the operation. Unless said otherwise operand 0
-// is the destination. Addresses are operand 0 (64 bits) or operand 1 (32 bits), whichever is not -1, plus `immediate`.
-#define OPERATIONS(X)                                                                                               \
-  /* moves */                                                                                                       \
-  X(NOP) X(MOV32) X(MOV64) X(MOVP) X(PACK) X(UNPACK) X(PACK64) X(UNPACK64) X(SPECIAL) X(PARAMETER)                  \
-  X(SELP32) X(SELP64)                                                                                               \
-  /* integers */                                                                                                    \
-  X(ADD32) X(SUB32) X(MUL32) X(MAD32) X(ADD64) X(SUB64) X(MUL64) X(MAD64) X(MUL_WIDE_U32) X(MUL_WIDE_S32)           \
-  X(MUL_HI_U32) X(MUL_HI_S32) X(DIV_U32) X(DIV_S32) X(REM_U32) X(REM_S32) X(MIN_S32) X(MAX_S32) X(MIN_U32)          \
-  X(MAX_U32) X(NEG32) X(ADD16) X(SUB16) X(MUL16) X(MAD16)                                                                    \
-  /* bits and predicates */                                                                                         \
-  X(AND32) X(OR32) X(XOR32) X(NOT32) X(AND64) X(OR64) X(XOR64) X(NOT64) X(ANDP) X(ORP) X(XORP) X(NOTP)              \
-  X(SHL32) X(SHR_U32) X(SHR_S32) X(SHL64) X(SHR_U64) X(SHR_S64) X(BFE_U32) X(BFE_S32) X(BFE_U64) X(BFE_S64)         \
-  X(SETP)                                                                                                           \
-  /* conversions */                                                                                                 \
-  X(U16_TO_U32) X(S16_TO_S32) X(U32_TO_U64) X(S32_TO_S64) X(U64_TO_U32) X(S32_TO_F32) X(U32_TO_F32)                 \
-  X(BF16_TO_F32) X(F32_TO_BF16) X(F32_TO_BF16X2)                                                                    \
-  /* floating point */                                                                                              \
-  X(ADD_F32) X(SUB_F32) X(MUL_F32) X(FMA_F32) X(DIV_F32) X(NEG_F32) X(ABS_F32) X(MIN_F32) X(MAX_F32)                \
-  X(MAX_NAN_F32) X(EXP2_F32) X(LOG2_F32) X(RECIPROCAL_F32) X(ADD_BF16X2) X(MUL_BF16X2) X(FMA_BF16X2)                \
-  X(ADD_F32X2) X(SUB_F32X2) X(MUL_F32X2) X(FMA_F32X2)                                                               \
-  /* memory and control */                                                                                          \
-  X(LOAD) X(STORE) X(LOAD_MATRIX) X(STORE_MATRIX) X(BRANCH) X(RETURN) X(TRAP) X(ELECT)                              \
-  X(SHUFFLE_INDEX) X(SHUFFLE_XOR) X(SHUFFLE_DOWN) X(SHUFFLE_UP)                                                     \
-  /* synchronisation */                                                                                             \
-  X(BARRIER) X(WARP_BARRIER) X(MBARRIER_INIT) X(MBARRIER_ARRIVE) X(MBARRIER_EXPECT) X(MBARRIER_WAIT)                \
-  X(PROXY_FENCE)                                                                                                    \
-  /* asynchronous */                                                                                                \
-  X(TMA_LOAD) X(WGMMA) X(WGMMA_COMMIT) X(WGMMA_WAIT)
+// Registers hold 32 or 64 bits a lane, predicates one; types are those of the operation. Unless said otherwise operand
+// 0 is the destination. Addresses are operand 0 (64 bits) or operand 1 (32 bits), whichever is not -1, plus
+// `immediate`.
+#define OPERATIONS(X)                                                                                                  \
+  /* moves */                                                                                                          \
+  X(NOP)                                                                                                               \
+  X(MOV32)                                                                                                             \
+  X(MOV64)                                                                                                             \
+  X(MOVP) X(PACK) X(UNPACK) X(PACK64) X(UNPACK64) X(SPECIAL) X(PARAMETER) X(SELP32) X(SELP64) /* integers */           \
+      X(ADD32) X(SUB32) X(MUL32) X(MAD32) X(ADD64) X(SUB64) X(MUL64) X(MAD64) X(MUL_WIDE_U32) X(MUL_WIDE_S32)          \
+          X(MUL_HI_U32) X(MUL_HI_S32) X(DIV_U32) X(DIV_S32) X(REM_U32) X(REM_S32) X(MIN_S32) X(MAX_S32) X(MIN_U32)     \
+              X(MAX_U32) X(NEG32) X(ADD16) X(SUB16) X(MUL16) X(MAD16) /* bits and predicates */                        \
+      X(AND32) X(OR32) X(XOR32) X(NOT32) X(AND64) X(OR64) X(XOR64) X(NOT64) X(ANDP) X(ORP) X(XORP) X(NOTP) X(SHL32)    \
+          X(SHR_U32) X(SHR_S32) X(SHL64) X(SHR_U64) X(SHR_S64) X(BFE_U32) X(BFE_S32) X(BFE_U64) X(BFE_S64)             \
+              X(SETP) /* conversions */                                                                                \
+      X(U16_TO_U32) X(S16_TO_S32) X(U32_TO_U64) X(S32_TO_S64) X(U64_TO_U32) X(S32_TO_F32) X(U32_TO_F32) X(BF16_TO_F32) \
+          X(F32_TO_BF16) X(F32_TO_BF16X2) /* floating point */                                                         \
+      X(ADD_F32) X(SUB_F32) X(MUL_F32) X(FMA_F32) X(DIV_F32) X(NEG_F32) X(ABS_F32) X(MIN_F32) X(MAX_F32)               \
+          X(MAX_NAN_F32) X(EXP2_F32) X(LOG2_F32) X(RECIPROCAL_F32) X(ADD_BF16X2) X(MUL_BF16X2) X(FMA_BF16X2)           \
+              X(ADD_F32X2) X(SUB_F32X2) X(MUL_F32X2) X(FMA_F32X2) /* memory and control */                             \
+      X(LOAD) X(STORE) X(LOAD_MATRIX) X(STORE_MATRIX) X(BRANCH) X(RETURN) X(TRAP) X(ELECT) X(SHUFFLE_INDEX)            \
+          X(SHUFFLE_XOR) X(SHUFFLE_DOWN) X(SHUFFLE_UP) /* synchronisation */                                           \
+      X(BARRIER) X(WARP_BARRIER) X(MBARRIER_INIT) X(MBARRIER_ARRIVE) X(MBARRIER_EXPECT) X(MBARRIER_WAIT)               \
+          X(PROXY_FENCE) /* asynchronous */                                                                            \
+      X(TMA_LOAD) X(WGMMA) X(WGMMA_COMMIT) X(WGMMA_WAIT)
 
 enum Operation : int32_t {
 #define X(name) name,

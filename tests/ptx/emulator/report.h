@@ -29,7 +29,8 @@ class Report {
   std::string text() const {
     std::string all;
     for (const auto& [key, value] : faults_) {
-      all += key.first + "\t" + std::to_string(key.second) + "\t" + std::to_string(value.first) + "\t" + value.second + "\n";
+      all += key.first + "\t" + std::to_string(key.second) + "\t" + std::to_string(value.first) + "\t" + value.second +
+             "\n";
     }
     return all;
   }

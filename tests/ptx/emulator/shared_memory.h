@@ -114,9 +114,7 @@ class SharedMemory {
     cell.readers = 0;
   }
 
-  static bool saw_write(const Access& who, const Cell& cell) {
-    return who.knows.seen.at[cell.writer] >= cell.written;
-  }
+  static bool saw_write(const Access& who, const Cell& cell) { return who.knows.seen.at[cell.writer] >= cell.written; }
 
   static bool lacks_fence(const Access& who, const Cell& cell) {
     return who.asynchronous && !cell.asynchronous && who.knows.fenced.at[cell.writer] < cell.written;
@@ -124,7 +122,8 @@ class SharedMemory {
 
   std::string at(size_t word, const Cell& cell) const {
     auto line = [this](int pc) { return pc < 0 ? "nowhere"_s : "line " + str(launch_.code[pc].line); };
-    return "offset " + str(4 * word) + ", last written at " + line(cell.writer_pc) + ", read at " + line(cell.reader_pc);
+    return "offset " + str(4 * word) + ", last written at " + line(cell.writer_pc) + ", read at " +
+           line(cell.reader_pc);
   }
 
   const Launch& launch_;

@@ -14,7 +14,7 @@ namespace {
 
 constexpr int kSuccess = 0, kInvalidValue = 1, kNotFound = 500;
 constexpr int kCapabilityMajor = 75, kCapabilityMinor = 76;  // of CUdevice_attribute
-constexpr int kMaxDynamicSharedBytes = 8;                     // of CUfunction_attribute
+constexpr int kMaxDynamicSharedBytes = 8;                    // of CUfunction_attribute
 
 // A launch: grid and block of three, bytes of shared memory, addresses of the parameters.
 using Handler = int (*)(const uint32_t* grid, const uint32_t* block, uint32_t shared_bytes, void** parameters);
@@ -45,14 +45,14 @@ int new_handle(void** handle) {
 
 extern "C" {
 
-// ---- for Python ------------------------------------------------------------------------------------------------------
+// ---- for Python
 
 void stand_in_set_handler(Handler wanted) { handler = wanted; }
 void stand_in_set_capability(int major, int minor) { capability[0] = major, capability[1] = minor; }
 int stand_in_capability() { return 10 * capability[0] + capability[1]; }
 const char* stand_in_said() { return said; }
 
-// ---- what is asked of the driver ---------------------------------------------------------------------------------------
+// ---- what is asked of the driver
 
 int cuInit(unsigned) { return kSuccess; }
 int cuDriverGetVersion(int* version) { return *version = 12090, kSuccess; }

@@ -57,7 +57,8 @@ class TensorCore {
 
   void multiply(const Product& product) {
     const Instruction& in = *product.instruction;
-    if ((product.a | product.b) & MatrixDescriptor::kBaseOffset) report_.stop(product.pc, "not covered: wgmma base offset");
+    if ((product.a | product.b) & MatrixDescriptor::kBaseOffset)
+      report_.stop(product.pc, "not covered: wgmma base offset");
     const auto a = read(product, MatrixDescriptor(product.a, in.kind & 1), number_ % 4 * kRows, kRows);
     const auto b = read(product, MatrixDescriptor(product.b, in.kind & 2), 0, in.count);
     for (int lane = 0; lane < kLanes; lane++) {

@@ -29,9 +29,9 @@ class Warp {
 
   Warp(const Launch& launch, int number, uint32_t lanes, uint32_t unset_predicates)
       : lanes(lanes),
+        predicates(launch.predicates, unset_predicates),
         words_(kLanes * (launch.registers32 + launch.constants32_length), 0x7fc0beef),  // NaN
-        double_words_(kLanes * (launch.registers64 + launch.constants64_length), 0xdead0000dead0001),
-        predicates(launch.predicates, unset_predicates) {
+        double_words_(kLanes * (launch.registers64 + launch.constants64_length), 0xdead0000dead0001) {
     for (int i = 0; i < launch.constants32_length; i++) {
       std::fill_n(&words_[kLanes * (launch.registers32 + i)], kLanes, launch.constants32[i]);
     }
@@ -91,6 +91,7 @@ class Warp {
 
   const uint32_t lanes;
   State state = RUNNING;
+  std::vector<uint32_t> predicates;  // a bit a lane
   std::vector<Group> groups;
   uint32_t waits_for = 0;  // number of the barrier or address of the mbarrier
   int waits_at = 0;        // instruction
@@ -104,7 +105,4 @@ class Warp {
  private:
   std::vector<uint32_t> words_;
   std::vector<uint64_t> double_words_;
-
- public:
-  std::vector<uint32_t> predicates;  // a bit a lane
 };
