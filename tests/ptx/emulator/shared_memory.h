@@ -63,11 +63,10 @@ class SharedMemory {
   static size_t last(uint64_t address, uint32_t bytes) { return (address - kSharedBase + bytes + 3) / 4; }
 
   void check(int pc, uint64_t address, uint32_t bytes) {
-    const std::string what = offset(address) + ", bytes " + str(bytes);
-    if (address < kSharedBase || address + bytes > kSharedBase + bytes_.size()) {
-      report_.stop(pc, "shared memory: out of bounds", what + " of " + str(bytes_.size()));
-    }
-    if (address % bytes) report_.stop(pc, "shared memory: misaligned", what);
+    const bool inside = address >= kSharedBase && address + bytes <= kSharedBase + bytes_.size();
+    if (inside && address % bytes == 0) return;
+    report_.stop(pc, inside ? "shared memory: misaligned" : "shared memory: out of bounds",
+                 offset(address) + ", bytes " + str(bytes) + " of " + str(bytes_.size()));
   }
 
   void note_read(const Access& who, size_t i) {
