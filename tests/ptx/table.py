@@ -1,4 +1,4 @@
-"""Prints the errors that `make test-ptx-slow` found, beside the scan's own, as a table for docs/kernel.md.
+"""Prints the errors that `make test-ptx-slow` found, beside those of rounding, as a table for docs/kernel.md.
 
     python -m tests.ptx.table
 """
@@ -11,21 +11,21 @@ import jax
 from kernels import devices
 from tests.ptx.cases import CASES, RESULTS
 
-COLUMNS = ("capability", "case", "y", "gradient that is furthest from the scan's", "launches", "warp instructions",
+COLUMNS = ("capability", "case", "y", "gradient that is furthest from it", "launches", "warp instructions",
            "reports")
 
 
-def row(case: str, kernel: dict[str, float], scan: dict[str, float], faults: list[str], launches: int,
+def row(case: str, errors: dict[str, float], expected: dict[str, float], faults: list[str], launches: int,
         instructions: int) -> list[str]:
-    def errors(name: str) -> str:
-        return f"{kernel[name]:.1e} ({scan[name]:.1e})"
+    def show(name: str) -> str:
+        return f"{errors[name]:.1e} ({expected[name]:.1e})"
 
-    furthest = max(set(kernel) - {"y"}, key=lambda name: kernel[name] / max(scan[name], scan["y"]))
-    return [case, errors("y"), f"{furthest} {errors(furthest)}", str(launches), f"{instructions:,}", str(len(faults))]
+    furthest = max(set(errors) - {"y"}, key=lambda name: errors[name] / expected[name])
+    return [case, show("y"), f"{furthest} {show(furthest)}", str(launches), f"{instructions:,}", str(len(faults))]
 
 
 def main() -> None:
-    print(f"Emulated, JAX {jax.__version__}: norm errors relative to float64; in parentheses the scan's own.\n")
+    print(f"Emulated, JAX {jax.__version__}: norm errors relative to float64; in parentheses those of rounding.\n")
     print("|", " | ".join(COLUMNS), "|")
     print("|" + "---|" * len(COLUMNS))
     for capability in sorted(devices.DEVICES, key=lambda capability: capability != devices.DEFAULT):
