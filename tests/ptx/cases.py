@@ -109,8 +109,8 @@ class Outcome:
         return [f"{run.program}: {fault}" for run in self.runs for fault in run.faults]
 
     def expected(self, name: str) -> float:
-        """Norm error of rounding: the scan's in the same type, where a gradient that it sums in float32 counts as rounded
-        once, like y; that of the states; and once more for `merge`, a sum over all pixels."""
+        """Norm error of rounding: the scan's in the same type, where a gradient that it sums in float32 counts as
+        rounded once, like y; that of the states; and once more for `merge`, a sum over all pixels."""
         once = self.scan["y"]
         return float(np.linalg.norm([
             max(self.scan[name], once), self.states.get(name, 0), once if name == "merge" else 0]))
