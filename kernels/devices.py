@@ -1,6 +1,7 @@
 """The GPUs that the kernel is made for: what differs between their generations, and for which of them it is traced.
 
 A number that a measurement on some GPU should change is a field of `Device`, and its value stands in `DEVICES`.
+All of them have 65,536 registers a multiprocessor: 128 for each thread of a block of four warpgroups.
 benchmarks/kernel_assembly.py assembles the kernel for each of them; the table is in docs/kernel.md.
 """
 
