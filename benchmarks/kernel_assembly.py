@@ -185,8 +185,7 @@ def record(capability: str, rows: list[dict[str, Any]]) -> None:
 
 def table(results: dict[str, Any]) -> str:
     """Markdown: for each case and device registers of each kernel, and the most shared memory of a block."""
-    lines = ["| case | " + " | ".join(f"{name}" for name in results) + " |", "|---" * (len(results) + 1) + "|"]
-    lines.insert(0, "")
+    lines = ["", "| case | " + " | ".join(results) + " |", "|---" * (len(results) + 1) + "|"]
     sentences: list[str] = []
     for case in map(str, CASES):
         cells = [_cell([row for row in device["rows"] if row["case"] == case], sentences)
@@ -195,7 +194,7 @@ def table(results: dict[str, Any]) -> str:
             lines.append(f"| {case} | " + " | ".join(cells) + " |")
     versions = sorted({f"JAX {device['jax']} ({device['ptxas']}, {device['date']})" for device in results.values()})
     return "\n".join([f"Assembled with {'; '.join(versions)}.", *lines, "",
-                      *(f"{number}. {sentence}" for number, sentence in enumerate(sentences, start=1))])
+                      *(f"{number}. The kernel {sentence}." for number, sentence in enumerate(sentences, start=1))])
 
 
 def _cell(rows: list[dict[str, Any]], sentences: list[str]) -> str:

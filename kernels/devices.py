@@ -1,6 +1,7 @@
 """The GPUs that the kernel is made for: what differs between their generations, and for which of them it is traced.
 
 A number that a measurement on some GPU should change is a field of `Device`, and its value stands in `DEVICES`.
+All of them have 65,536 registers a multiprocessor: 128 for each thread of a block of four warpgroups.
 benchmarks/kernel_assembly.py assembles the kernel for each of them; the table is in docs/kernel.md.
 """
 
@@ -75,12 +76,12 @@ _asked = jax.make_user_context(default_value=None)
 @contextlib.contextmanager
 def for_device(device: Device | str) -> Iterator[Device]:
     """Kernels traced and lowered inside are made for `device`, a compute capability of `DEVICES` or tuning of one's
-    own, whatever this machine has: programs are lowered for a GPU that is not here, never run.
+    own, whatever this machine has; they run on GPUs of that compute capability only, or interpreted.
 
         with for_device("8.0"):
             jax.jit(function).trace(*shapes).lower(lowering_platforms=("cuda",))
 
-    Interpreted kernels have its sizes, and run. Functions that were traced before are traced anew.
+    Functions that were traced before are traced anew.
     Raises ValueError for another capability.
     """
     if isinstance(device, str):
