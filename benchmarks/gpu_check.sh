@@ -91,7 +91,7 @@ step speed $((100 * LONG)) $PYTHON benchmarks/gpu_operator.py ${REHEARSE:---quic
 step training $((180 * LONG)) $PYTHON benchmarks/train_step.py $MODELS $SHAPE --measure training \
   --together --limit $((170 * LONG)) --out "$OUT/training.json"
 step sampling $((90 * LONG)) $PYTHON benchmarks/train_step.py $SAMPLED $SHAPE --measure sampling \
-  --sampler-steps $SAMPLER_STEPS --limit $((60 * LONG)) --out "$OUT/sampling.json"
+  --sampler-steps $SAMPLER_STEPS --together --limit $((80 * LONG)) --out "$OUT/sampling.json"
 if [ -n "$IMAGES$REHEARSE" ]; then  # a rehearsal makes images up
   step run $(($(left) - 8)) $PYTHON benchmarks/gpu_run.py $REHEARSE ${IMAGES:+--images "$IMAGES"} \
     --seconds $(($(left) - 20)) --out "$OUT/run.json" --grid "$OUT/samples.png"

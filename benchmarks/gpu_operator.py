@@ -53,6 +53,8 @@ from kernels import api, available_backends, propagate, propagate_low_rank
 
 Rows = Iterator[dict]
 
+ALL_RIGHT = "all right"
+
 SECONDS_A_ROW, SECONDS_A_REPEAT = 4.0, 0.1
 """Of what is slow; of what is not, a row takes less."""
 
@@ -346,17 +348,17 @@ def fill(name: str, sizes: Sizes, repeats: int, record: Record) -> None:
 
 
 def right_values(path: pathlib.Path | None, rehearse: bool) -> str:
-    """"24 of 29", or all of them; found now, or in a file that gpu_values.py wrote."""
+    """ALL_RIGHT, "24 of 29 right" or "not checked"; found now, or in a file that gpu_values.py wrote."""
     with tempfile.TemporaryDirectory() as folder:
         if path is None:
             path = pathlib.Path(folder, "values.json")
             script = pathlib.Path(__file__).with_name("gpu_values.py")
             subprocess.run([sys.executable, script, "--out", path] + ["--rehearse"] * rehearse, check=False)
         if not path.exists():
-            return "no values"
+            return "not checked"
         cases = json.loads(path.read_text())["cases"]
     right = sum(row["correct"] is True for row in cases)
-    return "all" if right == len(cases) else f"{right} of {len(cases)}"
+    return ALL_RIGHT if right == len(cases) else f"{right} of {len(cases)} right"
 
 
 def main() -> None:
@@ -376,9 +378,9 @@ def main() -> None:
             sys.exit("gpu_operator.py needs an NVIDIA GPU of compute capability 8.0 or newer, found "
                      f"{jax.devices()[0].device_kind!r}.")
         right = right_values(args.values, args.rehearse)
-        if right != "all" and not args.anyway:
-            sys.exit(f"The kernel is wrong on this device, {right} cases are right: nothing was timed.")
-        record = Record(args.out, values_right=right)
+        if right != ALL_RIGHT and not args.anyway:
+            sys.exit(f"The values of the kernel must be right on this device, found {right}: nothing was timed.")
+        record = Record(args.out, values=right)
         for name in args.tables:
             try:
                 fill(name, sizes, args.repeats, record)

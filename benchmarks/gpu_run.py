@@ -112,7 +112,7 @@ def train_until(config: Config, deadline: float) -> str:
 def curve(run_dir: str) -> list[dict[str, float]]:
     """Lines of metrics.jsonl, thinned out."""
     lines = [json.loads(line) for line in pathlib.Path(run_dir, "metrics.jsonl").read_text().splitlines()]
-    return lines[:: max(1, len(lines) // CURVE_POINTS)] + lines[-1:] if lines else []
+    return lines[-1 :: -max(1, len(lines) // CURVE_POINTS)][::-1]  # the last one is always among them
 
 
 def summary(config: Config, lines: list[dict[str, float]]) -> dict[str, float | int]:

@@ -27,7 +27,7 @@ def values(found: dict[str, Any]) -> Iterator[str]:
 
 
 def speed(found: dict[str, Any]) -> Iterator[str]:
-    yield f"values of the kernel that is timed: {found['values_right']} right"
+    yield f"values of the kernel that is timed: {found['values']}"
     for row in found.get("copy", ()):
         yield f"copy {row['bytes_per_second'] / 1e12:.3g} TB/s"
     for row in found.get("products", ()):

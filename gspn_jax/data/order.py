@@ -59,7 +59,8 @@ def _epoch(length: int, seed: int) -> Int[np.ndarray, " length"]:
 
 
 def _bits(value: int) -> int:
-    """log2 rounded up, as Grain sizes its block: a power of two gets no bit of its own."""
+    """log2 rounded up, as Grain sizes its block. A power of two gets no bit of its own: of 2**16 + 1 images (2**18 + 1,
+    ...) the last is never drawn, and another twice an epoch."""
     return (value - 1).bit_length()
 
 

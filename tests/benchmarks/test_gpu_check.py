@@ -82,7 +82,7 @@ def test_a_rehearsal_ends_on_a_bare_machine(tmp_path):
     assert outcomes(out) == dict.fromkeys(STEPS, "ok")
     assert {path.name for path in out.iterdir()} == FILES
     assert logs(out).keys() == {f"{step}.log" for step in STEPS}
-    assert "grain is not installed" in logs(out)["doctor.log"]
+    assert "tensorboardX is not installed" in logs(out)["run.log"]  # nothing of it can be imported
     run = json.loads((out / "run.json").read_text())
     assert run["steps"] == 4 and run["judge"]["num_samples"] == 40 and run["curve"][-1]["step"] == 4
     training = json.loads((out / "training.json").read_text())["results"]
@@ -132,7 +132,7 @@ def test_the_table_says_what_is_wrong_or_missing(tmp_path, monkeypatch, capsys):
     write(tmp_path, [("values", "1", "50", "100"), ("speed", "124", "110", "110"), ("training", "1", "3", "170"),
                      ("sampling", "137", "90", "90"), ("run", "no images were named", "0", "0")],
           values={"cases": [wrong, {"case": "propagate 3", "correct": None}]},
-          speed={"values_right": "0 of 2", "blocks_error": "Traceback ...\nRuntimeError: out of memory\n"},
+          speed={"values": "0 of 2 right", "blocks_error": "Traceback ...\nRuntimeError: out of memory\n"},
           training='{"results": {', sampling={"results": {"DiT-XL/2": {"error": "no answer in 50 s"}}})
     code, text = shown(tmp_path, monkeypatch, capsys)
     assert code == 1

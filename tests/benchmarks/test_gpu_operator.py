@@ -33,7 +33,7 @@ def test_every_table_is_filled(tmp_path, monkeypatch):
     right = values_file(tmp_path / "values.json", correct=[True, True])
     assert run(monkeypatch, "--values", right, "--out", str(out)) == 0
     record = json.loads(out.read_text())
-    assert record["values_right"] == "all"
+    assert record["values"] == "all right"
     assert {name: len(record[name]) for name in gpu_operator.TABLES} == {
         "copy": 1, "products": 2, "convolutions": 5, "operator": 2, "low_rank": 2, "attention": 4, "blocks": 2}
     assert all(value > 0 for name in gpu_operator.TABLES for row in record[name] for key, value in row.items()
@@ -43,10 +43,10 @@ def test_every_table_is_filled(tmp_path, monkeypatch):
 def test_nothing_is_timed_where_the_kernel_is_wrong(tmp_path, monkeypatch):
     wrong = values_file(tmp_path / "values.json", correct=[True, None, False])
     out = tmp_path / "results.json"
-    assert "1 of 3 cases are right: nothing was timed" in run(monkeypatch, "--values", wrong, "--out", str(out))
+    assert "found 1 of 3 right: nothing was timed" in run(monkeypatch, "--values", wrong, "--out", str(out))
     assert not out.exists()
     assert run(monkeypatch, "--values", wrong, "--anyway", "--tables", "products", "--out", str(out)) == 0
-    assert json.loads(out.read_text())["values_right"] == "1 of 3"
+    assert json.loads(out.read_text())["values"] == "1 of 3 right"
 
 
 def test_a_table_that_fails_does_not_stop_the_next(tmp_path, monkeypatch):

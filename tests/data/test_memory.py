@@ -93,7 +93,7 @@ def test_an_epoch_is_grains_permutation(length):
 
 
 def test_grains_gap_is_kept():
-    # Grain's cipher has one bit too few for 2**16 + 1 images (2**18 + 1, ...): the last one is taken for the first
+    # Grain's cipher has a bit too few for 2**16 + 1 images (2**18 + 1, ...): the last place gets the first one's image
     found = order._epoch(65_537, 5)
     assert found[0] == found[-1] == index_shuffle(65_536, max_index=65_536, seed=5, rounds=4)
     assert len(np.unique(found)) == 65_536
