@@ -3,11 +3,11 @@
     python benchmarks/peers.py [--cases train_dit fid_moments ...] [--rounds 2] [--out results.json]
 
 Both sides take turns, each in a process of its own, so that threads and peak memory are its own; a process makes one
-call that is not timed and then calls for about `--seconds`. The rate of a side is that of the median of all its calls.
-A ratio above 1: this project is faster; that of the processor's time hardly depends on what else the machine does. The
-peers are torch-fidelity's own functions, and where the published program
-is not a package, modules of the same structure written for this (`peers_torch.py` says which). Needs PyTorch and
-torch-fidelity (`make test-torch` installs both). Without a GPU; nothing else should run on the machine.
+call that is not timed and then calls for about `--seconds`. The rate of a side is that of its best call, of readers that
+of the median (they read ahead). A ratio above 1: this project is faster. The peers are torch-fidelity's own functions,
+and where the published program is not a package, modules of the same structure written for this (`peers_torch.py` says
+which). Needs PyTorch and torch-fidelity (`make peers` installs both). Nothing else should run on the machine: the load
+before is recorded, and PyTorch's threads, which wait by spinning, suffer more from a busy one.
 """
 
 import argparse
@@ -88,9 +88,10 @@ def compare(name: str, rounds: int, seconds: float, folder: str) -> dict[str, An
             result = json.loads(done.stdout.splitlines()[-1])
             found[side] = {key: found[side].get(key, []) + values for key, values in result.items()}
     case = CASES[name]
-    rates = {side: case.items / statistics.median(of["seconds"]) for side, of in found.items()}
+    typical = statistics.median if case.files else min
+    rates = {side: case.items / typical(of["seconds"]) for side, of in found.items()}
     peaks = {side: max(of["peak_bytes"]) for side, of in found.items()}
-    processor = {side: statistics.median(of["processor_seconds"]) for side, of in found.items()}
+    processor = {side: typical(of["processor_seconds"]) for side, of in found.items()}
     # readers work in other processes, whose time this is not
     processor_ratio = None if case.files else processor["torch"] / processor["ours"]
     return {"unit": f"{case.unit}/s", "arguments": case.arguments, "ratio": rates["ours"] / rates["torch"],
