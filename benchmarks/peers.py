@@ -3,11 +3,11 @@
     python benchmarks/peers.py [--cases train_dit fid_moments ...] [--rounds 2] [--out results.json]
 
 Both sides take turns, each in a process of its own, so that threads and peak memory are its own; a process makes one
-call that is not timed and then calls for about `--seconds`. The rate of a side is that of its best call; of readers it is
-that of the median (they read ahead). A ratio above 1: this project is faster. The peers are torch-fidelity's own functions,
-and where the published program is not a package, modules of the same structure written for this (`peers_torch.py` says
-which). Needs PyTorch and torch-fidelity (`make peers` installs both). Nothing else should run on the machine: the load
-before is recorded, and PyTorch's threads, which wait by spinning, suffer more from a busy one.
+call that is not timed and then calls for about `--seconds`. The rate of a side is that of its best call; of readers it
+is that of the median, for they read ahead. A ratio above 1: this project is faster. The peers are torch-fidelity's own
+functions, and where the published program is not a package, modules of the same structure written for this
+(`peers_torch.py` says which). Needs PyTorch and torch-fidelity, as `make peers` installs them. Nothing else should run
+on the machine: the load before is recorded, and PyTorch's threads, which wait by spinning, suffer more from a busy one.
 """
 
 import argparse
