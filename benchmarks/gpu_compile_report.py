@@ -78,8 +78,8 @@ and the join as two products; 28.6 on H200 with long skips and weights read wher
 
 Left out:
 - Long skips of the local and the global blocks in stacks of their own: 1.4 ms less of slices and sums, by the bounds,
-  for a third more kernels to compile. Read in place they cost more in training, where their gradients are added up whole;
-  in sampling they are read so.
+  for a third more kernels to compile. Read in place they cost more in training, where their gradients are added
+  up whole; in sampling they are read so.
 - The zeros that JAX's loops write to a stack before they fill it, 8 ms. `jax.lax.empty` would avoid them; JAX's own
   loops do not use it yet, for faults that its authors name.
 - The 7x7 convolution computed again and not kept: 0.7 ms less by its bytes, if cuDNN is as fast as the memory, which
@@ -94,7 +94,10 @@ def write(results: pathlib.Path, page: pathlib.Path) -> None:
 
 
 def render(results: list[dict[str, Any]]) -> str:
-    """The page."""
+    """The page: one GPU before eight, the largest models and batches first."""
+    results = sorted(results, key=lambda result: (
+        result["mesh"] != "1x1", result["mesh"], result["preset"].startswith("DiT"), -result["arguments_gb"],
+        result["preset"], -result["batch"], result["remat"] == "full"))
     steps = [result for result in results if result["what"] == "step"]
     samplers = [result for result in results if result["what"] == "sampler"]
     shown = [result for result in results if result["mesh"] == "1x1" and result["batch"] == 64]
