@@ -61,7 +61,8 @@ has what is in the rows above it.
 
 An evaluation of GSPN-L/2 with 64 images: 47.1 ms on H100 and 37.5 on H200 as it was; 35.9 and 29.7 with convolutions in
 bfloat16, proxies of 75 computed as 96 and tokens row by row; 34.8 and 28.9 with weights cast once for all evaluations
-and the join as two products; 28.6 on H200 with long skips and weights read where they are.
+and the join as two products; 33.5 and 28.0 with long skips and weights read where they
+are.
 
 - **Convolutions**: one that widens bfloat16 to float32 has XLA:GPU read its arguments in float32 as well.
 - **Named values** (`gspn_jax.models.remat`): products after their bias, the 7x7 convolution, the result and the states
