@@ -110,10 +110,10 @@ class Outcome:
 
     def expected(self, name: str) -> float:
         """Norm error of rounding: the scan's in the same type, where a gradient that it sums in float32 counts as
-        rounded once, like y; that of the states; and once more for `merge`, a sum over all pixels."""
-        once = self.scan["y"]
-        return float(np.linalg.norm([
-            max(self.scan[name], once), self.states.get(name, 0), once if name == "merge" else 0]))
+        rounded once, like y; that of the states; and for `merge` that of a float32 sum of n terms of random signs, one
+        a line, sqrt(n / 6) times the unit relative to their norm."""
+        summed = 2.0**-24 * (max(self.case.height, self.case.width) / 6) ** 0.5 if name == "merge" else 0
+        return float(np.linalg.norm([max(self.scan[name], self.scan["y"]), self.states.get(name, 0), summed]))
 
     def wrong(self) -> list[str]:
         """Faults, and errors that are not of rounding."""
