@@ -59,7 +59,7 @@ has what is in the rows above it.
 | no mask in the layer norm, weights cast for all blocks at once, long skips as they are read | 238.5 | 189.1 | 33.9 |
 | the join as two products | 236.8 | 188.0 | 33.9 |
 | a barrier between their gradients | 233.0 | 185.3 | 33.8 |
-| the gradient of long skips read where it is | 232.6 | 185.0 | 33.8 |
+| the gradient of long skips read where it is | 232.4 | 184.9 | 33.8 |
 
 An evaluation of GSPN-L/2 with 64 images: 47.1 ms on H100 and 37.5 on H200 as it was; 35.9 and 29.7 with convolutions in
 bfloat16, proxies of 75 computed as 96 and tokens row by row; 34.8 and 28.9 with weights cast once for all evaluations
