@@ -37,8 +37,10 @@ the last layer; "zero-filling" is of the stacks that JAX's loops write their sav
 {kinds}
 
 ## What GPUs send one another
-By the compiled programs of 8 GPUs; GB sent by one of them in a step, by a ring. "Hidden" is the share of the exchanges,
-by their bytes, that are asynchronous; what runs beside them is bounded in the last column.
+By the compiled programs of 8 GPUs; GB sent by one of them in a step, by a ring. The bounds above have their bytes in
+memory, not their way over the links. An asynchronous exchange costs only what it takes longer than the kernels that are
+scheduled beside it, and the last column bounds these: by these schedules little is hidden. Options of XLA that schedule
+otherwise were not tried.
 
 | preset | data x fsdp | batch | remat | kind | a step | GB sent | of which asynchronous | kernels beside them, ms |
 |---|---|---|---|---|---|---|---|---|
@@ -57,12 +59,12 @@ has what is in the rows above it.
 | no mask in the layer norm, weights cast for all blocks at once, long skips as they are read | 238.5 | 189.1 | 33.9 |
 | the join as two products | 236.8 | 188.0 | 33.9 |
 | a barrier between their gradients | 233.0 | 185.3 | 33.8 |
-| the gradient of long skips read where it is | 232.6 | 185.0 | 33.8 |
+| the gradient of long skips read where it is | 232.4 | 184.9 | 33.8 |
 
 An evaluation of GSPN-L/2 with 64 images: 47.1 ms on H100 and 37.5 on H200 as it was; 35.9 and 29.7 with convolutions in
 bfloat16, proxies of 75 computed as 96 and tokens row by row; 34.8 and 28.9 with weights cast once for all evaluations
-and the join as two products; 33.5 and 28.0 with long skips and weights read where they
-are.
+and the join as two products; 33.5 and 28.0 with long skips and weights read where
+they are.
 
 - **Convolutions**: one that widens bfloat16 to float32 has XLA:GPU read its arguments in float32 as well.
 - **Named values** (`gspn_jax.models.remat`): products after their bias, the 7x7 convolution, the result and the states

@@ -164,7 +164,8 @@ class Program:
             size = nbytes(body[kernel.operands[1]].shape)
             return size, size
         read = sum(nbytes(body[name].shape) for name in kernel.operands if name in body)
-        if kernel.opcode in ("all-gather-start", "reduce-scatter-start"):
+        if kernel.opcode in ("all-gather-start", "reduce-scatter-start") or (
+                kernel.opcode == "all-reduce-start" and kernel.shape.startswith("((")):
             return read, nbytes(kernel.shape) - read  # the shape has the operands, then the results
         workspace = r"s8\[\d+\]" if "cublas" in kernel.target else "$^"
         return read, nbytes(re.sub(workspace, "", kernel.shape))

@@ -56,7 +56,8 @@ def collectives(text: str, devices: int) -> Iterator[Collective]:
             if found:
                 arrays = [(item, tuple(map(int, filter(None, axes.split(","))))) for item, axes in
                           _ARRAY.findall(found[1])]
-                if found[3] and found[2] != "all-reduce":  # the shape of a start has its arguments, then its results
+                # the shape of a start has its arguments and then its results; that of an all-reduce not always
+                if found[3] and (found[2] != "all-reduce" or found[1].startswith("((")):
                     arrays = arrays[len(arrays) // 2 :]
                 group = _group(line, devices)
                 if group > 1:

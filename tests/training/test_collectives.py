@@ -51,13 +51,14 @@ START = """ENTRY %main (x: f32[8,4], y: bf16[2]) -> f32[8,4] {
 replica_groups={{0,1,2,3}}, dimensions={0}, to_apply=%add
   %gather = (bf16[2]{0}, bf16[8]{0}) all-gather-start(%y), replica_groups={{0,1,2,3}}, dimensions={0}
   %reduce = f32[6]{0} all-reduce-start(%w), replica_groups={{0,1,2,3}}, to_apply=%add
+  %again = ((f32[6]{0}), f32[6]{0}) all-reduce-start(%w), replica_groups={{0,1,2,3}}, to_apply=%add
 }
 """
 
 
 def test_one_that_is_started_and_waited_for_counts_by_its_results():
     """As XLA:GPU writes them: the shape names the arguments too."""
-    scatter, gather, reduce = collectives(START, 4)
+    scatter, gather, reduce, again = collectives(START, 4)
     assert (scatter.shapes, scatter.sent) == (((2, 4), (4,)), (32 + 16) * 4 * 3 / 4)
     assert (gather.shapes, gather.sent) == (((8,),), 8 * 2 * 3 / 4)
-    assert (reduce.shapes, reduce.sent) == (((6,),), 2 * 6 * 4 * 3 / 4)
+    assert (reduce.shapes, reduce.sent) == (((6,),), 2 * 6 * 4 * 3 / 4) and again == reduce
