@@ -42,9 +42,11 @@ class Device:
     apart_tile: int = 512
     """The same where they do not: a warpgroup carries several tiles of a line, and with more of each the backward
     kernel would spill registers."""
-    joint_shares: bool = True
+    shared_joint: bool = True
     """Whether a block whose directions meet takes weights that its channels share; where it would spill registers,
     directions do not meet for them."""
+    shared_tile: int | None = None
+    """`apart_tile` for weights that channels share, if another one, lest the backward kernel spill."""
     expanding: Expanding | None = None
     """None without wgmma, the tensor cores of compute capability 9.0 alone: there XLA expands proxies."""
     oldest_jax: tuple[int, ...] = (0, 10, 2)
@@ -56,9 +58,9 @@ _AMPERE = (0, 11, 2)
 0.11.1, which take every mesh for one of that capability."""
 
 DEVICES = {device.capability: device for device in (
-    Device("8.0", "A100", 162 * KIB, 160 * KIB, joint_tile=512, apart_tile=256, joint_shares=False, oldest_jax=_AMPERE),
-    Device("8.6", "RTX 3090, A10", 98 * KIB, 96 * KIB, oldest_jax=_AMPERE),
-    Device("8.9", "RTX 4090, L4, L40S", 98 * KIB, 96 * KIB, oldest_jax=_AMPERE),
+    Device("8.0", "A100", 162 * KIB, 160 * KIB, joint_tile=512, apart_tile=256, shared_joint=False, oldest_jax=_AMPERE),
+    Device("8.6", "RTX 3090, A10", 98 * KIB, 96 * KIB, shared_tile=256, oldest_jax=_AMPERE),
+    Device("8.9", "RTX 4090, L4, L40S", 98 * KIB, 96 * KIB, shared_tile=256, oldest_jax=_AMPERE),
     Device("9.0", "H100, H200", 226 * KIB, 200 * KIB, expanding=Expanding()),
     Device("10.0", "B200", 226 * KIB, 200 * KIB),
     Device("10.3", "B300", 226 * KIB, 200 * KIB),

@@ -95,8 +95,8 @@ def _padded(job: Job, inputs: Inputs) -> Float[Array, "B H W C"]:
         return groups < channels and (groups == 1 or channels // groups % plan.slab == 0)
 
     plan = make_plan()
-    if plan.joint and shares(plan) and not device.joint_shares:
-        plan = make_plan(may_be_joint=False)
+    if shares(plan):
+        plan = make_plan(shared_weights=True)
     if shares(plan):
         job = dataclasses.replace(job, shared=True)
     elif groups != channels:

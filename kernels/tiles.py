@@ -89,10 +89,15 @@ class Lines:
 
 
 def make_plan(
-    height: int, width: int, channels: int, *, directions: int, device: Device, may_be_joint: bool = True
+    height: int, width: int, channels: int, *, directions: int, device: Device, shared_weights: bool = False
 ) -> Plan | None:
-    """The plan with the least padding, then the widest slab; None when no line of the map fits in shared memory."""
+    """The plan with the least padding, then the widest slab; None when no line of the map fits in shared memory.
+
+    `shared_weights`: whether channels of a block share their weights.
+    """
     best, least = None, math.inf
+    may_be_joint = directions > 1 and (device.shared_joint or not shared_weights)
+    apart_tile = (shared_weights and device.shared_tile) or device.apart_tile
     for joint, slab in itertools.product((True, False), SLABS):
         quantum = QUANTUM // slab
         padded_height, padded_width = _up(height, quantum), _up(width, quantum)
@@ -100,11 +105,11 @@ def make_plan(
         state = 2 * HANDED_ON[joint] * (max(padded_height, padded_width) + 2) * slab * 4
         shared = directions * state + padded_height * padded_width * slab * 4 if joint else state
         wide_enough = slab >= 32 or slab >= channels
-        if shared > device.scan_bytes or (joint and (directions == 1 or not wide_enough or not may_be_joint)):
+        if shared > device.scan_bytes or (joint and not (wide_enough and may_be_joint)):
             continue
         waste = padded_height * padded_width * padded_channels
         if waste < least:
-            tile = device.joint_tile if joint else device.apart_tile
+            tile = device.joint_tile if joint else apart_tile
             rows, columns = (
                 Lines(count, length, padded, _positions(padded, quantum, tile // slab))
                 for count, length, padded in ((height, width, padded_width), (width, height, padded_height))
