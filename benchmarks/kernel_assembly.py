@@ -56,7 +56,7 @@ class Case:
         return f"{self.operator} {self.height}x{self.width}x{self.channels}{more} {self.dtype}"
 
     def shapes(self) -> list[jax.ShapeDtypeStruct]:
-        """Of the operator's arrays."""
+        """Shapes of the operator's arrays."""
         pixel, channels, groups = (BATCH, self.height, self.width), self.channels, self.groups or self.channels
         if self.operator == "line_scan":
             found = [(*pixel, channels), *[(*pixel, groups)] * 3]
@@ -103,7 +103,7 @@ CASES = [
 
 def assemble(case: Case, device: devices.Device | str) -> Iterator[dict[str, Any]]:
     """A row for each kernel of a case, and one for a refusal."""
-    with devices.for_device(device) as device, toolchain.architecture(device.capability):
+    with toolchain.for_device(device) as device:
         about = {"case": str(case)}
         if reason := devices.missing() or _refusal(case):
             yield about | {"refused": reason}

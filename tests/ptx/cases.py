@@ -222,7 +222,7 @@ def _low_rank_truth(case: Case, arrays: dict[str, np.ndarray], cotangent: np.nda
 
 def main(name: str, capability: str) -> None:
     case, = (case for case in CASES if str(case) == name)
-    with devices.for_device(capability), toolchain.architecture(capability):
+    with toolchain.for_device(capability):
         outcome = run(case)
     outcome.save(capability)
     print(*outcome.runs, sep="\n")

@@ -1,6 +1,6 @@
 """Compiles Mosaic GPU kernels to PTX and machine code on a machine without a GPU.
 
-    with toolchain.architecture("10.0"):                 # one architecture a process
+    with toolchain.for_device("10.0"):                   # one compute capability a process
         for module in toolchain.lower(function, *shapes):
             found = toolchain.assemble(module)
             print(found.registers, found.spilled_bytes, found.shared_bytes, len(found.ptx))
@@ -31,14 +31,14 @@ import jax
 import jax.experimental.mosaic.gpu.core as mosaic
 import jaxlib
 
+from kernels import devices
+
 NVCC = "nvidia-cuda-nvcc-cu12==12.9.86"
 """The wheel that has ptxas."""
 NVDISASM = "nvidia-cuda-nvdisasm==13.5.37"
 """The wheel that has the disassembler; there is none of CUDA 12."""
 SOURCES = pathlib.Path(__file__).resolve().parent / "emulator"
 DRIVER = "libcuda.so.1"
-DEFAULT_CAPABILITY = (9, 0)
-"""What JAX lowers for where there is no GPU, and the stand-in driver says."""
 _COMPILER = ("g++", "-O2", "-march=native", "-std=c++17", "-Wall", "-shared", "-fPIC")
 
 
@@ -152,23 +152,21 @@ def _plugin() -> ctypes.CDLL:
 
 
 @contextlib.contextmanager
-def architecture(capability: str) -> Iterator[None]:
-    """Inside, kernels are lowered and assembled for GPUs of this compute capability ("9.0" without).
+def for_device(device: devices.Device | str) -> Iterator[devices.Device]:
+    """`kernels.devices.for_device`, and kernels are assembled for that compute capability too ("9.0" without).
 
     The compiler keeps the GPU of the first kernel that a process assembles, so `assemble` refuses another one.
     """
-    major, minor = map(int, capability.split("."))
-    module = mosaic if hasattr(mosaic, "_infer_arch") else mosaic.utils  # JAX 0.10, and since
-    kept = module._infer_arch
-    module._infer_arch = lambda: (major, minor)
-    driver().stand_in_set_capability(major, minor)
-    jax.clear_caches()  # of what was lowered for another one
-    try:
-        yield
-    finally:
-        jax.clear_caches()
-        module._infer_arch = kept
-        driver().stand_in_set_capability(*DEFAULT_CAPABILITY)
+    with devices.for_device(device) as device:
+        _set_capability(device.capability)
+        try:
+            yield device
+        finally:
+            _set_capability(devices.DEFAULT)
+
+
+def _set_capability(capability: str) -> None:
+    driver().stand_in_set_capability(*map(int, capability.split(".")))
 
 
 def lower(function: Callable, *shapes: Any) -> list[bytes]:
@@ -192,17 +190,17 @@ class Assembled:
 
     @property
     def registers(self) -> int:
-        """Of a thread."""
+        """Registers of a thread."""
         return self._number(r"Used (\d+) registers")
 
     @property
     def spilled_bytes(self) -> int:
-        """Of a thread, stores and loads together."""
+        """Bytes that a thread spills, stores and loads together."""
         return self._number(r"(\d+) bytes spill stores") + self._number(r"(\d+) bytes spill loads")
 
     @property
     def static_shared_bytes(self) -> int:
-        """Of a block, what it asks for at its launch not included."""
+        """Shared memory of a block, without what it asks for at its launch."""
         return self._number(r"(\d+) bytes smem")
 
     def launch(self, arrays: list[int], handler: Callable[[tuple, int, int, list[int]], None]) -> None:
