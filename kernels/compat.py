@@ -94,6 +94,23 @@ def reset_interpreter() -> None:
     interpret_pallas_call.reset_gpu_interpret_mode_state()
 
 
+@contextlib.contextmanager
+def cudnn_found(version: int | None) -> Iterator[None]:
+    """Inside, JAX finds cuDNN of this version, 91000 for 9.10, or none, whatever this machine has. For tests."""
+    from jax._src.cudnn import fused_attention_stablehlo as attention
+
+    def check() -> int:
+        if version is None:
+            raise RuntimeError("cuDNN is not detected.")
+        return version
+
+    kept, attention.check_cudnn_version = attention.check_cudnn_version, check
+    try:
+        yield
+    finally:
+        attention.check_cudnn_version = kept
+
+
 def lower_for(capability: Callable[[], tuple[int, int] | None]) -> None:
     """From now on Pallas lowers for the compute capability that this gives, or, if that is None, the default device's.
 

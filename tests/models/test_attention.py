@@ -10,7 +10,7 @@ import pytest
 from jax.sharding import Mesh
 
 from gspn_jax.models import attention
-from kernels import sharded
+from kernels import compat, sharded
 
 TOLERANCE = {"float32": 2e-6, "bfloat16": 2e-2, "float16": 2e-3}
 """Relative to the largest value; about twice the rounding of an input, 2**-24, 2**-9 or 2**-12, times a few."""
@@ -30,10 +30,10 @@ H100 = Device("NVIDIA H100", "9.0")
 
 
 @pytest.fixture
-def cudnn(monkeypatch):
+def cudnn():
     """JAX finds a cuDNN, as on a machine that has one."""
-    monkeypatch.setattr("jax._src.cudnn.fused_attention_stablehlo.check_cudnn_version", lambda: 91000)
-    yield
+    with compat.cudnn_found(91000):
+        yield
     attention._why_not_cudnn.cache_clear()
 
 
@@ -86,13 +86,9 @@ def test_what_it_cannot_take_runs_on_xlas_and_is_no_fair_baseline(cudnn, device,
         assert not choice.fair
 
 
-def test_without_cudnn_the_reason_says_so(monkeypatch):
-    def none():
-        raise RuntimeError("cuDNN is not detected.")
-
+def test_without_cudnn_the_reason_says_so():
     attention._why_not_cudnn.cache_clear()
-    monkeypatch.setattr("jax._src.cudnn.fused_attention_stablehlo.check_cudnn_version", none)
-    with attention.traced_for(H100):
+    with compat.cudnn_found(None), attention.traced_for(H100):
         assert attention.choose(DIT_XL, "bfloat16") == ("xla", "cannot run here: cuDNN is not detected.")
     attention._why_not_cudnn.cache_clear()
 
