@@ -133,6 +133,8 @@ def main() -> None:
     if arguments.side:
         run_side(arguments.side, *arguments.cases, arguments.seconds, arguments.folder)
 
+    from gspn_jax.files import replacing
+
     versions = {name: importlib.metadata.version(name) for name in PACKAGES}
     record = json.loads(arguments.out.read_text()) if arguments.out and arguments.out.exists() else {"cases": {}}
     print(f"{os.cpu_count()} cores, {', '.join(f'{name} {version}' for name, version in versions.items())}")
@@ -146,7 +148,8 @@ def main() -> None:
         record |= {"device": processor(), "cores": os.cpu_count(), "python": platform.python_version()}
         record["cases"][name] = {**row, "versions": versions}
         if arguments.out:
-            arguments.out.write_text(json.dumps(record, indent=1) + "\n")
+            with replacing(arguments.out) as temporary:
+                temporary.write_text(json.dumps(record, indent=1) + "\n")
 
 
 def processor() -> str:
