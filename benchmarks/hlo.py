@@ -204,7 +204,7 @@ class Program:
         return reads, written(next(found for found in body.values() if found.root))
 
     def operations(self, computation: str, kernel: Instruction) -> int:
-        """Of matrix products and convolutions: 2 per multiply-add."""
+        """Operations of matrix products and convolutions: 2 per multiply-add."""
         body = self.computations[computation]
         if kernel.opcode == "fusion":
             return sum(self.operations(kernel.calls, found) for found in self.computations[kernel.calls].values())

@@ -193,7 +193,7 @@ def backward(inputs, outputs, shared: Shared, *, job: Job, plan: tiles.Plan):
         merge = walk.read_merge(inputs.merge)
 
         def fetch_pixel(n: Array, position: Any) -> dict[str, Array]:
-            """What a pixel's own terms need, as it is in memory."""
+            """Loads what the cotangents of a pixel's own terms need, as it is in memory."""
             t = walk.visited(lax.min(n, lines.count - 1))
             read = functools.partial(compat.load, layout=plan.layout)
             found = {"x": read(inputs.x, walk.index(t, position)), "gy": read(cotangent, walk.index(t, position))}
@@ -289,8 +289,8 @@ def backward(inputs, outputs, shared: Shared, *, job: Job, plan: tiles.Plan):
             return from_center
 
         def joint_step(n, carry):
-            """What the weights of a tile need is on its way while its pixels are computed, and what the next pixels
-            need while the weights are. The barrier of the line and the turn keep ptxas from moving these loads down."""
+            """Loads for the weights of a tile are under way while its pixels are computed, and those for the next
+            pixels while the weights are. The barrier of the line and the turn keep ptxas from moving them down."""
             (by_merge, carried, pixel), results, following = carry, [], []
             positions = walk.positions()
             for m, (position, from_center) in enumerate(zip(positions, carried, strict=True)):

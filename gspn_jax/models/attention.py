@@ -34,7 +34,7 @@ class Choice(NamedTuple):
 
     @property
     def fair(self) -> bool:
-        """Whether a speed measured on this device may be compared with it: on a GPU, only flash attention's."""
+        """True if speeds measured on this device may be compared with it: on a GPU, only with flash attention."""
         return self.implementation == "cudnn" or _target().platform != "gpu"
 
 

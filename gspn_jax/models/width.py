@@ -36,12 +36,9 @@ _AXES = (
 
 def widths(arch: Architecture) -> dict[str, int]:
     """{"hidden", "proxy"} as they are computed. Groups of channels that share weights would not stay together."""
-    own = {"hidden": arch.hidden, "proxy": arch.proxy}
-    if arch.groups not in (1, arch.hidden):
-        own["hidden"] = 0
-    padded = {name: size if size % ALIGNED == 0 else -(-size // QUANTA[name]) * QUANTA[name]
-              for name, size in own.items()}
-    return padded | ({} if own["hidden"] else {"hidden": arch.hidden})
+    kept = () if arch.groups in (1, arch.hidden) else ("hidden",)
+    return {name: size if name in kept or size % ALIGNED == 0 else -(-size // QUANTA[name]) * QUANTA[name]
+            for name, size in (("hidden", arch.hidden), ("proxy", arch.proxy))}
 
 
 def pad_tokens(array: Array, width: int) -> Array:
