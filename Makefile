@@ -90,7 +90,7 @@ gpu-compile: $(COMPILE_READY)
 	$(COMPILE_VENV)/bin/python benchmarks/gpu_compile.py $(ARGS)
 
 bench: $(READY)
-	$(BIN)/python benchmarks/operator.py
+	$(BIN)/python benchmarks/line_scan.py
 	$(BIN)/python benchmarks/train_step.py
 
 peers: $(TORCH_READY)

@@ -11,8 +11,8 @@
 # step failed.
 #
 # It needs Python 3.11 or newer with jax, flax, optax, orbax-checkpoint, scipy, Pillow, tqdm and jaxtyping.
-# PYTHON names the interpreter, SECONDS_IN_ALL the time. --only STEP (several, too) leaves out the others, --fail STEP
-# (several, too) makes that step fail.
+# PYTHON names the interpreter, SECONDS_IN_ALL the time, CACHE a folder that keeps compiled programs for the next time.
+# --only STEP (several, too) leaves out the others, --fail STEP (several, too) makes that step fail.
 set -uo pipefail
 
 usage() { echo "gpu_check.sh: $1; see the head of $0" >&2; exit 2; }
@@ -41,7 +41,7 @@ RUN_SECONDS=130  # what is kept for the run, whatever the steps before it take
 [[ -z $ONLY || $ONLY == *" run "* ]] || RUN_SECONDS=5
 
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
-export JAX_COMPILATION_CACHE_DIR=$WORK/cache JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0.5  # one for all steps
+export JAX_COMPILATION_CACHE_DIR=${CACHE:-$WORK/cache} JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0.5  # one for all steps
 if [ -n "$REHEARSE" ]; then
   # the interpreter needs a thread for each warpgroup that waits: as many as there are devices
   export JAX_PLATFORMS=cpu XLA_FLAGS="--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
@@ -89,9 +89,9 @@ step values $((90 * LONG)) $PYTHON benchmarks/gpu_values.py $REHEARSE --limit $(
 step speed $((100 * LONG)) $PYTHON benchmarks/gpu_operator.py ${REHEARSE:---quick} --values "$OUT/values.json" \
   --anyway --repeats $([ -n "$REHEARSE" ] && echo 1 || echo 10) --out "$OUT/speed.json"
 step training $((180 * LONG)) $PYTHON benchmarks/train_step.py $MODELS $SHAPE --measure training \
-  --together --limit $((170 * LONG)) --out "$OUT/training.json"
+  --together --trace --limit $((170 * LONG)) --out "$OUT/training.json"
 step sampling $((90 * LONG)) $PYTHON benchmarks/train_step.py $SAMPLED $SHAPE --measure sampling \
-  --sampler-steps $SAMPLER_STEPS --together --limit $((80 * LONG)) --out "$OUT/sampling.json"
+  --sampler-steps $SAMPLER_STEPS --together --trace --limit $((80 * LONG)) --out "$OUT/sampling.json"
 if [ -n "$IMAGES$REHEARSE" ]; then  # a rehearsal makes images up
   step run $(($(left) - 8)) $PYTHON benchmarks/gpu_run.py $REHEARSE ${IMAGES:+--images "$IMAGES"} \
     --seconds $(($(left) - 20)) --out "$OUT/run.json" --grid "$OUT/samples.png"

@@ -36,13 +36,9 @@ from collections.abc import Callable, Iterator
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax import lax
-
-# which operator.py takes away where the standard library's was not imported yet
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent))
-
 from gpu_record import Record
 from gpu_values import low_rank_inputs, random_inputs
+from jax import lax
 from rehearsal import rehearsal
 
 from gspn_jax import models

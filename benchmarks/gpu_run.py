@@ -27,10 +27,6 @@ from collections.abc import Iterator
 
 import jax
 import numpy as np
-
-# which operator.py takes away where the standard library's was not imported yet
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent))
-
 from gpu_record import Record
 from image_loader import make_images
 

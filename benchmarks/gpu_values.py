@@ -22,8 +22,6 @@ import jax.numpy as jnp
 import numpy as np
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1] / "tests" / "kernels"))
-# which operator.py takes away where the standard library's was not imported yet
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent))
 
 import numpy_scan as truth
 from gpu_record import Record
@@ -183,6 +181,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--processes", type=int, default=max(1, min(12, (os.cpu_count() or 1) - 2)))
     parser.add_argument("--limit", type=float, default=600, help="seconds for all cases; what has not ended is missing")
+    parser.add_argument("--cases", default="", help="only those whose name holds this, \"low_rank 1x64x64x64\"")
     parser.add_argument("--rehearse", action="store_true", help="small cases, interpreted on a CPU")
     parser.add_argument("--out", type=pathlib.Path, help="a JSON file for the results, written after each case")
     args = parser.parse_args()
@@ -192,7 +191,9 @@ def main() -> None:
         if "mosaic_gpu" not in available_backends():
             sys.exit(f"gpu_values.py needs an NVIDIA GPU of compute capability 8.0 or newer, found "
                      f"{jax.devices()[0].device_kind!r}.")
-    todo = small_cases() if args.rehearse else cases()
+    todo = [case for case in (small_cases() if args.rehearse else cases()) if args.cases in str(case)]
+    if not todo:
+        parser.error(f"--cases must be part of the name of a case, found {args.cases!r}")
     record = Record(args.out, cases=[{"case": str(case), "correct": None} for case in todo])
     end = time.monotonic() + args.limit
     with multiprocessing.get_context("spawn").Pool(args.processes, maxtasksperchild=1) as pool:

@@ -113,7 +113,6 @@ def main() -> None:
             subprocess.run([sys.executable, __file__, "--steps", str(arguments.steps), "--run-to", path], check=True)
             return json.loads(path.read_text())
 
-    sys.path.append(str(pathlib.Path(__file__).parent))  # operator.py here takes this folder from its front
     import jax
     from record import measure_and_append
 

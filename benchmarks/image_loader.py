@@ -13,7 +13,6 @@ import contextlib
 import dataclasses
 import os
 import pathlib
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -84,7 +83,6 @@ def main() -> None:
 
     available = sorted(os.sched_getaffinity(0))
     os.sched_setaffinity(0, available[:arguments.cores])  # before any thread is started
-    sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent))  # which operator.py may have taken away
     from record import measure_and_append
 
     settings = {"images": arguments.images and pathlib.Path(arguments.images).name, "size": arguments.image_size,

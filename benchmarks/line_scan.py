@@ -1,6 +1,6 @@
 """Times the operator against a vectorised line loop, and the depthwise convolution against XLA's grouped one.
 
-    python benchmarks/operator.py [--backend scan] [--repeats 10] [--out results.json]
+    python benchmarks/line_scan.py [--backend scan] [--repeats 10] [--out results.json]
 
 The line loop is what a short program in another library does: one direction after the other, a Python loop over lines,
 each line vectorised over batch, positions and channels. It runs in PyTorch with autograd where PyTorch is installed
@@ -229,3 +229,7 @@ def main() -> None:
             "backend": args.backend or available_backends()[0], "repeats": args.repeats, "results": rows,
         }
         args.out.write_text(json.dumps(record, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

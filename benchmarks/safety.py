@@ -127,7 +127,6 @@ def main() -> None:
     parser.add_argument("--repeat", type=int, default=1, help="runs of this call")
     parser.add_argument("--output", type=pathlib.Path, default=pathlib.Path(__file__).parent / "results")
     arguments = parser.parse_args()
-    sys.path.append(str(pathlib.Path(__file__).parent))  # operator.py here takes this folder from its front
     import jax
     from record import measure_and_append
 

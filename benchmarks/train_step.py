@@ -6,10 +6,10 @@ python benchmarks/train_step.py --models configs/gspn_xl_2.py configs/dit_xl_2.p
 
 A model is a preset, optionally with overrides, "DiT-S/2:mixer=gspn,hidden=192,depth=4,heads=4", or a config file,
 whose model it then is. Each is timed on the same synthetic batch, in a process of its own, so that the peak of its
-memory is its own and its end not that of the others; results are written after each. `--measure` says what:
+memory is its own and its end not that of the others; results are written as they come. `--measure` says what:
 "training" a step, "forward" one network evaluation compiled by itself, "sampling" one within a sampler, which casts
-weights once. The ratio columns compare images/s with the first model of the list. On a GPU there is no ratio to a
-model whose attention is not flash attention, nor of one.
+weights once. The ratio columns compare images/s with the first model of the list that has an answer by then. On a GPU
+there is no ratio to a model whose attention is not flash attention, nor of one.
 """
 
 import argparse
@@ -28,12 +28,13 @@ import tempfile
 import time
 import traceback
 from collections.abc import Iterator
-from multiprocessing.connection import Connection
-from typing import Any, get_args
+from multiprocessing.connection import Connection, wait
+from typing import Any, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from kernel_times import kernel_times
 
 from gspn_jax import cli, models
 from gspn_jax.config import (
@@ -72,6 +73,14 @@ def parse_model(text: str, remat: str | None) -> ModelConfig:
     fields = dict(item.split("=") for item in overrides.split(",")) if overrides else {}
     return ModelConfig(preset=preset, drop_path=0.0, remat=remat or "none",
                        **{name: int(value) if value.isdigit() else value for name, value in fields.items()})
+
+
+class Timing(NamedTuple):
+    """How a model is timed: `lock` names the file that gives the device to one process at a time."""
+
+    repeats: int
+    lock: str
+    trace: bool
 
 
 def seconds(call, repeats: int) -> float:
@@ -118,7 +127,7 @@ def device_to_itself(lock: str) -> Iterator[None]:
         yield
 
 
-def measure_training(config: Config, mesh: jax.sharding.Mesh, repeats: int, lock: str) -> dict[str, float | None]:
+def measure_training(config: Config, mesh: jax.sharding.Mesh, timing: Timing) -> dict[str, Any]:
     """Milliseconds, images/s, bytes and MFU of a train step. What needs the host alone is done before the device is
     asked for."""
     size, count = (config.data.image_size, config.data.image_size, config.data.channels), config.train.batch_size
@@ -128,7 +137,7 @@ def measure_training(config: Config, mesh: jax.sharding.Mesh, repeats: int, lock
     start = time.perf_counter()
     lowered = make_step(config, mesh).lower(abstract_state(config, mesh), batch)
     lowered_seconds = time.perf_counter() - start
-    with device_to_itself(lock):
+    with device_to_itself(timing.lock):
         start = time.perf_counter()
         step = lowered.compile()
         compiled = time.perf_counter() - start
@@ -139,7 +148,9 @@ def measure_training(config: Config, mesh: jax.sharding.Mesh, repeats: int, lock
             holder[0], metrics = step(holder[0], batch)
             jax.block_until_ready(metrics)
 
-        train_seconds = seconds(train, repeats)
+        train_seconds = seconds(train, timing.repeats)
+        print(f"{config.model.preset}: {1e3 * train_seconds:.1f} ms a step", flush=True)  # if the trace ends in a crash
+        traced = {"train_kernels": kernel_times(train)} if timing.trace else {}
     rate = count / train_seconds
     flops = models.forward_flops(models.resolve(config.model), size[2], *size[:2])
     peak = peak_flops(jax.devices()[0].device_kind)
@@ -149,35 +160,37 @@ def measure_training(config: Config, mesh: jax.sharding.Mesh, repeats: int, lock
         "mfu": 3 * flops * rate / (peak * jax.device_count()) if peak else None,
         "peak_bytes": (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use"),
         "compiled_bytes": memory.temp_size_in_bytes + memory.argument_size_in_bytes if memory else None,
-    }
+    } | traced
 
 
-def measure_forward(config: Config, mesh: jax.sharding.Mesh, repeats: int, lock: str) -> dict[str, float]:
+def measure_forward(config: Config, mesh: jax.sharding.Mesh, timing: Timing) -> dict[str, float]:
     """Milliseconds and images/s of one network evaluation."""
     size, count = (config.data.image_size, config.data.image_size, config.data.channels), config.train.batch_size
     graphdef, _ = models.abstract(config)
     forward = jax.jit(lambda params, x, t, y: models.apply(graphdef, params, x, t, y))
     x, t, labels = jnp.zeros((count, *size)), jnp.zeros(count), jnp.zeros(count, jnp.int32)
-    with device_to_itself(lock):
+    with device_to_itself(timing.lock):
         params = create_state(config, mesh).params
-        elapsed = seconds(lambda: jax.block_until_ready(forward(params, x, t, labels)), repeats)
+        elapsed = seconds(lambda: jax.block_until_ready(forward(params, x, t, labels)), timing.repeats)
     return {"forward_ms": 1e3 * elapsed, "forward_images_per_second": count / elapsed}
 
 
-def measure_sampling(config: Config, mesh: jax.sharding.Mesh, repeats: int, lock: str) -> dict[str, float]:
+def measure_sampling(config: Config, mesh: jax.sharding.Mesh, timing: Timing) -> dict[str, float]:
     """Milliseconds an evaluation and images/s of Euler's sampler without guidance, and its compilation."""
     count = config.train.batch_size
     sampler = Sampler(config, mesh)
     lowered = sampler.lower(count)
-    with device_to_itself(lock):
+    with device_to_itself(timing.lock):
         start = time.perf_counter()
         draw = lowered.compile()
         compiled = time.perf_counter() - start
         labels, seeds = jax.device_put((np.arange(count, dtype=np.int32) % CLASSES, np.arange(count, dtype=np.uint32)),
                                        sharding.batch_sharding(mesh))
         params = create_state(config, mesh).params
-        elapsed = seconds(lambda: jax.block_until_ready(draw(params, labels, seeds)), repeats)
-    return {"sampler_compile_seconds": compiled, "sampler_evaluations": sampler.evaluations,
+        elapsed = seconds(lambda: jax.block_until_ready(draw(params, labels, seeds)), timing.repeats)
+        print(f"{config.model.preset}: {1e3 * elapsed / sampler.evaluations:.2f} ms an evaluation", flush=True)
+        traced = {"sampler_kernels": kernel_times(lambda: draw(params, labels, seeds))} if timing.trace else {}
+    return traced | {"sampler_compile_seconds": compiled, "sampler_evaluations": sampler.evaluations,
             "evaluation_ms": 1e3 * elapsed / sampler.evaluations, "sampled_images_per_second": count / elapsed}
 
 
@@ -195,7 +208,7 @@ def measure(text: str, arguments: argparse.Namespace, lock: str) -> dict[str, An
            **attention_of(model, arguments, config.train.precision.split("=")[-1]),
            "parameters": models.count_parameters(config), "gflops_per_image": flops / 1e9}
     for kind in arguments.measure:
-        row |= MEASURES[kind](config, mesh, arguments.repeats, lock)
+        row |= MEASURES[kind](config, mesh, Timing(arguments.repeats, lock, arguments.trace))
     return row
 
 
@@ -209,40 +222,54 @@ def measure_apart(text: str, arguments: argparse.Namespace, lock: str, answer: C
         answer.send({"error": f"{type(error).__name__}: {str(error)[:300]}"})
 
 
+class Running(NamedTuple):
+    """A process that measures a model, what its answer comes through, and when it is too late for it."""
+
+    model: str
+    process: multiprocessing.Process
+    answer: Connection
+    end: float | None
+
+    def left(self) -> float | None:
+        return None if self.end is None else max(0.0, self.end - time.monotonic())
+
+    def receive(self) -> dict[str, Any]:
+        """What the process has sent; it is gone afterwards."""
+        try:
+            return self.answer.recv() if self.answer.poll() else {"error": "out of time"}
+        except EOFError:
+            self.process.join()
+            return {"error": f"ended with code {self.process.exitcode}"}
+        finally:
+            self.process.kill()
+            self.process.join()
+
+
+def start(model: str, arguments: argparse.Namespace, lock: str) -> Running:
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe(duplex=False)
+    process = context.Process(target=measure_apart, args=(model, arguments, lock, theirs), daemon=True)
+    process.start()
+    theirs.close()
+    return Running(model, process, ours, None if arguments.limit is None else time.monotonic() + arguments.limit)
+
+
 def measured(arguments: argparse.Namespace) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Each model and what was found, {"error": ...} if its process failed or took longer than `--limit`.
+    """Each model and what was found, as it comes; {"error": ...} if its process failed or took longer than `--limit`.
 
     With `--together` all processes are started at once; each has the device to itself when it needs it.
     """
-    context = multiprocessing.get_context("spawn")
+    models = list(dict.fromkeys(arguments.models))
+    groups = [models] if arguments.together else [[model] for model in models]
     with tempfile.NamedTemporaryFile() as lock:
-        running = {}
-        for text in arguments.models:
-            waiting = arguments.models if arguments.together else (text,)
-            for name in waiting:
-                if name not in running:
-                    ours, theirs = context.Pipe(duplex=False)
-                    process = context.Process(target=measure_apart, args=(name, arguments, lock.name, theirs),
-                                              daemon=True)
-                    process.start()
-                    theirs.close()
-                    end = None if arguments.limit is None else time.monotonic() + arguments.limit
-                    running[name] = process, ours, end
-            yield text, answer_of(*running[text])
-
-
-def answer_of(process: multiprocessing.Process, answer: Connection, end: float | None) -> dict[str, Any]:
-    """What the process sends until `end`; it is gone afterwards."""
-    try:
-        if not answer.poll(None if end is None else max(0.0, end - time.monotonic())):
-            return {"error": "out of time"}
-        return answer.recv()
-    except EOFError:
-        process.join()
-        return {"error": f"ended with code {process.exitcode}"}
-    finally:
-        process.kill()
-        process.join()
+        for group in groups:
+            running = [start(model, arguments, lock.name) for model in group]
+            while running:
+                ready = wait([one.answer for one in running], running[0].left())
+                ended = [one for one in running if one.answer in ready or one.left() == 0]
+                for one in ended:
+                    running.remove(one)
+                    yield one.model, one.receive()
 
 
 COLUMNS = {
@@ -281,6 +308,8 @@ def main() -> None:
     parser.add_argument("--limit", type=float, help="seconds for each model from its start; it is stopped then")
     parser.add_argument("--together", action="store_true", help="start all at once: what the host does for one hides "
                         "behind the others, and each has the device to itself while it is compiled and timed")
+    parser.add_argument("--trace", action="store_true", help="run once more under the profiler: times of each kernel, "
+                        "of a step and of a call of the sampler, is among the results")
     parser.add_argument("--out", type=pathlib.Path, help="a JSON file for the results, written after each model")
     arguments = parser.parse_args()
 
@@ -295,8 +324,9 @@ def main() -> None:
     for text, row in measured(arguments):
         rows[text] = row
         about["device"] = row.pop("device", about.get("device"))
-        good = [found for found in rows.values() if "error" not in found]
-        print(f"{text:46} {row['error']}" if "error" in row else table_line(text, row, good[0]), flush=True)
+        rows = {name: rows[name] for name in arguments.models if name in rows}  # in the order of the list
+        first = next((found for found in rows.values() if "error" not in found), row)
+        print(f"{text:46} {row['error']}" if "error" in row else table_line(text, row, first), flush=True)
         if row.get("no_ratio"):
             print(f"  no ratio: {row['no_ratio']}")
         if arguments.out:
