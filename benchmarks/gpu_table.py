@@ -9,6 +9,8 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from kernel_times import by_kind
+
 TIMED_OUT = ("124", "137")
 """Exit codes of `timeout`."""
 
@@ -73,6 +75,10 @@ def models(found: dict[str, Any]) -> Iterator[str]:
         if row.get("peak_bytes"):
             parts.append(f"{row['peak_bytes'] / 1e9:.1f} GB")
         yield ", ".join(parts)
+        for name, of in (("train_kernels", "a step"), ("sampler_kernels", "a call of the sampler")):
+            if row.get(name):
+                kinds = ", ".join(f"{kind} {ms:.4g} ms" for kind, ms in by_kind(row[name]).items())
+                yield f"    {of}, by kind: {kinds}"
 
 
 def run(found: dict[str, Any]) -> Iterator[str]:

@@ -2,11 +2,22 @@
 
 import collections
 import pathlib
+import re
 import tempfile
 from collections.abc import Callable, Iterator
 
 import jax
 from jax.profiler import ProfileData
+
+SHOWN = 1e-3
+"""Of all the time; kernels below it are summed up."""
+
+KINDS = {
+    "scans": "line_scan|local_scan", "convolutions": "conv|wgrad|depthwise", "attention": "sdpa|fmha|flash|attention",
+    "products": "nvjet|gemm|cutlass|cublas|xmma", "copies": "(?i:memcpy|memset)",
+}
+"""Kinds of work, and what their kernels' names hold; the first that fits. The rest is elementwise work and sums, and
+what is not shown."""
 
 
 def kernel_events(data: ProfileData) -> Iterator[tuple[str, str, float]]:
@@ -25,7 +36,8 @@ def kernel_events(data: ProfileData) -> Iterator[tuple[str, str, float]]:
 
 
 def kernel_times(call: Callable[[], object]) -> list[dict]:
-    """Runs `call` under the profiler: milliseconds and launches of each kernel and operation, the slowest first."""
+    """Runs `call` under the profiler: milliseconds and launches of each kernel and operation, the slowest first; what
+    takes less than `SHOWN` of the whole is one row, "others"."""
     found = collections.defaultdict(lambda: [0.0, 0])
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder):
@@ -35,5 +47,19 @@ def kernel_times(call: Callable[[], object]) -> list[dict]:
                 entry = found[kernel, operation]
                 entry[0] += nanoseconds / 1e6
                 entry[1] += 1
+    shown, total = collections.defaultdict(lambda: [0.0, 0]), sum(ms for ms, _ in found.values())
+    for key, (ms, launches) in found.items():
+        entry = shown[key if ms >= SHOWN * total else ("others", "")]
+        entry[0] += ms
+        entry[1] += launches
     return [{"kernel": kernel, "operation": operation, "ms": ms, "launches": launches}
-            for (kernel, operation), (ms, launches) in sorted(found.items(), key=lambda item: -item[1][0])]
+            for (kernel, operation), (ms, launches) in sorted(shown.items(), key=lambda item: -item[1][0])]
+
+
+def by_kind(rows: list[dict]) -> dict[str, float]:
+    """Milliseconds of each kind of work among what `kernel_times` found, the most first."""
+    found = collections.Counter()
+    for row in rows:
+        names = re.sub("convert", "", row["kernel"])
+        found[next((kind for kind, pattern in KINDS.items() if re.search(pattern, names)), "the rest")] += row["ms"]
+    return dict(found.most_common())

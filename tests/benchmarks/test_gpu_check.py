@@ -106,7 +106,11 @@ def test_the_table_says_what_was_found(tmp_path, monkeypatch, capsys):
     about = {"device": "1 x NVIDIA H200", "jax": "0.11.2", "date": "2026-12-01"}
     right = {"case": "propagate 1", "correct": True, "errors": {"forward": 1e-7}}
     model = {"parameters": 692e6, "remat": "full", "scans": "mosaic_gpu", "attention": None, "train_ms": 188.0,
-             "images_per_second": 340.4, "mfu": 0.361, "peak_bytes": 48.3e9}
+             "images_per_second": 340.4, "mfu": 0.361, "peak_bytes": 48.3e9, "train_kernels": [
+                 {"kernel": "line_scan_forward_mosaic_gpu_kernel", "ms": 90.0}, {"kernel": "loop_add_fusion", "ms": 7.5},
+                 {"kernel": "nvjet_sm90_tst_128x160", "ms": 60.0}, {"kernel": "nvjet_sm90_tss", "ms": 20.5},
+                 {"kernel": "conv2d_c1_k1_nhwc_specialized", "ms": 9.0}, {"kernel": "loop_convert_fusion", "ms": 1.0},
+                 {"kernel": "MemcpyD2D", "ms": 0.5}]}
     write(tmp_path, [("doctor", "0", "9", "60"), ("values", "0", "50", "100"), ("training", "0", "90", "170"),
                      ("run", "0", "100", "120")],
           values=about | {"cases": [right, right]},
@@ -121,6 +125,7 @@ def test_the_table_says_what_was_found(tmp_path, monkeypatch, capsys):
                  "2 of 2 variants of the kernel agree with float64",
                  "GSPN-XL/2 (692M, remat full, scans by mosaic_gpu), 188 ms a step, 340.4 images/s, 36.1% MFU, 48.3 GB",
                  "DiT-XL/2 (692M, remat full, scans by mosaic_gpu), attention by cudnn, 188 ms",
+                 "a step, by kind: scans 90 ms, products 80.5 ms, convolutions 9 ms, the rest 8.5 ms, copies 0.5 ms",
                  "GSPN-S/2 (18.9M): 900 steps, 230,400 images, loss 0.1234, 4321 images/s, MFU 10.0%",
                  "2000 samples: the class asked for 0.500", "Frechet distance 12 (held-out images 0.3)"):
         assert said in text
