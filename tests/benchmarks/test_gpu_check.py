@@ -107,10 +107,10 @@ def test_the_table_says_what_was_found(tmp_path, monkeypatch, capsys):
     right = {"case": "propagate 1", "correct": True, "errors": {"forward": 1e-7}}
     model = {"parameters": 692e6, "remat": "full", "scans": "mosaic_gpu", "attention": None, "train_ms": 188.0,
              "images_per_second": 340.4, "mfu": 0.361, "peak_bytes": 48.3e9, "train_kernels": [
-                 {"kernel": "line_scan_forward_mosaic_gpu_kernel", "ms": 90.0}, {"kernel": "loop_add_fusion", "ms": 7.5},
-                 {"kernel": "nvjet_sm90_tst_128x160", "ms": 60.0}, {"kernel": "nvjet_sm90_tss", "ms": 20.5},
-                 {"kernel": "conv2d_c1_k1_nhwc_specialized", "ms": 9.0}, {"kernel": "loop_convert_fusion", "ms": 1.0},
-                 {"kernel": "MemcpyD2D", "ms": 0.5}]}
+                 {"kernel": kernel, "ms": ms} for kernel, ms in [
+                     ("line_scan_forward_mosaic_gpu_kernel", 90.0), ("loop_add_fusion", 7.5), ("nvjet_sm90_tss", 20.5),
+                     ("nvjet_sm90_tst_128x160", 60.0), ("conv2d_c1_k1_nhwc_specialized", 9.0),
+                     ("loop_convert_fusion", 1.0), ("MemcpyD2D", 0.5)]]}
     write(tmp_path, [("doctor", "0", "9", "60"), ("values", "0", "50", "100"), ("training", "0", "90", "170"),
                      ("run", "0", "100", "120")],
           values=about | {"cases": [right, right]},
