@@ -1,0 +1,3 @@
+"""GSPN image models in JAX: training, sampling, evaluation."""
+
+__version__ = "0.1.0"
