@@ -84,7 +84,7 @@ if [ -n "$REHEARSE" ]; then
 fi
 LONG=$([ -n "$REHEARSE" ] && echo 20 || echo 1)  # a rehearsal has no hurry
 
-step doctor $((60 * LONG)) $PYTHON -m gspn_jax.doctor
+step doctor $((80 * LONG)) $PYTHON -m gspn_jax.doctor
 step values $((90 * LONG)) $PYTHON benchmarks/gpu_values.py $REHEARSE --limit $((80 * LONG)) --out "$OUT/values.json"
 step speed $((100 * LONG)) $PYTHON benchmarks/gpu_operator.py ${REHEARSE:---quick} --values "$OUT/values.json" \
   --anyway --repeats $([ -n "$REHEARSE" ] && echo 1 || echo 10) --out "$OUT/speed.json"
