@@ -72,8 +72,8 @@ class Arguments:
 def main(argv: list[str] | None = None) -> None:
     cli.setup()
     from gspn_jax.data import DataError
+    from gspn_jax.runs.checkpoints import CheckpointError
     from gspn_jax.state_dict import WeightsError
-    from gspn_jax.training.checkpoints import CheckpointError
 
     with cli.user_errors(DataError, CheckpointError, WeightsError, ImportError):
         argv = cli.join_other_hosts(argv)
@@ -84,7 +84,7 @@ def _parse(argv: list[str] | None) -> tuple[Arguments, Config, int]:
     """The flags (defaults from the checkpoint's config), that config, and the step."""
     import tyro
 
-    from gspn_jax.training import checkpoints
+    from gspn_jax.runs import checkpoints
 
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--run")
@@ -106,11 +106,13 @@ def run(arguments: Arguments, config: Config, step: int) -> pathlib.Path:
     import jax
     import numpy as np
 
-    from gspn_jax.data.images import grid
-    from gspn_jax.drawing import Drawing, draw_labels, load_autoencoder
     from gspn_jax.files import sha256_of
-    from gspn_jax.sample_files import write_npz
-    from gspn_jax.training import checkpoints, sharding
+    from gspn_jax.parallel import sharding
+    from gspn_jax.runs import checkpoints
+    from gspn_jax.sampling.decoding import load_autoencoder
+    from gspn_jax.sampling.drawing import Drawing, draw_labels
+    from gspn_jax.sampling.files import write_npz
+    from gspn_jax.sampling.grid import grid
 
     path = arguments.path
     if not path.parent.is_dir():
@@ -123,12 +125,12 @@ def run(arguments: Arguments, config: Config, step: int) -> pathlib.Path:
     else:
         labels = np.repeat([_class(name, names) for name in arguments.classes] or range(min(10, len(names))),
                            arguments.per_class)
-    if arguments.num_samples and config.data.source == "latents" and not arguments.vae:
+    if arguments.num_samples and config.data.latents and not arguments.vae:
         raise ConfigError("--num-samples of a run on latents needs --vae to decode them")
     vae = load_autoencoder(arguments.vae, config, arguments.image_size)
     seeds = arguments.seed + np.arange(len(labels))
     with Drawing(arguments.run, step, config, sharding.make_mesh(arguments.mesh), total=len(labels),
-                 batch_size=arguments.batch_size, ema=arguments.ema, image_size=arguments.image_size,
+                 batch_size=min(arguments.batch_size, len(labels)), ema=arguments.ema, image_size=arguments.image_size,
                  vae=vae) as drawing:
         made = drawing.settings()  # every host has a part in it
         if jax.process_index() > 0:
@@ -154,13 +156,10 @@ def run(arguments: Arguments, config: Config, step: int) -> pathlib.Path:
 
 def _led(drawing, first_seed: int):
     """`drawing` on the first host, which writes: it tells the others what is drawn, None that all is."""
-    import jax
-    import numpy as np
-    from jax.experimental import multihost_utils
+    from gspn_jax.parallel.agreement import agree
 
     def draw(labels, seeds):
-        if jax.process_count() > 1:
-            multihost_utils.broadcast_one_to_all(np.int32(_DONE if seeds is None else seeds[0] - first_seed))
+        agree(_DONE if seeds is None else int(seeds[0] - first_seed))
         return None if seeds is None else drawing(labels, seeds)
 
     return draw
@@ -168,10 +167,9 @@ def _led(drawing, first_seed: int):
 
 def _follow(drawing, labels, seeds) -> None:
     """What the other hosts do: they draw their part of what the first one asks for."""
-    import numpy as np
-    from jax.experimental import multihost_utils
+    from gspn_jax.parallel.agreement import agree
 
-    while (start := int(multihost_utils.broadcast_one_to_all(np.int32(0)))) != _DONE:
+    while (start := agree(0)) != _DONE:
         batch = slice(start, start + drawing.batch_size)
         drawing(labels[batch], seeds[batch])
 

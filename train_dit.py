@@ -12,9 +12,10 @@ from gspn_jax import cli
 def main(argv: list[str] | None = None) -> None:
     cli.setup()
     from gspn_jax.data import DataError  # after setup: importing JAX reads the environment
-    from gspn_jax.training.checkpoints import CheckpointError
-    from gspn_jax.training.loop import Interrupted, train
-    from gspn_jax.training.spikes import DivergedError
+    from gspn_jax.runs.checkpoints import CheckpointError
+    from gspn_jax.training.guard import DivergedError
+    from gspn_jax.training.loop import Interrupted
+    from gspn_jax.training.train import train
 
     with cli.user_errors(DataError, CheckpointError):
         argv = cli.join_other_hosts(argv)

@@ -139,8 +139,8 @@ def lower(arguments: argparse.Namespace, config: Any, gpus: list) -> tuple[Any, 
     import jax
     import jax.numpy as jnp
 
-    from gspn_jax.sampling import Sampler
-    from gspn_jax.training import sharding
+    from gspn_jax.parallel import sharding
+    from gspn_jax.sampling.sampler import Sampler
     from gspn_jax.training.state import abstract_state
     from gspn_jax.training.step import make_step
 
@@ -158,7 +158,7 @@ def lower(arguments: argparse.Namespace, config: Any, gpus: list) -> tuple[Any, 
 
 def compiled(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
     """(results, HLO text) of one program."""
-    from gspn_jax.training.collectives import collectives
+    from benchmarks.collectives import collectives
 
     config = config_of(arguments)
     gpus = devices(arguments.gpu, math.prod(arguments.mesh))

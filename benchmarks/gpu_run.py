@@ -41,12 +41,14 @@ from gspn_jax.config import (
     SamplerConfig,
     TrainConfig,
 )
-from gspn_jax.data.images import grid
 from gspn_jax.data.memory import MemorySource
-from gspn_jax.drawing import Drawing
 from gspn_jax.metrics.classifier import ClassifierJudge
-from gspn_jax.training import checkpoints, sharding
-from gspn_jax.training.loop import Interrupted, train
+from gspn_jax.parallel import sharding
+from gspn_jax.runs import checkpoints
+from gspn_jax.sampling.drawing import Drawing
+from gspn_jax.sampling.grid import grid
+from gspn_jax.training.loop import Interrupted
+from gspn_jax.training.train import train
 
 AFTER_TRAINING = 75.0
 """Seconds kept for samples and their judge; in a rehearsal there is no hurry."""

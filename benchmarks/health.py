@@ -57,7 +57,7 @@ def run(steps: int) -> dict:
     from safetensors.numpy import save_file
 
     from gspn_jax.metrics import inception
-    from gspn_jax.training.loop import train
+    from gspn_jax.training.train import train
 
     with tempfile.TemporaryDirectory() as folder:
         weights = pathlib.Path(folder) / "inception.safetensors"

@@ -126,7 +126,7 @@ def state_bytes(mesh: tuple[int, int]) -> dict[str, int]:
     import jax
     from jax.sharding import AbstractMesh
 
-    from gspn_jax.training import sharding
+    from gspn_jax.parallel import sharding
     from gspn_jax.training.state import abstract_state
 
     state = abstract_state(config_of(256, "full"), AbstractMesh((*mesh, 1), sharding.AXES))
@@ -169,8 +169,8 @@ def compiled(mesh: tuple[int, int], batch: int, remat: str) -> dict:
     """Temporary bytes and collectives of the compiled step."""
     import jax
 
-    from gspn_jax.training import sharding
-    from gspn_jax.training.collectives import collectives
+    from benchmarks.collectives import collectives
+    from gspn_jax.parallel import sharding
     from gspn_jax.training.state import abstract_state
     from gspn_jax.training.step import make_step
 

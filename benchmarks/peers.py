@@ -161,7 +161,7 @@ def processor() -> str:
 
 if __name__ == "__main__":
     if "ours" in sys.argv:
-        from gspn_jax import huge_pages
+        from gspn_jax.cli import huge_pages
 
         huge_pages.restart_with_them()  # as the project's commands do
     main()

@@ -17,8 +17,8 @@ from gspn_jax.metrics.frechet import Gaussian
 from gspn_jax.metrics.frechet import moments as mean_and_covariance
 from gspn_jax.metrics.moments import Moments
 from gspn_jax.metrics.neighbours import precision_recall as improved_precision_recall
-from gspn_jax.sampling import Sampler
-from gspn_jax.training import sharding
+from gspn_jax.parallel import sharding
+from gspn_jax.sampling.sampler import Sampler
 from gspn_jax.training.state import create_state
 from gspn_jax.training.step import make_step
 

@@ -30,7 +30,7 @@ def main() -> None:
     parser.add_argument("--output", type=pathlib.Path, default=pathlib.Path(__file__).parent / "results")
     arguments = parser.parse_args()
     cli.setup()
-    from gspn_jax.training.loop import train
+    from gspn_jax.training.train import train
 
     curves = {}
     for compute in ("float32", "bfloat16"):

@@ -33,7 +33,8 @@ from gspn_jax import cli
 cli.setup()
 import jax, numpy as np
 from gspn_jax.config import Config, DataConfig, ModelConfig, TrainConfig
-from gspn_jax.training import loop, sharding, state, step
+from gspn_jax.parallel import sharding
+from gspn_jax.training import state, step
 config = Config("unused", model=ModelConfig(preset=sys.argv[1]), train=TrainConfig(batch_size=8),
                 data=DataConfig(source="latents", path="unused", image_size=32, channels=4, num_classes=1000))
 mesh = sharding.make_mesh(config.mesh, jax.devices()[:1])
@@ -67,8 +68,8 @@ def measure_saving(hidden: int, depth: int, batch_size: int, save_every: int, tu
     import numpy as np
 
     from gspn_jax.config import Config, DataConfig, ModelConfig, TrainConfig
-    from gspn_jax.training import sharding
-    from gspn_jax.training.checkpoints import Checkpoints
+    from gspn_jax.parallel import sharding
+    from gspn_jax.runs.checkpoints import Checkpoints
     from gspn_jax.training.state import abstract_state, create_state
     from gspn_jax.training.step import make_step
 

@@ -49,8 +49,8 @@ from gspn_jax.config import (
 )
 from gspn_jax.files import replacing
 from gspn_jax.models import attention
-from gspn_jax.sampling import Sampler
-from gspn_jax.training import sharding
+from gspn_jax.parallel import sharding
+from gspn_jax.sampling.sampler import Sampler
 from gspn_jax.training.state import abstract_state, create_state
 from gspn_jax.training.step import make_step
 from gspn_jax.training.throughput import peak_flops

@@ -121,7 +121,7 @@ class DataConfig:
         _check(self.workers >= 0, "data.workers", "0 or more", self.workers)
         if self.source == "folder":
             _check(bool(self.path), "data.path", "the image folder when data.source is 'folder'", self.path)
-        if self.source == "latents":
+        if self.latents:
             _check(bool(self.path), "data.path", "the folder of latents when data.source is 'latents'", self.path)
             _check(not self.in_memory, "data.in_memory", "False when data.source is 'latents', which are not decoded",
                    self.in_memory)
@@ -129,6 +129,11 @@ class DataConfig:
                "decode while training", self.workers)
         if self.source == "tfds":
             _check(bool(self.name), "data.name", "a tensorflow-datasets name when data.source is 'tfds'", self.name)
+
+    @property
+    def latents(self) -> bool:
+        """Whether images are latents of an autoencoder: floats in their final scale, to be decoded to be looked at."""
+        return self.source == "latents"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -319,6 +324,28 @@ class GuardConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class ProfileConfig:
+    """A trace of some steps, which xprof and TensorBoard open; in the folder "profile" of the run directory."""
+
+    steps: str | None = None
+    """FIRST:LAST, both included, such as "100:103"."""
+
+    def __post_init__(self) -> None:
+        if self.steps is not None:
+            first, _, last = self.steps.partition(":")
+            _check(first.isdigit() and last.isdigit() and 1 <= int(first) <= int(last), "profile.steps",
+                   "FIRST:LAST with 1 <= FIRST <= LAST", self.steps)
+
+    @property
+    def bounds(self) -> tuple[int, int] | None:
+        """(first, last) step, or None for no trace."""
+        if self.steps is None:
+            return None
+        first, last = self.steps.split(":")
+        return int(first), int(last)
+
+
+@dataclasses.dataclass(frozen=True)
 class Config:
     """One experiment. `run_dir` receives checkpoints, logs and sample grids."""
 
@@ -332,6 +359,7 @@ class Config:
     train: TrainConfig = TrainConfig()
     guard: GuardConfig = GuardConfig()
     eval: EvalConfig = EvalConfig()
+    profile: ProfileConfig = ProfileConfig()
 
     def __post_init__(self) -> None:
         _check(bool(self.run_dir), "run_dir", "a folder", self.run_dir)
@@ -355,7 +383,7 @@ class Config:
                f"None, 0 or one of train.ema_decays {self.train.ema_decays}", self.eval.ema)
         _check(self.eval.reference is not None or self.eval.metrics == ("is",), "eval.reference",
                f"a file of reference statistics for eval.metrics {self.eval.metrics}", self.eval.reference)
-        latents = self.data.source == "latents"
+        latents = self.data.latents
         _check(latents == (self.eval.vae is not None), "eval.vae",
                "the weights of the autoencoder for a run on latents" if latents else "None for a run on pixels",
                self.eval.vae)

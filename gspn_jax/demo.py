@@ -18,11 +18,12 @@ def main() -> None:
     from tqdm import tqdm
 
     from gspn_jax import data
-    from gspn_jax.data.images import grid
     from gspn_jax.metrics.digits import DigitsJudge
-    from gspn_jax.sampling import Sampler
-    from gspn_jax.training import checkpoints, sharding
-    from gspn_jax.training.loop import train
+    from gspn_jax.parallel import sharding
+    from gspn_jax.runs import checkpoints
+    from gspn_jax.sampling.grid import grid
+    from gspn_jax.sampling.sampler import Sampler
+    from gspn_jax.training.train import train
 
     config = dataclasses.replace(cli.load_config(CONFIG), run_dir="runs/demo")
     run_dir = train(config)

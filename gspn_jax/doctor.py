@@ -214,7 +214,7 @@ def mesh(config: Config) -> Findings:
     import jax
     from jax.sharding import NamedSharding, PartitionSpec
 
-    from gspn_jax.training import sharding
+    from gspn_jax.parallel import sharding
 
     found = sharding.make_mesh(config.mesh)
     sharding.check_batch(config, found)
@@ -242,7 +242,7 @@ def memory(config: Config) -> Findings:
     """The state of training against the memory of a device; activations come on top."""
     import jax
 
-    from gspn_jax.training import sharding
+    from gspn_jax.parallel import sharding
     from gspn_jax.training.state import abstract_state
 
     state = abstract_state(config, sharding.make_mesh(config.mesh))
@@ -258,7 +258,8 @@ def disk(config: Config) -> Findings:
     """Writes and reads a file in the run directory, and compares the free space with what checkpoints take."""
     import jax
 
-    from gspn_jax.training import checkpoints, sharding
+    from gspn_jax.parallel import sharding
+    from gspn_jax.runs import checkpoints
     from gspn_jax.training.state import abstract_state
 
     run_dir = pathlib.Path(config.run_dir)
@@ -336,7 +337,7 @@ def weight_files(config: Config) -> Findings:
         reference.check(settings.metrics)
         reference.check_inception(inception.digest(weights))
         yield Finding(True, f"reference statistics {settings.reference} for {', '.join(settings.metrics)}")
-    if config.data.source == "latents" and not settings.vae:
+    if config.data.latents and not settings.vae:
         yield Finding(False, "eval.vae must be the autoencoder's weights, which decode the samples of a run on latents")
     if settings.vae:
         autoencoder.load(settings.vae)

@@ -52,7 +52,8 @@ def config(run_dir: pathlib.Path, kind: str, objective: str, *, accumulate: int 
 
     compute = {"ddpm": "bfloat16", "flow": "float32"}[objective]
     settings = {"steps": STEPS, "batch_size": 16, "accumulate": accumulate, "log_every": 1, "sample_every": STEPS,
-                "save_every": STEPS, "ema_decays": (0.9, 0.99), "precision": f"params=float32,compute={compute}"} | train
+                "save_every": STEPS, "ema_decays": (0.9, 0.99),
+                "precision": f"params=float32,compute={compute}"} | train
     return Config(
         run_dir=str(run_dir), model=ModelConfig(hidden=64, depth=2, drop_path=0.1, **KINDS[kind]), data=DataConfig(),
         diffusion=DiffusionConfig(objective=objective), sampler=SamplerConfig(steps=3),
@@ -75,8 +76,9 @@ def trained(settings) -> dict[str, Any]:
     import jax
     from PIL import Image
 
-    from gspn_jax.training import checkpoints, sharding
-    from gspn_jax.training.loop import train
+    from gspn_jax.parallel import sharding
+    from gspn_jax.runs import checkpoints
+    from gspn_jax.training.train import train
 
     run_dir = train(settings)
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
@@ -107,8 +109,9 @@ def measure_training(folder: pathlib.Path, devices: int) -> dict[str, Any]:
 
 def measure_samples(folder: pathlib.Path) -> dict[str, Any]:
     """Digests of images of every sampler, from the runs that were just trained."""
-    from gspn_jax.sampling import Sampler
-    from gspn_jax.training import checkpoints, sharding
+    from gspn_jax.parallel import sharding
+    from gspn_jax.runs import checkpoints
+    from gspn_jax.sampling.sampler import Sampler
 
     entries = {}
     for name, (objective, options) in SAMPLERS.items():
@@ -251,7 +254,7 @@ def main(action: str, *arguments: str) -> None:
         entries = measure(int(devices))
         pathlib.Path(path).write_text(json.dumps(entries))
     elif action == "old-run":
-        from gspn_jax.training.loop import train
+        from gspn_jax.training.train import train
 
         shutil.rmtree(OLD_RUN, ignore_errors=True)
         with tempfile.TemporaryDirectory() as name:

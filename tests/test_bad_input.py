@@ -14,11 +14,14 @@ from safetensors.numpy import save_file
 
 import sample
 import train_dit
-from gspn_jax import autoencoder, prepare, sampling
+from gspn_jax import autoencoder, prepare
 from gspn_jax.autoencoder.weights import expected_shapes
 from gspn_jax.data.latents import write_synthetic
-from gspn_jax.training import checkpoints, loop
-from gspn_jax.training.checkpoints import Checkpoints
+from gspn_jax.parallel import sharding
+from gspn_jax.runs import checkpoints
+from gspn_jax.runs.checkpoints import Checkpoints
+from gspn_jax.sampling import sampler
+from gspn_jax.training import train as page
 from gspn_jax.training.state import create_state
 from tests.training import tiny
 
@@ -42,7 +45,7 @@ def files(tmp_path_factory):
     config = tiny.config(root / "run")
     run_config = f"from tests.training import tiny\nconfig = tiny.config({str(root / 'run')!r})\n"
     (root / "run.py").write_text(run_config)
-    mesh = loop.sharding.make_mesh(config.mesh, jax.devices()[:1])
+    mesh = sharding.make_mesh(config.mesh, jax.devices()[:1])
     from gspn_jax.data import make_source
     with Checkpoints(config, make_source(config.data).fingerprint, [str(i) for i in range(10)]) as saver:
         for step in (3, 6):
@@ -262,8 +265,8 @@ def test_a_mistake_gets_a_sentence_and_code_2_without_device_work(call, said, fi
     def device_work(*_, **__):
         raise AssertionError("the devices were put to work")
 
-    for module, name in ((loop, "create_state"), (loop, "make_step"), (checkpoints, "_read"),
-                         (sampling.Sampler, "__call__"), (autoencoder.Autoencoder, "encode")):
+    for module, name in ((page, "create_state"), (page, "make_step"), (checkpoints, "_read"),
+                         (sampler.Sampler, "__call__"), (autoencoder.Autoencoder, "encode")):
         monkeypatch.setattr(module, name, device_work)
     with pytest.raises(SystemExit) as stopped:
         main(arguments)

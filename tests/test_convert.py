@@ -20,11 +20,12 @@ from gspn_jax.convert.exporting import HEADER
 from gspn_jax.convert.importing import dit_config
 from gspn_jax.data import make_source
 from gspn_jax.data.latents import write_synthetic
-from gspn_jax.drawing import digest_of
 from gspn_jax.evaluate import report
-from gspn_jax.sampling import Sampler
-from gspn_jax.training import checkpoints, sharding
-from gspn_jax.training.checkpoints import Checkpoints
+from gspn_jax.parallel import sharding
+from gspn_jax.runs import checkpoints
+from gspn_jax.runs.checkpoints import Checkpoints
+from gspn_jax.runs.digest import digest_of
+from gspn_jax.sampling.sampler import Sampler
 from gspn_jax.training.state import create_state
 from tests.autoencoder import numpy_vae
 from tests.models.numpy_dit import denoise, random_state_dict
@@ -271,7 +272,7 @@ def test_what_was_exported_must_be_whole(folder, tmp_path, capsys):
 def test_an_imported_run_is_not_trained_on(folder, tmp_path, capsys):
     run = shutil.copytree(folder / "dit", tmp_path / "run")
     (tmp_path / "config.py").write_text(
-        "import dataclasses\nfrom gspn_jax.training.checkpoints import read_config\n"
+        "import dataclasses\nfrom gspn_jax.runs.checkpoints import read_config\n"
         f"config = read_config({str(run)!r})[1]\nconfig = dataclasses.replace(config, run_dir={str(run)!r}, "
         f"data=dataclasses.replace(config.data, path={str(folder / 'set')!r}))\n")
     with pytest.raises(SystemExit) as stopped:

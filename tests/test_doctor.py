@@ -8,9 +8,9 @@ import pytest
 import kernels.api
 from gspn_jax import doctor
 from gspn_jax.models import attention
-from gspn_jax.training import checkpoints
+from gspn_jax.runs import checkpoints
+from tests.runs.test_checkpoints import save
 from tests.training import tiny
-from tests.training.test_checkpoints import save
 
 TINY = "from tests.training import tiny\nimport dataclasses\nconfig = tiny.config({!r})\n"
 

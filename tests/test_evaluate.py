@@ -21,7 +21,7 @@ from gspn_jax.data.latents import write_synthetic
 from gspn_jax.evaluate import main
 from gspn_jax.files import sha256_of
 from gspn_jax.metrics import inception
-from gspn_jax.training.loop import train
+from gspn_jax.training.train import train
 from tests.autoencoder import numpy_vae
 from tests.quick_compile import QUICK_COMPILE
 from tests.training import tiny

@@ -13,7 +13,7 @@ from gspn_jax.config import MeshConfig
 from gspn_jax.evaluate import main, report
 from gspn_jax.evaluate.scoring import ScoreFlags, Scorer
 from gspn_jax.metrics import inception, npz, self_test
-from gspn_jax.training import sharding
+from gspn_jax.parallel import sharding
 
 
 @pytest.fixture(scope="module")

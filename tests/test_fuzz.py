@@ -16,9 +16,9 @@ from gspn_jax.config import Config, ConfigError, from_dict, to_dict
 from gspn_jax.data.latents import LatentMetadata, write_synthetic
 from gspn_jax.metrics import npz
 from gspn_jax.metrics.reference import read_reference
+from gspn_jax.runs import checkpoints, manifest
+from gspn_jax.runs.checkpoints import CheckpointError
 from gspn_jax.state_dict import WeightsError, read_state_dict
-from gspn_jax.training import checkpoints, manifest
-from gspn_jax.training.checkpoints import CheckpointError
 from tests.training import tiny
 
 FUZZ = settings(max_examples=150, deadline=None, derandomize=True, database=None,

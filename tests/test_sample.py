@@ -9,9 +9,10 @@ import pytest
 from PIL import Image
 
 import sample
-from gspn_jax.sampling import Sampler
-from gspn_jax.training import checkpoints, sharding
-from gspn_jax.training.loop import train
+from gspn_jax.parallel import sharding
+from gspn_jax.runs import checkpoints
+from gspn_jax.sampling.sampler import Sampler
+from gspn_jax.training.train import train
 from tests.training import tiny
 
 

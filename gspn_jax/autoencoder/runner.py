@@ -3,20 +3,19 @@
 from collections.abc import Callable, Mapping, Sequence
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Float32, UInt8
 
 from gspn_jax.autoencoder import model
 from gspn_jax.autoencoder.model import LATENT_SCALE, AutoencoderConfig
+from gspn_jax.pixels import from_uint8, to_uint8
 
 
 def decode_to_uint8(params: Mapping[str, Float32[Array, "..."]], config: AutoencoderConfig,
                     latents: Float[Array, "N h w D"]) -> UInt8[Array, "N H W C"]:
     """0..255 images of latents in the scale that is trained on (times LATENT_SCALE)."""
-    images = model.decode(params, config, latents / LATENT_SCALE)
-    return jnp.clip(127.5 * images + 128, 0, 255).astype(jnp.uint8)
+    return to_uint8(model.decode(params, config, latents / LATENT_SCALE))
 
 
 class Autoencoder:
@@ -37,7 +36,7 @@ class Autoencoder:
         self._params = jax.device_put(dict(params), whole)
 
         def encode(params, images):
-            return model.encode(params, config, images.astype(jnp.float32) / 127.5 - 1)
+            return model.encode(params, config, from_uint8(images))
 
         self._encode = jax.jit(encode)
         self._decode = jax.jit(lambda params, latents: decode_to_uint8(params, config, latents))

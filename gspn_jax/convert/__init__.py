@@ -21,8 +21,8 @@ def main(argv: list[str] | None = None) -> None:
     import tyro
 
     cli.setup()
+    from gspn_jax.runs.checkpoints import CheckpointError
     from gspn_jax.state_dict import WeightsError
-    from gspn_jax.training.checkpoints import CheckpointError
 
     argv = sys.argv[1:] if argv is None else argv
     command = argv[0] if argv else "--help"

@@ -8,7 +8,7 @@ from gspn_jax.config import Config, from_dict
 from gspn_jax.evaluate.report import NAMES
 from gspn_jax.files import sha256_of
 from gspn_jax.models import learns_sigma, resolve
-from gspn_jax.training.evaluation import Record
+from gspn_jax.runs.evaluations import Record
 
 AUTOENCODER_FACTOR = 8
 """Of Stable Diffusion's autoencoder: side of the image over that of the latent."""
@@ -26,7 +26,7 @@ def text(name: str, header: dict[str, Any], *, count: int, weights: pathlib.Path
         ("license", header["license"] if header["license"] != "unknown" else "unknown: not stated by who exported"),
         ("SHA-256 of the parameters", header["parameters_sha256"]),
         (f"SHA-256 of {weights.name}", f"{sha256_of(weights)} ({weights.stat().st_size:,} bytes)")]
-    vae = " --vae VAE.safetensors" if config.data.source == "latents" else ""
+    vae = " --vae VAE.safetensors" if config.data.latents else ""
     names = ("the original DiT's, laid out as in PyTorch" if header["names"] == "dit"
              else "those of gspn-jax (blocks of one kind are stacked along the first axis)")
     measured = _table(("", ""), scores) if scores else "None were measured before the export."
@@ -91,7 +91,7 @@ def _architecture(config: Config) -> str:
 
 def _resolution(config: Config) -> str:
     side, channels = config.data.image_size, config.data.channels
-    if config.data.source != "latents":
+    if not config.data.latents:
         return f"{side}x{side}, {channels} channel{'s' if channels > 1 else ''}"
     pixels = AUTOENCODER_FACTOR * side
     return (f"{pixels}x{pixels}: latents of {side}x{side}x{channels}, decoded by Stable Diffusion's autoencoder "

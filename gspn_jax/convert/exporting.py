@@ -10,10 +10,11 @@ import numpy as np
 
 from gspn_jax.config import Config, ConfigError, EvalConfig, MeshConfig, to_dict
 from gspn_jax.convert import card
-from gspn_jax.drawing import digest_of
 from gspn_jax.files import check_new_folder, new_folder
 from gspn_jax.models.convert import dit_to_torch
-from gspn_jax.training import checkpoints, sharding
+from gspn_jax.parallel import sharding
+from gspn_jax.runs import checkpoints
+from gspn_jax.runs.digest import digest_of
 
 WEIGHTS, CARD = "model.safetensors", "README.md"
 HEADER = "gspn_jax"

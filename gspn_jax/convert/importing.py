@@ -24,11 +24,11 @@ from gspn_jax.config import (
     to_dict,
 )
 from gspn_jax.convert.exporting import FORMAT_VERSION, HEADER, named
-from gspn_jax.drawing import digest_of
 from gspn_jax.files import check_new_folder, new_folder
 from gspn_jax.models.convert import dit_from_torch
+from gspn_jax.runs import averages, checkpoints, manifest
+from gspn_jax.runs.digest import digest_of
 from gspn_jax.state_dict import WeightsError, read_state_dict
-from gspn_jax.training import checkpoints, ema, manifest
 
 DIT_EMA_DECAY, DIT_BATCH_SIZE = 0.9999, 256
 """Of the published checkpoints (arXiv 2212.09748, section 4), which hold the average only."""
@@ -198,6 +198,6 @@ def _write_checkpoint(run: pathlib.Path, step: int, params: Any, config: Config,
     where = checkpoints.folder(run) / str(step)
     with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as writer:
         writer.save(where, args=ocp.args.Composite(
-            **{f"ema_{ema.name(config.train.ema_decays[0])}": ocp.args.StandardSave(params),
+            **{averages.item(config.train.ema_decays[0]): ocp.args.StandardSave(params),
                "meta": ocp.args.JsonSave(meta)}))
     manifest.write(where)

@@ -10,11 +10,12 @@ if TYPE_CHECKING:
     from gspn_jax.data.decoding import DataError
     from gspn_jax.data.loader import Loader, make_loader
     from gspn_jax.data.prefetch import DevicePrefetcher, prefetch_to_device
-    from gspn_jax.data.sources import Source, make_source
+    from gspn_jax.data.source import Source
+    from gspn_jax.data.sources import make_source
 
 __all__ = ["DataError", "DevicePrefetcher", "Loader", "Source", "make_loader", "make_source", "prefetch_to_device"]
 
-_MODULES = {"DataError": "decoding", "Loader": "loader", "Source": "sources", "make_loader": "loader",
+_MODULES = {"DataError": "decoding", "Loader": "loader", "Source": "source", "make_loader": "loader",
             "make_source": "sources", "DevicePrefetcher": "prefetch", "prefetch_to_device": "prefetch"}
 
 

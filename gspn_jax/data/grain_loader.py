@@ -16,8 +16,9 @@ from absl import flags
 from jaxtyping import UInt8
 
 from gspn_jax.config import ConfigError, DataConfig
+from gspn_jax.data.decoding import DataError
 from gspn_jax.data.latents import LatentBatches
-from gspn_jax.data.sources import MAX_BAD_IN_A_ROW, DataError, Source
+from gspn_jax.data.source import MAX_BAD_IN_A_ROW, Source
 
 logger = logging.getLogger("gspn_jax.data")
 

@@ -18,7 +18,7 @@ from scipy.special import ndtri
 
 from gspn_jax.config import ConfigError, DataConfig
 from gspn_jax.data.decoding import DataError
-from gspn_jax.data.sources import hash_of
+from gspn_jax.data.source import hash_of
 from gspn_jax.files import replacing
 
 FORMAT_VERSION = 1

@@ -12,7 +12,7 @@ from jaxtyping import Float32, Int32, UInt8
 
 from gspn_jax.config import ConfigError, DataConfig
 from gspn_jax.data.memory import MemoryLoader, MemorySource
-from gspn_jax.data.sources import Source
+from gspn_jax.data.source import Source
 
 Batch = dict[str, UInt8[np.ndarray, "B S S C"] | Float32[np.ndarray, "B S S C"] | Int32[np.ndarray, "B"]]
 

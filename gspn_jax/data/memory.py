@@ -14,7 +14,7 @@ from tqdm import tqdm
 from gspn_jax.config import ConfigError, DataConfig
 from gspn_jax.data import order
 from gspn_jax.data.decoding import DataError
-from gspn_jax.data.sources import MAX_BAD_IN_A_ROW, Source
+from gspn_jax.data.source import MAX_BAD_IN_A_ROW, Source
 
 logger = logging.getLogger("gspn_jax.data")
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from gspn_jax.config import ConfigError
 from gspn_jax.data.decoding import DataError, decode_image
-from gspn_jax.data.sources import IMAGE_EXTENSIONS, hash_of
+from gspn_jax.data.source import IMAGE_EXTENSIONS, hash_of
 
 
 class TarSource:

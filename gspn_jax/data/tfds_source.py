@@ -7,7 +7,7 @@ import tensorflow_datasets as tfds
 
 from gspn_jax.config import ConfigError
 from gspn_jax.data.decoding import decode_image
-from gspn_jax.data.sources import hash_of
+from gspn_jax.data.source import hash_of
 
 
 class TfdsSource:

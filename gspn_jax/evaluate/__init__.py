@@ -59,8 +59,8 @@ def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else list(argv)
     cli.setup()
     from gspn_jax.data import DataError
+    from gspn_jax.runs.checkpoints import CheckpointError
     from gspn_jax.state_dict import WeightsError
-    from gspn_jax.training.checkpoints import CheckpointError
 
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--run")
@@ -92,7 +92,7 @@ def main(argv: list[str] | None = None) -> None:
                                     prog=f"{PROGRAM} --samples {chosen.samples}"))
         else:
             from gspn_jax.evaluate.runs import RunFlags, evaluate_run
-            from gspn_jax.training import checkpoints
+            from gspn_jax.runs import checkpoints
 
             rest = cli.join_other_hosts(rest)
             step, config = checkpoints.read_config(chosen.run, chosen.step)

@@ -16,13 +16,13 @@ from jaxtyping import Int, UInt8
 from tqdm import tqdm
 
 from gspn_jax.config import ConfigError, MeshConfig
+from gspn_jax.data.ahead import read_ahead
 from gspn_jax.data.flat_folder import FlatFolder
 from gspn_jax.evaluate import report
 from gspn_jax.evaluate.scoring import FEWEST, ScoreFlags, Scorer, finish
 from gspn_jax.files import sha256_of
 from gspn_jax.metrics import npz
-from gspn_jax.prepare.images import read_ahead
-from gspn_jax.training import sharding
+from gspn_jax.parallel import sharding
 
 CHUNK = 64
 """Images that are read at a time."""

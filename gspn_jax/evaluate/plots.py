@@ -12,7 +12,7 @@ from typing import Any, Literal, NamedTuple
 from gspn_jax.config import ConfigError
 from gspn_jax.diffusion.samplers import sampler_name
 from gspn_jax.evaluate.report import NAMES
-from gspn_jax.training import checkpoints
+from gspn_jax.runs import checkpoints
 
 Against = Literal["images", "guidance"]
 

@@ -4,22 +4,22 @@ import dataclasses
 import json
 import pathlib
 import time
-from collections.abc import Iterator
 from typing import Any
 
 import jax
 import numpy as np
-from jaxtyping import UInt8
 
 from gspn_jax.config import Config, ConfigError, MeshConfig, SamplerConfig
 from gspn_jax.diffusion.samplers import sampler_name
-from gspn_jax.drawing import Drawing, Labels, draw_labels, load_autoencoder
 from gspn_jax.evaluate import plots, report
 from gspn_jax.evaluate.scoring import FEWEST, ScoreFlags, Scorer, finish
 from gspn_jax.files import sha256_of
 from gspn_jax.metrics.npz import StoredImages
-from gspn_jax.sample_files import write_npz
-from gspn_jax.training import sharding
+from gspn_jax.parallel import sharding
+from gspn_jax.pixels import to_rgb
+from gspn_jax.sampling.decoding import load_autoencoder
+from gspn_jax.sampling.drawing import Drawing, Labels, draw_labels
+from gspn_jax.sampling.files import write_npz
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -65,7 +65,7 @@ def evaluate_run(flags: RunFlags, config: Config, step: int) -> list[dict[str, A
     """Scores the checkpoint of `step` at each guidance scale; returns the results, which are also printed and written.
     """
     # --- what can be wrong is found first
-    if config.data.source == "latents" and not flags.vae:
+    if config.data.latents and not flags.vae:
         raise ConfigError("a run on latents needs --vae to decode what it draws, found none")
     if flags.save_samples and jax.process_count() > 1:
         raise ConfigError(f"--save-samples is for a single process, found {jax.process_count()}")
@@ -82,7 +82,7 @@ def evaluate_run(flags: RunFlags, config: Config, step: int) -> list[dict[str, A
     results = []
     for number, config in enumerate(configs):
         of = f" {number + 1} of {len(configs)}" if len(configs) > 1 else ""
-        drawing = Drawing(flags.run, step, config, mesh, total=flags.num_samples, batch_size=flags.batch_size,
+        drawing = Drawing(flags.run, step, config, mesh, total=flags.num_samples, batch_size=scorer.batch_size,
                           ema=flags.ema, image_size=flags.image_size, vae=vae,
                           description=f"guidance {config.sampler.guidance_scale:g}{of}")
         about = drawing.settings() | {"labels": flags.labels, "seed": flags.seed,
@@ -107,24 +107,18 @@ def _evaluate(flags: RunFlags, config: Config, drawing: Drawing, about: dict[str
     start = time.perf_counter()
     scorer.prepare()
     with drawing:
-        images = _drawn(drawing, labels, seeds)
+        said = {"warnings": _uneven(flags, config),
+                "samples": about | {"source": str(flags.run), "count": flags.num_samples}}
         if flags.save_samples:
             write_npz(pathlib.Path(flags.save_samples), drawing, labels, seeds, shape=drawing.shape,
                       batch_size=drawing.batch_size, settings=about, done=drawing.done)
             images = StoredImages(flags.save_samples, "--save-samples").batches(drawing.batch_size)
-        result = scorer.score(images, labels=labels, warnings=_uneven(flags, config),
-                              samples=about | {"source": str(flags.run), "count": flags.num_samples})
+            result = scorer.score(images, labels=labels, **said)
+        else:
+            result = scorer.score_drawn(lambda *which: to_rgb(drawing(*which)), labels, seeds, done=drawing.done,
+                                        **said)
     result["environment"]["seconds"] = time.perf_counter() - start
     return result
-
-
-def _drawn(drawing: Drawing, labels: np.ndarray, seeds: np.ndarray) -> Iterator[UInt8[np.ndarray, "n H W 3"]]:
-    """Batch after batch; greyscale as three equal channels."""
-    for start in range(0, len(labels), drawing.batch_size):
-        batch = slice(start, start + drawing.batch_size)
-        images = drawing(labels[batch], seeds[batch])
-        drawing.done(start + len(images))
-        yield images if images.shape[3] == 3 else images.repeat(3, axis=3)
 
 
 def _uneven(flags: RunFlags, config: Config) -> list[str]:

@@ -3,7 +3,7 @@
 import dataclasses
 import logging
 import pathlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -19,6 +19,7 @@ from gspn_jax.metrics.extractor import Extractor
 from gspn_jax.metrics.moments import on_host
 from gspn_jax.metrics.reference import NEEDS, read_reference
 from gspn_jax.metrics.scores import Collector, check_names
+from gspn_jax.sampling.scoring import Draw, draw_and_score
 
 log = logging.getLogger(__name__)
 
@@ -75,6 +76,7 @@ class Scorer:
             self._reference.check_inception(digest)
         self.inception = {"path": str(path), "sha256": sha256_of(path), "tensors_sha256": digest}
         self._flags, self._mesh = flags, mesh
+        self.batch_size = -(-flags.batch_size // mesh.size) * mesh.size  # as the extractor rounds it up
         self._extractor: Extractor | None = None
         self._params = inception.from_state_dict(state_dict)
 
@@ -96,7 +98,7 @@ class Scorer:
     def prepare(self) -> None:
         """Puts the network onto the devices and computes what the reference has as images only, both once."""
         if self._extractor is None:
-            self._extractor = Extractor(self._params, batch_size=self._flags.batch_size, mesh=self._mesh)
+            self._extractor = Extractor(self._params, batch_size=self.batch_size, mesh=self._mesh)
             if self._reference:
                 self._reference = self._reference.complete(self.names, self._extractor, self._extractor.batch_size)
 
@@ -112,11 +114,23 @@ class Scorer:
             collector.add(features, mask)
             if labels is None and "is" in self.names:
                 predicted.append(on_host(features.logits.argmax(1))[on_host(mask)])
+        return self._result(collector, np.concatenate(predicted) if predicted else labels, samples, warnings)
+
+    def score_drawn(self, draw: Draw, labels: Int[np.ndarray, " N"], seeds: Int[np.ndarray, " N"], *,
+                    samples: dict[str, Any], warnings: Iterable[str] = (),
+                    done: Callable[[int], None] = lambda count: None) -> dict[str, Any]:
+        """The result of images that `draw` makes of labels and seeds, `batch_size` at a time, as `score` gives it."""
+        self.prepare()
+        collector = Collector(self.names, float16=self._flags.float16)
+        draw_and_score(draw, labels, seeds, self._extractor, collector.add, done=done)
+        return self._result(collector, labels, samples, warnings)
+
+    def _result(self, collector: Collector, classes: Int[np.ndarray, " N"] | None, samples: dict[str, Any],
+                warnings: Iterable[str]) -> dict[str, Any]:
         log.info("%s images are scored; computing %s", f"{collector.count:,}", ", ".join(self.names))
         reference = self.reference
         said = [*warnings, *report.unfair(self.names, collector.count, tuple(samples["image_size"]),
-                                          reference and reference["image_size"],
-                                          np.concatenate(predicted) if predicted else labels)]
+                                          reference and reference["image_size"], classes)]
         return {"metrics": collector.scores(self._reference), "samples": samples, "reference": reference,
                 "inception": self.inception, "settings": self.settings(), "warnings": said,
                 "environment": report.environment()}

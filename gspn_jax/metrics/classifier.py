@@ -14,6 +14,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, UInt8
 
 from gspn_jax.metrics.frechet import frechet_distance, moments
+from gspn_jax.pixels import from_uint8
 
 WIDTHS = (64, 128, 256)
 """Channels at each halving of the resolution."""
@@ -37,7 +38,7 @@ class _Network(nnx.Module):
         self.logits = nnx.Linear(FEATURES, classes, rngs=rngs)
 
     def __call__(self, images: UInt8[Array, "N H W C"]) -> tuple[Float[Array, "N F"], Float[Array, "N K"]]:
-        x = images.astype(jnp.float32) / 127.5 - 1
+        x = from_uint8(images)
         for convolution, norm in zip(self.convolutions, self.norms, strict=True):
             x = jax.nn.relu(norm(convolution(x)))
         features = jax.nn.relu(self.features(x.mean((1, 2))))

@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import UInt8
 
 from gspn_jax.config import ConfigError
+from gspn_jax.pixels import to_rgb
 
 _DAMAGE = (zipfile.BadZipFile, zlib.error, lzma.LZMAError, struct.error, tokenize.TokenError, SyntaxError, ValueError,
            OverflowError, MemoryError, EOFError, OSError, NotImplementedError, RuntimeError)
@@ -72,7 +73,7 @@ class StoredImages:
                     count = min(size, len(self) - first)
                     data = file.read(count * image)
                     images = np.frombuffer(data, np.uint8).reshape(count, *self.shape[1:])
-                    yield images if self.shape[3] == 3 else images.repeat(3, axis=3)
+                    yield to_rgb(images)
         except _DAMAGE as error:
             raise ConfigError(f"{self._key!r} in {self.path} cannot be read: {error}") from error
 

@@ -1,4 +1,4 @@
-"""The processes of one job that each prepare a share: they begin together, and none leaves before the result is there.
+"""The processes of one job that each prepare a share: none leaves before the result is there.
 
 Only the file system passes results between them, so that numbers arrive as they were computed. JAX's own watch over the
 job ends those that wait for a process that is gone.
@@ -8,19 +8,10 @@ import logging
 import time
 from collections.abc import Callable
 
-import jax
-from jax.experimental import multihost_utils
-
 log = logging.getLogger(__name__)
 
 SECONDS = 0.5
 """Between two looks at the files that others write."""
-
-
-def begin_together(name: str) -> None:
-    """Waits until every process is here: from then on files may change that all have read."""
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(name)
 
 
 def wait_until(there: Callable[[], bool], wanted: str) -> None:

@@ -1,16 +1,11 @@
-"""The images to prepare from: the flags that name them, and reading them in order by threads that work ahead."""
+"""The images to prepare from: the flags that name them."""
 
-import collections
-import concurrent.futures
 import dataclasses
 import os
-from collections.abc import Callable, Iterable, Iterator
 from typing import ClassVar, Literal
 
-import numpy as np
-
 from gspn_jax.config import ConfigError
-from gspn_jax.data.sources import Source
+from gspn_jax.data.source import Source
 
 CHANNELS = 3
 
@@ -53,7 +48,7 @@ class ImageFlags:
     def source(self, image_size: int) -> Source:
         """The images as RGB squares of that size. Raises ConfigError for a set that cannot be read."""
         if self.images:
-            from gspn_jax.data.sources import FolderSource
+            from gspn_jax.data.folder import FolderSource
 
             return FolderSource(self.images, image_size, CHANNELS)
         if self.tars:
@@ -63,23 +58,3 @@ class ImageFlags:
         from gspn_jax.data.tfds_source import TfdsSource
 
         return TfdsSource(self.tfds, self.tfds_dir, self.tfds_split, image_size, CHANNELS)
-
-
-Record = dict[str, np.ndarray | np.int32]
-
-
-def read_ahead(pool: concurrent.futures.Executor, source: Source, indices: Iterable[int],
-               count: int) -> Iterator[Callable[[], Record]]:
-    """For each index in order, a call that waits for its record; `count` of them are being decoded at any time."""
-    queue: collections.deque[concurrent.futures.Future] = collections.deque()
-    remaining = iter(indices)
-    try:
-        for index in remaining:
-            queue.append(pool.submit(source.__getitem__, index))
-            if len(queue) >= count:
-                yield queue.popleft().result
-        while queue:
-            yield queue.popleft().result
-    finally:
-        for future in queue:
-            future.cancel()

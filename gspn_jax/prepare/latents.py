@@ -13,8 +13,9 @@ import time
 import numpy as np
 
 from gspn_jax.config import ConfigError
+from gspn_jax.data.ahead import read_ahead
 from gspn_jax.files import replacing
-from gspn_jax.prepare.images import CHANNELS, ImageFlags, read_ahead
+from gspn_jax.prepare.images import CHANNELS, ImageFlags
 
 log = logging.getLogger(__name__)
 
@@ -57,7 +58,8 @@ def prepare_latents(arguments: Latents) -> None:
 
     from gspn_jax import autoencoder
     from gspn_jax.data.latents import METADATA, LatentMetadata, shard_name
-    from gspn_jax.prepare.hosts import begin_together, wait_until
+    from gspn_jax.parallel.agreement import meet
+    from gspn_jax.prepare.hosts import wait_until
 
     together = jax.process_count() > 1
     if together:
@@ -96,7 +98,7 @@ def prepare_latents(arguments: Latents) -> None:
     _check_disk(output, [len(parts[number]) for number in mine], latent_shape, arguments.flips)
     with replacing(_settings_path(output, arguments.host)) as temporary:
         temporary.write_text(json.dumps(settings))
-    begin_together("latents")
+    meet("latents")
     vae = autoencoder.Autoencoder(weights, config, batch_size=arguments.batch_size)
     _encode_shards(arguments, source, vae, {paths[number]: parts[number] for number in mine})
 

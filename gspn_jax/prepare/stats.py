@@ -19,10 +19,11 @@ import numpy as np
 from jaxtyping import UInt8
 
 from gspn_jax.config import ConfigError
+from gspn_jax.data.ahead import read_ahead
 from gspn_jax.data.flat_folder import FlatFolder
-from gspn_jax.data.sources import Source, hash_of
+from gspn_jax.data.source import Source, hash_of
 from gspn_jax.files import replacing, sha256_of
-from gspn_jax.prepare.images import ImageFlags, read_ahead
+from gspn_jax.prepare.images import ImageFlags
 
 log = logging.getLogger(__name__)
 
@@ -135,7 +136,8 @@ def prepare_stats(arguments: Stats) -> None:
     from gspn_jax.metrics import inception
     from gspn_jax.metrics.extractor import Extractor
     from gspn_jax.metrics.reference import Reference
-    from gspn_jax.prepare.hosts import begin_together, wait_until
+    from gspn_jax.parallel.agreement import meet
+    from gspn_jax.prepare.hosts import wait_until
 
     # --- what can be wrong is found first
     output = pathlib.Path(arguments.output)
@@ -164,7 +166,7 @@ def prepare_stats(arguments: Stats) -> None:
     mine = [number for number in range(jax.process_index(), len(parts), jax.process_count())
             if not progress.has(number)]
     first_host = jax.process_index() == 0
-    begin_together("statistics")
+    meet("statistics")
     with tqdm(total=sum(len(parts[number]) for number in mine), unit="image", desc="features",
               dynamic_ncols=True) as bar:
         for number in mine:

@@ -1,1 +1,1 @@
-"""Training: mesh and sharding rules, state, step, EMA, checkpoints, logs, loop."""
+"""Training: state, step, a loop of hooks, guard, logs."""

@@ -7,15 +7,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
-
-def name(decay: float) -> str:
-    """The key of a decay in `TrainState.ema`, such as "0.9999"."""
-    return f"{decay:g}"
+from gspn_jax.runs import averages
 
 
 def init(params: Any, decays: tuple[float, ...]) -> dict[str, Any]:
     """Each average starts at the parameters."""
-    return {name(decay): jax.tree.map(jnp.copy, params) for decay in decays}
+    return {averages.name(decay): jax.tree.map(jnp.copy, params) for decay in decays}
 
 
 def update(ema: Mapping[str, Any], params: Any, step: Int[Array, ""]) -> dict[str, Any]:

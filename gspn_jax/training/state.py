@@ -11,7 +11,8 @@ from jaxtyping import Array, Bool, Int
 
 from gspn_jax import models
 from gspn_jax.config import Config, OptimizerConfig
-from gspn_jax.training import ema, sharding
+from gspn_jax.parallel import sharding
+from gspn_jax.training import ema
 
 
 @jax.tree_util.register_dataclass
@@ -27,6 +28,18 @@ class TrainState:
     opt_state: Any
     ema: dict[str, Any]
     halted: Bool[Array, ""]
+
+    def items(self) -> dict[str, Any]:
+        """What a checkpoint holds of it, by name: each average apart, so that sampling reads only one."""
+        return {"params": self.params, "opt_state": self.opt_state} | {
+            f"ema_{name}": average for name, average in self.ema.items()}
+
+    def of_items(self, step: int, items: dict[str, Any]) -> "TrainState":
+        """The state at `step` of `items` that were read from a checkpoint; this one has its shapes and shardings."""
+        number, halted = jax.jit(lambda: (jnp.asarray(step, jnp.int32), jnp.zeros((), jnp.bool_)),
+                                 out_shardings=(self.step.sharding, self.halted.sharding))()
+        return TrainState(step=number, params=items["params"], opt_state=items["opt_state"],
+                          ema={name: items[f"ema_{name}"] for name in self.ema}, halted=halted)
 
 
 def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:

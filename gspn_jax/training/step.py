@@ -11,9 +11,10 @@ from jax.sharding import Mesh
 
 from gspn_jax import models
 from gspn_jax.config import Config
-from gspn_jax.data.images import from_uint8
 from gspn_jax.diffusion import objectives
-from gspn_jax.training import ema, fsdp, sharding
+from gspn_jax.parallel import fsdp, sharding
+from gspn_jax.pixels import from_uint8
+from gspn_jax.training import ema
 from gspn_jax.training.state import TrainState, abstract_state, learning_rate, make_optimizer
 
 Metrics = dict[str, jax.Array]

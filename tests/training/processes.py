@@ -12,7 +12,8 @@ import time
 import jax
 import numpy as np
 
-from gspn_jax.training import checkpoints, sharding
+from gspn_jax.parallel import sharding
+from gspn_jax.runs import checkpoints
 from tests.quick_compile import QUICK_COMPILE
 
 ROOT = pathlib.Path(__file__).parents[2]

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from gspn_jax.config import DataConfig
-from gspn_jax.training.loop import train
+from gspn_jax.training.train import train
 from tests.training import tiny
 from tests.training.processes import ROOT, everything
 
@@ -40,7 +40,7 @@ from gspn_jax.config import EvalConfig, from_dict
 from gspn_jax.metrics import extractor, inception
 from gspn_jax.metrics.inception import Features
 from gspn_jax.training import evaluation
-from gspn_jax.training.loop import train
+from gspn_jax.training.train import train
 
 class Small(extractor.Extractor):  # in place of Inception, whose compilation takes longest
     def __init__(self, params, **settings):

@@ -22,11 +22,16 @@ from gspn_jax.metrics import extractor, inception, reference
 from gspn_jax.metrics.frechet import Gaussian
 from gspn_jax.metrics.inception import Features
 from gspn_jax.metrics.reference import METRICS, Reference
-from gspn_jax.sampling import Sampler
-from gspn_jax.training import checkpoints, ema, evaluation, loop, sharding, throughput
-from gspn_jax.training.evaluation import Evaluation, Record
-from gspn_jax.training.loop import Interrupted, train
+from gspn_jax.parallel import sharding
+from gspn_jax.runs import averages, checkpoints
+from gspn_jax.runs.evaluations import Evaluations, Record
+from gspn_jax.sampling.sampler import Sampler
+from gspn_jax.training import evaluation, throughput
+from gspn_jax.training import train as page
+from gspn_jax.training.evaluation import Evaluation
+from gspn_jax.training.loop import Interrupted
 from gspn_jax.training.state import create_state
+from gspn_jax.training.train import train
 from tests.autoencoder import numpy_vae
 from tests.real_images import archive
 from tests.training import tiny
@@ -158,7 +163,7 @@ def stop_at(monkeypatch, call):
             Stop.calls += 1
             return "SIGTERM" if Stop.calls == call else None
 
-    monkeypatch.setattr(loop, "Stop", Stop)
+    monkeypatch.setattr(page, "Stop", Stop)
 
 
 @pytest.mark.usefixtures("small_extractor")
@@ -166,9 +171,7 @@ def test_the_best_checkpoint_is_kept_beside_the_latest(files, tmp_path, monkeypa
     fids = iter([5.0, 3.0, 4.0, float("nan"), 3.0])
 
     def call(self, step, *_):
-        self.record = self.record.add(step, fid := next(fids))
-        self.record.write(self._run_dir)
-        return {"fid": fid}
+        return {"fid": next(fids)}
 
     monkeypatch.setattr(Evaluation, "__call__", call)
     settings = config(files, tmp_path / "run", every=1, save_every=1)
@@ -190,7 +193,9 @@ def test_a_run_that_goes_back_forgets_what_was_evaluated_after(tmp_path):
         (tmp_path / "checkpoints" / str(step)).mkdir(parents=True)
     for found, left in (((5, 4, 3.0), (3, None, None)), ((5, 2, 3.0), (3, 2, 3.0)), ((2, 2, 3.0), (2, 2, 3.0))):
         Record(*found).write(tmp_path)
-        assert Record.rewind(tmp_path, 3) == Record.read(tmp_path) == Record(*left)
+        evaluations = Evaluations(tmp_path)
+        evaluations.rewind(3)
+        assert evaluations.record == Record.read(tmp_path) == Record(*left)
 
 
 @pytest.mark.usefixtures("small_extractor")
@@ -265,7 +270,7 @@ def test_a_run_on_photographs_from_pixels_to_fid_on_eight_devices_as_on_one(file
 
     mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
     average = checkpoints.restore_params(settings.run_dir, 2, settings, mesh, ema_decay=settings.eval.ema)
-    state = types.SimpleNamespace(params=None, ema={ema.name(settings.eval.ema): average})
+    state = types.SimpleNamespace(params=None, ema={averages.name(settings.eval.ema): average})
     one = Evaluation(settings, mesh)(2, state)
     assert one["fid"] == pytest.approx(line["eval/fid"], rel=1e-3)
     assert one["is"] == pytest.approx(line["eval/is"], rel=1e-3)
@@ -286,7 +291,7 @@ def test_latents_are_decoded_and_grey_images_repeated(files, tmp_path, monkeypat
                               num_classes=2),
         eval=dataclasses.replace(base.eval, vae=str(tmp_path / "vae.safetensors")))
     grey = dataclasses.replace(base, data=DataConfig())
-    from gspn_jax.drawing import load_autoencoder
+    from gspn_jax.sampling.decoding import load_autoencoder
 
     for settings in (latents, grey):
         seen.clear()

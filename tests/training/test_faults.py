@@ -18,8 +18,9 @@ import numpy as np
 import pytest
 
 from gspn_jax.config import MeshConfig
-from gspn_jax.training import checkpoints, manifest, sharding
-from gspn_jax.training.checkpoints import CheckpointError, Checkpoints
+from gspn_jax.parallel import sharding
+from gspn_jax.runs import checkpoints, manifest
+from gspn_jax.runs.checkpoints import CheckpointError, Checkpoints
 from gspn_jax.training.state import abstract_state, create_state
 from tests.quick_compile import QUICK_COMPILE
 from tests.training import tiny

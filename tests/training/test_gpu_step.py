@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from gspn_jax.config import Config, DataConfig, MeshConfig, ModelConfig, TrainConfig
-from gspn_jax.training import fsdp, sharding
+from gspn_jax.parallel import fsdp, sharding
 from gspn_jax.training.state import abstract_state
 from gspn_jax.training.step import make_step
 from kernels import devices

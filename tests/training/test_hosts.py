@@ -15,7 +15,8 @@ import pytest
 from PIL import Image
 
 from gspn_jax.config import MeshConfig
-from gspn_jax.training import checkpoints, sharding
+from gspn_jax.parallel import sharding
+from gspn_jax.runs import checkpoints
 from gspn_jax.training.state import abstract_state
 from tests.training import tiny
 from tests.training.processes import (
@@ -100,9 +101,9 @@ import os, sys
 import jax
 import numpy as np
 import train_dit
-from gspn_jax.training import loop
+from gspn_jax.training import batches, train as page
 
-seeing, make_step, make_loader = sys.argv.pop(1), loop.make_step, loop.data.make_loader
+seeing, make_step, make_loader = sys.argv.pop(1), page.make_step, batches.data.make_loader
 
 def make(config, mesh):
     step, calls = make_step(config, mesh), iter(range(1, 1000))
@@ -117,7 +118,7 @@ def loader(*arguments, **settings):
     print("data", settings["seed"], settings["start_step"], file=sys.stderr)
     return make_loader(*arguments, **settings)
 
-loop.make_step, loop.data.make_loader = make, loader
+page.make_step, batches.data.make_loader = make, loader
 train_dit.main()
 """
 
@@ -171,8 +172,8 @@ cli.join_other_hosts([])
 import jax, jax.numpy as jnp, numpy as np, optax
 from gspn_jax import models
 from gspn_jax.config import MeshConfig
-from gspn_jax.training import sharding
-from gspn_jax.training.checkpoints import Checkpoints
+from gspn_jax.parallel import sharding
+from gspn_jax.runs.checkpoints import Checkpoints
 from gspn_jax.training.state import abstract_state, create_state
 from tests.training import tiny
 

@@ -1,6 +1,7 @@
 """A run as a user starts it: killed, interrupted, extended, fed a number that is not finite."""
 
 import dataclasses
+import gzip
 import json
 import random
 import shutil
@@ -11,8 +12,11 @@ import jax
 import numpy as np
 import pytest
 
-from gspn_jax.training import checkpoints, sharding
-from gspn_jax.training.loop import NonFiniteError, train
+from gspn_jax.config import ConfigError, ProfileConfig
+from gspn_jax.parallel import sharding
+from gspn_jax.runs import checkpoints
+from gspn_jax.training.guard import NonFiniteError
+from gspn_jax.training.train import train
 from tests.training import tiny
 from tests.training.processes import (
     STEPS,
@@ -110,6 +114,19 @@ def test_a_run_leaves_metrics_events_grids_and_its_config(tmp_path):
     assert grids == ["step_0000003.png", "step_0000006.png"]
     assert any((tmp_path / "run" / "tensorboard").iterdir())
     assert checkpoints.read_config(tmp_path / "run") == (6, config)
+
+
+def test_chosen_steps_are_traced(tmp_path):
+    for steps, said in (("3:2", "1 <= FIRST <= LAST, found '3:2'"), ("0:1", "found '0:1'"), ("x", "found 'x'")):
+        with pytest.raises(ConfigError, match=said):
+            ProfileConfig(steps)
+    config = tiny.config(tmp_path / "run", steps=5, log_every=5, save_every=5)
+    train(dataclasses.replace(config, profile=ProfileConfig("2:3")))
+    trace, = (tmp_path / "run" / "profile").rglob("*.trace.json.gz")
+    with gzip.open(trace) as file:
+        events = json.load(file)["traceEvents"]
+    assert [event["args"]["step_num"] for event in events if event.get("name") == "train"] == ["2", "3"]
+    assert any((tmp_path / "run" / "profile").rglob("*.xplane.pb"))  # what xprof and TensorBoard open
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_before_the_update(tmp_path):

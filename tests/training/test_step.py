@@ -10,7 +10,9 @@ import pytest
 
 from gspn_jax import models
 from gspn_jax.config import MeshConfig, OptimizerConfig
-from gspn_jax.training import ema, sharding
+from gspn_jax.parallel import sharding
+from gspn_jax.runs import averages
+from gspn_jax.training import ema
 from gspn_jax.training.state import create_state, learning_rate, make_optimizer
 from gspn_jax.training.step import make_gradient, make_loss, make_step
 from tests.training import tiny
@@ -127,15 +129,15 @@ def test_accumulated_gradient_is_the_mean_over_micro_batches():
 def test_averages_follow_their_recurrence():
     rng = np.random.default_rng(0)
     path = rng.normal(size=(200, 3)).astype(np.float32)
-    averages = ema.init({"w": jnp.asarray(path[0])}, (0.9, 0.999))
+    kept = ema.init({"w": jnp.asarray(path[0])}, (0.9, 0.999))
     wanted = {0.9: path[0].astype(np.float64), 0.999: path[0].astype(np.float64)}
     for step, value in enumerate(path[1:]):
-        averages = ema.update(averages, {"w": jnp.asarray(value)}, jnp.asarray(step))
+        kept = ema.update(kept, {"w": jnp.asarray(value)}, jnp.asarray(step))
         for decay in wanted:
             d = min(decay, (1 + step) / (10 + step))
             wanted[decay] = d * wanted[decay] + (1 - d) * value
     for decay, expected in wanted.items():
-        np.testing.assert_allclose(averages[ema.name(decay)]["w"], expected, rtol=1e-4, atol=1e-6)
+        np.testing.assert_allclose(kept[averages.name(decay)]["w"], expected, rtol=1e-4, atol=1e-6)
 
 
 def test_learning_rate_is_warm_up_then_half_cosine():

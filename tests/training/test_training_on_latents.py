@@ -11,8 +11,8 @@ from gspn_jax import models
 from gspn_jax.config import DataConfig
 from gspn_jax.data.latents import write_synthetic
 from gspn_jax.diffusion import objectives
-from gspn_jax.training.loop import train
 from gspn_jax.training.step import make_loss
+from gspn_jax.training.train import train
 from tests.training import tiny
 
 

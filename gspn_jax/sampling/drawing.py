@@ -1,13 +1,11 @@
 """Images of a checkpoint by the thousand, with a bar; what `sample.py` writes and `gspn_jax.evaluate` scores."""
 
 import dataclasses
-import hashlib
 import pathlib
 from typing import Any, Literal
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from jaxtyping import Int, UInt8
 from tqdm import tqdm
@@ -15,13 +13,11 @@ from tqdm import tqdm
 from gspn_jax import autoencoder, models
 from gspn_jax.config import Config, ConfigError
 from gspn_jax.diffusion.samplers import sampler_name
-from gspn_jax.sampling import Sampler
-from gspn_jax.training import checkpoints
+from gspn_jax.runs import checkpoints
+from gspn_jax.runs.digest import digest_of
+from gspn_jax.sampling.sampler import Sampler
 
 Labels = Literal["random", "balanced"]
-
-DECODED_AT_A_TIME, DECODED_PIXELS = 16, 16 * 256**2
-"""Bound the memory of decoding, which at 256 pixels is more than that of sampling."""
 
 
 def draw_labels(kind: Labels, count: int, num_classes: int, seed: int) -> Int[np.ndarray, " N"]:
@@ -29,25 +25,6 @@ def draw_labels(kind: Labels, count: int, num_classes: int, seed: int) -> Int[np
     if kind == "random":
         return np.random.default_rng(seed).integers(num_classes, size=count)
     return np.arange(count) % num_classes
-
-
-def load_autoencoder(path: str | None, config: Config,
-                     image_size: tuple[int, int] | None = None) -> autoencoder.Autoencoder | None:
-    """The decoder for latents of `image_size` (that of the run by default); None for a run on pixels or without `path`.
-
-    Raises ConfigError for weights that the run has no use for, and as `autoencoder.load`.
-    """
-    if path is None:
-        return None
-    if config.data.source != "latents":
-        raise ConfigError(f"--vae is for a run on latents, found one with data.source {config.data.source!r}")
-    weights, sizes = autoencoder.load(path)
-    if sizes.latent_channels != config.data.channels:
-        raise ConfigError(f"--vae must be of {config.data.channels} latent channels, as the run is, found "
-                          f"{sizes.latent_channels} in {path}")
-    height, width = image_size or (config.data.image_size,) * 2
-    fitting = DECODED_PIXELS // (height * width * sizes.factor**2)
-    return autoencoder.Autoencoder(weights, sizes, batch_size=max(1, min(DECODED_AT_A_TIME, fitting)))
 
 
 class Drawing:
@@ -66,7 +43,7 @@ class Drawing:
         height, width = image_size or (config.data.image_size,) * 2
         factor, channels = (vae.config.factor, 3) if vae else (1, config.data.channels)
         self.shape = (height * factor, width * factor, channels)
-        self.batch_size = min(batch_size, total)
+        self.batch_size = batch_size
         self._run, self._step, self._config = run, step, config
         self._ema = config.train.ema_decays[0] if ema is None else ema
         self._sampler = Sampler(config, mesh, image_size=(height, width), progress=self._progress,
@@ -114,16 +91,3 @@ class Drawing:
         return {"run": str(self._run), "model": config.model.preset, "step": self._step,
                 "images_seen": self._step * config.train.batch_size, "ema_decay": self._ema, "sampler": sampler,
                 "parameters_sha256": digest_of(self._params, config), "image_size": list(self.shape[:2])}
-
-
-def digest_of(params: Any, config: Config) -> str:
-    """SHA-256 over the parameters of `config` and where they are in the tree; the same on any mesh, however it stores
-    them (`sharding.stored`). Every host must call it."""
-    total = hashlib.sha256()
-    shapes = jax.tree.leaves(models.abstract(config)[1])
-    for (path, leaf), own in zip(jax.tree_util.tree_leaves_with_path(params), shapes, strict=True):
-        total.update(jax.tree_util.keystr(path, simple=True, separator="/").encode())
-        if not getattr(leaf, "is_fully_addressable", True):
-            leaf = multihost_utils.process_allgather(leaf, tiled=True)
-        total.update(np.ascontiguousarray(np.asarray(leaf)[tuple(map(slice, own.shape))]).tobytes())
-    return total.hexdigest()

@@ -7,10 +7,10 @@ import sys
 
 import pytest
 
-from gspn_jax import huge_pages
+from gspn_jax.cli import huge_pages
 
 MADVISE = "always [madvise] never\n"
-ROOT = pathlib.Path(__file__).parents[1]
+ROOT = pathlib.Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize(("environment", "accelerators", "value"), [
@@ -39,7 +39,7 @@ def run(tmp_path, folder, *argv):
     script = tmp_path / "command.py"
     script.write_text(
         "import os, pathlib, sys\n"
-        "from gspn_jax import huge_pages\n"
+        "from gspn_jax.cli import huge_pages\n"
         f"huge_pages.SETTING = pathlib.Path({str(tmp_path / 'setting')!r})\n"
         f"huge_pages.PACKAGE = pathlib.Path({str(folder)!r})\n"
         "huge_pages._glibc, huge_pages.ACCELERATORS = (lambda: (2, 36)), ()\n"

@@ -10,9 +10,10 @@ import pytest
 import yaml
 
 from gspn_jax import cli
+from gspn_jax.cli.hosts import HOSTS
 from gspn_jax.config import ConfigError
 
-LAUNCH = pathlib.Path(__file__).parents[1] / "docs" / "launch"
+LAUNCH = pathlib.Path(__file__).parents[2] / "docs" / "launch"
 
 
 @pytest.fixture
@@ -53,7 +54,7 @@ def test_the_kubernetes_job_starts_the_run_on_every_host():
     config = cli.parse_config(container["args"], program="train_dit.py", description="")
     assert config.run_dir == "/runs/xl" and config.data.path == "/data/latents"
     env = {variable["name"]: variable for variable in container["env"]}
-    assert set(env) == set(cli.HOSTS.values())
+    assert set(env) == set(HOSTS.values())
     assert int(env["JAX_NUM_PROCESSES"]["value"]) == job["spec"]["completions"] == job["spec"]["parallelism"]
     name = job["metadata"]["name"]
     assert env["JAX_COORDINATOR_ADDRESS"]["value"] == f"{name}-0.{pod['subdomain']}:1234"
@@ -93,7 +94,7 @@ exec(sys.argv[1])
 
 
 def one_of_two(tmp_path, script):
-    env = os.environ | {"JAX_PROCESS_ID": "0", "PYTHONPATH": str(LAUNCH.parents[1])}
+    env = os.environ | {"JAX_PROCESS_ID": "0", "PYTHONPATH": str(LAUNCH.parents[2])}
     return subprocess.Popen([sys.executable, "-c", CHILD, script], env=env, cwd=tmp_path, text=True,
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
@@ -142,7 +143,7 @@ def test_tasks_of_slurm_find_one_another_and_their_devices(hosts, more, devices)
            "SLURM_STEP_NODELIST": "localhost"}
     tasks = [subprocess.Popen(
         [sys.executable, "-c", JOINED], text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        env=os.environ | job | more | {"PYTHONPATH": str(LAUNCH.parents[1]), "SLURM_PROCID": str(i),
+        env=os.environ | job | more | {"PYTHONPATH": str(LAUNCH.parents[2]), "SLURM_PROCID": str(i),
                                        "SLURM_LOCALID": str(i), "XLA_FLAGS": ""}) for i in range(2)]
     said = [task.communicate(timeout=60) for task in tasks]
     assert [output.split() for output, _ in said] == [[str(i), "2", devices[i]] for i in range(2)], said

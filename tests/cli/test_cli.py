@@ -7,9 +7,10 @@ import pytest
 
 import train_dit
 from gspn_jax import cli
+from gspn_jax.cli import process
 from gspn_jax.config import Config
 
-DIGITS = str(pathlib.Path(__file__).parents[1] / "configs" / "digits.py")
+DIGITS = str(pathlib.Path(__file__).parents[2] / "configs" / "digits.py")
 
 
 def parse(*flags):
@@ -95,7 +96,7 @@ def test_compiled_programs_are_kept_on_the_disk_by_default(tmp_path, monkeypatch
 def test_products_that_one_version_of_jax_computes_twice_on_a_gpu_are_computed_once(
         version, plugin, before, after, monkeypatch):
     monkeypatch.setenv("XLA_FLAGS", before)
-    monkeypatch.setattr(cli.importlib.metadata, "version", lambda name: version)
-    monkeypatch.setattr(cli.importlib.util, "find_spec", lambda name: plugin or None)
-    cli.set_xla_flags()
+    monkeypatch.setattr(process.importlib.metadata, "version", lambda name: version)
+    monkeypatch.setattr(process.importlib.util, "find_spec", lambda name: plugin or None)
+    process.set_xla_flags()
     assert os.environ["XLA_FLAGS"] == after

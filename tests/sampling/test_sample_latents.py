@@ -13,12 +13,13 @@ from gspn_jax import models
 from gspn_jax.autoencoder import LATENT_SCALE
 from gspn_jax.config import DataConfig
 from gspn_jax.data.latents import write_synthetic
-from gspn_jax.drawing import load_autoencoder
-from gspn_jax.sampling import LATENT_RANGE, Sampler
-from gspn_jax.training import checkpoints, sharding
-from gspn_jax.training.checkpoints import Checkpoints
-from gspn_jax.training.loop import train
+from gspn_jax.parallel import sharding
+from gspn_jax.runs import checkpoints
+from gspn_jax.runs.checkpoints import Checkpoints
+from gspn_jax.sampling.decoding import load_autoencoder
+from gspn_jax.sampling.sampler import LATENT_RANGE, Sampler
 from gspn_jax.training.state import create_state
+from gspn_jax.training.train import train
 from tests.autoencoder import numpy_vae
 from tests.models import numpy_gspn
 from tests.training import tiny

@@ -17,7 +17,7 @@ TUNABLE = "glibc.malloc.hugetlb"
 OLDEST_GLIBC = (2, 35)
 SETTING = pathlib.Path("/sys/kernel/mm/transparent_hugepage/enabled")
 ACCELERATORS = ("/dev/nvidiactl", "/dev/kfd", "/dev/accel0", "/dev/vfio")
-PACKAGE = pathlib.Path(__file__).resolve().parent
+PACKAGE = pathlib.Path(__file__).resolve().parents[1]
 
 
 def restart_with_them() -> None:

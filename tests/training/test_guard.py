@@ -9,12 +9,15 @@ import numpy as np
 import pytest
 
 from gspn_jax.config import GuardConfig
-from gspn_jax.training import checkpoints, loop
-from gspn_jax.training.evaluation import RECORD, Record
-from gspn_jax.training.loop import train
-from gspn_jax.training.spikes import DivergedError, Guard
+from gspn_jax.parallel import sharding
+from gspn_jax.runs import checkpoints
+from gspn_jax.runs.evaluations import RECORD, Record
+from gspn_jax.training import batches as stream
+from gspn_jax.training import train as page
+from gspn_jax.training.guard import DivergedError, Guard
 from gspn_jax.training.state import create_state
 from gspn_jax.training.step import make_step
+from gspn_jax.training.train import train
 from tests.training import tiny
 from tests.training.test_step import batches
 
@@ -66,19 +69,26 @@ def test_a_run_that_goes_on_judges_as_if_it_had_never_stopped():
 def test_each_rollback_gives_another_order_and_their_number_has_a_limit():
     guard = Guard(LOOKING, {})
     assert guard.data_seed(5) == 5
-    guard.go_back(30, 3.0, 20)
+    normal = [{"finite": True, "loss": loss} for loss in np.tile([1.0, 1.1, 0.9], 10)]
+    spike = [{"finite": True, "loss": 4.0}] * 3
+    assert guard.judge(30, normal, saved=20).action == "continue"
+    assert guard.judge(33, spike, saved=20)[::3] == ("roll back", pytest.approx(2, abs=0.1))  # 4, 1, 1
+    guard.went_back(33, 20, {})  # the notes of the checkpoint know of no rollback
+    assert guard.notes["rollbacks"] == [[33, 20]]
     assert guard.data_seed(5) not in (5, Guard(LOOKING, {}).data_seed(6))
-    guard.recall({})  # the notes of the checkpoint know of no rollback
-    assert guard.notes["rollbacks"] == [[30, 20]]
-    with pytest.raises(DivergedError, match=r"rose to 4 before step 40 again after 1 rollbacks.*guard.max_rollbacks"):
-        guard.go_back(40, 4.0, 20)
+    assert guard.judge(50, normal, saved=20).action == "continue"
+    verdict = guard.judge(53, spike, saved=20)
+    assert verdict.action == "stop" and isinstance(verdict.error, DivergedError)
+    assert "before step 53 again after 1 rollbacks, all that guard.max_rollbacks allows" in str(verdict.error)
+    assert "the checkpoint of step 20 is kept" in str(verdict.error)
+    assert Guard(LOOKING, guard.notes).judge(53, spike, saved=0).action == "continue"  # there is nowhere to go back to
 
 
 @pytest.fixture
 def spoiled(monkeypatch):
     """spoil(calls, change): the metrics of these calls of the step (counted over the process) are changed."""
     def spoil(calls, change):
-        made, count = loop.make_step, iter(range(1, 10**6))
+        made, count = page.make_step, iter(range(1, 10**6))
 
         def make(config, mesh):
             step = made(config, mesh)
@@ -89,7 +99,7 @@ def spoiled(monkeypatch):
 
             return spoiled_step
 
-        monkeypatch.setattr(loop, "make_step", make)
+        monkeypatch.setattr(page, "make_step", make)
 
     return spoil
 
@@ -111,7 +121,7 @@ def test_a_spike_sends_the_run_back_and_on_with_other_data(tmp_path, spoiled, ca
     seeds = []
     guard = dataclasses.replace(LOOKING, spike_steps=2, spike_window=20)
     spoiled({27, 28}, high)
-    make_loader = loop.data.make_loader
+    make_loader = stream.data.make_loader
 
     def loader(*arguments, **settings):
         seeds.append((settings["seed"], settings["start_step"]))
@@ -120,7 +130,7 @@ def test_a_spike_sends_the_run_back_and_on_with_other_data(tmp_path, spoiled, ca
         return make_loader(*arguments, **settings)
 
     with pytest.MonkeyPatch.context() as patch, caplog.at_level(logging.WARNING):
-        patch.setattr(loop.data, "make_loader", loader)
+        patch.setattr(stream.data, "make_loader", loader)
         train(guarded(tmp_path / "run", guard))
     assert "before step 30: back to step 20, and on with another order" in caplog.text
     assert seeds == [(0, 0), (1_000_003, 20)]
@@ -155,9 +165,9 @@ def test_updates_that_are_not_finite_are_left_out_and_counted(tmp_path, spoiled)
 
 def test_a_skipped_update_changes_nothing_but_the_number_of_the_step():
     config = dataclasses.replace(tiny.config(), guard=GuardConfig(nonfinite="skip"))
-    mesh = loop.sharding.make_mesh(config.mesh, jax.devices()[:1])
+    mesh = sharding.make_mesh(config.mesh, jax.devices()[:1])
     state, step = create_state(config, mesh), make_step(config, mesh)
-    good = [jax.device_put(b, loop.sharding.batch_sharding(mesh)) for b in batches(config, 2)]
+    good = [jax.device_put(b, sharding.batch_sharding(mesh)) for b in batches(config, 2)]
     broken = dataclasses.replace(state, params=jax.tree.map(lambda p: p.at[...].set(np.nan), state.params))
     before = jax.device_get(broken)
     after, metrics = step(broken, good[0])

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 from gspn_jax.config import MeshConfig, ModelConfig
-from gspn_jax.training import checkpoints, sharding
-from gspn_jax.training.checkpoints import CheckpointError, Checkpoints
+from gspn_jax.parallel import sharding
+from gspn_jax.runs import checkpoints
+from gspn_jax.runs.checkpoints import CheckpointError, Checkpoints
 from gspn_jax.training.state import abstract_state, create_state
 from tests.training import tiny
 

@@ -10,10 +10,10 @@ import pytest
 from jax.sharding import AbstractMesh
 from jax.sharding import PartitionSpec as P
 
+from benchmarks.collectives import collectives
 from gspn_jax import models
 from gspn_jax.config import ConfigError, DataConfig, MeshConfig, ModelConfig
-from gspn_jax.training import fsdp, sharding
-from gspn_jax.training.collectives import collectives
+from gspn_jax.parallel import fsdp, sharding
 from gspn_jax.training.state import abstract_state
 from gspn_jax.training.step import make_gradient
 from tests.training import tiny

@@ -20,7 +20,7 @@ import kernels
 from gspn_jax import models
 from gspn_jax.config import Config, parse_precision
 from gspn_jax.models import blocks
-from gspn_jax.training import sharding
+from gspn_jax.parallel import sharding
 
 
 @contextlib.contextmanager

@@ -10,9 +10,9 @@ from jaxtyping import Array, Float, Int, UInt8
 
 from gspn_jax import models
 from gspn_jax.config import Config, ConfigError
-from gspn_jax.data.images import to_uint8
 from gspn_jax.diffusion import samplers
-from gspn_jax.training import fsdp, sharding
+from gspn_jax.parallel import fsdp, sharding
+from gspn_jax.pixels import to_uint8
 
 Progress = Callable[[int, int], None]
 Decode = Callable[[Float[np.ndarray, "N h w C"]], UInt8[np.ndarray, "N H W 3"]]
@@ -57,7 +57,7 @@ class Sampler:
                                     clip_denoised=config.sampler.clip_denoised)
             if decode is not None:
                 return x
-            return to_uint8(x[..., :3] / LATENT_RANGE if config.data.source == "latents" else x)
+            return to_uint8(x[..., :3] / LATENT_RANGE if config.data.latents else x)
 
         split = sharding.batch_sharding(mesh)
         self._draw = jax.jit(draw, in_shardings=(sharding.param_shardings(shapes, mesh), split, split),

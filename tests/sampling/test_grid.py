@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gspn_jax.data.images import from_uint8, grid, to_uint8
+from gspn_jax.pixels import from_uint8, to_uint8
+from gspn_jax.sampling.grid import grid
 
 
 def test_uint8_goes_to_the_models_range_and_back_exactly():
@@ -71,5 +72,5 @@ def test_wrong_grids_get_a_sentence():
 
 
 def test_pixel_helpers_need_no_grain():
-    code = "import sys; sys.modules.update(grain=None, tensorflow_datasets=None); import gspn_jax.data.images"
+    code = "import sys; sys.modules.update(grain=None, tensorflow_datasets=None); import gspn_jax.sampling.grid"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=pathlib.Path(__file__).parents[2])

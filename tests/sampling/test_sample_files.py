@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from gspn_jax.config import ConfigError
-from gspn_jax.sample_files import write_npz
+from gspn_jax.sampling.files import write_npz
 
 SHAPE = (3, 4, 2)
 LABELS, SEEDS = np.arange(10) % 3, 100 + np.arange(10)

@@ -1,6 +1,6 @@
 """Checkpoints by orbax: asynchronous, the latest and periodic ones kept, with the config and the data's fingerprint.
 
-Each carries a manifest (`training.manifest`) that is verified before it is restored. What is not whole is passed over
+Each carries a manifest (`runs.manifest`) that is verified before it is restored. What is not whole is passed over
 with a line that says what is wrong with it; a run that has checkpoints never starts anew by itself.
 """
 
@@ -15,19 +15,19 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Protocol, Self, TypeVar
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 import orbax.checkpoint as ocp
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from gspn_jax import models
 from gspn_jax.config import CHANGEABLE, Config, from_dict, to_dict
-from gspn_jax.training import ema, manifest, sharding
-from gspn_jax.training.state import TrainState
+from gspn_jax.parallel import sharding
+from gspn_jax.parallel.agreement import agree
+from gspn_jax.runs import averages, manifest
+from gspn_jax.runs.evaluations import Evaluations
+from gspn_jax.runs.layout import CheckpointError, folder, steps
 
 log = logging.getLogger(__name__)
 
@@ -40,20 +40,6 @@ SHAPES = ("data.channels", "data.num_classes")
 
 LATEST = 2
 """Checkpoints that are kept beside the periodic ones."""
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that cannot be used; the message is one sentence for the user."""
-
-
-def folder(run_dir: str | pathlib.Path) -> pathlib.Path:
-    return pathlib.Path(run_dir).absolute() / "checkpoints"
-
-
-def steps(run_dir: str | pathlib.Path) -> list[int]:
-    """The steps of the checkpoints of a run, ascending, whole or not."""
-    where = folder(run_dir)
-    return sorted(int(p.name) for p in where.iterdir() if p.name.isdigit()) if where.is_dir() else []
 
 
 def newest_whole(run_dir: str | pathlib.Path, wanted: Callable[[str], bool] = lambda item: True
@@ -121,7 +107,7 @@ def restore_params(run_dir: str | pathlib.Path, step: int, config: Config, mesh:
         raise CheckpointError(f"the EMA decay must be one that the run kept ({', '.join(map(str, decays))}), or 0 for "
                               f"the parameters themselves, found {ema_decay}")
     decay = decays[0] if ema_decay is None else ema_decay
-    item = "params" if decay == 0.0 and 0.0 not in decays else f"ema_{ema.name(decay)}"
+    item = "params" if decay == 0.0 and 0.0 not in decays else averages.item(decay)
     _verify(run_dir, step, item)
     _, shapes = models.abstract(config)
     return _read(folder(run_dir) / str(step), {item: sharding.stored(shapes, mesh)})[item]
@@ -148,19 +134,30 @@ def _read(where: pathlib.Path, targets: dict[str, Any]) -> dict[str, Any]:
     return {name: read[name] for name in targets}
 
 
+class State(Protocol):
+    """What is saved of a run: trees of arrays by name, each of which can be read alone."""
+
+    def items(self) -> dict[str, Any]: ...
+
+    def of_items(self, step: int, items: dict[str, Any]) -> Self:
+        """The state at `step` with `items` read in the shapes and shardings of this one's."""
+
+
+S = TypeVar("S", bound=State)
+
+
 class Checkpoints:
     """The checkpoints of a run that trains; use it in a `with` statement, whose end waits for the last save.
 
-    `notes` is a dict of JSON values that is saved with each checkpoint and comes back with `restore`. `best_step` is
-    kept beside the latest and the periodic ones. Raises CheckpointError when another process trains in the same run
-    directory.
+    `notes` is a dict of JSON values that is saved with each checkpoint and comes back with `restore`. The best step of
+    `evaluations` is kept beside the latest and the periodic ones. Raises CheckpointError when another process trains in
+    the same run directory.
     """
 
     def __init__(self, config: Config, fingerprint: str, class_names: Sequence[str]):
         self._config, self._fingerprint = config, fingerprint
         self._meta = {"config": to_dict(config), "fingerprint": fingerprint, "class_names": list(class_names)}
         self.notes: dict[str, Any] = {}
-        self.best_step: int | None = None
         self._folder = folder(config.run_dir)
         self._folder.mkdir(parents=True, exist_ok=True)
         self._first_host = jax.process_index() == 0
@@ -173,6 +170,7 @@ class Checkpoints:
                 raise CheckpointError(f"another process is training in {config.run_dir}: wait for it, or choose "
                                       "another run_dir") from error
             self._sweep()
+        self.evaluations = Evaluations(config.run_dir)
         self._saving: pathlib.Path | None = None
         self._writer = ocp.AsyncCheckpointer(
             ocp.CompositeCheckpointHandler(),
@@ -198,7 +196,7 @@ class Checkpoints:
             if self._first_host:
                 self._lock.close()
 
-    def save(self, step: int, state: TrainState) -> None:
+    def save(self, step: int, state: State) -> None:
         """Copies the state to the host and writes it in the background; a step that is saved already is left alone.
 
         Raises CheckpointError when the save before this one failed, or the disk has no room for this one.
@@ -206,7 +204,7 @@ class Checkpoints:
         self.wait()
         if step in steps(self._config.run_dir):
             return
-        items = _items(state)
+        items = state.items()
         needed = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(items))
         free = shutil.disk_usage(self._folder).free
         if self._first_host and free < needed:
@@ -243,7 +241,7 @@ class Checkpoints:
         if self._commit is not None and self._commit.done():
             self.wait()
 
-    def restore(self, target: TrainState) -> tuple[int, TrainState] | None:
+    def restore(self, target: S) -> tuple[int, S] | None:
         """The newest whole checkpoint in the shapes and shardings of `target`; None when the run has none yet.
 
         Newer ones that are not whole are moved to checkpoints/damaged. Raises CheckpointError when none is whole, and
@@ -256,18 +254,14 @@ class Checkpoints:
             return None
         self._check_same_run(step)
         verified = time.perf_counter()
-        where, items = self._folder / str(step), _items(target)
+        where, items = self._folder / str(step), target.items()
         missing = [name for name in items if not (where / name).is_dir()]
         if missing:
             raise CheckpointError(f"the checkpoint of step {step} in {self._folder} must have {', '.join(items)} to "
                                   f"train on from it, and has no {', '.join(missing)}: weights that were imported can "
                                   "be sampled, evaluated and exported")
         read = _read(where, items)
-        scalars = jax.jit(lambda: (jnp.asarray(step, jnp.int32), jnp.zeros((), jnp.bool_)),
-                          out_shardings=(target.step.sharding, target.halted.sharding))()
-        state = TrainState(step=scalars[0], params=read["params"], opt_state=read["opt_state"],
-                           ema={name: read[f"ema_{name}"] for name in target.ema}, halted=scalars[1])
-        jax.block_until_ready(state)
+        state = jax.block_until_ready(target.of_items(step, read))
         log.info("restored step %d: %.2f GB verified in %.1f s and read in %.1f s", step, manifest.size(where) / 1e9,
                  verified - start, time.perf_counter() - verified)
         return step, state
@@ -281,8 +275,7 @@ class Checkpoints:
                 step = self._newest()
             except (CheckpointError, OSError) as error:
                 step, failure = failed, error
-        if jax.process_count() > 1:
-            step = int(multihost_utils.broadcast_one_to_all(np.int32(step)))
+        step = agree(step)
         if failure:
             raise failure
         if step == failed:
@@ -318,7 +311,8 @@ class Checkpoints:
 
     def _kept(self) -> set[int]:
         found, every = steps(self._config.run_dir), self._config.train.keep_every
-        return set(found[-LATEST:]) | {self.best_step} | {step for step in found if every and step % every == 0}
+        periodic = {step for step in found if every and step % every == 0}
+        return set(found[-LATEST:]) | {self.evaluations.best_step} | periodic
 
     def _sweep(self) -> None:
         """Removes what a killed save or deletion left: orbax does not."""
@@ -368,12 +362,6 @@ class Checkpoints:
                 raise CheckpointError(f"{said}; choose another run_dir to start a new run, or go on all the same with "
                                       "--train.allow-change data")
             log.warning("%s, as --train.allow-change asks", said)
-
-
-def _items(state: TrainState) -> dict[str, Any]:
-    """What a checkpoint holds of a state, by name: each average apart, so that sampling reads only one."""
-    return {"params": state.params, "opt_state": state.opt_state} | {
-        f"ema_{name}": average for name, average in state.ema.items()}
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -6,9 +6,9 @@ import pytest
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
+from benchmarks.collectives import Collective, collectives
 from gspn_jax.config import MeshConfig
-from gspn_jax.training import sharding
-from gspn_jax.training.collectives import Collective, collectives
+from gspn_jax.parallel import sharding
 
 
 def found(function, shape, data, fsdp):

@@ -1,26 +1,15 @@
-"""Pixels: between the model's range and uint8, and into a picture that a person can look at."""
+"""A picture of many images, with labels, that a person can look at."""
 
 import math
 from collections.abc import Sequence
 
-import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, UInt8
+from jaxtyping import UInt8
 from PIL import Image, ImageDraw, ImageFont
 
 _MIN_CELL = 64
 _MARGIN = 4
 _FONT_SIZE = 14
-
-
-def to_uint8(x: Float[Array, "*shape"]) -> UInt8[Array, "*shape"]:
-    """[-1, 1] -> 0..255, as DiT and ADM do: 127.5 x + 128, clipped to [0, 255], truncated."""
-    return jnp.clip(127.5 * jnp.asarray(x, jnp.float32) + 128, 0, 255).astype(jnp.uint8)
-
-
-def from_uint8(x: UInt8[Array, "*shape"]) -> Float[Array, "*shape"]:
-    """0..255 -> float32 in [-1, 1]: x / 127.5 - 1. `to_uint8` gives x back exactly."""
-    return jnp.asarray(x).astype(jnp.float32) / 127.5 - 1
 
 
 def grid(images: UInt8[np.ndarray, "N H W C"], labels: Sequence[object] | None = None,

@@ -1,0 +1,1 @@
+"""Many devices and hosts: mesh, sharding of parameters, FSDP, agreement between hosts."""

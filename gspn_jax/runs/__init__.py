@@ -1,0 +1,1 @@
+"""A run directory: its config, checkpoints with manifests, averages, record of evaluations; read without training."""

@@ -1,0 +1,183 @@
+"""What a run does beside its steps, every so many of them: logging, grids, saving, evaluation, profiling."""
+
+import dataclasses
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from PIL import Image
+
+from gspn_jax.config import Config
+from gspn_jax.runs import averages
+from gspn_jax.runs.checkpoints import Checkpoints
+from gspn_jax.sampling.grid import grid
+from gspn_jax.sampling.sampler import Sampler
+from gspn_jax.training.evaluation import Evaluation
+from gspn_jax.training.guard import Guard
+from gspn_jax.training.logs import RunLog
+from gspn_jax.training.signals import Stop
+from gspn_jax.training.state import TrainState
+from gspn_jax.training.throughput import Throughput
+
+GRID_PER_CLASS, GRID_CLASSES = 4, 10
+
+
+@dataclasses.dataclass
+class Run:
+    """Where a run is: the loop moves it, hooks read it. `saved` is the step of its newest checkpoint, 0 for none."""
+
+    step: int
+    steps: int
+    state: TrainState
+    saved: int
+    asked: str | None = None
+    """The signal that asked it to stop."""
+
+    @property
+    def ending(self) -> bool:
+        return self.step == self.steps or self.asked is not None
+
+
+class Hook:
+    """Called every `every` steps (0 is never) and, with `at_end`, after the last one of this process."""
+
+    at_end = True
+
+    def __init__(self, every: int):
+        self.every = every
+
+    def begin(self, run: Run) -> None:
+        """Called before the first step."""
+
+    def due(self, run: Run) -> bool:
+        return bool(self.every) and (run.step % self.every == 0 or (self.at_end and run.ending))
+
+    def __call__(self, run: Run) -> None:
+        raise NotImplementedError
+
+    def left_out(self, run: Run) -> bool:
+        """Whether something of this step is still to be done by the command that goes on."""
+        return False
+
+
+class Log:
+    """Logs the mean metrics of each window of steps: every `every` steps, and whenever a hook is due."""
+
+    def __init__(self, every: int, hooks: Sequence[Hook], run_log: RunLog, meter: Throughput, guard: Guard):
+        self.every = every
+        self._hooks, self._run_log, self._meter, self._guard = hooks, run_log, meter, guard
+
+    def due(self, run: Run) -> bool:
+        return run.step % self.every == 0 or any(hook.due(run) for hook in self._hooks)
+
+    def __call__(self, run: Run, window: Sequence[Mapping[str, np.ndarray]]) -> None:
+        """`window`: the metrics of each step since the last call; those that are not finite are left out."""
+        finite = [metrics for metrics in window if metrics["finite"]]
+        means = {name: float(np.mean([metrics[name] for metrics in finite]))
+                 for name in window[0] if name != "finite" and finite}
+        skipped = {"skipped": self._guard.skipped} if self._guard.skipped else {}
+        self._run_log.metrics(run.step, means | self._meter.read() | skipped)
+
+
+class Grid(Hook):
+    """Logs a labelled grid of samples of the first average."""
+
+    def __init__(self, every: int, sampler: Sampler, config: Config, class_names: Sequence[str], run_log: RunLog):
+        super().__init__(every)
+        self._sampler, self._config, self._class_names, self._run_log = sampler, config, class_names, run_log
+
+    def __call__(self, run: Run) -> None:
+        picture = sample_grid(self._sampler, run.state.ema, self._config, self._class_names)
+        self._run_log.image(run.step, "samples", picture)
+
+
+def sample_grid(sampler: Sampler, ema: Mapping[str, Any], config: Config, class_names: Sequence[str]) -> Image.Image:
+    """A labelled grid from the first EMA: the same classes and seeds at each call, so that grids can be compared."""
+    count = min(GRID_CLASSES, config.data.num_classes)
+    classes = np.linspace(0, config.data.num_classes - 1, count).astype(int)
+    labels = np.repeat(classes, GRID_PER_CLASS)
+    images = sampler(ema[averages.name(config.train.ema_decays[0])], labels, np.arange(len(labels)))
+    return grid(images, [class_names[label] for label in labels], columns=GRID_PER_CLASS)
+
+
+class Save(Hook):
+    """Saves a checkpoint, also before an evaluation, which is of a step that is saved."""
+
+    def __init__(self, every: int, checkpoints: Checkpoints, guard: Guard, evaluate: Hook | None = None):
+        super().__init__(every)
+        self._checkpoints, self._guard, self._evaluate = checkpoints, guard, evaluate
+
+    def due(self, run: Run) -> bool:
+        return super().due(run) or (self._evaluate is not None and self._evaluate.due(run))
+
+    def __call__(self, run: Run) -> None:
+        self.save(run, run.step)
+
+    def save(self, run: Run, step: int) -> None:
+        """Saves the state as that of `step`, which may be one before those that changed nothing."""
+        self._checkpoints.notes = self._guard.notes
+        self._checkpoints.save(step, run.state)
+        run.saved = step
+
+
+class Evaluate(Hook):
+    """Logs the metrics of samples and notes the best step, whose checkpoint is kept.
+
+    A signal stops an evaluation; the command that goes on begins with it.
+    """
+
+    def __init__(self, every: int, evaluation: Evaluation, checkpoints: Checkpoints, run_log: RunLog, stop: Stop):
+        super().__init__(every)
+        self._evaluation, self._record = evaluation, checkpoints.evaluations
+        self._run_log, self._stop = run_log, stop
+
+    def begin(self, run: Run) -> None:
+        if self.left_out(run):
+            self(run)
+
+    def due(self, run: Run) -> bool:
+        return run.asked is None and super().due(run)
+
+    def left_out(self, run: Run) -> bool:
+        wanted = run.step % self.every == 0 or run.step == run.steps
+        return run.step > 0 and wanted and self._record.record.step < run.step
+
+    def __call__(self, run: Run) -> None:
+        scores = self._evaluation(run.step, run.state, self._stop.asked)
+        if scores is None:
+            run.asked = self._evaluation.stopped_by
+            return
+        self._record.add(run.step, scores.get("fid"))
+        self._run_log.metrics(run.step, {f"eval/{name}": value for name, value in scores.items()})
+        shown = ", ".join(f"{name} {value:.5g}" for name, value in scores.items() if name != "seconds")
+        best = self._record.best_step == run.step
+        self._run_log.say(f"step {run.step}: {shown}" + (" (the lowest FID: kept)" if best else ""))
+
+
+class Profile(Hook):
+    """Traces steps `first` to `last`, both included, into `folder`, for xprof and TensorBoard."""
+
+    def __init__(self, first: int, last: int, folder: pathlib.Path):
+        super().__init__(1)
+        self._first, self._last, self._folder = first, last, folder
+        self._tracing = False
+
+    def begin(self, run: Run) -> None:
+        self._start(run)
+
+    def due(self, run: Run) -> bool:
+        return run.step == self._first - 1 or (self._tracing and (run.step == self._last or run.ending))
+
+    def __call__(self, run: Run) -> None:
+        if self._tracing:
+            jax.block_until_ready(run.state)
+            jax.profiler.stop_trace()
+            self._tracing = False
+        self._start(run)
+
+    def _start(self, run: Run) -> None:
+        if run.step == self._first - 1 and not run.ending:
+            jax.profiler.start_trace(str(self._folder))
+            self._tracing = True

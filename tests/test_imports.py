@@ -1,0 +1,88 @@
+"""Imports point one way, by package, as CONTRIBUTING.md's map says, and no modules import one another in a circle."""
+
+import ast
+import pathlib
+from collections.abc import Iterator
+
+import pytest
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+
+FOUNDATION = ("config", "files", "pixels", "state_dict")
+"""Modules that everything may import, and that import nothing of the project but one another."""
+LEAVES = ("diffusion", "data", "metrics", "autoencoder")
+COMMANDS = ("prepare", "evaluate", "convert", "doctor", "demo")
+
+MAY_IMPORT: dict[str, set[str]] = {"kernels": set(), "foundation": set(), "cli": {"foundation"},
+                                   "configs": {"foundation"}}
+MAY_IMPORT |= {leaf: {"foundation"} for leaf in LEAVES}
+MAY_IMPORT["models"] = {"foundation", "kernels"}
+MAY_IMPORT["parallel"] = MAY_IMPORT["models"] | {"models"}
+MAY_IMPORT["runs"] = MAY_IMPORT["parallel"] | {"parallel"}
+MAY_IMPORT["sampling"] = MAY_IMPORT["runs"] | {"runs", *LEAVES}
+MAY_IMPORT["training"] = MAY_IMPORT["sampling"] | {"sampling"}
+MAY_IMPORT |= {command: {*MAY_IMPORT["training"], "training", "cli", *COMMANDS} for command in (*COMMANDS, "scripts")}
+"""What each package may import beside itself, in any line, also one within a function."""
+
+
+def sources() -> dict[str, pathlib.Path]:
+    """{dotted module name: file} of all that is shipped."""
+    files = [path for top in ("kernels", "gspn_jax", "configs") for path in (ROOT / top).rglob("*.py")]
+    files += [ROOT / "train_dit.py", ROOT / "sample.py"]
+    return {".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path for path in files}
+
+
+def package(module: str) -> str:
+    """The row of `MAY_IMPORT` that a module belongs to."""
+    top, *rest = module.split(".")
+    if top == "gspn_jax":
+        return "foundation" if not rest or rest[0] in FOUNDATION else rest[0]
+    return top if top in MAY_IMPORT else "scripts"
+
+
+def imported(path: pathlib.Path, known: set[str]) -> Iterator[tuple[int, str]]:
+    """(line, module of the project) of every import in a file, wherever it stands."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}:{node.lineno}: relative imports are not followed"
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        else:
+            continue
+        for name in names:  # the name of a module, or of something in one
+            module = name if name in known else name.rpartition(".")[0]
+            if module in known:
+                yield node.lineno, module
+
+
+@pytest.fixture(scope="module")
+def arrows() -> dict[str, set[tuple[int, str]]]:
+    found = sources()
+    return {name: set(imported(path, found.keys())) for name, path in found.items()}
+
+
+def test_every_package_has_its_place(arrows):
+    assert {package(name) for name in arrows} == set(MAY_IMPORT)
+
+
+def test_no_import_points_up(arrows):
+    wrong = [f"{name}:{line} imports {other}: {package(name)} may import "
+             f"{', '.join(sorted(MAY_IMPORT[package(name)])) or 'nothing of the project'}"
+             for name, others in arrows.items() for line, other in sorted(others)
+             if package(other) != package(name) and package(other) not in MAY_IMPORT[package(name)]]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_no_modules_import_one_another_in_a_circle(arrows):
+    done: set[str] = set()
+
+    def visit(name: str, trail: tuple[str, ...]) -> None:
+        assert name not in trail, "a circle of imports: " + " -> ".join((*trail[trail.index(name):], name))
+        if name not in done:
+            for _, other in sorted(arrows[name]):
+                visit(other, (*trail, name))
+            done.add(name)
+
+    for name in sorted(arrows):
+        visit(name, ())
