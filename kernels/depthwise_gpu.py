@@ -202,10 +202,12 @@ def _kernel_gradient(x: Array, cotangent: Array, size: tuple[int, int]) -> Float
 
 def _kernel_gradient_body(x: Any, cotangent: Any, found: Any, *, plan: Plan) -> None:
     """A warpgroup takes one row of the kernel."""
-    m, part, parts = lax.axis_index("warpgroup"), lax.axis_index("part"), found.shape[0]
+    m, part = lax.axis_index("warpgroup"), lax.axis_index("part")
     middle, halo = plan.kernel_height // 2, plan.kernel_width // 2
     lines = x.shape[0] * plan.segments * plan.height
-    begin, end = (lax.div(p * lines, parts) for p in (part, part + 1))
+    share = math.ceil(lines / found.shape[0])
+    begin = lax.min(part * share, lines)
+    end = lax.min(begin + share, lines)
 
     def add_piece(piece: Array, taps: tuple) -> tuple:
         """Adds the rows of a segment of an image."""
