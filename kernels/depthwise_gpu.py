@@ -138,7 +138,7 @@ def _backward(saved, cotangent):
     x, kernel = saved
     cotangent = cotangent.astype(x.dtype)
     grad_x = _correlate(cotangent, kernel.astype(jnp.float32), turned=True)
-    return grad_x, _kernel_gradient(x, cotangent, kernel.shape[:2]).astype(kernel.dtype)
+    return grad_x, kernel_gradient(x, cotangent, kernel.shape[:2]).astype(kernel.dtype)
 
 
 correlate.defvjp(_forward, _backward)
@@ -189,7 +189,7 @@ def _correlate_body(x: Any, kernel: Any, y: Any, *, plan: Plan, turned: bool) ->
             compat.store(y, (image, row, first + column, plan.mine()), found)
 
 
-def _kernel_gradient(x: Array, cotangent: Array, size: tuple[int, int]) -> Float[Array, "kh kw C"]:
+def kernel_gradient(x: Array, cotangent: Array, size: tuple[int, int]) -> Float[Array, "kh kw C"]:
     """Each block sums over its part of all rows of all images; the parts are added up here, always in one order."""
     plan = Plan(*x.shape[1:], *size)
     parts = max(1, BLOCKS * (7 // size[0]) // plan.slabs)
