@@ -1,4 +1,4 @@
-"""Depthwise convolution as two Pallas kernels for NVIDIA GPUs (Mosaic GPU): correlation, and the gradient of its kernel.
+"""Depthwise convolution as two Pallas kernels for NVIDIA GPUs (Mosaic GPU): correlation, and its kernel's gradient.
 
 A thread has 2 neighbouring channels, or one, of a slab, and everything else is a loop: a warpgroup goes along a row of
 the image with a window of sums (correlation) or of products (gradient) in registers, so that an input is loaded once
@@ -8,7 +8,7 @@ for each row of the kernel, and by other warpgroups of the block from the L1 cac
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -18,7 +18,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float
 
-from kernels import compat, devices
+from kernels import compat
 
 SIDES = (3, 5, 7)
 """Heights and widths of kernels. A row of a kernel takes a warpgroup, and a block has up to eight."""

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from mosaic import interpreted
+from numpy_depthwise import inputs, loop
 from numpy_scan import relative_error
-from test_depthwise import inputs, loop
 
 from kernels import compat, depthwise, depthwise_conv, depthwise_gpu, devices, sharded
 
