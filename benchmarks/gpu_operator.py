@@ -5,11 +5,11 @@
 Values and gradients are checked first (gpu_values.py; `--values` names its result if it was made before); nothing is
 timed if one is wrong, unless `--anyway` asks for it. Then seven tables: (1) copy: the device's own bandwidth.
 (2) products: the matrix products of a block of GSPN-XL/2, 1500 wide, against 1536. (3) convolutions: depthwise 7x7
-and 3x3 by cuDNN, in float32 and bfloat16, against sums of shifted products. (4) operator: forward and backward,
-milliseconds, share of the copy's bandwidth (each input read once, each output written once) and, without `--quick`,
-the ratio to the scan backend compiled by XLA; overlapping slabs, maps that are filled up and weights that are spread
-over channels have rows of their own, which is what they cost. (5) low_rank: the kernel that expands the proxy by
-itself against XLA's product and the plain kernel, alone and (6) blocks: within the mixer of a GSPN block. (7)
+and 3x3 by cuDNN, as sums of shifted products and by our kernel, in float32 and bfloat16. (4) operator: forward and
+backward, milliseconds, share of the copy's bandwidth (each input read once, each output written once) and, without
+`--quick`, the ratio to the scan backend compiled by XLA; overlapping slabs, maps that are filled up and weights that
+are spread over channels have rows of their own, which is what they cost. (5) low_rank: the kernel that expands the
+proxy by itself against XLA's product and the plain kernel, alone and (6) blocks: within the mixer of a GSPN block. (7)
 attention at equal tokens and width, 256 to 65,536 tokens, and where the lines cross; only cuDNN's flash attention is
 compared with.
 
@@ -45,7 +45,7 @@ from gspn_jax import models
 from gspn_jax.config import ModelConfig
 from gspn_jax.models import attention
 from gspn_jax.models.mixers import GSPNMixer
-from kernels import api, available_backends, propagate, propagate_low_rank
+from kernels import api, available_backends, depthwise_conv, depthwise_gpu, propagate, propagate_low_rank
 
 Rows = Iterator[dict]
 
@@ -65,7 +65,7 @@ class Sizes:
     """Repeats before those that are timed."""
     rows: int = 8192
     widths: tuple = (1500, 1536)
-    convolutions: tuple = ((64, 16, 16, 1500, 7), (64, 16, 16, 1500, 3), (16, 32, 32, 1200, 7))
+    convolutions: tuple = ((64, 16, 16, 1536, 7), (64, 16, 16, 1536, 3), (64, 16, 16, 1200, 7), (64, 16, 16, 1200, 3))
     """batch, height, width, channels, side of the kernel"""
     operator: tuple = (
         # batch, height, width, channels, groups, chunk
@@ -91,10 +91,10 @@ class Sizes:
 
 
 FULL = Sizes()
-QUICK = dataclasses.replace(FULL, convolutions=FULL.convolutions[:1], operator=FULL.operator[:2] + FULL.operator[3:5],
+QUICK = dataclasses.replace(FULL, convolutions=FULL.convolutions[::3], operator=FULL.operator[:2] + FULL.operator[3:5],
                             against_scan=False, low_rank=FULL.low_rank[:1], blocks=FULL.blocks[:1],
                             attention=FULL.attention[:2])
-TINY = Sizes(copied_values=2**10, calls=1, untimed=0, rows=16, widths=(12, 16), convolutions=((1, 4, 4, 8, 3),),
+TINY = Sizes(copied_values=2**10, calls=1, untimed=0, rows=16, widths=(12, 16), convolutions=((1, 4, 4, 128, 3),),
              operator=((1, 4, 4, 64, 4, None),), low_rank=((2, 4, 64, 16),), blocks=(("GSPN-S/2", 2, 4),),
              attention=((1, 2), (1, 4)), width=64, heads=1)
 """What takes seconds in the interpreter; the model of a block is made smaller too (`block_mixer`)."""
@@ -204,26 +204,34 @@ def shifted_by_kernel(x, kernel, cotangent):
 
 
 def convolutions(sizes: Sizes, repeats: int) -> Rows:
-    """Forward, which is the gradient of x too, and the gradient of the kernel, for each type of x and of the result."""
+    """Forward, which is the gradient of x too, and the gradient of the kernel, for each type of x and of the result;
+    our kernel gives that of x."""
     for *shape, side in sizes.convolutions:
         for dtype, result in ((jnp.float32, jnp.float32), (jnp.bfloat16, jnp.float32), (jnp.bfloat16, jnp.bfloat16)):
-            x = jax.random.normal(jax.random.key(0), tuple(shape), dtype)
+            x, cotangent = (jax.random.normal(jax.random.key(n), tuple(shape), dtype) for n in range(2))
             kernel = jax.random.normal(jax.random.key(2), (side, side, shape[3]), dtype)
-            runs = {name: functools.partial(jax.jit(functools.partial(function, result=result)), x, kernel)
-                    for name, function in (("grouped", grouped), ("shifted", shifted))}
-            sides = {"forward": runs}
-            if dtype == result:
-                cotangent = jax.random.normal(jax.random.key(1), tuple(shape), dtype)
-                by_kernel = jax.jit(lambda x, kernel, g, result=result: jax.vjp(
-                    lambda kernel: grouped(x, kernel, result), kernel)[1](g))
-                sides["by_kernel"] = {"grouped": functools.partial(by_kernel, x, kernel, cotangent),
-                                      "shifted": functools.partial(jax.jit(shifted_by_kernel), x, kernel, cotangent)}
-            for which, both in sides.items():
-                seconds = best_seconds(both, repeats, sizes)
+            for which, functions in _convolutions(result, kernel, ours=dtype == result).items():
+                last = kernel if which == "forward" else cotangent
+                runs = {name: functools.partial(jax.jit(run), x, last) for name, run in functions.items()}
+                seconds = best_seconds(runs, repeats, sizes)
                 yield {"shape": shape, "kernel": side, "dtype": jnp.dtype(dtype).name,
                        "result": jnp.dtype(result).name, "pass": which,
                        **{f"{name}_ms": value * 1e3 for name, value in seconds.items()},
-                       "ratio": seconds["grouped"] / seconds["shifted"]}
+                       "ratio": seconds["grouped"] / seconds.get("kernel", seconds["shifted"])}
+
+
+def _convolutions(result, kernel, *, ours: bool) -> dict[str, dict[str, Callable]]:
+    """The implementations of each pass, of x and the kernel or, for its gradient, x and the cotangent."""
+    forward = {name: functools.partial(function, result=result)
+               for name, function in (("grouped", grouped), ("shifted", shifted))}
+    if not ours:
+        return {"forward": forward}
+    by_kernel = {
+        "grouped": lambda x, g: jax.vjp(lambda kernel: grouped(x, kernel, result), kernel)[1](g),
+        "shifted": lambda x, g: shifted_by_kernel(x, kernel, g),
+        "kernel": lambda x, g: depthwise_gpu.kernel_gradient(x, g, kernel.shape[:2]),
+    }
+    return {"forward": forward | {"kernel": depthwise_conv}, "by_kernel": by_kernel}
 
 
 def against_memory(sizes: Sizes, repeats: int) -> Rows:

@@ -36,9 +36,10 @@ def speed(found: dict[str, Any]) -> Iterator[str]:
         yield (f"product {'x'.join(map(str, row['shape']))} forward {row['forward_ms']:.3g} ms, three "
                f"{row['tflops']:.4g} TFLOP/s, {row['padded_ratio']:.2f}x the first")
     for row in found.get("convolutions", ()):
+        ours = f", our kernel {row['kernel_ms']:.3g} ms" if "kernel_ms" in row else ""
         yield (f"{row['kernel']}x{row['kernel']} on {'x'.join(map(str, row['shape']))} {row['dtype']} to "
                f"{row['result']}, {row['pass']}: XLA's {row['grouped_ms']:.3g} ms, shifted products "
-               f"{row['shifted_ms']:.3g} ms")
+               f"{row['shifted_ms']:.3g} ms{ours}")
     for row in found.get("operator", ()):
         share = f", {row['share_of_copy']:.0%} of the copy" if "share_of_copy" in row else ""
         yield (f"propagate {'x'.join(map(str, row['shape']))} groups {row['groups']} chunk {row['chunk']} "

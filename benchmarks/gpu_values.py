@@ -25,16 +25,26 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1] / "tests" / "
 
 import numpy_scan as truth
 from gpu_record import Record
+from numpy_depthwise import loop
 from rehearsal import rehearsal
 
-from kernels import available_backends, line_scan, mosaic_gpu, propagate, propagate_low_rank, stochastic_weights
+from kernels import (
+    available_backends,
+    depthwise_conv,
+    line_scan,
+    mosaic_gpu,
+    propagate,
+    propagate_low_rank,
+    stochastic_weights,
+)
 
 LIMITS = {"float32": 1e-5, "bfloat16": 2e-2}
 """Largest error allowed, relative to the largest value of its array."""
 
 
 class Case(NamedTuple):
-    """`shape` [B, H, W, C] of x, `groups` of weights or, of "low_rank", the width of the proxy."""
+    """`shape` [B, H, W, C] of x, `groups` of weights or, of "low_rank", the width of the proxy, or, of
+    "depthwise_conv", the side of the kernel."""
 
     operator: str
     shape: tuple[int, int, int, int]
@@ -45,8 +55,9 @@ class Case(NamedTuple):
     direction: str = ""
 
     def __str__(self) -> str:
+        of_groups = {"low_rank": "rank", "depthwise_conv": "side"}.get(self.operator, "groups")
         return " ".join([self.operator, "x".join(map(str, self.shape)), self.direction,
-                         f"{'rank' if self.operator == 'low_rank' else 'groups'} {self.groups}", self.dtype,
+                         f"{of_groups} {self.groups}", self.dtype,
                          "skip" * self.skip, f"chunk {self.chunk}" if self.chunk else ""]).replace("  ", " ").strip()
 
 
@@ -68,6 +79,9 @@ def cases() -> list[Case]:
               for direction, groups, dtype, chunk in [
                   ("down", 100, "float32", None), ("up", 1, "bfloat16", 2), ("right", 1, "float32", 3),
                   ("left", 100, "bfloat16", None)]]
+    found += [Case("depthwise_conv", shape, side, dtype) for shape, side, dtype in [
+        ((3, 16, 16, 1500), 7, "bfloat16"), ((3, 16, 16, 1200), 3, "bfloat16"),  # slabs overlap
+        ((2, 20, 37, 260), 7, "float32"), ((2, 14, 18, 129), 3, "float32")]]  # segments of a row too
     return found
 
 
@@ -80,7 +94,8 @@ def small_cases() -> list[Case]:
     """Of each operator one, for the interpreter."""
     return [Case("propagate", (1, 4, 4, 64), 64, "float32", True, 2),
             Case("low_rank", (2, 4, 4, 64), 16, "bfloat16"),
-            Case("line_scan", (1, 4, 4, 64), 64, "bfloat16", direction="up")]
+            Case("line_scan", (1, 4, 4, 64), 64, "bfloat16", direction="up"),
+            Case("depthwise_conv", (1, 4, 4, 128), 3, "bfloat16")]
 
 
 def random_inputs(batch, height, width, channels, groups, skip, dtype) -> tuple:
@@ -141,6 +156,10 @@ def build(case: Case) -> tuple[Callable, tuple, Callable]:
             return exact_low_rank(*arguments, case.chunk, cotangent)
 
         return (lambda *a: propagate_low_rank(*a[:6], skip=a[6] if case.skip else None, **chosen)), arrays, exact
+    if case.operator == "depthwise_conv":
+        shapes = case.shape, (case.groups, case.groups, case.shape[3])
+        arrays = tuple(jax.random.normal(jax.random.key(n), shape, case.dtype) for n, shape in enumerate(shapes))
+        return depthwise_conv, arrays, lambda x, kernel, cotangent: loop(x, kernel, 0.0, cotangent)[:3]
     x, gates = random_inputs(*case.shape, case.groups, False, case.dtype)[:2]
     weights = stochastic_weights(gates[:, :, :, 0].astype(jnp.float32), direction=case.direction)
     arrays = (x, *(w.astype(case.dtype) for w in weights))

@@ -28,7 +28,7 @@ from jax.extend.mlir import ir
 from jax.interpreters import mlir
 
 from gspn_jax.files import replacing
-from kernels import devices, line_scan, mosaic_gpu, propagate, propagate_low_rank
+from kernels import depthwise_conv, depthwise_gpu, devices, line_scan, mosaic_gpu, propagate, propagate_low_rank
 from tests.ptx import toolchain
 
 RESULTS = pathlib.Path(__file__).parent / "results" / "kernel_assembly.json"
@@ -50,14 +50,20 @@ class Case:
     """Of channels that share weights; None: each has its own."""
     rank: int | None = None
     """Of the proxy."""
+    side: int | None = None
+    """Of the kernel of a convolution."""
 
     def __str__(self) -> str:
-        more = (f" G={self.groups}" if self.groups else "") + (f" d={self.rank}" if self.rank else "")
+        more = "".join(f" {name}={value}" for name, value in (("G", self.groups), ("d", self.rank), ("side", self.side))
+                       if value)
         return f"{self.operator} {self.height}x{self.width}x{self.channels}{more} {self.dtype}"
 
     def shapes(self) -> list[jax.ShapeDtypeStruct]:
         """Shapes of the operator's arrays."""
         pixel, channels, groups = (BATCH, self.height, self.width), self.channels, self.groups or self.channels
+        if self.operator == "depthwise_conv":
+            return [jax.ShapeDtypeStruct(shape, self.dtype)
+                    for shape in ((*pixel, channels), (self.side, self.side, channels))]
         if self.operator == "line_scan":
             found = [(*pixel, channels), *[(*pixel, groups)] * 3]
         else:
@@ -70,8 +76,11 @@ class Case:
 
     def function(self) -> Callable:
         """The value, with states saved, and all gradients."""
-        operator = {"line_scan": line_scan, "propagate": propagate, "propagate_low_rank": propagate_low_rank}
+        operator = {"line_scan": line_scan, "propagate": propagate, "propagate_low_rank": propagate_low_rank,
+                    "depthwise_conv": depthwise_conv}
         options = {"backend": "mosaic_gpu"} | ({"direction": "down"} if self.operator == "line_scan" else {})
+        if self.operator == "depthwise_conv":
+            options = {}
 
         def value_and_gradients(*arrays):
             y, pull = jax.vjp(lambda *arrays: operator[self.operator](*arrays, **options), *arrays)
@@ -83,6 +92,7 @@ class Case:
 QUICK = [
     Case("line_scan", 16, 16, 64, "bfloat16"),
     Case("propagate_low_rank", 16, 16, 64, "bfloat16", rank=32),
+    Case("depthwise_conv", 4, 4, 256, "bfloat16", side=3),
 ]
 """That a test assembles for each device."""
 CASES = [
@@ -97,6 +107,9 @@ CASES = [
         Case("propagate", 16, 16, 1536, dtype, groups=1),
         Case("propagate", 32, 32, 1152, dtype, groups=1),
         Case("propagate_low_rank", 16, 16, 1500, dtype, rank=93),
+        Case("depthwise_conv", 16, 16, 1536, dtype, side=7),
+        Case("depthwise_conv", 32, 32, 1200, dtype, side=7),
+        Case("depthwise_conv", 16, 16, 1536, dtype, side=3),
     )
 ]
 
@@ -123,6 +136,9 @@ def assemble(case: Case, device: devices.Device | str) -> Iterator[dict[str, Any
 
 def _refusal(case: Case) -> str | None:
     x, *others = case.shapes()
+    if case.operator == "depthwise_conv":
+        reason = depthwise_gpu.refuses(x, *others)
+        return reason and f"{reason}: XLA convolves"
     if reason := mosaic_gpu.refuses(x, 1 if case.operator == "line_scan" else 4):
         return f"{reason}: 'scan' runs"
     if case.operator == "propagate_low_rank" and (reason := mosaic_gpu.refuses_low_rank(x, others[0], 5)):

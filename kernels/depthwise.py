@@ -1,13 +1,28 @@
-"""Depthwise convolution without the slow path of XLA:CPU.
+"""Depthwise convolution without the slow paths of XLA.
 
-A CPU sums shifted products, forward and backward; other devices run XLA's grouped convolution. On 2 CPU cores, 7x7 on
-[8, 16, 16, 256] float32, XLA's grouped convolution takes 39 ms forward and 118 ms with gradients, this one 2.5 and 19.
+NVIDIA GPUs run our own kernel (`depthwise_gpu`) where it takes the arguments; a CPU sums shifted products, forward and
+backward; the rest is XLA's grouped convolution. On 2 CPU cores, 7x7 on [8, 16, 16, 256] float32, that takes 39 ms
+forward and 118 ms with gradients, shifted products 2.5 and 19. On an H100, 7x7 on [64, 16, 16, 1536] bfloat16, cuDNN
+takes 203 us forward and 353 for both gradients, where a copy would take 34; with 1,200 channels several times as long.
 """
+
+import functools
+import logging
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
+
+from kernels import devices
+from kernels.sharding import over_shards
+
+try:
+    from kernels import depthwise_gpu
+except (ImportError, AttributeError) as error:  # a version of JAX that moves a name of an experimental part
+    depthwise_gpu, _no_kernel = None, f"cannot be had from this JAX ({jax.__version__}: {error})"
+
+logger = logging.getLogger(__name__)
 
 
 def depthwise_conv(
@@ -29,10 +44,33 @@ def depthwise_conv(
         )
     if bias is not None and bias.shape != x.shape[3:]:
         raise ValueError(f"bias must have shape {list(x.shape[3:])}, found {list(bias.shape)}.")
-    y = _correlate(x, kernel)
+    reason = _refusal(x, kernel)
+    if reason is None:
+        # in float32, in which the parts of a sharded batch then add up the gradient of the kernel
+        y = over_shards(_on_gpu, "bc -c")(x, kernel.astype(jnp.float32), None)
+    else:
+        _log_refusal(reason)
+        y = _correlate(x, kernel)
     if bias is not None:
         y = y.astype(jnp.float32) + bias.astype(jnp.float32)
     return y.astype(x.dtype)
+
+
+def _refusal(x: Array, kernel: Array) -> str | None:
+    """Why our GPU kernel does not run, in words, or None."""
+    if depthwise_gpu is None:
+        return _no_kernel
+    return devices.missing() or depthwise_gpu.refuses(x, kernel)
+
+
+def _on_gpu(x: Array, kernel: Array, _: None) -> Array:
+    return depthwise_gpu.correlate(x, kernel)
+
+
+@functools.cache
+def _log_refusal(reason: str) -> None:
+    if jax.default_backend() != "cpu":
+        logger.info("Depthwise convolutions are XLA's: the GPU kernel %s.", reason)
 
 
 @jax.custom_vjp

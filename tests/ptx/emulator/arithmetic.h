@@ -130,6 +130,7 @@ class Arithmetic {
       case MAD16: return map<u32, u32, u32, u32>(short_of(multiply_add));
       case MUL_WIDE_U32: return map<u64, u32, u32>([](u64 a, u64 b) { return a * b; });
       case MUL_WIDE_S32: return map<s64, s32, s32>([](s64 a, s64 b) { return a * b; });
+      case MUL_HI_U16: return map<u32, u32, u32>([](u32 a, u32 b) { return a * b >> 16; });
       case MUL_HI_U32: return map<u32, u32, u32>([](u64 a, u64 b) { return a * b >> 32; });
       case MUL_HI_S32: return map<s32, s32, s32>([](s64 a, s64 b) { return a * b >> 32; });
       case DIV_U32: return map<u32, u32, u32>([](u32 a, u32 b) { return b ? a / b : kAllLanes; });
@@ -138,6 +139,7 @@ class Arithmetic {
       case REM_S32: return map<s32, s32, s32>([](s64 a, s64 b) { return b ? a % b : a; });
       case MIN_S32: return map<s32, s32, s32>(minimum);
       case MAX_S32: return map<s32, s32, s32>(maximum);
+      case MAX_RELU_S32: return map<s32, s32, s32>([](s32 a, s32 b) { return std::max({a, b, 0}); });
       case MIN_U32: return map<u32, u32, u32>(minimum);
       case MAX_U32: return map<u32, u32, u32>(maximum);
       case NEG32: return map<u32, u32>([](u32 a) { return 0 - a; });

@@ -1,0 +1,237 @@
+"""Depthwise convolution as two Pallas kernels for NVIDIA GPUs (Mosaic GPU): correlation, and its kernel's gradient.
+
+A thread has 2 neighbouring channels, or one, of a slab, and everything else is a loop: a warpgroup goes along a row of
+the image with a window of sums (correlation) or of products (gradient) in registers, so that an input is loaded once
+for each row of the kernel, and by other warpgroups of the block from the L1 cache. docs/kernel.md has the arithmetic.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxtyping import Array, Float
+
+from kernels import compat
+
+SIDES = (3, 5, 7)
+"""Heights and widths of kernels. A row of a kernel takes a warpgroup, and a block has up to eight."""
+WARPGROUPS = 4
+"""Of a block of the correlation, each of which takes every fourth row."""
+SEGMENT = 16
+"""Columns that a warpgroup takes at most at a time: their sums are in registers."""
+STRIP = 16
+"""Rows that a block takes at most: those it shares with the next one are loaded twice."""
+BLOCKS = 132
+"""Blocks of the gradient of the kernel for kernels of seven rows, one a multiprocessor; more for fewer rows."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """The cut of an image [height, width, channels] and a kernel [kernel_height, kernel_width, channels]."""
+
+    height: int
+    width: int
+    channels: int
+    kernel_height: int
+    kernel_width: int
+
+    @property
+    def vector(self) -> int:
+        """Neighbouring channels of a thread: loads of two need an even number of channels."""
+        return 2 if self.channels % 2 == 0 and self.channels >= 256 else 1
+
+    @property
+    def slab(self) -> int:
+        """Channels of a block."""
+        return 128 * self.vector
+
+    @property
+    def slabs(self) -> int:
+        """Slabs of an image; the last one overlaps the one before it where slabs do not divide the channels."""
+        return math.ceil(self.channels / self.slab)
+
+    @property
+    def segments(self) -> int:
+        """Pieces of a row; the last one overlaps the one before it where their length does not divide the width."""
+        return math.ceil(self.width / SEGMENT)
+
+    @property
+    def length(self) -> int:
+        """Columns of a segment."""
+        return math.ceil(self.width / self.segments)
+
+    @property
+    def strips(self) -> int:
+        return math.ceil(self.height / STRIP)
+
+    @property
+    def rows(self) -> int:
+        """Rows of a strip; the last strip may have fewer."""
+        return math.ceil(self.height / self.strips)
+
+    @property
+    def layout(self) -> object:
+        """How the channels of a slab are spread over the threads of a warpgroup."""
+        tiles = plgpu.Tiling(((self.slab,), (self.slab // 4,), (self.vector,)))
+        return plgpu.Layout.TILED(tiles, warp_dims=(-3,), lane_dims=(-2,), vector_dim=-1)
+
+    def zeros(self) -> Float[Array, "slab"]:
+        return compat.zeros((self.slab,), self.layout)
+
+    def mine(self) -> Any:
+        """The channels of this block."""
+        start = lax.min(lax.axis_index("slab") * self.slab, self.channels - self.slab)
+        return pl.ds(pl.multiple_of(start, self.vector), self.slab)
+
+    def first_column(self, segment: Array) -> Array:
+        return lax.min(segment * self.length, self.width - self.length)
+
+    def row(self, ref: Any, image: Array, row: Array, first: Array, halo: int) -> list[Float[Array, "slab"] | None]:
+        """Columns first - halo to first + length + halo of a row in float32, None for those that are always outside of
+        the image and zeros for those that happen to be."""
+        read = functools.partial(self.read, ref, image, row)
+        inside = range(self.length)
+        if self.segments == 1:
+            return [read(column) if column in inside else None for column in range(-halo, self.length + halo)]
+
+        def read_beyond(column: Array) -> Float[Array, "slab"]:
+            found = read(lax.clamp(0, column, self.width - 1))
+            is_inside = (column >= 0) & (column < self.width)
+            return jnp.where(jnp.broadcast_to(is_inside, found.shape), found, 0.0)
+
+        return [(read if column in inside else read_beyond)(first + column)
+                for column in range(-halo, self.length + halo)]
+
+    def read(self, ref: Any, *index: Any) -> Float[Array, "slab"]:
+        return compat.load(ref, (*index, self.mine()), self.layout).astype(jnp.float32)
+
+
+def refuses(x: Float[Array, "B H W C"], kernel: Float[Array, "kh kw C"]) -> str | None:
+    """Why the GPU kernel cannot take them, in words, or None."""
+    if x.dtype not in (jnp.float32, jnp.bfloat16):
+        return f"takes float32 and bfloat16, not {x.dtype}"
+    if not {*kernel.shape[:2]} <= {*SIDES}:
+        return f"takes kernels of {', '.join(map(str, SIDES))} rows and columns, not {list(kernel.shape[:2])}"
+    if x.shape[3] < 128 or 0 in x.shape:
+        return f"takes at least 128 channels and no empty axis, not {list(x.shape)}"
+    return None
+
+
+@jax.custom_vjp
+def correlate(x: Float[Array, "B H W C"], kernel: Float[Array, "kh kw C"]) -> Float[Array, "B H W C"]:
+    """See `kernels.depthwise_conv`; arguments are checked there, and by `refuses`. The kernel is used in float32."""
+    return _correlate(x, kernel.astype(jnp.float32), turned=False)
+
+
+def _forward(x, kernel):
+    return correlate(x, kernel), (x, kernel)
+
+
+def _backward(saved, cotangent):
+    x, kernel = saved
+    cotangent = cotangent.astype(x.dtype)
+    grad_x = _correlate(cotangent, kernel.astype(jnp.float32), turned=True)
+    return grad_x, kernel_gradient(x, cotangent, kernel.shape[:2]).astype(kernel.dtype)
+
+
+correlate.defvjp(_forward, _backward)
+
+
+def _correlate(x: Array, kernel: Array, *, turned: bool) -> Float[Array, "B H W C"]:
+    """`turned`: with the kernel turned by half a circle, which gives the gradient of x."""
+    plan = Plan(*x.shape[1:], *kernel.shape[:2])
+    grid = {"image": x.shape[0], "slab": plan.slabs, "strip": plan.strips, "segment": plan.segments}
+    y, = _launch(functools.partial(_correlate_body, plan=plan, turned=turned), "depthwise_correlate", grid, WARPGROUPS,
+                 [jax.ShapeDtypeStruct(x.shape, x.dtype)], x, kernel)
+    return y
+
+
+def _launch(body: Callable, name: str, grid: dict[str, int], warpgroups: int, outputs: list, *arrays: Array) -> Any:
+    def kernel_body(*refs):
+        body(*refs)
+
+    kernel_body.__name__ = name
+    return compat.kernel(kernel_body, out_type=tuple(outputs), grid=tuple(grid.values()), grid_names=tuple(grid),
+                         num_threads=warpgroups, thread_name="warpgroup")(*arrays)
+
+
+def _correlate_body(x: Any, kernel: Any, y: Any, *, plan: Plan, turned: bool) -> None:
+    image, warpgroup = lax.axis_index("image"), lax.axis_index("warpgroup")
+    top, first = lax.axis_index("strip") * plan.rows, plan.first_column(lax.axis_index("segment"))
+    middle, halo = plan.kernel_height // 2, plan.kernel_width // 2
+
+    def add_row(row: Array, m: Array, sums: tuple) -> tuple:
+        """Adds what row m of the kernel multiplies."""
+        inputs = plan.row(x, image, row + m - middle, first, halo)
+        sums = list(sums)
+        for n in range(plan.kernel_width):
+            tap = plan.read(kernel, *((2 * middle - m, 2 * halo - n) if turned else (m, n)))
+            for column in range(plan.length):
+                if (found := inputs[column + n]) is not None:
+                    sums[column] = sums[column] + tap * found
+        return tuple(sums)
+
+    count = lax.div(lax.min(plan.rows, plan.height - top) - warpgroup + WARPGROUPS - 1, WARPGROUPS)
+
+    @pl.loop(0, count)
+    def _(n):
+        row = top + warpgroup + n * WARPGROUPS
+        begin, end = lax.max(middle - row, 0), lax.min(plan.height + middle - row, plan.kernel_height)
+        sums = lax.fori_loop(begin, end, functools.partial(add_row, row), (plan.zeros(),) * plan.length)
+        for column, found in enumerate(sums):
+            compat.store(y, (image, row, first + column, plan.mine()), found)
+
+
+def kernel_gradient(x: Array, cotangent: Array, size: tuple[int, int]) -> Float[Array, "kh kw C"]:
+    """Each block sums over its part of all rows of all images; the parts are added up here, always in one order."""
+    plan = Plan(*x.shape[1:], *size)
+    parts = max(1, BLOCKS * (7 // size[0]) // plan.slabs)
+    parts = min(parts, x.shape[0] * plan.segments * plan.height)
+    grid = {"slab": plan.slabs, "part": parts}
+    found, = _launch(functools.partial(_kernel_gradient_body, plan=plan), "depthwise_kernel_gradient", grid, size[0],
+                     [jax.ShapeDtypeStruct((parts, *size, plan.channels), jnp.float32)], x, cotangent)
+    return found.sum(0)
+
+
+def _kernel_gradient_body(x: Any, cotangent: Any, found: Any, *, plan: Plan) -> None:
+    """A warpgroup takes one row of the kernel."""
+    m, part = lax.axis_index("warpgroup"), lax.axis_index("part")
+    middle, halo = plan.kernel_height // 2, plan.kernel_width // 2
+    lines = x.shape[0] * plan.segments * plan.height
+    share = math.ceil(lines / found.shape[0])
+    begin = lax.min(part * share, lines)
+    end = lax.min(begin + share, lines)
+
+    def add_piece(piece: Array, taps: tuple) -> tuple:
+        """Adds the rows of a segment of an image."""
+        image, segment = lax.div(piece, plan.segments), lax.rem(piece, plan.segments)
+        first = plan.first_column(segment)
+
+        def add_row(row: Array, taps: tuple) -> tuple:
+            inputs = plan.row(x, image, row + m - middle, first, halo)
+            given = plan.row(cotangent, image, row, first, 0)
+            if plan.width % plan.length:  # columns that the segment shares with the one before it
+                given = [jnp.where(jnp.broadcast_to(first + column >= segment * plan.length, a.shape), a, 0.0)
+                         for column, a in enumerate(given)]
+            taps = list(taps)
+            for n in range(plan.kernel_width):
+                for column, a in enumerate(given):
+                    if (b := inputs[column + n]) is not None:
+                        taps[n] = taps[n] + a * b
+            return tuple(taps)
+
+        top = lax.max(begin - piece * plan.height, lax.max(middle - m, 0))
+        bottom = lax.min(end - piece * plan.height, lax.min(plan.height + middle - m, plan.height))
+        return lax.fori_loop(top, lax.max(top, bottom), add_row, taps)
+
+    pieces = lax.div(begin, plan.height), lax.div(end + plan.height - 1, plan.height)
+    taps = lax.fori_loop(*pieces, add_piece, (plan.zeros(),) * plan.kernel_width)
+    for n, tap in enumerate(taps):
+        compat.store(found, (part, m, n, plan.mine()), tap)

@@ -1,0 +1,120 @@
+"""The depthwise convolution's GPU kernels without a GPU: interpreted with race detection against a float64 loop."""
+
+import logging
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from mosaic import interpreted
+from numpy_depthwise import inputs, loop
+from numpy_scan import relative_error
+
+from kernels import compat, depthwise, depthwise_conv, depthwise_gpu, devices, sharded
+
+TOLERANCE = {"float32": 1e-6, "bfloat16": 2**-8}
+
+
+@pytest.fixture(autouse=True)
+def few_blocks(monkeypatch):
+    """Each costs the interpreter time; with three a block goes through rows of several images."""
+    monkeypatch.setattr(depthwise_gpu, "BLOCKS", 3)
+
+
+def value_and_gradients(x, kernel, cotangent):
+    y, pull = jax.vjp(depthwise_conv, x, kernel)
+    return y, *pull(cotangent)
+
+
+def assert_right(found, arrays):
+    x, kernel, cotangent = (np.asarray(array, np.float64) for array in arrays)
+    for name, a, b in zip(("y", "x", "kernel"), found, loop(x, kernel, 0, cotangent), strict=False):
+        assert a.dtype == arrays[0].dtype
+        assert relative_error(a, b) < TOLERANCE[a.dtype.name], name
+
+
+def arguments(size, kernel, dtype):
+    x, kernel, _, cotangent = inputs(size, (*kernel, size[3]))
+    return [jnp.asarray(array, dtype) for array in (x, kernel, cotangent)]
+
+
+@pytest.mark.parametrize(("size", "kernel", "dtype", "segment"), [
+    ((2, 5, 4, 128), (3, 3), "float32", 16),
+    ((1, 8, 3, 256), (7, 7), "bfloat16", 16),  # 2 channels a thread
+    ((1, 3, 7, 129), (5, 3), "float32", 4),  # segments overlap, slabs too, and a halo is inside or outside of the image
+    ((3, 17, 2, 258), (3, 5), "bfloat16", 16),  # two strips, the second shorter
+])
+def test_values_and_gradients_are_those_of_the_float64_loop(monkeypatch, size, kernel, dtype, segment):
+    monkeypatch.setattr(depthwise_gpu, "SEGMENT", segment)
+    arrays = arguments(size, kernel, dtype)
+    with interpreted():
+        found = jax.block_until_ready(value_and_gradients(*arrays))
+        assert not compat.races_found()
+    assert_right(found, arrays)
+
+
+def test_the_gradient_of_the_kernel_is_the_same_every_time():
+    x, _, cotangent = arguments((3, 4, 4, 128), (3, 3), "float32")
+    with interpreted():
+        first, second = (depthwise_gpu.kernel_gradient(x, cotangent, (3, 3)) for _ in range(2))
+    np.testing.assert_array_equal(first, second)
+
+
+def test_over_a_mesh_the_kernels_give_the_values_and_gradients_of_one_device():
+    """Images and channels split; the parts of the gradient of the kernel are added up in float32."""
+    mesh = jax.make_mesh((2, 2), ("data", "tensor"), devices=jax.devices()[:4],
+                         axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    arrays = arguments((2, 3, 3, 256), (3, 3), "float32")
+
+    def run(*arrays):
+        with sharded(mesh, batch=("data",), channels=("tensor",)):
+            return value_and_gradients(*arrays)
+
+    with interpreted(detect_races=False):
+        found = jax.block_until_ready(jax.jit(run)(*arrays))
+    assert_right(found, arrays)
+
+
+def lowered(run, *shapes):
+    arrays = [jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in shapes]
+    with devices.for_device("9.0"):
+        return jax.jit(lambda *a: run(*a)).trace(*arrays).lower(lowering_platforms=("cuda",)).as_text()
+
+
+def test_over_a_mesh_each_device_convolves_its_part():
+    mesh = jax.make_mesh((2, 2), ("data", "tensor"), devices=jax.devices()[:4],
+                         axis_types=(jax.sharding.AxisType.Auto,) * 2)
+
+    def run(*arrays):
+        with sharded(mesh, batch=("data",), channels=("tensor",)):
+            return value_and_gradients(*arrays)
+
+    text = lowered(run, (2, 4, 4, 256), (3, 3, 256), (2, 4, 4, 256))
+    calls = [line for line in text.splitlines() if "custom_call @mosaic_gpu" in line]
+    assert len(calls) == 3
+    assert all("tensor<1x4x4x128xbf16>" in line and "x256x" not in line for line in calls)
+    sums = re.findall(r'"stablehlo.all_reduce"\(.*?\) -> (\S+)', text.replace("\n", " "))
+    assert sums == ["tensor<3x3x128xf32>"]
+
+
+def test_three_launches_and_no_convolution_of_xlas():
+    text = lowered(value_and_gradients, (1, 4, 4, 128), (3, 3, 128), (1, 4, 4, 128))
+    assert text.count("custom_call @mosaic_gpu") == 3
+    assert "stablehlo.convolution" not in text
+
+
+@pytest.mark.parametrize(("shape", "kernel", "dtype", "sentence"), [
+    ((1, 4, 4, 128), (9, 9), "float32", r"takes kernels of 3, 5, 7 rows and columns, not \[9, 9\]"),
+    ((1, 4, 4, 64), (3, 3), "float32", r"takes at least 128 channels and no empty axis, not \[1, 4, 4, 64\]"),
+    ((1, 4, 4, 128), (3, 3), "float16", "takes float32 and bfloat16, not float16"),
+])
+def test_what_it_does_not_take_is_xlas_with_a_reason_in_the_log(monkeypatch, caplog, shape, kernel, dtype, sentence):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    depthwise._log_refusal.cache_clear()
+    with caplog.at_level(logging.INFO, logger="kernels"):
+        arrays = [jax.ShapeDtypeStruct(s, dtype) for s in (shape, (*kernel, shape[3]))]
+        with devices.for_device("9.0"):
+            traced = str(jax.make_jaxpr(lambda *a: depthwise_conv(*a))(*arrays))
+    assert "conv_general_dilated" in traced
+    assert re.search(f"Depthwise convolutions are XLA's: the GPU kernel {sentence}\\.", caplog.text)
