@@ -15,7 +15,7 @@ from kernels.walk import Shared, Walk, begin_line, clear, finish, meet, take_tur
 from kernels.weights import LOGIT_FLOOR
 
 
-def _odds(logits: Array) -> Array:
+def odds(logits: Array) -> Array:
     """exp(-logit), for sigmoid = 1 / (1 + odds)."""
     return jnp.exp(-jnp.maximum(logits, LOGIT_FLOOR))
 
@@ -24,11 +24,11 @@ def normalised(
     logits: Sequence[Array], has_left: Array, has_right: Array
 ) -> tuple[tuple[Array, ...], tuple[Array, ...]]:
     """The weights of three logits, and 1 - sigmoid of each."""
-    odds = [_odds(logit) for logit in logits]
-    a, b, c = (1.0 + odd for odd in odds)
+    found = [odds(logit) for logit in logits]
+    a, b, c = (1.0 + odd for odd in found)
     left, center, right = b * c, a * c, a * b
     scale = 1.0 / (a * left)
-    complements = tuple(odd * product * scale for odd, product in zip(odds, (left, center, right), strict=True))
+    complements = tuple(odd * product * scale for odd, product in zip(found, (left, center, right), strict=True))
     left, right = jnp.where(has_left, left, 0.0), jnp.where(has_right, right, 0.0)
     scale = 1.0 / (left + center + right)
     return (left * scale, center * scale, right * scale), complements
@@ -103,7 +103,7 @@ def forward(inputs: Inputs, outputs, shared: Shared, *, job: Job, plan: tiles.Pl
             x, left, center, right = x.astype(jnp.float32), term(), term(), term()
             has_left, has_right = walk.neighbours(position, shared=job.shared)
             if job.logits:
-                a, b, c = (1.0 + _odds(logits) for logits in (left, center, right))
+                a, b, c = (1.0 + odds(logits) for logits in (left, center, right))
                 left, center, right = b * c, a * c, a * b
             left = jnp.where(has_left, left, 0.0)
             right = jnp.where(has_right, right, 0.0)

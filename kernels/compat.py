@@ -168,6 +168,24 @@ def store(ref: Any, index: tuple, value: Array) -> None:
         ref[index] = value
 
 
+RESHAPES_REFERENCES = jax.__version_info__ >= (0, 11)
+"""Whether shared memory can be read and written in another shape: the lowering of 0.10 fails."""
+
+
+def load_reshaped(ref: Any, shape: tuple[int, ...], layout: Any) -> Array:
+    """All of `ref`, which is in shared memory, in another shape. The interpreter cannot reshape references."""
+    whole = (slice(None),) * len(shape)
+    return ref[...].reshape(shape) if interpreting() else load(ref.reshape(*shape), whole, layout)
+
+
+def store_reshaped(ref: Any, value: Array) -> None:
+    """Fills `ref`, which is in shared memory, with a value of another shape."""
+    if interpreting():
+        ref[...] = value.reshape(ref.shape)
+    else:
+        ref.reshape(*value.shape)[...] = value
+
+
 def iota(shape: tuple[int, ...], dimension: int, layout: Any) -> Array:
     """int32 positions along `dimension`, spread as `layout` says."""
     if interpreting():

@@ -142,15 +142,15 @@ def _shared(job: Job, plan: tiles.Plan, inputs: Inputs, states: int) -> Shared:
     total = (plan.height, plan.width, plan.slab) if plan.joint else (1, 1, tiles.QUANTUM)
     held = len(job.directions) if plan.joint else 1
     return Shared(
-        state=_row_major((held, 2, states, plan.state_positions, plan.slab)),
-        total=_row_major(total),
+        state=row_major((held, 2, states, plan.state_positions, plan.slab)),
+        total=row_major(total),
         turn=plgpu.Barrier(num_arrivals=1, num_barriers=4),
         meeting=plgpu.Barrier(num_arrivals=plan.warpgroups),
         expansion=expansion.scratch(inputs, states) if plan.expands else (),
     )
 
 
-def _row_major(shape: tuple[int, ...]) -> plgpu.SMEM:
+def row_major(shape: tuple[int, ...]) -> plgpu.SMEM:
     """float32 shared memory whose slices may start at any row.
 
     Without transforms JAX infers a swizzle, whose pattern repeats every 8 rows, and a slice that starts at another row

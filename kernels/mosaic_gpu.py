@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from kernels import devices, expansion, launch, pullback, tiles
+from kernels import devices, expansion, launch, local, pullback, tiles
 from kernels.saved import named
 from kernels.terms import Inputs, Job
 from kernels.weights import DIRECTIONS
@@ -151,12 +151,14 @@ def propagate_low_rank(
     others = [a[:, :, None].astype(jnp.float32) for a in (lam, out_gate, skip) if a is not None]
     # in float32, so that gradients of weights that channels share are summed in it
     up = jnp.concatenate([gates, *others], axis=2).transpose(1, 2, 3, 0)
+    # a proxy that is as wide as the tensor cores take it
+    width = ((0, 0),) * 3 + ((0, -proxy.shape[-1] % expansion.QUANTUM),)
+    proxy, up = jnp.pad(proxy.astype(x.dtype), width), jnp.pad(up, width)
+    if chunk == local.CHUNK and local.refuses(x, proxy, up.shape[1]) is None:
+        return local.propagate(job, x, proxy, up, merge)
     plan = tiles.make_expanding_plan(*size, channels, device=devices.current())
-    # whole blocks of images, and a proxy that is as wide as the tensor cores take it
-    images = (0, -batch % plan.images), (0, 0), (0, 0)
-    width = (0, -proxy.shape[-1] % expansion.QUANTUM)
-    x, proxy = jnp.pad(x, (*images, (0, 0))), jnp.pad(proxy.astype(x.dtype), (*images, width))
-    return _run_low_rank(job, plan, x, proxy, jnp.pad(up, ((0, 0),) * 3 + (width,)), merge)[:batch]
+    images = (0, -batch % plan.images), (0, 0), (0, 0), (0, 0)  # whole blocks of them
+    return _run_low_rank(job, plan, jnp.pad(x, images), jnp.pad(proxy, images), up, merge)[:batch]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))

@@ -93,7 +93,7 @@ def test_none_where_directions_do_not_meet_on_chip(buffers):
 
 def test_the_test_sees_a_buffer_left_to_jax(buffers, monkeypatch):
     """If this fails alone, JAX infers other transforms, and the row-major ones may no longer be needed."""
-    monkeypatch.setattr(launch, "_row_major", lambda shape: plgpu.SMEM(shape, jnp.float32))
+    monkeypatch.setattr(launch, "row_major", lambda shape: plgpu.SMEM(shape, jnp.float32))
     lower_propagate()
     assert shifted(buffers)
 

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kernels import devices, mosaic_gpu, propagate, propagate_low_rank
+from kernels import devices, local, mosaic_gpu, propagate, propagate_low_rank
 from tests.kernels import numpy_scan
 from tests.ptx import emulation, toolchain
 
@@ -48,6 +48,12 @@ class Case:
                   if value]
         return "-".join([*parts, "skip"] if self.skip else parts)
 
+    @property
+    def launches(self) -> int:
+        """Kernels forward and backward."""
+        expands_line_by_line = self.rank and (self.chunk != local.CHUNK or self.rank > 96)
+        return 5 if expands_line_by_line else 2
+
     def arrays(self) -> dict[str, jax.Array]:
         """The arguments by name; terms of low rank have factors [d, ...] instead of maps."""
         rng, pixels = np.random.default_rng(0), (self.batch, self.height, self.width)
@@ -72,6 +78,7 @@ CASES = [
     Case(1, 64, 64, 16, quick=True),  # does not meet on chip
     Case(1, 16, 16, 64, groups=1, skip=True, quick=True),
     Case(4, 16, 16, 64, rank=24, quick=True),
+    Case(2, 16, 16, 40, rank=24, chunk=2, quick=True),  # slabs that overlap
     Case(1, 16, 16, 96, "float32"),
     Case(2, 16, 16, 96),
     Case(1, 16, 16, 100, "float32", skip=True, chunk=2),
@@ -87,6 +94,8 @@ CASES = [
     Case(1, 16, 16, 1500),
     Case(4, 16, 16, 100, rank=93, skip=True),
     Case(8, 16, 16, 96, rank=96, chunk=2),
+    Case(3, 16, 16, 64, rank=32, skip=True, chunk=2),
+    Case(8, 16, 16, 96, rank=128, chunk=2),  # has no room in the kernel of its own
     Case(2, 32, 32, 64, rank=32),
     Case(1, 64, 64, 64, rank=16),
     Case(4, 16, 16, 64, rank=128),

@@ -102,7 +102,7 @@ def test_a_result_not_stored():
 
 def test_buffers_left_to_jax(monkeypatch):
     """It swizzles them: values are wrong, and no detector of memory can tell."""
-    monkeypatch.setattr(launch, "_row_major", lambda shape: plgpu.SMEM(shape, jnp.float32))
+    monkeypatch.setattr(launch, "row_major", lambda shape: plgpu.SMEM(shape, jnp.float32))
     error, faults = forward(PLAIN)
     assert error > 0.1
     assert not faults
