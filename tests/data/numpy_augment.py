@@ -97,7 +97,8 @@ def operate(image, name, magnitude, sign):
         case "Rotate":
             return rotate(image, sign * share * 30)
         case "Posterize":
-            return image // 2 ** (8 - (4 - int(share * 4))) * 2 ** (8 - (4 - int(share * 4)))
+            step = 2 ** (4 + int(share * 4))
+            return (image.astype(int) // step * step).astype(np.uint8)
         case "Solarize":
             return np.where(image.astype(int) < 256 - int(share * 256), image, 255 - image)
         case "SolarizeAdd":
@@ -121,7 +122,7 @@ def operate(image, name, magnitude, sign):
 
 
 def cubic_weights(size, target):
-    """Weights [target, size] of an antialiased resize by the cubic with a = -0.5."""
+    """Weights [target, size] of an antialiased resize by the cubic with a = -0.5, rounded to 22 bits as Pillow does."""
     scale = size / target
     support = 2 * max(scale, 1)
     weights = np.zeros((target, size))
@@ -129,15 +130,17 @@ def cubic_weights(size, target):
         centre = (i + 0.5) * scale
         for j in range(max(int(centre - support + 0.5), 0), min(int(centre + support + 0.5), size)):
             t = abs((j + 0.5 - centre) / max(scale, 1))
-            weights[i, j] = ((1.5 * t - 2.5) * t * t + 1 if t < 1 else ((-0.5 * t + 2.5) * t - 4) * t + 2 if t < 2 else 0)
-    return weights / weights.sum(1, keepdims=True)
+            weights[i, j] = (1.5 * t - 2.5) * t * t + 1 if t < 1 else max(2 - t, 0) ** 2 * (1 - t) / 2
+    return np.round(weights / weights.sum(1, keepdims=True) * 2**22) / 2**22
 
 
-def resize(image, height, width):
-    """Columns first, each pass rounded to uint8, as Pillow does; exact up to its fixed-point weights (one level)."""
-    rows = np.einsum("ij,hjc->hic", cubic_weights(image.shape[1], width), image)
-    rows = np.clip(np.floor(rows + 0.5), 0, 255)
-    return np.clip(np.floor(np.einsum("ij,jwc->iwc", cubic_weights(image.shape[0], height), rows) + 0.5), 0, 255)
+def resizes(image, height, width):
+    """Both orders of the two passes, each of which rounds to uint8: versions of Pillow differ in it."""
+    down, across = cubic_weights(image.shape[0], height), cubic_weights(image.shape[1], width)
+    vertically, horizontally = (
+        lambda a: np.clip(np.floor(np.einsum("ij,jwc->iwc", down, a) + 0.5), 0, 255),
+        lambda a: np.clip(np.floor(np.einsum("ij,hjc->hic", across, a) + 0.5), 0, 255))
+    return vertically(horizontally(image)), horizontally(vertically(image))
 
 
 def crop_box(height, width, u, area=(0.08, 1.0), aspect=(3 / 4, 4 / 3)):
