@@ -10,7 +10,7 @@ import functools
 import numpy as np
 from jaxtyping import Bool, Int
 
-_ROUNDS = 4
+ROUNDS = 4
 _MIN_WORD = 8
 """Bits of half a block of the cipher, at the least."""
 _SHUFFLE_DEPTH, _FLIP_DEPTH = 1, 3
@@ -24,8 +24,14 @@ def places_to_images(places: range, length: int, seed: int) -> Int[np.ndarray, "
     images = np.empty(len(places), np.int64)
     for epoch in range(places[0] // length, places[-1] // length + 1):
         inside = places // length == epoch
-        images[inside] = _epoch(length, (_derived(seed, _SHUFFLE_DEPTH) + epoch) % 2**32)[places[inside] % length]
+        images[inside] = _epoch(length, epoch_seed(epoch, seed))[places[inside] % length]
     return images
+
+
+@functools.lru_cache(maxsize=2)
+def epoch_seed(epoch: int, seed: int) -> int:
+    """The seed of the cipher that permutes an epoch of the stream of `seed`."""
+    return (_derived(seed, _SHUFFLE_DEPTH) + epoch) % 2**32
 
 
 def flips(places: range, seed: int) -> Bool[np.ndarray, " n"]:
@@ -86,14 +92,14 @@ def _round_keys(seed: int) -> list[int]:
     def scramble(value: int) -> int:
         return value ^ value >> 27
 
-    keys = [0x8B8B8B8B] * _ROUNDS
-    for k in range(_ROUNDS):
+    keys = [0x8B8B8B8B] * ROUNDS
+    for k in range(ROUNDS):
         added = 1664525 * scramble(keys[k] ^ keys[(k + 1) % 4] ^ keys[(k - 1) % 4]) & _WORD
         keys[(k + 1) % 4] = keys[(k + 1) % 4] + added & _WORD
         added = added + (1 if k == 0 else k % 4 + (seed if k == 1 else 0)) & _WORD
         keys[(k + 2) % 4] = keys[(k + 2) % 4] + added & _WORD
         keys[k] = added
-    for k in range(_ROUNDS, 2 * _ROUNDS):
+    for k in range(ROUNDS, 2 * ROUNDS):
         added = 1566083941 * scramble(keys[k % 4] + keys[(k + 1) % 4] + keys[(k - 1) % 4] & _WORD) & _WORD
         keys[(k + 1) % 4] ^= added
         added = added - k % 4 & _WORD

@@ -1,10 +1,12 @@
-"""Images in memory give the stream that Grain gives, to the bit; what does not fit is refused before it is decoded."""
+"""Images give the stream that Grain's own steps give, to the bit, read or kept in memory; what does not fit into memory
+is refused before it is decoded."""
 
 import itertools
 import logging
 import pathlib
 import re
 
+import grain
 import numpy as np
 import pytest
 from grain.experimental import index_shuffle
@@ -39,6 +41,15 @@ def take(count: int, source, data: DataConfig, **options) -> list[dict]:
         return list(itertools.islice(loader, count))
 
 
+def grain_stream(source, *, flip: bool = True, seed: int = 3) -> grain.MapDataset:
+    """The stream in batches of 8, shuffled and flipped by Grain."""
+    def random_flip(record: dict, rng: np.random.Generator) -> dict:
+        return {**record, "image": record["image"][:, ::-1]} if rng.integers(2) else record
+
+    records = grain.MapDataset.source(source).seed(seed).shuffle().repeat()
+    return (records.random_map(random_flip) if flip else records).batch(8)
+
+
 def assert_same(batches: list[dict], others: list[dict]) -> None:
     assert len(batches) == len(others) > 0
     for batch, other in zip(batches, others, strict=True):
@@ -48,22 +59,34 @@ def assert_same(batches: list[dict], others: list[dict]) -> None:
             np.testing.assert_array_equal(batch[name], other[name])
 
 
+@pytest.mark.parametrize("in_memory", [False, True], ids=["read", "in memory"])
 @pytest.mark.parametrize("length", [1, 3, 20, 300])
 @pytest.mark.parametrize("changes", [{}, {"flip": False}, {"channels": 1}], ids=["flips", "no flips", "grey"])
-def test_several_epochs_are_those_of_the_grain_loader(length, changes):
-    source, seeds = Numbered(length, changes.get("channels", 3)), (0, 3, 2**40 + 1)
-    for seed in seeds:
-        batches = 3 * length // 8 + 3
-        assert_same(take(batches, source, config(in_memory=True, **changes), seed=seed),
-                    take(batches, source, config(**changes), seed=seed))
+def test_several_epochs_are_grains(length, changes, in_memory):
+    source, data = Numbered(length, changes.get("channels", 3)), config(in_memory=in_memory, **changes)
+    for seed in (0, 3, 2**40 + 1):
+        wanted = grain_stream(source, flip=data.flip, seed=seed)[:3 * length // 8 + 3]
+        assert_same(take(len(wanted), source, data, seed=seed), [*wanted])
 
 
 @pytest.mark.parametrize("start_step", [1, 7, 123_456_789])
 @pytest.mark.parametrize("hosts", [1, 2, 4])
-def test_every_host_goes_on_at_any_step_as_the_grain_loader_does(start_step, hosts):
+def test_every_host_goes_on_at_any_step_as_grain_does(start_step, hosts):
     for host in range(hosts):
         place = {"start_step": start_step, "num_hosts": hosts, "host": host}
-        assert_same(take(5, Numbered(20), config(in_memory=True), **place), take(5, Numbered(20), config(), **place))
+        wanted = [{name: np.split(values, hosts)[host] for name, values in grain_stream(Numbered(20))[step].items()}
+                  for step in range(start_step, start_step + 5)]
+        for in_memory in (False, True):
+            assert_same(take(5, Numbered(20), config(in_memory=in_memory), **place), wanted)
+
+
+# the cipher's block has 2**16 indices or more: a larger set is shuffled an index at a time; 2**16 + 1 has Grain's gap
+@pytest.mark.parametrize("length", [65_536, 65_537, 70_000, 2**18 + 1])
+def test_the_end_of_an_epoch_of_a_large_set_is_grains(length):
+    for epoch in (1, 50):
+        step = (epoch * length - 20) // 8
+        wanted = grain_stream(Numbered(length))
+        assert_same(take(6, Numbered(length), config(), start_step=step), [wanted[step + i] for i in range(6)])
 
 
 def test_a_set_by_its_name_is_decoded_once_and_stays_the_same_run():
