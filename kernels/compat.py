@@ -8,7 +8,7 @@ import contextlib
 import contextvars
 import functools
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -128,17 +128,30 @@ def lower_for(capability: Callable[[], tuple[int, int] | None]) -> None:
     module._infer_arch = infer_arch
 
 
-def kernel(body: Any, **options: Any) -> Any:
-    """`plgpu.kernel` with warpgroup lowering (0.10 would choose another), interpreted inside `interpreted()`.
+_built: dict[tuple, Callable] = {}
 
+
+def kernel(body: Callable, made_of: tuple, arrays: Sequence[Array], **options: Any) -> Any:
+    """`plgpu.kernel` on `arrays` with warpgroup lowering (0.10 would choose another), interpreted in `interpreted()`.
+
+    `made_of`, the options and the arrays' types say all that `body` depends on: a program that calls a kernel in
+    several places has it once, as a function, for lowering one takes a second or two.
     Pallas would put a barrier before and after each store. Our kernels have their own: see `warpgroup_barrier`.
     """
-    parameters = plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Warpgroup,
-                                      unsafe_no_auto_barriers=True)
     interpret = _interpreting.get()
     if interpret is not None:
         options["interpret"] = interpret
-    return plgpu.kernel(body, compiler_params=parameters, **options)
+    key = (*made_of, repr(options), *((a.shape, a.dtype) for a in arrays))
+    if key not in _built:
+        parameters = plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Warpgroup,
+                                          unsafe_no_auto_barriers=True)
+        _built[key] = jax.jit(plgpu.kernel(body, compiler_params=parameters, **options))
+    return _built[key](*arrays)
+
+
+def forget_kernels() -> None:
+    """Builds kernels anew from now on; for who has changed what they are made of."""
+    _built.clear()
 
 
 def warpgroup_barrier() -> None:

@@ -18,7 +18,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float
 
-from kernels import compat
+from kernels import compat, devices
 
 SIDES = (3, 5, 7)
 """Heights and widths of kernels. A row of a kernel takes a warpgroup, and a block has up to eight."""
@@ -158,8 +158,9 @@ def _launch(body: Callable, name: str, grid: dict[str, int], warpgroups: int, ou
         body(*refs)
 
     kernel_body.__name__ = name
-    return compat.kernel(kernel_body, out_type=tuple(outputs), grid=tuple(grid.values()), grid_names=tuple(grid),
-                         num_threads=warpgroups, thread_name="warpgroup")(*arrays)
+    made_of = (body.func, *sorted(body.keywords.items()), devices.current())
+    return compat.kernel(kernel_body, made_of, arrays, out_type=tuple(outputs), grid=tuple(grid.values()),
+                         grid_names=tuple(grid), num_threads=warpgroups, thread_name="warpgroup")
 
 
 def _correlate_body(x: Any, kernel: Any, y: Any, *, plan: Plan, turned: bool) -> None:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float
 
-from kernels import bodies, compat, expansion, tiles
+from kernels import bodies, compat, devices, expansion, tiles
 from kernels.terms import Inputs, Job
 from kernels.walk import Shared
 
@@ -125,15 +125,19 @@ def run(body: Callable, grid: dict[str, int], warpgroups: int, inputs: Any, outp
              jax.tree.unflatten(scratch_structure, rest[len(out_type) :]))
 
     kernel_body.__name__ = f"line_scan_{body.func.__name__}"
+    trees = structure, out_structure, scratch_structure
+    made_of = (body.func, *sorted(body.keywords.items()), *trees, devices.current())
     found = compat.kernel(
         kernel_body,
+        made_of,
+        flat,
         out_type=tuple(out_type),
         grid=tuple(grid.values()),
         grid_names=tuple(grid),
         num_threads=warpgroups,
         thread_name="warpgroup",
         scratch_types=scratch,
-    )(*flat)
+    )
     return jax.tree.unflatten(out_structure, found)
 
 

@@ -25,3 +25,12 @@ def strict_promotion(request):
 
     with jax.numpy_dtype_promotion("strict" if request.path.parent.name in STRICT else "standard"):
         yield
+
+
+@pytest.fixture(autouse=True)
+def kernels_of_this_test():
+    """Kernels that a test has changed are its own."""
+    from kernels import compat
+
+    yield
+    compat.forget_kernels()

@@ -253,3 +253,16 @@ def test_what_cannot_run_says_so_and_names_the_fallback():
         with pytest.raises(ValueError, match="no room on chip for lines of 16384 positions"):
             jax.eval_shape(run_propagate("mosaic_gpu"), *long)
         jax.eval_shape(run_propagate(None), *long)
+
+
+def test_a_program_that_calls_a_kernel_twice_has_it_once():
+    x = jax.ShapeDtypeStruct((1, 16, 16, 64), jnp.float32)
+
+    def run(x, chunk):
+        def scan(x):
+            return mosaic_gpu.line_scan(x, x, x, x, "down", None)
+        return scan(scan(x)) + mosaic_gpu.line_scan(x, x, x, x, "down", chunk)
+
+    for chunk, kernels_of_program in ((None, 1), (2, 2)):
+        text = jax.jit(run, static_argnums=1).trace(x, chunk).lower(lowering_platforms=("cuda",)).as_text()
+        assert text.count("stablehlo.custom_call @mosaic_gpu") == kernels_of_program

@@ -106,9 +106,12 @@ def test_jax_refuses_a_swizzle_of_our_own_where_rows_are_shifted():
         y[...] = compat.load(shared, (pl.ds(0, 16), slice(None)), tiles.layout(64))
 
     transforms = (plgpu.TilingTransform((PATTERN, 32)), plgpu.SwizzleTransform(128))
-    kernel = compat.kernel(body, out_type=jax.ShapeDtypeStruct((16, 64), jnp.float32), grid=(1,), grid_names=("one",),
-                           num_threads=1, thread_name="warpgroup",
-                           scratch_types=[plgpu.SMEM((24, 64), jnp.float32, transforms=transforms)])
     x = jax.ShapeDtypeStruct((16, 64), jnp.float32)
+
+    def kernel(x):
+        return compat.kernel(body, (), [x], out_type=jax.ShapeDtypeStruct(x.shape, x.dtype), grid=(1,),
+                             grid_names=("one",), num_threads=1, thread_name="warpgroup",
+                             scratch_types=[plgpu.SMEM((24, 64), jnp.float32, transforms=transforms)])
+
     with pytest.raises(ValueError):
         jax.jit(kernel).trace(x).lower(lowering_platforms=("cuda",))
