@@ -25,14 +25,19 @@ logger = logging.getLogger(__name__)
 
 
 def depthwise_conv(
-    x: Float[Array, "B H W C"], kernel: Float[Array, "kh kw C"], bias: Float[Array, "C"] | None = None
+    x: Float[Array, "B H W C"],
+    kernel: Float[Array, "kh kw C"],
+    bias: Float[Array, "C"] | None = None,
+    *,
+    squared_relu: bool = False,
 ) -> Float[Array, "B H W C"]:
     """Correlates every channel with its own kernel: SAME zero padding, stride 1, odd kernel sizes.
 
         y[b,i,j,c] = bias[c] + sum_{m,n} kernel[m,n,c] x[b, i + m - kh//2, j + n - kw//2, c]
 
-    Sums in float32 and returns the dtype of `x`, to which the sum of a GPU is rounded before a bias is added.
-    Differentiable in reverse mode, once.
+    or with `squared_relu` y * relu(y), which our GPU kernel computes in float32 where there is no bias, the rest in the
+    dtype of `x`. Sums in float32 and returns the dtype of `x`, to which the sum of a GPU is rounded before a bias is
+    added. Differentiable in reverse mode, once.
     Raises ValueError for wrong shapes or an even kernel size.
     """
     if x.ndim != 4:
@@ -45,14 +50,17 @@ def depthwise_conv(
         raise ValueError(f"bias must have shape {list(x.shape[3:])}, found {list(bias.shape)}.")
     reason = _refusal(x, kernel)
     if reason is None:
-        # in float32, in which the parts of a sharded batch then add up the gradient of the kernel
-        y = over_shards(_on_gpu, "bc -c")(x, kernel.astype(jnp.float32), None)
+        on_chip = squared_relu and bias is None
+        # the kernel in float32, in which the parts of a sharded batch then add up its gradient
+        y = over_shards(depthwise_gpu.correlate, "bc -c")(x, kernel.astype(jnp.float32), on_chip)
+        squared_relu = squared_relu and not on_chip
     else:
         _log_refusal(reason)
         y = _correlate(x, kernel)
     if bias is not None:
         y = y.astype(jnp.float32) + bias.astype(jnp.float32)
-    return y.astype(x.dtype)
+    y = y.astype(x.dtype)
+    return y * jax.nn.relu(y) if squared_relu else y
 
 
 def _refusal(x: Array, kernel: Array) -> str | None:
@@ -60,10 +68,6 @@ def _refusal(x: Array, kernel: Array) -> str | None:
     if depthwise_gpu is None:
         return _no_kernel
     return devices.missing() or depthwise_gpu.refuses(x, kernel)
-
-
-def _on_gpu(x: Array, kernel: Array, _: None) -> Array:
-    return depthwise_gpu.correlate(x, kernel)
 
 
 @functools.cache

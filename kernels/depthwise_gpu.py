@@ -22,12 +22,14 @@ from kernels import compat, devices
 
 SIDES = (3, 5, 7)
 """Heights and widths of kernels. A row of a kernel takes a warpgroup, and a block has up to eight."""
-WARPGROUPS = 4
-"""Of a block of the correlation, each of which takes every fourth row."""
+WARPGROUPS = 2
+"""Of a block of the correlation, each of which takes every second row."""
 SEGMENT = 16
 """Columns that a warpgroup takes at most at a time: their sums are in registers."""
-STRIP = 16
-"""Rows that a block takes at most: those it shares with the next one are loaded twice."""
+STRIP = 8
+"""Rows that a block takes at most: those it shares with the next one are loaded twice, if from the L2 cache."""
+WIDEST = 4096
+"""Columns of an image; for all widths up to it there is a `Plan.length`."""
 BLOCKS = 132
 """Blocks of the gradient of the kernel for kernels of seven rows, one a multiprocessor; more for fewer rows."""
 
@@ -58,14 +60,19 @@ class Plan:
         return math.ceil(self.channels / self.slab)
 
     @property
-    def segments(self) -> int:
-        """Pieces of a row; the last one overlaps the one before it where their length does not divide the width."""
-        return math.ceil(self.width / SEGMENT)
+    def length(self) -> int:
+        """Columns of a segment: the most of those that leave the least to do twice. The halo on either side of a
+        segment is inside of the image or outside, never both."""
+        if self.width <= SEGMENT:
+            return self.width
+        halo = self.kernel_width // 2
+        whole = [n for n in range(SEGMENT, SEGMENT // 2, -1) if self.width % n == 0 or self.width % n >= halo]
+        return min(whole, key=lambda n: math.ceil(self.width / n) * n)
 
     @property
-    def length(self) -> int:
-        """Columns of a segment."""
-        return math.ceil(self.width / self.segments)
+    def segments(self) -> int:
+        """Pieces of a row; the last one overlaps the one before it where their length does not divide the width."""
+        return math.ceil(self.width / self.length)
 
     @property
     def strips(self) -> int:
@@ -94,20 +101,23 @@ class Plan:
         return lax.min(segment * self.length, self.width - self.length)
 
     def row(self, ref: Any, image: Array, row: Array, first: Array, halo: int) -> list[Float[Array, "slab"] | None]:
-        """Columns first - halo to first + length + halo of a row in float32, None for those that are always outside of
-        the image and zeros for those that happen to be."""
-        read = functools.partial(self.read, ref, image, row)
-        inside = range(self.length)
+        """Columns first - halo to first + length + halo of a row in float32; None for those that are always outside of
+        the image, zeros for those that happen to be."""
+        def read(begin: Array, count: int) -> list[Float[Array, "slab"]]:
+            columns = ref.at[image, row, pl.ds(begin, count)]
+            return [self.read(columns, column) for column in range(count)]
+
+        inside = read(first, self.length)
         if self.segments == 1:
-            return [read(column) if column in inside else None for column in range(-halo, self.length + halo)]
+            return [None] * halo + inside + [None] * halo
 
-        def read_beyond(column: Array) -> Float[Array, "slab"]:
-            found = read(lax.clamp(0, column, self.width - 1))
-            is_inside = (column >= 0) & (column < self.width)
-            return jnp.where(jnp.broadcast_to(is_inside, found.shape), found, 0.0)
+        def beyond(there: Array, begin: Array, instead: Array) -> list[Float[Array, "slab"]]:
+            """The halo from `begin`, read at another place and replaced by zeros if it is not there."""
+            found = read(jnp.where(there, begin, instead), halo)
+            return [jnp.where(jnp.broadcast_to(there, a.shape), a, 0.0) for a in found]
 
-        return [(read if column in inside else read_beyond)(first + column)
-                for column in range(-halo, self.length + halo)]
+        end = first + self.length
+        return [*beyond(first > 0, first - halo, first), *inside, *beyond(end < self.width, end, end - halo)]
 
     def read(self, ref: Any, *index: Any) -> Float[Array, "slab"]:
         return compat.load(ref, (*index, self.mine()), self.layout).astype(jnp.float32)
@@ -121,35 +131,57 @@ def refuses(x: Float[Array, "B H W C"], kernel: Float[Array, "kh kw C"]) -> str 
         return f"takes kernels of {', '.join(map(str, SIDES))} rows and columns, not {list(kernel.shape[:2])}"
     if x.shape[3] < 128 or 0 in x.shape:
         return f"takes at least 128 channels and no empty axis, not {list(x.shape)}"
+    if x.shape[2] > WIDEST:
+        return f"takes images of up to {WIDEST} columns, not {x.shape[2]}"
     return None
 
 
-@jax.custom_vjp
-def correlate(x: Float[Array, "B H W C"], kernel: Float[Array, "kh kw C"]) -> Float[Array, "B H W C"]:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def correlate(
+    x: Float[Array, "B H W C"], kernel: Float[Array, "kh kw C"], squared_relu: bool
+) -> Float[Array, "B H W C"]:
     """See `kernels.depthwise_conv`; arguments are checked there, and by `refuses`. The kernel is used in float32."""
-    return _correlate(x, kernel.astype(jnp.float32), turned=False)
+    return _correlate(x, kernel, finish=_squared_relu if squared_relu else _unchanged)
 
 
-def _forward(x, kernel):
-    return correlate(x, kernel), (x, kernel)
+def _forward(x, kernel, squared_relu):
+    return correlate(x, kernel, squared_relu), (x, kernel)
 
 
-def _backward(saved, cotangent):
+def _backward(squared_relu, saved, cotangent):
     x, kernel = saved
     cotangent = cotangent.astype(x.dtype)
-    grad_x = _correlate(cotangent, kernel.astype(jnp.float32), turned=True)
+    if squared_relu:  # computes the convolution again, which is less than to write it and read it
+        cotangent = _correlate(x, kernel, cotangent, finish=_squared_relu_gradient)
+    grad_x = _correlate(cotangent, kernel, finish=_unchanged, turned=True)
     return grad_x, kernel_gradient(x, cotangent, kernel.shape[:2]).astype(kernel.dtype)
 
 
 correlate.defvjp(_forward, _backward)
 
 
-def _correlate(x: Array, kernel: Array, *, turned: bool) -> Float[Array, "B H W C"]:
-    """`turned`: with the kernel turned by half a circle, which gives the gradient of x."""
+def _unchanged(y: Array) -> Array:
+    return y
+
+
+def _squared_relu(y: Array) -> Array:
+    return y * jnp.maximum(y, 0.0)
+
+
+def _squared_relu_gradient(y: Array, cotangent: Array) -> Array:
+    return 2.0 * jnp.maximum(y, 0.0) * cotangent
+
+
+def _correlate(
+    x: Array, kernel: Array, *others: Array, finish: Callable, turned: bool = False
+) -> Float[Array, "B H W C"]:
+    """`finish` of the correlation and of `others`, arrays like x; `turned`: with the kernel turned by half a circle,
+    which gives the gradient of x."""
     plan = Plan(*x.shape[1:], *kernel.shape[:2])
     grid = {"image": x.shape[0], "slab": plan.slabs, "strip": plan.strips, "segment": plan.segments}
-    y, = _launch(functools.partial(_correlate_body, plan=plan, turned=turned), "depthwise_correlate", grid, WARPGROUPS,
-                 [jax.ShapeDtypeStruct(x.shape, x.dtype)], x, kernel)
+    body = functools.partial(_correlate_body, plan=plan, finish=finish, turned=turned)
+    y, = _launch(body, "depthwise_correlate", grid, WARPGROUPS, [jax.ShapeDtypeStruct(x.shape, x.dtype)],
+                 x, kernel.astype(jnp.float32), *others)
     return y
 
 
@@ -163,7 +195,8 @@ def _launch(body: Callable, name: str, grid: dict[str, int], warpgroups: int, ou
                          grid_names=tuple(grid), num_threads=warpgroups, thread_name="warpgroup")
 
 
-def _correlate_body(x: Any, kernel: Any, y: Any, *, plan: Plan, turned: bool) -> None:
+def _correlate_body(x: Any, kernel: Any, *rest: Any, plan: Plan, finish: Callable, turned: bool) -> None:
+    *others, y = rest
     image, warpgroup = lax.axis_index("image"), lax.axis_index("warpgroup")
     top, first = lax.axis_index("strip") * plan.rows, plan.first_column(lax.axis_index("segment"))
     middle, halo = plan.kernel_height // 2, plan.kernel_width // 2
@@ -187,7 +220,8 @@ def _correlate_body(x: Any, kernel: Any, y: Any, *, plan: Plan, turned: bool) ->
         begin, end = lax.max(middle - row, 0), lax.min(plan.height + middle - row, plan.kernel_height)
         sums = lax.fori_loop(begin, end, functools.partial(add_row, row), (plan.zeros(),) * plan.length)
         for column, found in enumerate(sums):
-            compat.store(y, (image, row, first + column, plan.mine()), found)
+            pixel = image, row, first + column
+            compat.store(y, (*pixel, plan.mine()), finish(found, *(plan.read(other, *pixel) for other in others)))
 
 
 def kernel_gradient(x: Array, cotangent: Array, size: tuple[int, int]) -> Float[Array, "kh kw C"]:

@@ -170,7 +170,7 @@ class GSPNBlock(nnx.Module):
         self.hidden = hidden = arch.hidden
         self.join = nnx.Linear(2 * hidden, hidden, kernel_init=XAVIER, dtype=dtype, rngs=rngs) if long_skip else None
         self.mixer = GSPNMixer(arch, dtype=dtype, rngs=rngs)
-        self.conv = DepthwiseConv(3, hidden, dtype=dtype, rngs=rngs)
+        self.conv = DepthwiseConv(3, hidden, squared_relu=True, dtype=dtype, rngs=rngs)
         self.out_proj = nnx.Linear(hidden, hidden, kernel_init=XAVIER, dtype=dtype, rngs=rngs)
 
     def __call__(
@@ -181,8 +181,7 @@ class GSPNBlock(nnx.Module):
             x = named(self._joined(x, long_skip), "join")
         if tensor_cores():
             x = with_layout_constraint(x, Layout((0, 1, 2, 3)))
-        y = self.conv(self.mixer(layer_norm(x, self.hidden), chunk=chunk))
-        y = self.out_proj(y * jax.nn.relu(y))
+        y = self.out_proj(self.conv(self.mixer(layer_norm(x, self.hidden), chunk=chunk)))
         return x + (y if drop_path is None else drop_path(y))
 
     def _joined(self, x: Float[Array, "B H W D"], long_skip: Float[Array, "B H W D"]) -> Float[Array, "B H W D"]:

@@ -49,14 +49,15 @@ class Attention(nnx.Module):
 
 
 class DepthwiseConv(nnx.Module):
-    """One odd square kernel a channel, zero padding, no bias."""
+    """One odd square kernel a channel, zero padding, no bias; with `squared_relu` y * relu(y) of it."""
 
-    def __init__(self, size: int, hidden: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
-        self.dtype = dtype
+    def __init__(self, size: int, hidden: int, *, squared_relu: bool = False, dtype: DTypeLike, rngs: nnx.Rngs):
+        self.dtype, self.squared_relu = dtype, squared_relu
         self.kernel = nnx.Param(DEPTHWISE(rngs.params(), (size, size, hidden), jnp.float32))
 
     def __call__(self, x: Float[Array, "B H W D"]) -> Float[Array, "B H W D"]:
-        return depthwise_conv(x.astype(self.dtype), self.kernel[...].astype(self.dtype), None)
+        kernel = self.kernel[...].astype(self.dtype)
+        return depthwise_conv(x.astype(self.dtype), kernel, squared_relu=self.squared_relu)
 
 
 class GSPNMixer(nnx.Module):

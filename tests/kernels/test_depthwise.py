@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from numpy_depthwise import inputs, loop
+from numpy_depthwise import inputs, loop, squared_relu_loop
 from numpy_scan import relative_error
 
 from kernels import depthwise_conv
@@ -25,6 +25,15 @@ def test_values_and_gradients_are_those_of_the_float64_loop(size, kernel):
     y, pull = jax.vjp(depthwise_conv, *(jnp.asarray(a, jnp.float32) for a in (x, kernel, bias)))
     found = y, *pull(jnp.asarray(cotangent, jnp.float32))
     for a, b in zip(found, loop(x, kernel, bias, cotangent), strict=True):
+        assert relative_error(a, b) < 1e-5
+
+
+@pytest.mark.usefixtures("platform")
+def test_squared_relu_comes_after_the_bias():
+    arrays = inputs((2, 5, 4, 3), (3, 3, 3))
+    x, kernel, bias, cotangent = (jnp.asarray(a, jnp.float32) for a in arrays)
+    y, pull = jax.vjp(lambda *a: depthwise_conv(*a, squared_relu=True), x, kernel, bias)
+    for a, b in zip((y, *pull(cotangent)), squared_relu_loop(*arrays), strict=True):
         assert relative_error(a, b) < 1e-5
 
 

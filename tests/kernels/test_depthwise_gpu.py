@@ -1,5 +1,6 @@
 """The depthwise convolution's GPU kernels without a GPU: interpreted with race detection against a float64 loop."""
 
+import functools
 import logging
 import re
 
@@ -8,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from mosaic import interpreted
-from numpy_depthwise import inputs, loop
+from numpy_depthwise import inputs, loop, squared_relu_loop
 from numpy_scan import relative_error
 
 from kernels import compat, depthwise, depthwise_conv, depthwise_gpu, devices, sharded
@@ -22,14 +23,14 @@ def few_blocks(monkeypatch):
     monkeypatch.setattr(depthwise_gpu, "BLOCKS", 3)
 
 
-def value_and_gradients(x, kernel, cotangent):
-    y, pull = jax.vjp(depthwise_conv, x, kernel)
+def value_and_gradients(x, kernel, cotangent, **options):
+    y, pull = jax.vjp(lambda *a: depthwise_conv(*a, **options), x, kernel)
     return y, *pull(cotangent)
 
 
-def assert_right(found, arrays):
+def assert_right(found, arrays, exact=loop):
     x, kernel, cotangent = (np.asarray(array, np.float64) for array in arrays)
-    for name, a, b in zip(("y", "x", "kernel"), found, loop(x, kernel, 0, cotangent), strict=False):
+    for name, a, b in zip(("y", "x", "kernel"), found, exact(x, kernel, 0, cotangent), strict=False):
         assert a.dtype == arrays[0].dtype
         assert relative_error(a, b) < TOLERANCE[a.dtype.name], name
 
@@ -52,6 +53,27 @@ def test_values_and_gradients_are_those_of_the_float64_loop(monkeypatch, size, k
         found = jax.block_until_ready(value_and_gradients(*arrays))
         assert not compat.races_found()
     assert_right(found, arrays)
+
+
+@pytest.mark.parametrize("side", depthwise_gpu.SIDES)
+def test_segments_cover_a_row_and_no_halo_crosses_an_edge_of_the_image(side):
+    for width in (*range(1, 300), depthwise_gpu.WIDEST):
+        plan = depthwise_gpu.Plan(1, width, 128, side, side)
+        firsts = [min(segment * plan.length, width - plan.length) for segment in range(plan.segments)]
+        covered = {first + column for first in firsts for column in range(plan.length)}
+        assert covered == {*range(width)}
+        halo = side // 2
+        if plan.segments > 1:
+            assert all(first == 0 or first >= halo for first in firsts)
+            assert all(first + plan.length in (width, *range(width - halo + 1)) for first in firsts)
+
+
+def test_squared_relu_is_computed_on_chip():
+    arrays = arguments((1, 5, 4, 128), (3, 3), "float32")
+    with interpreted():
+        found = jax.block_until_ready(value_and_gradients(*arrays, squared_relu=True))
+        assert not compat.races_found()
+    assert_right(found, arrays, squared_relu_loop)
 
 
 def test_the_gradient_of_the_kernel_is_the_same_every_time():
@@ -98,16 +120,19 @@ def test_over_a_mesh_each_device_convolves_its_part():
     assert sums == ["tensor<3x3x128xf32>"]
 
 
-def test_three_launches_and_no_convolution_of_xlas():
-    text = lowered(value_and_gradients, (1, 4, 4, 128), (3, 3, 128), (1, 4, 4, 128))
-    assert text.count("custom_call @mosaic_gpu") == 3
-    assert "stablehlo.convolution" not in text
+@pytest.mark.parametrize(("squared_relu", "launches"), [(False, 3), (True, 4)])
+def test_its_launches_and_nothing_of_xlas(squared_relu, launches):
+    run = functools.partial(value_and_gradients, squared_relu=squared_relu)
+    text = lowered(run, (1, 4, 4, 128), (3, 3, 128), (1, 4, 4, 128))
+    assert text.count("custom_call @mosaic_gpu") == launches
+    assert not re.search(r"stablehlo\.(convolution|maximum|multiply)", text)
 
 
 @pytest.mark.parametrize(("shape", "kernel", "dtype", "sentence"), [
     ((1, 4, 4, 128), (9, 9), "float32", r"takes kernels of 3, 5, 7 rows and columns, not \[9, 9\]"),
     ((1, 4, 4, 64), (3, 3), "float32", r"takes at least 128 channels and no empty axis, not \[1, 4, 4, 64\]"),
     ((1, 4, 4, 128), (3, 3), "float16", "takes float32 and bfloat16, not float16"),
+    ((1, 1, 4097, 128), (3, 3), "float32", "takes images of up to 4096 columns, not 4097"),
 ])
 def test_what_it_does_not_take_is_xlas_with_a_reason_in_the_log(monkeypatch, caplog, shape, kernel, dtype, sentence):
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
