@@ -33,8 +33,6 @@ AXES = 2
 """Lines that are rows (down, up), and lines that are columns (right, left)."""
 LAYOUT = plgpu.Layout.WGMMA
 """How a tile [pixels of a class, channels] is spread over a warpgroup: as products leave it."""
-MULTIPROCESSORS = 132
-"""Of an H100 or H200, for which batches are shared out."""
 
 
 class Given(NamedTuple):
@@ -460,8 +458,10 @@ def _run(body: Any, given: Given, outputs: list[Any]) -> list[Array]:
 
 def _splits(batch: int, slabs: int) -> int:
     """The number of blocks that share the images of a slab: their last round should leave few multiprocessors idle."""
-    def time(splits: int) -> float:  # in images, and about one more for the factors
-        return math.ceil(splits * slabs / MULTIPROCESSORS) * (batch // splits + 1)
+    multiprocessors = devices.current().expanding.multiprocessors
+
+    def time(splits: int) -> int:  # in images, and about one more for the factors
+        return math.ceil(splits * slabs / multiprocessors) * (batch // splits + 1)
 
     return min((n for n in range(1, batch + 1) if batch % n == 0), key=time)
 
