@@ -50,9 +50,11 @@ class Case:
     """Of channels that share weights; None: each has its own."""
     rank: int | None = None
     """Of the proxy."""
+    chunk: int | None = None
 
     def __str__(self) -> str:
         more = (f" G={self.groups}" if self.groups else "") + (f" d={self.rank}" if self.rank else "")
+        more += f" chunk={self.chunk}" if self.chunk else ""
         return f"{self.operator} {self.height}x{self.width}x{self.channels}{more} {self.dtype}"
 
     def shapes(self) -> list[jax.ShapeDtypeStruct]:
@@ -71,7 +73,8 @@ class Case:
     def function(self) -> Callable:
         """The value, with states saved, and all gradients."""
         operator = {"line_scan": line_scan, "propagate": propagate, "propagate_low_rank": propagate_low_rank}
-        options = {"backend": "mosaic_gpu"} | ({"direction": "down"} if self.operator == "line_scan" else {})
+        options = {"backend": "mosaic_gpu", "chunk": self.chunk}
+        options |= {"direction": "down"} if self.operator == "line_scan" else {}
 
         def value_and_gradients(*arrays):
             y, pull = jax.vjp(lambda *arrays: operator[self.operator](*arrays, **options), *arrays)
@@ -97,6 +100,7 @@ CASES = [
         Case("propagate", 16, 16, 1536, dtype, groups=1),
         Case("propagate", 32, 32, 1152, dtype, groups=1),
         Case("propagate_low_rank", 16, 16, 1500, dtype, rank=93),
+        Case("propagate_low_rank", 16, 16, 1536, dtype, rank=93, chunk=2),
     )
 ]
 

@@ -19,7 +19,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float
 
-from kernels import bodies, compat, devices, expansion, launch, tiles
+from kernels import bodies, compat, devices, expansion, launch
 from kernels.terms import LAM, OUT_GATE, SKIP, Job
 
 CHUNK = 2
@@ -83,7 +83,8 @@ def refuses(x: Float[Array, "B H W C"], proxy: Float[Array, "B H W d"], kinds: i
         return f"takes bfloat16, not {x.dtype}"
     if height % 2 or width % 8 or height * width != CLASSES * PIXELS or channels % 8 or channels < SLAB:
         return f"takes maps of 256 pixels and channels in eights from {SLAB}, not {list(x.shape[1:])}"
-    if max(_shared_bytes(kinds, proxy.shape[-1], backward=backward) for backward in (False, True)) > device.shared_bytes:
+    needed = [_shared_bytes(kinds, proxy.shape[-1], backward=backward) for backward in (False, True)]
+    if max(needed) > device.shared_bytes:
         return f"has no room on chip for a proxy of {proxy.shape[-1]}"
     return None
 
