@@ -80,8 +80,9 @@ class Sizes:
         (64, 16, 16, 1536, 1, None),  # and of all, spread on chip
     )
     against_scan: bool = True
-    low_rank: tuple = ((32, 16, 1500, 93), (32, 16, 1536, 96), (8, 32, 1200, 75), (4, 64, 1152, 72))
-    """batch, side, channels, rank"""
+    low_rank: tuple = ((32, 16, 1500, 93, None), (64, 16, 1536, 93, 2), (32, 16, 1536, 96, None),
+                       (8, 32, 1200, 75, None), (4, 64, 1152, 72, None))
+    """batch, side, channels, rank, chunk"""
     blocks: tuple = (("GSPN-XL/2", 32, 16), ("GSPN-L/2", 32, 16), ("GSPN-XL/2", 8, 32))
     """preset, batch, side of the map of tokens"""
     attention: tuple = ((32, 16), (32, 32), (8, 64), (2, 128), (1, 256))
@@ -92,10 +93,10 @@ class Sizes:
 
 FULL = Sizes()
 QUICK = dataclasses.replace(FULL, convolutions=FULL.convolutions[::3], operator=FULL.operator[:2] + FULL.operator[3:5],
-                            against_scan=False, low_rank=FULL.low_rank[:1], blocks=FULL.blocks[:1],
+                            against_scan=False, low_rank=FULL.low_rank[:2], blocks=FULL.blocks[:1],
                             attention=FULL.attention[:2])
 TINY = Sizes(copied_values=2**10, calls=1, untimed=0, rows=16, widths=(12, 16), convolutions=((1, 4, 4, 128, 3),),
-             operator=((1, 4, 4, 64, 4, None),), low_rank=((2, 4, 64, 16),), blocks=(("GSPN-S/2", 2, 4),),
+             operator=((1, 4, 4, 64, 4, None),), low_rank=((2, 4, 64, 16, None),), blocks=(("GSPN-S/2", 2, 4),),
              attention=((1, 2), (1, 4)), width=64, heads=1)
 """What takes seconds in the interpreter; the model of a block is made smaller too (`block_mixer`)."""
 
@@ -272,9 +273,12 @@ def fused_against_unfused(what: str, function: Callable, arrays: tuple, sizes: S
 
 
 def low_rank(sizes: Sizes, repeats: int) -> Rows:
-    for case in sizes.low_rank:
-        yield from fused_against_unfused(f"low rank {case}", lambda *a: propagate_low_rank(*a, backend="mosaic_gpu"),
-                                         low_rank_inputs(*case), sizes, repeats)
+    for *case, chunk in sizes.low_rank:
+        def scans(*arrays, chunk=chunk):
+            return propagate_low_rank(*arrays, chunk=chunk, backend="mosaic_gpu")
+
+        what = f"low rank {tuple(case)}" + (f", chunk {chunk}" if chunk else "")
+        yield from fused_against_unfused(what, scans, low_rank_inputs(*case), sizes, repeats)
 
 
 def block_mixer(preset: str, sizes: Sizes) -> tuple[GSPNMixer, int]:

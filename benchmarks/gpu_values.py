@@ -74,6 +74,8 @@ def cases() -> list[Case]:
              for dtype in LIMITS]
     found += [Case("low_rank", shape, rank, "bfloat16", skip, chunk) for shape, rank, skip, chunk in [
         ((4, 16, 16, 96), 24, False, None), ((3, 16, 16, 100), 93, True, 2), ((1, 16, 16, 1500), 93, False, 2),
+        ((2, 16, 16, 1536), 93, False, 2), ((2, 16, 16, 1200), 75, False, 2),  # chunk=2 in a kernel of its own
+        ((8, 16, 16, 72), 24, True, 2),
         ((2, 32, 32, 64), 32, False, None), ((1, 64, 64, 64), 16, True, None)]]
     found += [Case("line_scan", (2, 16, 16, 100), groups, dtype, False, chunk, direction)
               for direction, groups, dtype, chunk in [

@@ -50,12 +50,13 @@ class Case:
     """Of channels that share weights; None: each has its own."""
     rank: int | None = None
     """Of the proxy."""
+    chunk: int | None = None
     side: int | None = None
     """Of the kernel of a convolution."""
 
     def __str__(self) -> str:
-        more = "".join(f" {name}={value}" for name, value in (("G", self.groups), ("d", self.rank), ("side", self.side))
-                       if value)
+        named = ("G", self.groups), ("d", self.rank), ("chunk", self.chunk), ("side", self.side)
+        more = "".join(f" {name}={value}" for name, value in named if value)
         return f"{self.operator} {self.height}x{self.width}x{self.channels}{more} {self.dtype}"
 
     def shapes(self) -> list[jax.ShapeDtypeStruct]:
@@ -78,9 +79,8 @@ class Case:
         """The value, with states saved, and all gradients."""
         operator = {"line_scan": line_scan, "propagate": propagate, "propagate_low_rank": propagate_low_rank,
                     "depthwise_conv": depthwise_conv}
-        options = {"backend": "mosaic_gpu"} | ({"direction": "down"} if self.operator == "line_scan" else {})
-        if self.operator == "depthwise_conv":
-            options = {}
+        options = {} if self.operator == "depthwise_conv" else {"backend": "mosaic_gpu", "chunk": self.chunk}
+        options |= {"direction": "down"} if self.operator == "line_scan" else {}
 
         def value_and_gradients(*arrays):
             y, pull = jax.vjp(lambda *arrays: operator[self.operator](*arrays, **options), *arrays)
@@ -107,6 +107,7 @@ CASES = [
         Case("propagate", 16, 16, 1536, dtype, groups=1),
         Case("propagate", 32, 32, 1152, dtype, groups=1),
         Case("propagate_low_rank", 16, 16, 1500, dtype, rank=93),
+        Case("propagate_low_rank", 16, 16, 1536, dtype, rank=93, chunk=2),
         Case("depthwise_conv", 16, 16, 1536, dtype, side=7),
         Case("depthwise_conv", 32, 32, 1200, dtype, side=7),
         Case("depthwise_conv", 16, 16, 1536, dtype, side=3),

@@ -25,6 +25,8 @@ class Expanding:
     """Of a block."""
     blocks: int = 264
     """Blocks of the sums over lines that there should be, two for each multiprocessor: batches are split for it."""
+    multiprocessors: int = 132
+    """Of an H100 or H200: the kernel for chunk=2 splits batches so that few of them are idle at the end."""
 
 
 @dataclasses.dataclass(frozen=True)

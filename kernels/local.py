@@ -19,7 +19,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float
 
-from kernels import bodies, compat, devices, expansion, launch, tiles
+from kernels import bodies, compat, devices, expansion, launch
 from kernels.terms import LAM, OUT_GATE, SKIP, Job
 
 CHUNK = 2
@@ -33,8 +33,6 @@ AXES = 2
 """Lines that are rows (down, up), and lines that are columns (right, left)."""
 LAYOUT = plgpu.Layout.WGMMA
 """How a tile [pixels of a class, channels] is spread over a warpgroup: as products leave it."""
-MULTIPROCESSORS = 132
-"""Of an H100 or H200, for which batches are shared out."""
 
 
 class Given(NamedTuple):
@@ -85,7 +83,8 @@ def refuses(x: Float[Array, "B H W C"], proxy: Float[Array, "B H W d"], kinds: i
         return f"takes bfloat16, not {x.dtype}"
     if height % 2 or width % 8 or height * width != CLASSES * PIXELS or channels % 8 or channels < SLAB:
         return f"takes maps of 256 pixels and channels in eights from {SLAB}, not {list(x.shape[1:])}"
-    if max(_shared_bytes(kinds, proxy.shape[-1], backward=backward) for backward in (False, True)) > device.shared_bytes:
+    needed = [_shared_bytes(kinds, proxy.shape[-1], backward=backward) for backward in (False, True)]
+    if max(needed) > device.shared_bytes:
         return f"has no room on chip for a proxy of {proxy.shape[-1]}"
     return None
 
@@ -460,8 +459,10 @@ def _run(body: Any, given: Given, outputs: list[Any]) -> list[Array]:
 
 def _splits(batch: int, slabs: int) -> int:
     """The number of blocks that share the images of a slab: their last round should leave few multiprocessors idle."""
-    def time(splits: int) -> float:  # in images, and about one more for the factors
-        return math.ceil(splits * slabs / MULTIPROCESSORS) * (batch // splits + 1)
+    multiprocessors = devices.current().expanding.multiprocessors
+
+    def time(splits: int) -> int:  # in images, and about one more for the factors
+        return math.ceil(splits * slabs / multiprocessors) * (batch // splits + 1)
 
     return min((n for n in range(1, batch + 1) if batch % n == 0), key=time)
 

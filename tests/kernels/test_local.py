@@ -1,0 +1,105 @@
+"""The kernel of chunk=2, interpreted against the scan backend, and lowered; in machine code it is in tests/ptx."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import pytest
+from mosaic import interpreted
+from test_low_rank import NAMES, arguments, error, value_and_gradients
+
+from kernels import compat, devices, local, mosaic_gpu
+
+
+@pytest.fixture
+def few_blocks():
+    """A block walks over several images, as it does in training."""
+    with devices.for_device(dataclasses.replace(
+            devices.DEVICES["9.0"], expanding=devices.Expanding(multiprocessors=1))):
+        yield
+
+
+def assert_same_as_the_scan_in_float32(arrays, *, races=True):
+    """As near to it as the scan backend with the same bfloat16 inputs."""
+    kinds = 6 if "skip" in arrays else 5
+    assert local.refuses(arrays["x"], arrays["proxy"], kinds) is None or not compat.RESHAPES_REFERENCES
+    exact = {name: array.astype(jnp.float32) for name, array in arrays.items()}
+    expected = value_and_gradients(exact, backend="scan", chunk=2)
+    rounded = value_and_gradients(arrays, backend="scan", chunk=2)
+    with interpreted(races):
+        assert local.refuses(arrays["x"], arrays["proxy"], kinds) is None
+        found = jax.block_until_ready(value_and_gradients(arrays, backend="mosaic_gpu", chunk=2))
+    assert not (races and compat.races_found())
+    assert found.keys() == expected.keys()
+    for name, array in found.items():
+        assert array.dtype == arrays["x" if name == "y" else name].dtype
+        assert error(array, expected[name]) < 1.5 * error(rounded[name], expected[name]), name
+
+
+def test_values_and_gradients_are_those_of_the_scan(few_blocks):
+    arrays = arguments(2, 16, 16, 24, merge=(4, 16))
+    assert local._splits(2, 1) == 1
+    assert_same_as_the_scan_in_float32(arrays)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", [
+    dict(batch=3, size=16, channels=32, rank=24, skip=True),  # six kinds, two slabs, an odd batch
+    dict(batch=1, size=16, channels=32, rank=24, groups=4),
+], ids=lambda case: "-".join(map(str, case.values())))  # fmt: skip
+def test_other_kinds_and_groups(few_blocks, case):
+    assert_same_as_the_scan_in_float32(arguments(**case))
+
+
+@pytest.mark.slow
+def test_slabs_that_overlap():
+    """24 channels are two overlapping slabs of 16. They store the same values twice, which counts as a race."""
+    assert_same_as_the_scan_in_float32(arguments(1, 16, 24, 16), races=False)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", [(8, 32), (32, 8)])
+def test_maps_that_are_not_square(shape):
+    """The public operator asks for square maps first; the kernel itself does not need them."""
+    square = arguments(1, 16, 16, 16)
+    arrays = {name: a.reshape(1, *shape, a.shape[-1]) if name in ("x", "proxy") else a for name, a in square.items()}
+    exact = {name: array.astype(jnp.float32) for name, array in arrays.items()}
+    expected = value_and_gradients(exact, backend="scan", chunk=2)["y"]
+    with interpreted():
+        assert local.refuses(arrays["x"], arrays["proxy"], 5) is None
+        found = mosaic_gpu.propagate_low_rank(*(arrays.get(name) for name in (*NAMES[:6], "skip")), 2)
+    assert error(found, expected) < 5e-3
+
+
+@pytest.mark.skipif(not compat.RESHAPES_REFERENCES, reason="JAX 0.10 runs the kernel of every chunk")
+@pytest.mark.parametrize(("channels", "rank"), [
+    (1200, 75), pytest.param(1536, 93, marks=pytest.mark.slow)])
+def test_models_launch_it_once_each_way_and_keep_nothing_for_the_backward_pass(channels, rank):
+    shapes = jax.eval_shape(lambda: arguments(4, 16, channels, rank))
+
+    def operator(a):
+        return mosaic_gpu.propagate_low_rank(*(a.get(name) for name in (*NAMES[:6], "skip")), 2)
+
+    def with_gradients(a):
+        y, pull = jax.vjp(operator, a)
+        return pull(y)
+
+    for function, launches in ((operator, 1), (with_gradients, 2)):
+        text = jax.jit(function).trace(shapes).lower(lowering_platforms=("cuda",)).as_text()
+        assert text.count("@mosaic_gpu") == launches
+    saved = jax.eval_shape(lambda a: jax.vjp(operator, a)[1], shapes)
+    largest = max(jax.tree.leaves(saved), key=lambda array: array.size)
+    assert largest.size <= max(shapes["x"].size, 4 * 5 * channels * 96)
+
+
+@pytest.mark.parametrize(("change", "reason"), [
+    (dict(dtype=jnp.float32), "takes bfloat16, not float32"),
+    (dict(size=32), "takes maps of 256 pixels"),
+    (dict(channels=68), "channels in eights from 16"),
+    (dict(rank=128), "has no room on chip for a proxy of 128"),
+])  # fmt: skip
+def test_what_it_cannot_take(change, reason):
+    sizes = dict(batch=1, size=16, channels=64, rank=16, dtype=jnp.bfloat16) | change
+    shapes = jax.eval_shape(lambda: arguments(**sizes))
+    with compat.interpreted():
+        assert reason in local.refuses(shapes["x"], shapes["proxy"], 5)
