@@ -69,7 +69,7 @@ def measure_saving(hidden: int, depth: int, batch_size: int, save_every: int, tu
 
     from gspn_jax.config import Config, DataConfig, ModelConfig, TrainConfig
     from gspn_jax.parallel import sharding
-    from gspn_jax.runs.checkpoints import Checkpoints
+    from gspn_jax.runs.saving import Checkpoints
     from gspn_jax.training.state import abstract_state, create_state
     from gspn_jax.training.step import make_step
 

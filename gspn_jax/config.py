@@ -5,9 +5,18 @@ Every error is a `ConfigError` whose message is one sentence naming the field, w
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, Literal, get_args
 
+SourceName = Literal["digits", "folder", "tfds", "latents"]
+Layout = Literal["paper", "dit"]
 Mixer = Literal["attention", "gspn"]
+Backend = Literal["scan", "mosaic_gpu"]
+Objective = Literal["ddpm", "flow"]
+SamplerName = Literal["ddpm", "ddim", "dpm++", "euler", "heun"]
+SAMPLERS_OF: dict[Objective, tuple[SamplerName, ...]] = {"ddpm": ("ddpm", "ddim", "dpm++"), "flow": ("heun", "euler")}
+"""The samplers that fit an objective, its default first."""
+Precision = Literal["params=float32,compute=bfloat16", "params=float32,compute=float32"]
 Remat = Literal["none", "dots", "names", "full"]
 Metric = Literal["fid", "sfid", "is", "kid", "precision", "recall"]
 
@@ -38,34 +47,23 @@ def _fraction(owner: Any, prefix: str, *names: str) -> None:
         _check(0.0 <= getattr(owner, name) < 1.0, f"{prefix}.{name}", "in [0, 1)", getattr(owner, name))
 
 
-def parse_precision(policy: str) -> dict[str, str]:
-    """Reads "params=float32,compute=bfloat16" into {"params": "float32", "compute": "bfloat16"}."""
-    parts = {}
-    for item in policy.split(","):
-        name, _, value = item.partition("=")
-        _check(name in ("params", "compute") and value in ("float32", "bfloat16"), "train.precision",
-               "like 'params=float32,compute=bfloat16'", policy)
-        parts[name] = value
-    _check(set(parts) == {"params", "compute"}, "train.precision", "like 'params=float32,compute=bfloat16'", policy)
-    return parts
-
-
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
     """A denoiser: a row of `gspn_jax.models.presets.PRESETS`, named by `preset`; a field left None keeps its value.
 
-    `chunk` is the local scan length of each block: an int for all blocks, None for what the preset says ("local 2, the
-    last two blocks global" in the paper layout), or a tuple with one entry a block, 0 meaning global.
+    `chunk` is the local scan length of each block: an int for all blocks, None for global scans as in the operator,
+    "preset" for what the preset says (in the paper layout local 2, the last two blocks global), or a tuple with one int
+    or None a block.
     """
 
     preset: str = "GSPN-B/2"
-    layout: Literal["paper", "dit"] | None = None
+    layout: Layout | None = None
     mixer: Mixer | None = None
     hidden: int | None = None
     depth: int | None = None
     heads: int | None = None
     patch: int | None = None
-    chunk: int | tuple[int, ...] | None = None
+    chunk: int | None | Literal["preset"] | tuple[int | None, ...] = "preset"  # noqa: RUF036 (tried in this order)
     groups: int | None = None
     """How many sets of propagation weights: None is one per channel (GSPN), 1 is one for all (GSPN-2)."""
     proxy_ratio: int = 16
@@ -77,16 +75,16 @@ class ModelConfig:
     remat: Remat = "none"
     """What the backward pass recomputes: nothing, all but the linears, all but what is dear to compute for its size
     (`gspn_jax.models.remat.NAMES`), all. Under mesh.fsdp "none" is "dots"."""
-    backend: Literal["scan", "mosaic_gpu"] | None = None
+    backend: Backend | None = None
 
     def __post_init__(self) -> None:
         for name in ("hidden", "depth", "heads", "patch", "groups"):
             value = getattr(self, name)
             _check(value is None or value > 0, f"model.{name}", "greater than 0 or None", value)
-        _one_of("model.layout", self.layout, ("paper", "dit", None))
-        _one_of("model.mixer", self.mixer, ("attention", "gspn", None))
+        _one_of("model.layout", self.layout, (*get_args(Layout), None))
+        _one_of("model.mixer", self.mixer, (*get_args(Mixer), None))
         _one_of("model.remat", self.remat, get_args(Remat))
-        _one_of("model.backend", self.backend, ("scan", "mosaic_gpu", None))
+        _one_of("model.backend", self.backend, (*get_args(Backend), None))
         _positive(self, "model", "proxy_ratio")
         _fraction(self, "model", "drop_path")
 
@@ -96,7 +94,7 @@ class DataConfig:
     """Where images come from: "digits" (scikit-learn's, embedded), "folder" (one folder a class), "tfds", or "latents"
     (VAE moments that `gspn_jax.prepare` wrote; `image_size` and `channels` are then those of the latents)."""
 
-    source: Literal["digits", "folder", "tfds", "latents"] = "digits"
+    source: SourceName = "digits"
     path: str | None = None
     """The folder of images or of latents, or the data_dir of tensorflow-datasets."""
     name: str | None = None
@@ -115,7 +113,7 @@ class DataConfig:
     feed fast devices. The batches are the same; Grain is not needed."""
 
     def __post_init__(self) -> None:
-        _one_of("data.source", self.source, ("digits", "folder", "tfds", "latents"))
+        _one_of("data.source", self.source, get_args(SourceName))
         _one_of("data.bad_images", self.bad_images, ("error", "skip"))
         _positive(self, "data", "image_size", "channels", "num_classes")
         _check(self.workers >= 0, "data.workers", "0 or more", self.workers)
@@ -140,7 +138,7 @@ class DataConfig:
 class DiffusionConfig:
     """The training objective: "ddpm" (iDDPM: epsilon, learned range variance, hybrid loss) or "flow" (velocity)."""
 
-    objective: Literal["ddpm", "flow"] = "ddpm"
+    objective: Objective = "ddpm"
     timesteps: int = 1000
     beta_schedule: Literal["linear", "cosine"] = "linear"
     time_distribution: Literal["logit_normal", "uniform"] = "logit_normal"
@@ -148,7 +146,7 @@ class DiffusionConfig:
     label_dropout: float = 0.1
 
     def __post_init__(self) -> None:
-        _one_of("diffusion.objective", self.objective, ("ddpm", "flow"))
+        _one_of("diffusion.objective", self.objective, get_args(Objective))
         _one_of("diffusion.beta_schedule", self.beta_schedule, ("linear", "cosine"))
         _one_of("diffusion.time_distribution", self.time_distribution, ("logit_normal", "uniform"))
         _check(self.timesteps > 1, "diffusion.timesteps", "greater than 1", self.timesteps)
@@ -159,7 +157,7 @@ class DiffusionConfig:
 class SamplerConfig:
     """How images are drawn. `name` None: "ddpm" for the ddpm objective, "heun" for flow."""
 
-    name: Literal["ddpm", "ddim", "dpm++", "euler", "heun"] | None = None
+    name: SamplerName | None = None
     steps: int = 250
     guidance_scale: float = 1.0
     """Classifier-free guidance: 1 is none."""
@@ -172,7 +170,7 @@ class SamplerConfig:
     """Clips each predicted clean image to [-1, 1]: for pixels, not for latents."""
 
     def __post_init__(self) -> None:
-        _one_of("sampler.name", self.name, ("ddpm", "ddim", "dpm++", "euler", "heun", None))
+        _one_of("sampler.name", self.name, (*get_args(SamplerName), None))
         _one_of("sampler.guidance_channels", self.guidance_channels, ("all", "first3"))
         _positive(self, "sampler", "steps")
         _check(self.guidance_scale >= 0, "sampler.guidance_scale", "0 or more", self.guidance_scale)
@@ -226,7 +224,7 @@ class TrainConfig:
     accumulate: int = 1
     """Micro-batches a step is split into."""
     seed: int = 0
-    precision: str = "params=float32,compute=bfloat16"
+    precision: Precision = "params=float32,compute=bfloat16"
     ema_decays: tuple[float, ...] = (0.9999,)
     """The first one is sampled from by default."""
     log_every: int = 50
@@ -252,7 +250,12 @@ class TrainConfig:
             _check(0.0 <= decay < 1.0, "train.ema_decays", "decays in [0, 1)", self.ema_decays)
         for name in self.allow_change:
             _one_of("train.allow_change", name, CHANGEABLE)
-        parse_precision(self.precision)
+        _one_of("train.precision", self.precision, get_args(Precision))
+
+    @property
+    def compute(self) -> str:
+        """The type of the computation; parameters are float32."""
+        return self.precision.partition("compute=")[2]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -364,7 +367,7 @@ class Config:
     def __post_init__(self) -> None:
         _check(bool(self.run_dir), "run_dir", "a folder", self.run_dir)
         flow = self.diffusion.objective == "flow"
-        allowed = ("euler", "heun", None) if flow else ("ddpm", "ddim", "dpm++", None)
+        allowed = (*SAMPLERS_OF[self.diffusion.objective], None)
         _check(self.sampler.name in allowed, "sampler.name",
                f"one of {allowed} with diffusion.objective={self.diffusion.objective!r}", self.sampler.name)
         if not flow:
@@ -389,18 +392,52 @@ class Config:
                self.eval.vae)
 
 
+VERSION = 2
+"""The version of what `to_dict` gives. It grows when a field is renamed, removed or means something else; a new field
+with a default needs no new version."""
+
+
+def _from_version_1(values: dict[str, Any]) -> dict[str, Any]:
+    """Had no version, and had model.backend, which is since chosen where a model runs. In model.chunk, None was what
+    the preset says and 0 global. The two parts of train.precision could stand in any order."""
+    model, train = values.get("model"), values.get("train")
+    if isinstance(model, dict):
+        model = {name: value for name, value in model.items() if name != "backend"}
+        chunk = model.pop("chunk", None)
+        if chunk is not None:
+            model["chunk"] = [lines or None for lines in chunk] if isinstance(chunk, list | tuple) else chunk or None
+        values = values | {"model": model}
+    if isinstance(train, dict) and isinstance(train.get("precision"), str):
+        parts = sorted(train["precision"].split(","), reverse=True)
+        values = values | {"train": train | {"precision": ",".join(parts)}}
+    return values
+
+
+MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {1: _from_version_1}
+"""Version of a saved config -> function that makes the next version of it."""
+
+
 def to_dict(config: Config) -> dict[str, Any]:
-    """The config as plain JSON values, as it is saved with every checkpoint."""
-    return dataclasses.asdict(config)
+    """The config as plain JSON values, as it is saved with every checkpoint; without the backend, which belongs to the
+    machine."""
+    values = dataclasses.asdict(config)
+    del values["model"]["backend"]
+    return {"version": VERSION} | values
 
 
 def from_dict(values: dict[str, Any]) -> Config:
-    """The inverse of `to_dict`, also after a trip through JSON (lists become tuples again).
+    """The inverse of `to_dict`, also after a trip through JSON (lists become tuples again), and of what versions before
+    this one saved. A field that is not there has its default.
 
-    Raises ConfigError for a field that does not exist, such as one written by another version, and for other damage.
+    Raises ConfigError for a field that does not exist, such as one written by a later version, and for other damage.
     """
     try:
-        return _build(Config, values, "config")
+        version = values.get("version", 1)
+        _check(isinstance(version, int) and 1 <= version <= VERSION, "the version of the saved config",
+               f"1 to {VERSION}, which this program reads", version)
+        for old in range(version, VERSION):
+            values = MIGRATIONS[old](values)
+        return _build(Config, {name: value for name, value in values.items() if name != "version"}, "config")
     except ConfigError:
         raise
     except (TypeError, AttributeError, ValueError) as error:  # values of another type do not compare

@@ -19,7 +19,7 @@ from gspn_jax.autoencoder.weights import expected_shapes
 from gspn_jax.data.latents import write_synthetic
 from gspn_jax.parallel import sharding
 from gspn_jax.runs import checkpoints
-from gspn_jax.runs.checkpoints import Checkpoints
+from gspn_jax.runs.saving import Checkpoints
 from gspn_jax.sampling import sampler
 from gspn_jax.training import train as page
 from gspn_jax.training.state import create_state
@@ -128,8 +128,8 @@ MISTAKES = [
     (train("--train.keep-every", "-1"), "train.keep_every must be 0 or more, found -1"),
     (train("--train.seed", "-1"), "train.seed must be 0 or more"),
     (train("--train.ema-decays", "1.5"), "train.ema_decays must be decays in [0, 1), found (1.5,)"),
-    (train("--train.precision", "float8"), "train.precision must be like"),
-    (train("--train.precision", "params=float32"), "train.precision must be like"),
+    (train("--train.precision", "float8"), "choose from"),
+    (train("--train.precision", "params=float32"), "choose from"),
     (train("--train.allow-change", "model"), "train.allow_change must be one of 'data', 'train.batch_size'"),
     (train("--optimizer.learning-rate", "0"), "optimizer.learning_rate must be greater than 0"),
     (train("--optimizer.learning-rate", "nan"), "optimizer.learning_rate must be"),
@@ -265,7 +265,7 @@ def test_a_mistake_gets_a_sentence_and_code_2_without_device_work(call, said, fi
     def device_work(*_, **__):
         raise AssertionError("the devices were put to work")
 
-    for module, name in ((page, "create_state"), (page, "make_step"), (checkpoints, "_read"),
+    for module, name in ((page, "create_state"), (page, "make_step"), (checkpoints, "read_items"),
                          (sampler.Sampler, "__call__"), (autoencoder.Autoencoder, "encode")):
         monkeypatch.setattr(module, name, device_work)
     with pytest.raises(SystemExit) as stopped:

@@ -23,8 +23,8 @@ from gspn_jax.data.latents import write_synthetic
 from gspn_jax.evaluate import report
 from gspn_jax.parallel import sharding
 from gspn_jax.runs import checkpoints
-from gspn_jax.runs.checkpoints import Checkpoints
 from gspn_jax.runs.digest import digest_of
+from gspn_jax.runs.saving import Checkpoints
 from gspn_jax.sampling.sampler import Sampler
 from gspn_jax.training.state import create_state
 from tests.autoencoder import numpy_vae

@@ -7,7 +7,7 @@ import numpy as np
 
 from gspn_jax.config import ConfigError
 from gspn_jax.data.decoding import DataError, decode_image
-from gspn_jax.data.source import IMAGE_EXTENSIONS
+from gspn_jax.data.source import IMAGE_EXTENSIONS, hash_of
 
 _CHANNELS = 3
 
@@ -30,6 +30,8 @@ class FlatFolder:
         if not self.files:
             raise ConfigError(f"a folder of images must hold JPEG or PNG files, found none below {str(root)!r}")
         self.shape = self._decode(self.files[0]).shape
+        names = [os.path.relpath(path, root) for path in self.files]
+        self.fingerprint = hash_of([*names, repr([os.path.getsize(path) for path in self.files])])
 
     def __len__(self) -> int:
         return len(self.files)

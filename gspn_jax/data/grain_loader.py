@@ -87,7 +87,7 @@ class GrainLoader:
 def _stream(config: DataConfig, source: Source, batch_size: int, seed: int) -> grain.MapDataset:
     """Batch k of `batch_size` rows, made by one call: Grain's time for each element is a few percent of decoding it."""
     batches: Callable[[int], dict[str, np.ndarray]]
-    if config.source == "latents":
+    if config.latents:
         batches = LatentBatches(source, batch_size=batch_size, seed=seed, flip=config.flip)
     else:
         batches = _ImageBatches(config, source, batch_size, seed)
@@ -177,7 +177,7 @@ def _end_with_parent() -> None:
 
 def _check_shared_memory(config: DataConfig, batch_size: int) -> None:
     """A worker that fills the shared memory dies of SIGBUS without a word, and containers give little of it."""
-    value_bytes = 4 if config.source == "latents" else 1
+    value_bytes = 4 if config.latents else 1
     needed = _SHARED_BATCHES * config.workers * batch_size * config.image_size**2 * config.channels * value_bytes
     free = shutil.disk_usage(_SHARED_MEMORY).free if os.path.isdir(_SHARED_MEMORY) else needed
     if free < needed:

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
-from gspn_jax.config import ConfigError, DiffusionConfig, SamplerConfig
+from gspn_jax.config import SAMPLERS_OF, ConfigError, DiffusionConfig, SamplerConfig
 from gspn_jax.diffusion.ddpm import Denoise, interpolate_log_variance, split_output
 from gspn_jax.diffusion.flow import TIME_SCALE
 from gspn_jax.diffusion.guidance import guided_denoiser, guided_steps
@@ -53,7 +53,6 @@ def sample(
     null_class: int,
     learn_sigma: bool,
     progress: Callable[[int, int], None] | None = None,
-    clip_denoised: bool = False,
 ) -> Float[Array, "N H W C"]:
     """Draws one image of `shape` (H, W, C) for each label and key, float32, not rounded or clipped at the end.
 
@@ -63,8 +62,8 @@ def sample(
 
     `learn_sigma` says whether the denoiser has 2C outputs; the variance range sets the noise of the "ddpm" sampler,
     which without it has the posterior's variance. `progress(done, total)` is called on the host after each network
-    evaluation, in no guaranteed order. `clip_denoised` clips each predicted x_0 to [-1, 1]: right for pixels, not for
-    latents. Raises ValueError for inputs that do not fit together and ConfigError for settings that do not.
+    evaluation, in no guaranteed order. `config.clip_denoised` clips each predicted x_0 to [-1, 1]: right for pixels,
+    not for latents. Raises ValueError for inputs that do not fit together and ConfigError for settings that do not.
     """
     if not jnp.issubdtype(keys.dtype, jax.dtypes.prng_key) or keys.shape != labels.shape or labels.ndim != 1:
         raise ValueError(
@@ -92,8 +91,8 @@ def sample(
             )
         if not is_flow:
             prediction = (x - step.sigma * prediction) / step.signal
-            prediction = jnp.clip(prediction, -1.0, 1.0) if clip_denoised else prediction
-        elif clip_denoised:
+            prediction = jnp.clip(prediction, -1.0, 1.0) if config.clip_denoised else prediction
+        elif config.clip_denoised:
             prediction = (x - jnp.clip(x - step.sigma * prediction, -1.0, 1.0)) / step.sigma
         moved = step.on_x * x + step.on_prediction * prediction + step.on_previous * previous
         if table.on_noise.any():
@@ -121,7 +120,7 @@ def sampler_name(config: SamplerConfig, diffusion: DiffusionConfig) -> str:
 
     Raises ConfigError for a sampler of the other objective.
     """
-    names = ("heun", "euler") if diffusion.objective == "flow" else ("ddpm", "ddim", "dpm++")
+    names = SAMPLERS_OF[diffusion.objective]
     if config.name not in (*names, None):
         raise ConfigError(
             f"sampler.name must be one of {', '.join(map(repr, names))} with "

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int, Key
 
-from gspn_jax.config import Config, ConfigError, parse_precision
+from gspn_jax.config import Config, ConfigError
 from gspn_jax.models import blocks
 from gspn_jax.models.denoisers import Denoiser
 from gspn_jax.models.flops import forward_flops
@@ -36,14 +36,11 @@ def create(config: Config, *, rngs: nnx.Rngs) -> Denoiser:
 
 def _arguments(config: Config) -> dict[str, Any]:
     arch = resolve(config.model)
-    precision = parse_precision(config.train.precision)
-    if precision["params"] != "float32":
-        raise ConfigError(f"train.precision must keep params=float32, found {config.train.precision!r}")
     if config.data.image_size % arch.patch:
         raise ConfigError(f"model.patch must be a divisor of data.image_size ({config.data.image_size}), "
                           f"found {arch.patch}")
     return {"arch": arch, "channels": config.data.channels, "num_classes": config.data.num_classes,
-            "learn_sigma": learns_sigma(config), "dtype": precision["compute"]}
+            "learn_sigma": learns_sigma(config), "dtype": config.train.compute}
 
 
 def split(model: nnx.Module) -> tuple[nnx.GraphDef, Params]:

@@ -1,12 +1,9 @@
 """Named denoisers as data, and their merging with the overrides of a config into one complete `Architecture`."""
 
 import dataclasses
-from typing import Literal
 
-from gspn_jax.config import ConfigError, Mixer, ModelConfig, Remat
+from gspn_jax.config import ConfigError, Layout, Mixer, ModelConfig, Remat
 from kernels import available_backends
-
-Layout = Literal["paper", "dit"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,7 +86,7 @@ def resolve(model: ModelConfig) -> Architecture:
     if mixer == "attention":
         _check(heads is not None and hidden % heads == 0, "model.heads", f"a divisor of model.hidden ({hidden})", heads)
         _check(hidden % 4 == 0, "model.hidden", "a multiple of 4 for the sine-cosine positions", hidden)
-        _check(model.chunk is None, "model.chunk", "None with model.mixer='attention'", model.chunk)
+        _check(model.chunk in ("preset", None), "model.chunk", "'preset' with model.mixer='attention'", model.chunk)
         _check(model.groups is None, "model.groups", "None with model.mixer='attention'", model.groups)
     backends = available_backends()
     _check(model.backend in (None, *backends), "model.backend", f"None or one of {', '.join(map(repr, backends))} here",
@@ -109,14 +106,15 @@ def _blocks(layout: Layout, depth: int) -> int:
     return depth + 1 if layout == "paper" else depth
 
 
-def _chunks(chunk: int | tuple[int, ...] | None, layout: Layout, blocks: int) -> tuple[int | None, ...]:
-    if chunk is None:
+def _chunks(chunk: int | str | tuple[int | None, ...] | None, layout: Layout, blocks: int) -> tuple[int | None, ...]:
+    if chunk == "preset":
         local = max(blocks - GLOBAL_BLOCKS, 0) if layout == "paper" else 0
         return (LOCAL_CHUNK,) * local + (None,) * (blocks - local)
-    pattern = (chunk,) * blocks if isinstance(chunk, int) else tuple(chunk)
-    _check(len(pattern) == blocks, "model.chunk", f"an int or {blocks} entries, one a block", chunk)
-    _check(all(lines >= 0 for lines in pattern), "model.chunk", "0 (global) or more lines in every block", chunk)
-    return tuple(lines or None for lines in pattern)
+    pattern = tuple(chunk) if isinstance(chunk, tuple | list) else (chunk,) * blocks
+    _check(len(pattern) == blocks, "model.chunk", f"'preset', None, an int, or {blocks} entries, one a block", chunk)
+    _check(all(lines is None or lines > 0 for lines in pattern), "model.chunk",
+           "None (global) or 1 or more lines in every block", chunk)
+    return pattern
 
 
 def _check(condition: bool, field: str, expected: str, found: object) -> None:

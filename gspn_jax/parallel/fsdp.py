@@ -18,7 +18,7 @@ from jaxtyping import Array
 
 import kernels
 from gspn_jax import models
-from gspn_jax.config import Config, parse_precision
+from gspn_jax.config import Config
 from gspn_jax.models import blocks
 from gspn_jax.parallel import sharding
 
@@ -68,7 +68,7 @@ def _name(path: tuple) -> str:
 def _runner(config: Config, mesh: Mesh):
     """For `blocks.Machine`."""
     _, shapes = models.abstract(config)
-    compute = parse_precision(config.train.precision)["compute"]
+    compute = config.train.compute
     layers = {}  # path in a block -> (where, shape) of the weight of one block; the stacks of a model have equal blocks
     for path, leaf in jax.tree_util.tree_leaves_with_path(shapes):
         stack = sharding.STACK.search(_name(path))

@@ -9,7 +9,6 @@ import contextlib
 import dataclasses
 import json
 import logging
-import os
 import pathlib
 import shutil
 from collections.abc import Iterator
@@ -21,7 +20,7 @@ from jaxtyping import UInt8
 from gspn_jax.config import ConfigError
 from gspn_jax.data.ahead import read_ahead
 from gspn_jax.data.flat_folder import FlatFolder
-from gspn_jax.data.source import Source, hash_of
+from gspn_jax.data.source import Source
 from gspn_jax.files import replacing, sha256_of
 from gspn_jax.prepare.images import ImageFlags
 
@@ -87,11 +86,7 @@ class _Set:
         else:
             self._source = arguments.source(arguments.image_size)
             self.size, self.side = len(self._source), (arguments.image_size,) * 2
-            if arguments.images:
-                names = [os.path.relpath(path, arguments.images) for path in self._source.files]
-                self.fingerprint = hash_of([*names, repr([os.path.getsize(path) for path in self._source.files])])
-            else:
-                self.fingerprint = self._source.fingerprint
+            self.fingerprint = self._source.fingerprint
         self.name = next(getattr(arguments, kind) for kind in arguments.KINDS if getattr(arguments, kind))
 
     def read(self, indices: range | np.ndarray) -> Iterator[UInt8[np.ndarray, "H W 3"] | None]:

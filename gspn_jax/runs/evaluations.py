@@ -8,7 +8,7 @@ import pathlib
 import jax
 
 from gspn_jax.files import replacing
-from gspn_jax.runs import layout
+from gspn_jax.runs import checkpoints
 
 RECORD = "evaluation.json"
 """The file of a run directory that holds its `Record`."""
@@ -29,7 +29,7 @@ class Record:
         if not path.exists():
             return cls()
         record = cls(**json.loads(path.read_text()))
-        return record if record.best_step in layout.steps(run_dir) else cls(record.step)
+        return record if record.best_step in checkpoints.steps(run_dir) else cls(record.step)
 
     def until(self, step: int) -> "Record":
         """Without what was found after `step`."""

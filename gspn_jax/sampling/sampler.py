@@ -53,8 +53,7 @@ class Sampler:
                     return models.apply(graphdef, params, x, t, y)
 
                 x = samplers.sample(config.sampler, config.diffusion, denoise, shape, labels, keys,
-                                    null_class=config.data.num_classes, learn_sigma=learn_sigma, progress=progress,
-                                    clip_denoised=config.sampler.clip_denoised)
+                                    null_class=config.data.num_classes, learn_sigma=learn_sigma, progress=progress)
             if decode is not None:
                 return x
             return to_uint8(x[..., :3] / LATENT_RANGE if config.data.latents else x)

@@ -11,7 +11,7 @@ from PIL import Image
 
 from gspn_jax.config import Config
 from gspn_jax.runs import averages
-from gspn_jax.runs.checkpoints import Checkpoints
+from gspn_jax.runs.saving import Checkpoints
 from gspn_jax.sampling.grid import grid
 from gspn_jax.sampling.sampler import Sampler
 from gspn_jax.training.evaluation import Evaluation

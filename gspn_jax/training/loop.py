@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import jax
 
-from gspn_jax.runs.checkpoints import Checkpoints
+from gspn_jax.runs.saving import Checkpoints
 from gspn_jax.training.batches import Batches
 from gspn_jax.training.guard import Guard, Verdict
 from gspn_jax.training.hooks import Hook, Log, Run, Save

@@ -8,7 +8,7 @@ from jax.sharding import Mesh
 from gspn_jax import data, models
 from gspn_jax.config import Config
 from gspn_jax.parallel import sharding
-from gspn_jax.runs.checkpoints import Checkpoints
+from gspn_jax.runs.saving import Checkpoints
 from gspn_jax.sampling.sampler import Sampler
 from gspn_jax.training import hooks
 from gspn_jax.training.batches import Batches

@@ -23,6 +23,8 @@ def test_any_field_is_overridden_by_its_name_and_type():
     assert config.train.steps == 77 and config.train.ema_decays == (0.9, 0.99) and config.model.chunk == 3
     assert config.data.flip and config.run_dir == "elsewhere" and config.sampler.name == "euler"
     assert config.sampler.guidance_interval == (0.1, 0.8)
+    assert [parse("--model.chunk", *words).model.chunk for words in (("None",), ("preset",), ("2", "None"))] == [
+        None, "preset", (2, None)]
     assert parse() == cli.load_config(DIGITS) and isinstance(parse(), Config)
 
 
@@ -30,7 +32,7 @@ def test_any_field_is_overridden_by_its_name_and_type():
     (["--train.stepz", "3"], "Unrecognized options: --train.stepz"),
     (["--train.steps", "many"], "invalid literal for int() with base 10: 'many'"),
     (["--train.steps", "-3"], "train.steps must be greater than 0, found -3"),
-    (["--train.precision", "float8"], "train.precision must be like"),
+    (["--train.precision", "float8"], "params=float32,compute=bfloat16"),
     (["--diffusion.objective", "gan"], "gan"),
     (["--diffusion.objective", "ddpm", "--sampler.name", "heun"], "sampler.name must be one of"),
     (["--sampler.guidance-interval", "0.8", "0.1"], "must be (low, high) with 0 <= low < high <= 1"),

@@ -37,6 +37,15 @@ def test_images_of_several_sizes_are_named_or_fitted(tmp_path):
     assert [fitted[i]["image"].shape for i in range(2)] == [(3, 3, 3)] * 2
 
 
+def test_the_fingerprint_is_of_names_and_sizes_wherever_the_folder_lies(tmp_path):
+    for name in ("here", "there"):
+        save(tmp_path / name / "a" / "0.png")
+    here, there = (FlatFolder(tmp_path / name).fingerprint for name in ("here", "there"))
+    assert here == there
+    (tmp_path / "there" / "a" / "0.png").rename(tmp_path / "there" / "a" / "1.png")
+    assert FlatFolder(tmp_path / "there").fingerprint != here
+
+
 def test_a_folder_without_images_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="a folder of images must hold JPEG or PNG files, found none below"):
         FlatFolder(tmp_path)

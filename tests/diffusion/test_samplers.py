@@ -164,8 +164,8 @@ def test_denoiser_is_told_the_times_that_it_was_trained_on(objective, name):
 @pytest.mark.parametrize(("objective", "name"), SAMPLERS)
 def test_clipping_keeps_predictions_in_range(objective, name):
     """Data at 2, narrower than the last noise level: the last prediction is above 1 whatever x, and is returned."""
-    clipped = draw(SamplerConfig(name=name, steps=10), DiffusionConfig(objective=objective),
-                   gaussian(objective, mean=2.0, std=0.003), 4, clip_denoised=True)
+    clipped = draw(SamplerConfig(name=name, steps=10, clip_denoised=True), DiffusionConfig(objective=objective),
+                   gaussian(objective, mean=2.0, std=0.003), 4)
     np.testing.assert_allclose(clipped, 1.0, atol=1e-5)
 
 

@@ -49,7 +49,7 @@ def test_paper_layout_is_that_of_plain_loops_at_any_size(height, width):
 
 
 @pytest.mark.parametrize("change", [
-    {"groups": 4, "skip": True, "chunk": (3, 1, 0)},
+    {"groups": 4, "skip": True, "chunk": (3, 1, None)},
     {"groups": 1, "patch": 1, "chunk": 2},
 ])
 def test_groups_skip_patch_and_chunks_are_those_of_plain_loops(change):

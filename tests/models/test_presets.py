@@ -64,9 +64,9 @@ def test_weights_are_per_channel_unless_grouped():
 
 @pytest.mark.parametrize(("model", "chunks"), [
     (ModelConfig(preset="GSPN-S/2", depth=4), (2, 2, 2, None, None)),
-    (ModelConfig(preset="GSPN-S/2", depth=4, chunk=0), (None,) * 5),
+    (ModelConfig(preset="GSPN-S/2", depth=4, chunk=None), (None,) * 5),
     (ModelConfig(preset="GSPN-S/2", depth=4, chunk=8), (8,) * 5),
-    (ModelConfig(preset="GSPN-S/2", depth=4, chunk=(1, 2, 3, 0, 5)), (1, 2, 3, None, 5)),
+    (ModelConfig(preset="GSPN-S/2", depth=4, chunk=(1, 2, 3, None, 5)), (1, 2, 3, None, 5)),
     (ModelConfig(preset="DiT-S/2", depth=3, mixer="gspn"), (None,) * 3),
 ])
 def test_chunk_pattern(model, chunks):
@@ -79,12 +79,13 @@ def test_chunk_pattern(model, chunks):
     ({"mixer": "attention"}, r"model.mixer must be 'gspn' with model.layout='paper', found 'attention'"),
     ({"groups": 7}, r"model.groups must be a divisor of model.hidden \(900\), found 7"),
     ({"proxy_ratio": 1000}, r"model.proxy_ratio must be at most model.hidden \(900\), found 1000"),
-    ({"chunk": (2, 2)}, r"model.chunk must be an int or 31 entries, one a block, found \(2, 2\)"),
-    ({"chunk": -1}, r"model.chunk must be 0 \(global\) or more lines in every block, found -1"),
+    ({"chunk": (2, 2)}, r"model.chunk must be 'preset', None, an int, or 31 entries, one a block, found \(2, 2\)"),
+    ({"chunk": -1}, r"model.chunk must be None \(global\) or 1 or more lines in every block, found -1"),
+    ({"chunk": 0}, r"model.chunk must be None \(global\) or 1 or more lines in every block, found 0"),
     ({"layout": "dit", "mixer": "attention"}, r"model.heads must be a divisor of model.hidden \(900\), found None"),
     ({"preset": "DiT-B/2", "heads": 7}, r"model.heads must be a divisor of model.hidden \(768\), found 7"),
     ({"preset": "DiT-B/2", "hidden": 6, "heads": 1}, r"model.hidden must be a multiple of 4 .*, found 6"),
-    ({"preset": "DiT-B/2", "chunk": 2}, r"model.chunk must be None with model.mixer='attention', found 2"),
+    ({"preset": "DiT-B/2", "chunk": 2}, r"model.chunk must be 'preset' with model.mixer='attention', found 2"),
     ({"preset": "DiT-B/2", "groups": 2}, r"model.groups must be None with model.mixer='attention', found 2"),
 ])
 def test_settings_that_do_not_fit_are_one_sentence(overrides, message):
@@ -100,6 +101,5 @@ def test_a_patch_that_does_not_divide_the_image_is_a_config_error():
 
 
 def test_parameters_in_bfloat16_are_refused():
-    config = make_config(ModelConfig(preset="GSPN-S/2"), precision="params=bfloat16,compute=bfloat16")
-    with pytest.raises(ConfigError, match=r"train.precision must keep params=float32"):
-        models.abstract(config)
+    with pytest.raises(ConfigError, match=r"train.precision must be one of 'params=float32,compute=bfloat16', "):
+        make_config(ModelConfig(preset="GSPN-S/2"), precision="params=bfloat16,compute=bfloat16")

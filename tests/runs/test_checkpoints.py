@@ -9,7 +9,8 @@ import pytest
 from gspn_jax.config import MeshConfig, ModelConfig
 from gspn_jax.parallel import sharding
 from gspn_jax.runs import checkpoints
-from gspn_jax.runs.checkpoints import CheckpointError, Checkpoints
+from gspn_jax.runs.checkpoints import CheckpointError
+from gspn_jax.runs.saving import Checkpoints
 from gspn_jax.training.state import abstract_state, create_state
 from tests.training import tiny
 

@@ -15,7 +15,7 @@ from gspn_jax.config import DataConfig
 from gspn_jax.data.latents import write_synthetic
 from gspn_jax.parallel import sharding
 from gspn_jax.runs import checkpoints
-from gspn_jax.runs.checkpoints import Checkpoints
+from gspn_jax.runs.saving import Checkpoints
 from gspn_jax.sampling.decoding import load_autoencoder
 from gspn_jax.sampling.sampler import LATENT_RANGE, Sampler
 from gspn_jax.training.state import create_state

@@ -20,7 +20,8 @@ import pytest
 from gspn_jax.config import MeshConfig
 from gspn_jax.parallel import sharding
 from gspn_jax.runs import checkpoints, manifest
-from gspn_jax.runs.checkpoints import CheckpointError, Checkpoints
+from gspn_jax.runs.checkpoints import CheckpointError
+from gspn_jax.runs.saving import Checkpoints
 from gspn_jax.training.state import abstract_state, create_state
 from tests.quick_compile import QUICK_COMPILE
 from tests.training import tiny

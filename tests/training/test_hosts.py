@@ -16,7 +16,7 @@ from PIL import Image
 
 from gspn_jax.config import MeshConfig
 from gspn_jax.parallel import sharding
-from gspn_jax.runs import checkpoints
+from gspn_jax.runs import checkpoints, saving
 from gspn_jax.training.state import abstract_state
 from tests.training import tiny
 from tests.training.processes import (
@@ -173,7 +173,7 @@ import jax, jax.numpy as jnp, numpy as np, optax
 from gspn_jax import models
 from gspn_jax.config import MeshConfig
 from gspn_jax.parallel import sharding
-from gspn_jax.runs.checkpoints import Checkpoints
+from gspn_jax.runs.saving import Checkpoints
 from gspn_jax.training.state import abstract_state, create_state
 from tests.training import tiny
 
@@ -261,7 +261,7 @@ def whole_state(run_dir):
     """{path: array} of parameters, moments and averages on one device."""
     config = tiny.config(run_dir, gspn=True)
     mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
-    with checkpoints.Checkpoints(config, "f", [str(i) for i in range(10)]) as restorer:
+    with saving.Checkpoints(config, "f", [str(i) for i in range(10)]) as restorer:
         _, state = restorer.restore(abstract_state(config, mesh))
     leaves = jax.tree_util.tree_leaves_with_path(jax.device_get(state))
     found = {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}

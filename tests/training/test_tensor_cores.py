@@ -9,7 +9,7 @@ import pytest
 from gspn_jax import models
 from gspn_jax.config import MeshConfig
 from gspn_jax.parallel import fsdp, sharding
-from gspn_jax.runs.checkpoints import Checkpoints
+from gspn_jax.runs.saving import Checkpoints
 from gspn_jax.sampling.sampler import Sampler
 from gspn_jax.training.state import abstract_state, create_state
 from gspn_jax.training.step import make_step

@@ -1,0 +1,237 @@
+"""The checkpoints of a run that trains, by orbax: asynchronous, the latest, periodic and best ones kept.
+
+A run that has checkpoints never starts anew by itself.
+"""
+
+import concurrent.futures
+import fcntl
+import logging
+import os
+import pathlib
+import re
+import shutil
+import tempfile
+import time
+from collections.abc import Sequence
+from typing import Any, Protocol, Self, TypeVar
+
+import jax
+import orbax.checkpoint as ocp
+
+from gspn_jax.config import Config, to_dict
+from gspn_jax.parallel.agreement import agree
+from gspn_jax.runs import checkpoints, manifest, same_run
+from gspn_jax.runs.checkpoints import CheckpointError, folder, newest_whole, steps
+from gspn_jax.runs.evaluations import Evaluations
+
+log = logging.getLogger(__name__)
+
+LATEST = 2
+"""Checkpoints that are kept beside the periodic ones."""
+
+
+class State(Protocol):
+    """What is saved of a run: trees of arrays by name, each of which can be read alone."""
+
+    def items(self) -> dict[str, Any]: ...
+
+    def of_items(self, step: int, items: dict[str, Any]) -> Self:
+        """The state at `step` with `items` read in the shapes and shardings of this one's."""
+
+
+S = TypeVar("S", bound=State)
+
+
+class Checkpoints:
+    """The checkpoints of a run that trains; use it in a `with` statement, whose end waits for the last save.
+
+    `notes` is a dict of JSON values that is saved with each checkpoint and comes back with `restore`. The best step of
+    `evaluations` is kept beside the latest and the periodic ones. Raises CheckpointError when another process trains in
+    the same run directory.
+    """
+
+    def __init__(self, config: Config, fingerprint: str, class_names: Sequence[str]):
+        self._config, self._fingerprint = config, fingerprint
+        self._meta = {"config": to_dict(config), "fingerprint": fingerprint, "class_names": list(class_names)}
+        self.notes: dict[str, Any] = {}
+        self._folder = folder(config.run_dir)
+        self._folder.mkdir(parents=True, exist_ok=True)
+        self._first_host = jax.process_index() == 0
+        if self._first_host:
+            self._lock = (self._folder.parent / "lock").open("w")  # held until closed, however the process ends
+            try:
+                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                self._lock.close()
+                raise CheckpointError(f"another process is training in {config.run_dir}: wait for it, or choose "
+                                      "another run_dir") from error
+            self._sweep()
+        self.evaluations = Evaluations(config.run_dir)
+        self._saving: pathlib.Path | None = None
+        self._writer = ocp.AsyncCheckpointer(
+            ocp.CompositeCheckpointHandler(),
+            async_options=ocp.options.AsyncOptions(post_finalization_callback=self._write_manifest))
+        self._pool = concurrent.futures.ThreadPoolExecutor(1, "checkpoint")
+        self._commit: concurrent.futures.Future | None = None
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, kind, *_) -> None:
+        if kind and issubclass(kind, jax.errors.JaxRuntimeError) and jax.process_count() > 1:
+            return  # another host may be gone, and without it no save ends
+        try:
+            self.wait()
+        except CheckpointError as error:
+            if kind is None:
+                raise
+            log.error("%s", error)  # what ended the run is raised already
+        finally:
+            self._pool.shutdown()
+            self._writer.close()
+            if self._first_host:
+                self._lock.close()
+
+    def save(self, step: int, state: State) -> None:
+        """Copies the state to the host and writes it in the background; a step that is saved already is left alone.
+
+        Raises CheckpointError when the save before this one failed, or the disk has no room for this one.
+        """
+        self.wait()
+        if step in steps(self._config.run_dir):
+            return
+        items = state.items()
+        needed = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(items))
+        free = shutil.disk_usage(self._folder).free
+        if self._first_host and free < needed:
+            raise CheckpointError(f"the checkpoint of step {step} needs {needed / 1e9:.2f} GB in {self._folder}, found "
+                                  f"{free / 1e9:.2f} GB free; {self._last_whole()}")
+        self._saving = self._folder / str(step)
+        failure = None
+        try:
+            if self._first_host:
+                with tempfile.TemporaryFile(dir=self._folder):
+                    pass  # a folder that cannot be written is found before orbax's threads find it, one by one
+            self._writer.save(self._saving, args=ocp.args.Composite(
+                **{name: ocp.args.StandardSave(item) for name, item in items.items()},
+                meta=ocp.args.JsonSave(self._meta | {"notes": self.notes})))
+        except (OSError, ValueError, RuntimeError) as error:
+            failure = self._failure(error)
+        if failure:
+            raise failure
+        self._commit = self._pool.submit(self._finish)
+
+    def wait(self) -> None:
+        """Until the last save is committed. Raises CheckpointError when it failed."""
+        if self._commit is None:
+            return
+        error = self._commit.exception()
+        self._commit = None
+        if isinstance(error, (OSError, ValueError, RuntimeError)):
+            raise self._failure(error)
+        if error:
+            raise error
+
+    def check(self) -> None:
+        """Raises CheckpointError when the last save has failed already; does not wait."""
+        if self._commit is not None and self._commit.done():
+            self.wait()
+
+    def restore(self, target: S) -> tuple[int, S] | None:
+        """The newest whole checkpoint in the shapes and shardings of `target`; None when the run has none yet.
+
+        Newer ones that are not whole are moved to checkpoints/damaged. Raises CheckpointError when none is whole, and
+        when the checkpoint belongs to another model, data set or stream of batches.
+        """
+        self.wait()
+        start = time.perf_counter()
+        step = self._agree_on_step()
+        if step is None:
+            return None
+        _, meta = checkpoints.read_meta(self._config.run_dir, step)
+        self.notes = dict(meta.get("notes", {}))
+        same_run.check_same_run(meta, self._config, self._fingerprint)
+        verified = time.perf_counter()
+        where, items = self._folder / str(step), target.items()
+        stored = {name: checkpoints.stored_name(where, name) for name in items}
+        missing = [name for name in items if not (where / stored[name]).is_dir()]
+        if missing:
+            raise CheckpointError(f"the checkpoint of step {step} in {self._folder} must have {', '.join(items)} to "
+                                  f"train on from it, and has no {', '.join(missing)}: weights that were imported can "
+                                  "be sampled, evaluated and exported")
+        read = checkpoints.read_items(where, {stored[name]: item for name, item in items.items()})
+        state = jax.block_until_ready(target.of_items(step, {name: read[stored[name]] for name in items}))
+        log.info("restored step %d: %.2f GB verified in %.1f s and read in %.1f s", step, manifest.size(where) / 1e9,
+                 verified - start, time.perf_counter() - verified)
+        return step, state
+
+    def _agree_on_step(self) -> int | None:
+        """What the first host finds on the disk, on every host."""
+        none, failed = -1, -2
+        step, failure = none, None
+        if self._first_host:
+            try:
+                step = self._newest()
+            except (CheckpointError, OSError) as error:
+                step, failure = failed, error
+        step = agree(step)
+        if failure:
+            raise failure
+        if step == failed:
+            raise CheckpointError(f"the first host found no whole checkpoint in {self._folder}")
+        return None if step == none else step
+
+    def _newest(self) -> int:
+        """The newest whole step, -1 for a run without checkpoints; moves newer ones aside."""
+        found = newest_whole(self._config.run_dir)
+        if found is None:
+            return -1
+        step, wrong = found
+        for number in wrong:
+            aside = self._folder / "damaged" / f"{number}-{time.time_ns()}"
+            aside.parent.mkdir(exist_ok=True)
+            os.replace(self._folder / str(number), aside)
+            log.error("going back to step %d: the checkpoint of step %d is now in %s", step, number, aside)
+        return step
+
+    def _write_manifest(self) -> None:
+        """Called by orbax on the first host when all hosts have written and nothing is committed yet."""
+        written, = self._folder.glob(f"{self._saving.name}.orbax-checkpoint-tmp*")
+        manifest.write(written)
+
+    def _finish(self) -> None:
+        """In the background: after the commit, what is no longer kept is deleted."""
+        self._writer.wait_until_finished()
+        if self._first_host:
+            for step in set(steps(self._config.run_dir)) - self._kept():
+                going = self._folder / f"deleting-{step}"
+                os.replace(self._folder / str(step), going)  # a kill leaves no half of a checkpoint under its name
+                shutil.rmtree(going)
+
+    def _kept(self) -> set[int]:
+        found, every = steps(self._config.run_dir), self._config.train.keep_every
+        periodic = {step for step in found if every and step % every == 0}
+        return set(found[-LATEST:]) | {self.evaluations.best_step} | periodic
+
+    def _sweep(self) -> None:
+        """Removes what a killed save or deletion left: orbax does not."""
+        for pattern in ("*orbax-checkpoint-tmp*", "deleting-*"):
+            for left in self._folder.glob(pattern):
+                log.warning("removing the unfinished checkpoint %s", left)
+                shutil.rmtree(left, ignore_errors=True)  # a failed save may be writing still: swept at the next start
+
+    def _failure(self, error: Exception) -> Exception:
+        """What to raise: JaxRuntimeError when hosts lost one another, CheckpointError for the disk's fault."""
+        code = getattr(error, "errno", None) or next(iter(re.findall(r"os_error_code='(\d+)'", str(error))), None)
+        said = os.strerror(int(code)) if code else f"{type(error).__name__}: {str(error).strip()}".splitlines()[0]
+        if not code and jax.process_count() > 1:
+            return jax.errors.JaxRuntimeError(said)
+        if self._first_host:
+            self._sweep()
+        return CheckpointError(f"the checkpoint of step {self._saving.name} could not be written ({said}); "
+                               f"{self._last_whole()}")
+
+    def _last_whole(self) -> str:
+        found = steps(self._config.run_dir)
+        return (f"the last one is of step {found[-1]}, from which the same command goes on" if found
+                else "the run has none yet")

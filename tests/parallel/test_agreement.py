@@ -1,0 +1,42 @@
+"""Hosts agree on the first one's numbers, bit for bit."""
+
+import json
+import math
+import socket
+import subprocess
+import sys
+
+import pytest
+
+from gspn_jax.parallel.agreement import agree, gathered
+from tests.training.processes import ROOT
+
+OWN = "[{i} + 0.1, 3 * {i} - 1, {{'a': float('nan'), 'b': 2.0**-1060 * (1 + {i})}}]"
+HOST = """
+import json, sys
+import jax
+address, i = sys.argv[1], int(sys.argv[2])
+jax.distributed.initialize(address, 2, i)
+from gspn_jax.parallel.agreement import agree
+print(json.dumps(agree({own})))
+"""
+
+
+def test_one_host_agrees_with_itself():
+    own = {"b": 1, "a": [math.pi, -2]}
+    assert agree(own) is own
+    assert gathered([1.5, 2.5]).tolist() == [1.5, 2.5]
+
+
+@pytest.mark.slow
+def test_two_hosts_have_the_numbers_of_the_first():
+    """Of every kind: whole, with all bits of float64, not a number, and subnormal."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    hosts = [subprocess.Popen([sys.executable, "-c", HOST.format(own=OWN.format(i=i)), address, str(i)], cwd=ROOT,
+                              text=True, stdout=subprocess.PIPE) for i in range(2)]
+    found = [json.loads(host.communicate(timeout=120)[0]) for host in hosts]
+    for numbers in found:
+        assert numbers[:2] == [0.1, -1] and isinstance(numbers[1], int)
+        assert math.isnan(numbers[2]["a"]) and numbers[2]["b"] == 2.0**-1060
