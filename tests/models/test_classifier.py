@@ -12,7 +12,7 @@ from gspn_jax import models
 from gspn_jax.models.classifier import PRESETS, Classifier, count_multiply_adds, count_parameters, preset
 from gspn_jax.models.hierarchy import Hierarchy, Stage, map_sizes
 from gspn_jax.models.scan_mixer import GlobalResponseNorm, ScanOptions
-from gspn_jax.training import sharding
+from gspn_jax.parallel import sharding
 from tests.models import numpy_classifier
 
 CLASSES = 5
