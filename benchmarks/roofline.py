@@ -52,7 +52,7 @@ def kernels(program: Program) -> list[Kernel]:
 def _library(program: Program, kernel: Instruction) -> str | None:
     """The kind of a library call, a kernel of ours or a collective, wherever it is inside a fusion."""
     for part in program.inside(kernel):
-        if part.target.startswith("mosaic") and _is_convolution(program.where(part) or program.where(kernel)):
+        if part.target.startswith("mosaic") and "/depthwise_" in (part.source or kernel.source):
             return "convolutions"
         if part.opcode == "dot":
             return "products"
@@ -65,10 +65,6 @@ def _library(program: Program, kernel: Instruction) -> str | None:
     return None
 
 
-def _is_convolution(where: list[tuple[str, str]]) -> bool:
-    return any(file.startswith("kernels/depthwise") for file, _ in where)
-
-
 def _kind(program: Program, kernel: Instruction, *, outside: bool) -> str:
     """`outside` of all loops: the optimizer, the embeddings and the last layer, the filling of what loops stack."""
     library = _library(program, kernel)
@@ -78,7 +74,7 @@ def _kind(program: Program, kernel: Instruction, *, outside: bool) -> str:
     if outside:
         fills = {part.opcode for part in program.inside(kernel)} <= {*FREE, "broadcast", "copy"}
         return "zero-filling" if fills else "outside of blocks"
-    if _is_convolution(where[:2]):
+    if any(file.startswith("kernels/depthwise") for file, _ in where[:2]):
         return "around convolutions"
     if any(file.startswith("kernels/") for file, _ in where):
         return "around scans"
