@@ -25,7 +25,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1] / "tests" / "
 
 import numpy_scan as truth
 from gpu_record import Record
-from numpy_depthwise import loop
+from numpy_depthwise import loop, squared_relu_loop
 from rehearsal import rehearsal
 
 from kernels import (
@@ -161,7 +161,10 @@ def build(case: Case) -> tuple[Callable, tuple, Callable]:
     if case.operator == "depthwise_conv":
         shapes = case.shape, (case.groups, case.groups, case.shape[3])
         arrays = tuple(jax.random.normal(jax.random.key(n), shape, case.dtype) for n, shape in enumerate(shapes))
-        return depthwise_conv, arrays, lambda x, kernel, cotangent: loop(x, kernel, 0.0, cotangent)[:3]
+        squared_relu = case.groups == 3  # as in a block of the paper
+        exact_loop = squared_relu_loop if squared_relu else loop
+        return (lambda *a: depthwise_conv(*a, squared_relu=squared_relu), arrays,
+                lambda x, kernel, cotangent: exact_loop(x, kernel, 0.0, cotangent)[:3])
     x, gates = random_inputs(*case.shape, case.groups, False, case.dtype)[:2]
     weights = stochastic_weights(gates[:, :, :, 0].astype(jnp.float32), direction=case.direction)
     arrays = (x, *(w.astype(case.dtype) for w in weights))
