@@ -119,7 +119,8 @@ def _layer(params: Params, name: str, config: TextConfig, x: Float[Array, "B N D
     tokens = _layer_norm(params, f"{name}.layer_norm1", config, x)
     x = x + _causal_attention(params, f"{name}.self_attn", config, tokens)
     hidden = _linear(params, f"{name}.mlp.fc1", _layer_norm(params, f"{name}.layer_norm2", config, x))
-    return x + _linear(params, f"{name}.mlp.fc2", _ACTIVATIONS[config.activation](hidden))
+    active = _ACTIVATIONS[config.activation](hidden.astype(jnp.float32)).astype(x.dtype)
+    return x + _linear(params, f"{name}.mlp.fc2", active)
 
 
 def _causal_attention(params: Params, name: str, config: TextConfig,
@@ -141,4 +142,5 @@ def _layer_norm(params: Params, name: str, config: TextConfig, x: Float[Array, "
     exact = x.astype(jnp.float32)
     centred = exact - exact.mean(-1, keepdims=True)
     normal = centred * jax.lax.rsqrt(jnp.square(centred).mean(-1, keepdims=True) + config.epsilon)
-    return normal.astype(x.dtype) * params[f"{name}.weight"] + params[f"{name}.bias"]
+    scale, shift = (params[f"{name}.{part}"].astype(jnp.float32) for part in ("weight", "bias"))
+    return (normal * scale + shift).astype(x.dtype)
