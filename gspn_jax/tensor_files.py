@@ -3,6 +3,7 @@
 No code in a file is run: only safetensors are read, and types stay what they are in the file (bfloat16 is bfloat16).
 """
 
+import contextlib
 import json
 import pathlib
 from collections.abc import Callable, Iterator, Mapping
@@ -12,6 +13,7 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Shaped
 
+from gspn_jax.config import ConfigError
 from gspn_jax.state_dict import WeightsError
 
 TYPES = ("float32", "float16", "bfloat16")
@@ -57,6 +59,17 @@ class TensorFiles(Mapping[str, np.ndarray]):
 
     def __len__(self) -> int:
         return len(self._homes)
+
+
+@contextlib.contextmanager
+def errors_name(path: pathlib.Path) -> Iterator[None]:
+    """Inside, what a ConfigError or a WeightsError says begins with `path`, unless it names it already."""
+    try:
+        yield
+    except (ConfigError, WeightsError) as error:
+        if str(path) in str(error):
+            raise
+        raise type(error)(f"{path}: {error}") from error
 
 
 def open_folder(folder: pathlib.Path, stem: str) -> TensorFiles:
@@ -131,7 +144,8 @@ def arrange(
         if not np.isfinite(value).all():
             raise WeightsError(f"{found[name]!r} must be finite, found NaN or infinity")
         order = range(value.ndim) if as_stored(name) else _CHANNELS_LAST[value.ndim]
-        params[name] = np.ascontiguousarray(value.transpose(order), value.dtype if dtype is None else jnp.dtype(dtype))
+        with np.errstate(over="ignore"):  # is looked at below
+            params[name] = np.ascontiguousarray(value.transpose(order), dtype and jnp.dtype(dtype))
         if dtype is not None and not np.isfinite(params[name]).all():
             raise WeightsError(f"{found[name]!r} does not fit into {jnp.dtype(dtype)}: it would become infinite")
     return params

@@ -6,7 +6,7 @@ import itertools
 import re
 import unicodedata
 
-from texts import texts
+from tests.text.texts import texts
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 _SUFFIXES = ("'s", "'t", "'re", "'ve", "'m", "'ll", "'d")
