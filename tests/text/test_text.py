@@ -24,7 +24,7 @@ from gspn_jax.text import (
     load_tower,
 )
 
-TOLERANCE = 1e-4  # largest error over the largest output, float32 against float64
+TOLERANCE = 1e-5  # largest error over the largest output, float32 against float64
 
 
 def relative_error(found, truth) -> float:

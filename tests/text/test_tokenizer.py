@@ -97,6 +97,12 @@ def test_other_files_get_a_sentence(tmp_path, change, error, message):
         load_tokenizer(tmp_path)
 
 
+def test_the_word_that_pads_is_one_token_wherever_it_stands():
+    vocabulary, merges = small_vocabulary()
+    ids, _ = Tokenizer(vocabulary, merges, pad="!", length=6)(["A!!"])
+    assert ids.tolist() == [[vocabulary[word] for word in (START, "a</w>", "!", "!", END, "!")]]
+
+
 def test_half_a_surrogate_pair_gets_a_sentence():
     with pytest.raises(ConfigError, match="a prompt must be valid Unicode"):
         Tokenizer(*small_vocabulary())(["a \ud83d dog"])

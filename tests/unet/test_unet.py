@@ -58,6 +58,7 @@ def test_outputs_are_the_published_ones(config, size):
 def test_full_sizes_are_those_of_stable_diffusion(config, tensors, count):
     shapes = expected_shapes(config)
     assert len(shapes) == tensors and sum(int(np.prod(shape)) for shape in shapes.values()) == count
+    assert len(shapes["mid_block.attentions.0.proj_in.weight"]) == (4 if config is STABLE_DIFFUSION_1 else 2)
     assert UNetConfig.from_json(as_json(config)) == config
 
     def struct(*shape):
