@@ -1,0 +1,146 @@
+"""The text tower of CLIP as a function of its weights, by the names of transformers' `CLIPTextModel` without the prefix
+`text_model.` ("encoder.layers.0.self_attn.q_proj.weight").
+
+Linears are [in, out], tables [rows, width]. Computed in the type of the token table, norms and softmax in float32.
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from gspn_jax.config import ConfigError
+
+Params = Mapping[str, Float[Array, "..."]]
+
+_HIGHEST = jax.lax.Precision.HIGHEST
+
+_ACTIVATIONS = {
+    "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class TextConfig:
+    """The defaults are those of CLIP L/14 (Stable Diffusion 1): 123,060,480 parameters."""
+
+    width: int = 768
+    layers: int = 12
+    heads: int = 12
+    hidden: int = 3072
+    """Width inside an MLP."""
+    activation: Literal["quick_gelu", "gelu"] = "quick_gelu"
+    projection: int | None = None
+    """Width of the projected pooled state; None: not projected."""
+    vocabulary: int = 49408
+    length: int = 77
+    """Positions; no text has more tokens."""
+    epsilon: float = 1e-5
+    """Of every layer norm."""
+
+    def __post_init__(self):
+        if self.width % self.heads:
+            raise ConfigError(f"the text tower's width must be a multiple of its heads, found {self.width} and "
+                              f"{self.heads}")
+        if self.activation not in _ACTIVATIONS:
+            raise ConfigError(f"the text tower's hidden_act must be one of {', '.join(_ACTIVATIONS)}, found "
+                              f"{self.activation!r}")
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> "TextConfig":
+        """Reads a `config.json` of transformers' `CLIPTextModel` or `CLIPTextModelWithProjection`.
+
+        Raises ConfigError for another architecture, a field that is missing, or an end token that is not the last id.
+        """
+        kind = (content.get("architectures") or ["CLIPTextModel"])[0]
+        if kind not in ("CLIPTextModel", "CLIPTextModelWithProjection"):
+            raise ConfigError(f"the text tower must be a CLIPTextModel or a CLIPTextModelWithProjection, found {kind}")
+        names = {"width": "hidden_size", "layers": "num_hidden_layers", "heads": "num_attention_heads",
+                 "hidden": "intermediate_size"}
+        for name in names.values():
+            if not isinstance(content.get(name), int):
+                raise ConfigError(f"the text tower's {name} must be an integer, found {content.get(name)!r}")
+        vocabulary = content.get("vocab_size", cls.vocabulary)
+        # 2 stands in old files and means the largest id too
+        if (end := content.get("eos_token_id", vocabulary - 1)) not in (2, vocabulary - 1):
+            raise ConfigError(f"the text tower's eos_token_id must be its last id {vocabulary - 1}, found {end}")
+        return cls(
+            **{ours: content[theirs] for ours, theirs in names.items()}, vocabulary=vocabulary,
+            activation=content.get("hidden_act", cls.activation),
+            projection=content.get("projection_dim", 512) if kind.endswith("WithProjection") else None,
+            length=content.get("max_position_embeddings", cls.length),
+            epsilon=content.get("layer_norm_eps", cls.epsilon))
+
+
+CLIP_L = TextConfig()
+"""CLIP ViT-L/14: Stable Diffusion 1 and the first of SDXL."""
+OPENCLIP_H = TextConfig(width=1024, layers=23, heads=16, hidden=4096, activation="gelu")
+"""OpenCLIP ViT-H/14 without its last layer: Stable Diffusion 2."""
+OPENCLIP_BIGG = TextConfig(width=1280, layers=32, heads=20, hidden=5120, activation="gelu", projection=1280)
+"""OpenCLIP ViT-bigG/14: the second of SDXL."""
+
+
+class TextStates(NamedTuple):
+    """What diffusion models take of a text."""
+
+    last: Float[Array, "B N D"]
+    """After the last layer and the final norm (Stable Diffusion 1 and 2)."""
+    penultimate: Float[Array, "B N D"]
+    """Before the last layer, not normalised (SDXL)."""
+    pooled: Float[Array, "B P"]
+    """`last` at the end token, projected where the config says so."""
+
+
+def encode(params: Params, config: TextConfig, ids: Int[Array, "B N"]) -> TextStates:
+    """States of texts of up to `config.length` token ids, N the same for all; later tokens are unseen by earlier ones.
+
+    The end token of a text is the first one with its largest id. Raises ValueError for another shape.
+    """
+    if ids.ndim != 2 or not 0 < ids.shape[1] <= config.length:
+        raise ValueError(f"ids must be [B, N] with N from 1 to {config.length}, found {list(ids.shape)}")
+    x = (params["embeddings.token_embedding.weight"][ids]
+         + params["embeddings.position_embedding.weight"][:ids.shape[1]])
+    for layer in range(config.layers):
+        before = x
+        x = _layer(params, f"encoder.layers.{layer}", config, x)
+    last = _layer_norm(params, "final_layer_norm", config, x)
+    pooled = last[jnp.arange(len(ids)), ids.argmax(1)]
+    if config.projection is not None:
+        pooled = jnp.matmul(pooled, params["text_projection.weight"], precision=_HIGHEST)
+    return TextStates(last, before, pooled)
+
+
+def _layer(params: Params, name: str, config: TextConfig, x: Float[Array, "B N D"]) -> Float[Array, "B N D"]:
+    tokens = _layer_norm(params, f"{name}.layer_norm1", config, x)
+    x = x + _causal_attention(params, f"{name}.self_attn", config, tokens)
+    hidden = _linear(params, f"{name}.mlp.fc1", _layer_norm(params, f"{name}.layer_norm2", config, x))
+    active = _ACTIVATIONS[config.activation](hidden.astype(jnp.float32)).astype(x.dtype)
+    return x + _linear(params, f"{name}.mlp.fc2", active)
+
+
+def _causal_attention(params: Params, name: str, config: TextConfig,
+                      x: Float[Array, "B N D"]) -> Float[Array, "B N D"]:
+    shape = (*x.shape[:2], config.heads, config.width // config.heads)
+    q, k, v = (_linear(params, f"{name}.{part}_proj", x).reshape(shape) for part in "qkv")
+    scores = jnp.einsum("bnhd,bmhd->bhnm", q, k, precision=_HIGHEST, preferred_element_type=jnp.float32)
+    seen = jnp.tril(jnp.ones(scores.shape[2:], bool))
+    shares = jax.nn.softmax(jnp.where(seen, scores / math.sqrt(shape[-1]), -jnp.inf)).astype(x.dtype)
+    mixed = jnp.einsum("bhnm,bmhd->bnhd", shares, v, precision=_HIGHEST)
+    return _linear(params, f"{name}.out_proj", mixed.reshape(x.shape))
+
+
+def _linear(params: Params, name: str, x: Float[Array, "B N D"]) -> Float[Array, "B N E"]:
+    return jnp.matmul(x, params[f"{name}.weight"], precision=_HIGHEST) + params[f"{name}.bias"]
+
+
+def _layer_norm(params: Params, name: str, config: TextConfig, x: Float[Array, "B N D"]) -> Float[Array, "B N D"]:
+    exact = x.astype(jnp.float32)
+    centred = exact - exact.mean(-1, keepdims=True)
+    normal = centred * jax.lax.rsqrt(jnp.square(centred).mean(-1, keepdims=True) + config.epsilon)
+    scale, shift = (params[f"{name}.{part}"].astype(jnp.float32) for part in ("weight", "bias"))
+    return (normal * scale + shift).astype(x.dtype)

@@ -1,0 +1,117 @@
+"""A folder of Stable Diffusion 1, 2 or SDXL as diffusers writes it: every part read, and checked against the others."""
+
+import pathlib
+from collections.abc import Mapping
+from typing import Any, NamedTuple, get_args
+
+import numpy as np
+from jax.typing import DTypeLike
+from jaxtyping import Float, Float32
+
+from gspn_jax import autoencoder, text, unet
+from gspn_jax.autoencoder import LATENT_SCALE, AutoencoderConfig
+from gspn_jax.autoencoder.weights import infer_config
+from gspn_jax.config import ConfigError
+from gspn_jax.tensor_files import errors_name, open_folder, read_json
+from gspn_jax.text import TextConfig, Tokenizer
+from gspn_jax.unet import Prediction, UNetConfig
+
+_TOWERS = {"StableDiffusionPipeline": ("",), "StableDiffusionXLPipeline": ("", "_2")}
+"""Kinds of folder by `_class_name` of model_index.json, and what the names of their text parts end with."""
+
+
+class TextPart(NamedTuple):
+    """A text tower and its tokenizer."""
+
+    params: Mapping[str, Float[np.ndarray, "..."]]
+    config: TextConfig
+    tokenizer: Tokenizer
+
+
+class Model(NamedTuple):
+    """All that a folder holds. Weights have the types of the files, or one that was asked for; the VAE is float32."""
+
+    unet: Mapping[str, Float[np.ndarray, "..."]]
+    unet_config: UNetConfig
+    texts: tuple[TextPart, ...]
+    """One of Stable Diffusion 1 and 2, two of SDXL."""
+    autoencoder: Mapping[str, Float32[np.ndarray, "..."]]
+    autoencoder_config: AutoencoderConfig
+    latent_scale: float
+    """Brings latents to about unit variance."""
+    prediction: Prediction
+    scheduler: Mapping[str, Any]
+    """`scheduler_config.json`: betas, spacing, which sampler."""
+    empty_is_zero: bool
+    """True where no negative prompt means text states of zeros (SDXL), not those of an empty text."""
+
+
+def load_folder(folder: str | pathlib.Path, dtype: DTypeLike | None = None) -> Model:
+    """Reads a folder with model_index.json, unet, vae, text_encoder, tokenizer (SDXL: also _2) and scheduler.
+
+    `dtype` is that of the U-Net and the text towers; None keeps the types of the files. Raises FileNotFoundError naming
+    all parts that are missing, and ConfigError or WeightsError for a part that is wrong or does not fit the others.
+    """
+    folder = pathlib.Path(folder)
+    index = read_json(folder / "model_index.json")
+    kind = index.get("_class_name")
+    if kind not in _TOWERS:
+        raise ConfigError(f"{folder / 'model_index.json'} must be that of a {' or a '.join(_TOWERS)}, found {kind!r}")
+    texts = [(f"text_encoder{end}", f"tokenizer{end}") for end in _TOWERS[kind]]
+    parts = ["unet", "vae", "scheduler", *(part for pair in texts for part in pair)]
+    if missing := [part for part in parts if not (folder / part).is_dir()]:
+        raise FileNotFoundError(f"{folder} must hold the folders {', '.join(parts)}; {', '.join(missing)} not found")
+
+    scheduler, prediction = _read_scheduler(folder / "scheduler" / "scheduler_config.json")
+    towers = []
+    for encoder, words in texts:
+        tokenizer = text.load_tokenizer(folder / words)
+        towers.append(TextPart(*text.load_tower(folder / encoder, dtype), tokenizer))
+    vae, vae_config, scale = _read_autoencoder(folder / "vae")
+    model = Model(*unet.load_unet(folder / "unet", dtype), tuple(towers), vae, vae_config, scale, prediction, scheduler,
+                  empty_is_zero=bool(index.get("force_zeros_for_empty_prompt", len(texts) == 2)))
+    with errors_name(folder):
+        _check_fit(model)
+    return model
+
+
+def _read_scheduler(path: pathlib.Path) -> tuple[dict[str, Any], Prediction]:
+    scheduler = read_json(path)
+    prediction = scheduler.get("prediction_type", "epsilon")
+    if prediction not in get_args(Prediction):
+        raise ConfigError(f"{path}: prediction_type must be one of {', '.join(get_args(Prediction))}, found "
+                          f"{prediction!r}")
+    return scheduler, prediction
+
+
+def _read_autoencoder(folder: pathlib.Path) -> tuple[dict[str, Float32[np.ndarray, "..."]], AutoencoderConfig, float]:
+    with errors_name(folder):
+        content = read_json(folder / "config.json")
+        for name, value in (("shift_factor", None), ("norm_num_groups", 32), ("act_fn", "silu")):
+            if content.get(name, value) != value:
+                raise ConfigError(f"the autoencoder's {name} must be {value!r}, found {content[name]!r}")
+        scale = content.get("scaling_factor", LATENT_SCALE)
+        if not isinstance(scale, float | int) or not scale > 0:
+            raise ConfigError(f"the autoencoder's scaling_factor must be a number greater than 0, found {scale!r}")
+        tensors = open_folder(folder, "diffusion_pytorch_model")
+        config = infer_config(tensors)
+        return autoencoder.from_state_dict(tensors, config), config, float(scale)
+
+
+def _check_fit(model: Model) -> None:
+    """Raises ConfigError for parts that are of different models."""
+    for part in model.texts:
+        if part.config.vocabulary != part.tokenizer.vocabulary or part.config.length < part.tokenizer.length:
+            raise ConfigError(f"a tokenizer must fit its text tower of {part.config.vocabulary} words and "
+                              f"{part.config.length} positions, found {part.tokenizer.vocabulary} words and "
+                              f"{part.tokenizer.length} tokens")
+    config, channels = model.unet_config, model.autoencoder_config.latent_channels
+    if (width := sum(part.config.width for part in model.texts)) != config.context_width:
+        raise ConfigError(f"the U-Net must take text states as wide as the text towers give, {width}, found "
+                          f"{config.context_width}")
+    pooled = (model.texts[-1].config.projection or 0) if len(model.texts) == 2 else 0
+    if pooled != config.pooled_width:
+        raise ConfigError(f"the U-Net must take a pooled text of width {pooled}, found {config.pooled_width}")
+    if (config.in_channels, config.out_channels) != (channels, channels):
+        raise ConfigError(f"the U-Net must take and give the autoencoder's {channels} latent channels, found "
+                          f"{config.in_channels} and {config.out_channels} (inpainting models are not supported)")

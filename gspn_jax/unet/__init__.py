@@ -1,0 +1,9 @@
+"""The U-Net of Stable Diffusion 1, 2 and SDXL: noised latents, time and text to noise (or v)."""
+
+from gspn_jax.unet.config import SDXL, STABLE_DIFFUSION_1, STABLE_DIFFUSION_2, UNetConfig
+from gspn_jax.unet.model import Added, apply, attention, self_attention
+from gspn_jax.unet.prediction import Prediction, split_prediction
+from gspn_jax.unet.weights import expected_shapes, from_state_dict, load_unet
+
+__all__ = ["SDXL", "STABLE_DIFFUSION_1", "STABLE_DIFFUSION_2", "Added", "Prediction", "UNetConfig", "apply",
+           "attention", "expected_shapes", "from_state_dict", "load_unet", "self_attention", "split_prediction"]
