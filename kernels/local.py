@@ -159,6 +159,10 @@ class Class(NamedTuple):
         """Of the grid of the class."""
         return self.shared.result.shape[1:3]
 
+    def asked_again(self) -> "Class":
+        """The same; what is computed from its index is not kept in registers from before, which would spill."""
+        return self._replace(index=lax.axis_index("warpgroup"))
+
     def lines(self, axis: Array) -> Lines:
         row, column = lax.div(self.index, 2), lax.rem(self.index, 2)
         rows = axis == 0
@@ -206,7 +210,7 @@ class Class(NamedTuple):
 
     def store(self, output: Any, image: Array, tile: Float[Array, "64 SLAB"]) -> None:
         """Stores a tile by way of shared memory, where threads exchange it for 16 bytes of a pixel each."""
-        height, width = self.size
+        self, (height, width) = self.asked_again(), self.size
         staged = self.shared.result.at[self.index]
         compat.store_reshaped(staged, tile.astype(output.dtype))
         compat.warpgroup_barrier()
@@ -274,9 +278,11 @@ def _walk(job: Job, given: Given, shared: Shared, images: int, visit: Any) -> No
         if ref != ():
             here.clear(ref)
     here.await_factors()
+    begun = here
 
     @pl.loop(0, images)
     def _(n):
+        here = begun.asked_again()
         proxy_slot, slot = lax.rem(n, jnp.int32(proxies)), lax.rem(n, jnp.int32(2))
         plgpu.commit_smem()  # all threads have read the image that the next copy overwrites
         here.send_for_pixels(image_at(n + 1), 1 - slot)
