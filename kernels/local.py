@@ -21,6 +21,7 @@ from jaxtyping import Array, Float
 
 from kernels import bodies, compat, devices, expansion, launch
 from kernels.terms import LAM, OUT_GATE, SKIP, Job
+from kernels.weights import DIRECTIONS
 
 CHUNK = 2
 CLASSES = 4
@@ -542,12 +543,12 @@ def _by_up(
     """(sums over pixels of cotangents and proxy, sum of gy h): a column of ones beside the proxy gives the latter."""
     wider = jnp.pad(proxy, ((0, 0),) * 3 + ((0, 8),), constant_values=1)
     found = jnp.einsum("qbptc,bqpd->qtcd", terms, wider, preferred_element_type=jnp.float32)
-    total = jnp.zeros((CLASSES, 6 if job.skip else 5, *found.shape[2:]), jnp.float32)
+    of_directions = [[] for _ in DIRECTIONS]
     for of_class, used in zip(found, _terms_of_classes(job), strict=True):
         ends = list(itertools.accumulate(kinds.stop - kinds.start for _, kinds in used))
         for part, (k, kinds) in zip(jnp.split(of_class, ends[:-1]), used, strict=True):
-            total = total.at[k, kinds].add(part)
-    rank = proxy.shape[-1]
+            of_directions[k].append(jnp.pad(part, ((kinds.start, 0), (0, 0), (0, 0))))
+    total, rank = jnp.stack([sum(parts) for parts in of_directions]), proxy.shape[-1]
     return total[..., :rank], total[:, OUT_GATE, :, rank]
 
 
