@@ -21,6 +21,7 @@ from jaxtyping import Array, Float
 
 from kernels import bodies, compat, devices, expansion, launch
 from kernels.terms import LAM, OUT_GATE, SKIP, Job
+from kernels.weights import DIRECTIONS
 
 CHUNK = 2
 CLASSES = 4
@@ -159,6 +160,10 @@ class Class(NamedTuple):
         """Of the grid of the class."""
         return self.shared.result.shape[1:3]
 
+    def asked_again(self) -> "Class":
+        """The same; what is computed from its index is not kept in registers from before, which would spill."""
+        return self._replace(index=lax.axis_index("warpgroup"))
+
     def lines(self, axis: Array) -> Lines:
         row, column = lax.div(self.index, 2), lax.rem(self.index, 2)
         rows = axis == 0
@@ -206,7 +211,7 @@ class Class(NamedTuple):
 
     def store(self, output: Any, image: Array, tile: Float[Array, "64 SLAB"]) -> None:
         """Stores a tile by way of shared memory, where threads exchange it for 16 bytes of a pixel each."""
-        height, width = self.size
+        self, (height, width) = self.asked_again(), self.size
         staged = self.shared.result.at[self.index]
         compat.store_reshaped(staged, tile.astype(output.dtype))
         compat.warpgroup_barrier()
@@ -274,9 +279,11 @@ def _walk(job: Job, given: Given, shared: Shared, images: int, visit: Any) -> No
         if ref != ():
             here.clear(ref)
     here.await_factors()
+    begun = here
 
     @pl.loop(0, images)
     def _(n):
+        here = begun.asked_again()
         proxy_slot, slot = lax.rem(n, jnp.int32(proxies)), lax.rem(n, jnp.int32(2))
         plgpu.commit_smem()  # all threads have read the image that the next copy overwrites
         here.send_for_pixels(image_at(n + 1), 1 - slot)
@@ -536,12 +543,12 @@ def _by_up(
     """(sums over pixels of cotangents and proxy, sum of gy h): a column of ones beside the proxy gives the latter."""
     wider = jnp.pad(proxy, ((0, 0),) * 3 + ((0, 8),), constant_values=1)
     found = jnp.einsum("qbptc,bqpd->qtcd", terms, wider, preferred_element_type=jnp.float32)
-    total = jnp.zeros((CLASSES, 6 if job.skip else 5, *found.shape[2:]), jnp.float32)
+    of_directions = [[] for _ in DIRECTIONS]
     for of_class, used in zip(found, _terms_of_classes(job), strict=True):
         ends = list(itertools.accumulate(kinds.stop - kinds.start for _, kinds in used))
         for part, (k, kinds) in zip(jnp.split(of_class, ends[:-1]), used, strict=True):
-            total = total.at[k, kinds].add(part)
-    rank = proxy.shape[-1]
+            of_directions[k].append(jnp.pad(part, ((kinds.start, 0), (0, 0), (0, 0))))
+    total, rank = jnp.stack([sum(parts) for parts in of_directions]), proxy.shape[-1]
     return total[..., :rank], total[:, OUT_GATE, :, rank]
 
 
