@@ -30,6 +30,8 @@ STRIP = 8
 """Rows that a block takes at most: those it shares with the next one are loaded twice, if from the L2 cache."""
 WIDEST = 4096
 """Columns of an image; for all widths up to it there is a `Plan.length`."""
+MOST = 2**16 - 1
+"""Blocks along an axis of CUDA's grid but the first: images times slabs."""
 BLOCKS = 132
 """Blocks of the gradient of the kernel for kernels of seven rows, one a multiprocessor; more for fewer rows."""
 
@@ -133,6 +135,8 @@ def refuses(x: Float[Array, "B H W C"], kernel: Float[Array, "kh kw C"]) -> str 
         return f"takes at least 128 channels and no empty axis, not {list(x.shape)}"
     if x.shape[2] > WIDEST:
         return f"takes images of up to {WIDEST} columns, not {x.shape[2]}"
+    if x.shape[0] * Plan(*x.shape[1:], *kernel.shape[:2]).slabs > MOST:
+        return f"takes up to {MOST} slabs of channels of all images, not those of {list(x.shape)}"
     return None
 
 

@@ -132,6 +132,7 @@ def test_its_launches_and_nothing_of_xlas(squared_relu, launches):
     ((1, 4, 4, 128), (9, 9), "float32", r"takes kernels of 3, 5, 7 rows and columns, not \[9, 9\]"),
     ((1, 4, 4, 64), (3, 3), "float32", r"takes at least 128 channels and no empty axis, not \[1, 4, 4, 64\]"),
     ((1, 4, 4, 128), (3, 3), "float16", "takes float32 and bfloat16, not float16"),
+    ((2**14, 1, 1, 1024), (3, 3), "float32", r"takes up to 65535 slabs .*, not those of \[16384, 1, 1, 1024\]"),
     ((1, 1, 4097, 128), (3, 3), "float32", "takes images of up to 4096 columns, not 4097"),
 ])
 def test_what_it_does_not_take_is_xlas_with_a_reason_in_the_log(monkeypatch, caplog, shape, kernel, dtype, sentence):
