@@ -72,17 +72,18 @@ def test_erased_pixels_are_normal_noise_and_the_others_are_kept():
 
 
 def test_batches_are_mixed_by_either_at_their_lambdas():
-    """Beta(a, a) has mean 1/2 and variance 1 / (4 (2 a + 1)). A box of CutMix has sides s, with s^2 uniform, of which
-    s - s^2/4 lies inside on average: 1/2 - 1/5 + 1/48 of the area."""
-    draw = jax.jit(jax.vmap(lambda key: Mixing().draw(key, 256, 192)))
-    weight, (top, bottom, left, right) = jax.tree.map(np.asarray, draw(jax.random.split(jax.random.key(0), 4000)))
-    areas = (bottom - top) * (right - left) / (256 * 192)
+    """Quantiles beside those of NumPy's draws, of the weights of Mixup and of the shares that boxes of CutMix cover."""
+    draw = jax.jit(jax.vmap(lambda key: Mixing(switch=0.75).draw(key, 256, 192)))
+    weight, (top, bottom, left, right) = jax.tree.map(np.asarray, draw(jax.random.split(jax.random.key(0), 8000)))
+    shares = (bottom - top) * (right - left) / (256 * 192)
     is_mixup = weight < 1
-    assert is_mixup.mean() == pytest.approx(0.5, abs=0.04) and not areas[is_mixup].any()
-    assert weight[is_mixup].mean() == pytest.approx(0.5, abs=0.03)
-    assert weight[is_mixup].var() == pytest.approx(1 / (4 * 2.6), rel=0.1)
-    assert areas[~is_mixup].mean() == pytest.approx(1 / 2 - 1 / 5 + 1 / 48, abs=0.025)
-    assert (np.concatenate([top, left]) >= 0).all() and bottom.max() == 256 and right.max() == 192
+    assert is_mixup.mean() == pytest.approx(0.25, abs=0.025) and not shares[is_mixup].any()
+    random, at = np.random.default_rng(0), np.linspace(0.05, 0.95, 10)
+    sides, centres = np.sqrt(1 - random.beta(1, 1, (100_000, 1))), random.uniform(size=(100_000, 2))
+    expected = (np.minimum(centres + sides / 2, 1) - np.maximum(centres - sides / 2, 0)).prod(1)
+    np.testing.assert_allclose(np.quantile(shares[~is_mixup], at), np.quantile(expected, at), atol=0.03)
+    expected = random.beta(0.8, 0.8, 100_000)
+    np.testing.assert_allclose(np.quantile(weight[is_mixup], at), np.quantile(expected, at), atol=0.05)
 
 
 def test_a_batch_may_stay_unmixed_and_either_kind_may_be_left_out():

@@ -45,8 +45,8 @@ def _fill(image: Image.Image) -> tuple[int, int, int] | int:
 
 
 def _enhanced(enhancer: type) -> Operation:
-    """Blends with what an enhancer makes of the image: by 1 for the image itself, and by at least 0.1."""
-    return Operation(lambda image, value: enhancer(image).enhance(max(0.1, 1 + value)),
+    """Blends with what an enhancer makes of the image without its property, by 0.1 .. 1.9; 1 is the image itself."""
+    return Operation(lambda image, value: enhancer(image).enhance(1 + value),
                      lambda magnitude: magnitude / LARGEST * 0.9, signed=True)
 
 
