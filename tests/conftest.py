@@ -15,7 +15,7 @@ os.environ["XLA_FLAGS"] = (os.environ.get("XLA_FLAGS", "") + " --xla_force_host_
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".cache" / "jax"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
 
-STRICT = ("kernels", "models", "diffusion")
+STRICT = ("kernels", "models", "diffusion", "text", "unet", "text_to_image")
 """Optax mixes integer counts with floats, so what trains is tested under JAX's own rules."""
 
 

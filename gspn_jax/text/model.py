@@ -103,15 +103,15 @@ def encode(params: Params, config: TextConfig, ids: Int[Array, "B N"]) -> TextSt
     """
     if ids.ndim != 2 or not 0 < ids.shape[1] <= config.length:
         raise ValueError(f"ids must be [B, N] with N from 1 to {config.length}, found {list(ids.shape)}")
-    x = (params["embeddings.token_embedding.weight"][ids]
-         + params["embeddings.position_embedding.weight"][:ids.shape[1]])
+    x = params["embeddings.token_embedding.weight"][ids]
+    x += params["embeddings.position_embedding.weight"][:ids.shape[1]].astype(x.dtype)
     for layer in range(config.layers):
         before = x
         x = _layer(params, f"encoder.layers.{layer}", config, x)
     last = _layer_norm(params, "final_layer_norm", config, x)
     pooled = last[jnp.arange(len(ids)), ids.argmax(1)]
     if config.projection is not None:
-        pooled = jnp.matmul(pooled, params["text_projection.weight"], precision=_HIGHEST)
+        pooled = jnp.matmul(pooled, params["text_projection.weight"].astype(x.dtype), precision=_HIGHEST)
     return TextStates(last, before, pooled)
 
 
@@ -135,7 +135,8 @@ def _causal_attention(params: Params, name: str, config: TextConfig,
 
 
 def _linear(params: Params, name: str, x: Float[Array, "B N D"]) -> Float[Array, "B N E"]:
-    return jnp.matmul(x, params[f"{name}.weight"], precision=_HIGHEST) + params[f"{name}.bias"]
+    weight, bias = (params[f"{name}.{part}"].astype(x.dtype) for part in ("weight", "bias"))
+    return jnp.matmul(x, weight, precision=_HIGHEST) + bias
 
 
 def _layer_norm(params: Params, name: str, config: TextConfig, x: Float[Array, "B N D"]) -> Float[Array, "B N D"]:

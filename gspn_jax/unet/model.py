@@ -127,7 +127,8 @@ def _embed(params: Params, config: UNetConfig, x: Float[Array, "B H W C"], times
 def _sinusoids(values: Num[Array, "*B"], width: int) -> Float[Array, "*B W"]:
     """Cosines, then sines, of the values times frequencies 1 down to almost 1/10000."""
     half = width // 2
-    angles = values.astype(jnp.float32)[..., None] * jnp.exp(-math.log(10000) / half * jnp.arange(half))
+    frequencies = jnp.exp(-math.log(10000) / half * jnp.arange(half, dtype=jnp.float32))
+    angles = values.astype(jnp.float32)[..., None] * frequencies
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
 
 

@@ -14,6 +14,7 @@ from numpy_unet import CONVOLUTIONS, LINEAR, random_state_dict
 from safetensors.numpy import save_file
 
 from gspn_jax.config import ConfigError
+from gspn_jax.models.attention import attention as flash_or_not
 from gspn_jax.state_dict import WeightsError
 from gspn_jax.unet import (
     SDXL,
@@ -22,6 +23,7 @@ from gspn_jax.unet import (
     Added,
     UNetConfig,
     apply,
+    attention,
     expected_shapes,
     from_state_dict,
     load_unet,
@@ -113,6 +115,17 @@ def test_a_mixer_takes_the_place_of_every_self_attention():
     assert seen["up_blocks.2.attentions.2.transformer_blocks.0.attn1"] == (6, 4, 8)
     cross_attentions = program(lambda name, tokens: tokens).count("reduce_max")
     assert cross_attentions == 12 and program(None).count("reduce_max") == 24
+
+
+def test_attention_that_chooses_flash_attention_fits_both_attentions():
+    rng = np.random.default_rng(0)
+    q, k, v = (rng.standard_normal((2, tokens, 3, 8), np.float32) for tokens in (7, 5, 5))
+    truth = np.empty_like(q)
+    for b, head in np.ndindex(2, 3):
+        scores = np.exp(q[b, :, head] @ k[b, :, head].T / np.sqrt(8))
+        truth[b, :, head] = scores @ v[b, :, head] / scores.sum(1, keepdims=True)
+    for attend in (attention, flash_or_not):
+        assert relative_error(attend(*map(jnp.asarray, (q, k, v))), truth) < TOLERANCE
 
 
 def test_noise_and_clean_latents_come_back_from_both_predictions():

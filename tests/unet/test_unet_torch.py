@@ -68,6 +68,18 @@ def test_outputs_are_those_of_diffusers_and_its_folders_load(config, size, tmp_p
         np.testing.assert_array_equal(loaded[name], value, err_msg=name)
 
 
+@pytest.mark.slow
+def test_stable_diffusion_1_at_full_size_is_that_of_diffusers():
+    theirs, config = diffusers_unet(STABLE_DIFFUSION_1), STABLE_DIFFUSION_1
+    inputs = random_inputs(config, 9, 16)
+    truth = run_diffusers(theirs, *inputs)
+    params = from_state_dict({name: value.numpy() for name, value in theirs.state_dict().items()}, config)
+    del theirs
+    x, context, _ = inputs
+    ours = np.asarray(jax.jit(apply, static_argnums=1)(params, config, x, TIMESTEPS, context))
+    assert np.abs(ours - truth).max() < TOLERANCE * np.abs(truth).max()
+
+
 def test_bfloat16_is_as_near_to_float32_as_that_of_diffusers():
     config = LINEAR
     theirs, step = diffusers_unet(config), jax.jit(apply, static_argnums=1)
