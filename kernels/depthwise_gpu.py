@@ -29,7 +29,8 @@ SEGMENT = 16
 STRIP = 8
 """Rows that a block takes at most: those it shares with the next one are loaded twice, if from the L2 cache."""
 WIDEST = 4096
-"""Columns of an image; for all widths up to it there is a `Plan.length`."""
+"""Columns of an image. For all widths up to it the halo on either side of a segment is inside of the image or outside,
+never both (of wider ones 5,942 is the first)."""
 MOST = 2**16 - 1
 """Blocks along an axis of CUDA's grid but the first: images times slabs."""
 BLOCKS = 132
@@ -63,13 +64,10 @@ class Plan:
 
     @property
     def length(self) -> int:
-        """Columns of a segment: the most of those that leave the least to do twice. The halo on either side of a
-        segment is inside of the image or outside, never both."""
+        """Columns of a segment: the most of those that leave the least to do twice."""
         if self.width <= SEGMENT:
             return self.width
-        halo = self.kernel_width // 2
-        whole = [n for n in range(SEGMENT, SEGMENT // 2, -1) if self.width % n == 0 or self.width % n >= halo]
-        return min(whole, key=lambda n: math.ceil(self.width / n) * n)
+        return min(range(SEGMENT, SEGMENT // 2, -1), key=lambda n: math.ceil(self.width / n) * n)
 
     @property
     def segments(self) -> int:
