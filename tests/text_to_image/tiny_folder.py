@@ -11,7 +11,7 @@ from gspn_jax.text import TextConfig
 from tests.autoencoder import numpy_vae
 from tests.text import numpy_clip
 from tests.text.plain_bpe import small_vocabulary
-from tests.unet import cases, numpy_unet
+from tests.unet import numpy_unet, unet_cases
 
 WORDS = len(small_vocabulary()[0])
 VAE = AutoencoderConfig(channels=(32, 32), layers=1)
@@ -42,7 +42,7 @@ def write_folder(folder: pathlib.Path, unet, texts) -> pathlib.Path:
     write_json(folder / "scheduler/scheduler_config.json", {"prediction_type": "v_prediction"})
     write_json(folder / "vae/config.json", {"scaling_factor": 0.13025, "norm_num_groups": 32})
     save_file(numpy_vae.random_state_dict(VAE), folder / "vae/diffusion_pytorch_model.safetensors")
-    write_json(folder / "unet/config.json", cases.as_json(unet))
+    write_json(folder / "unet/config.json", unet_cases.as_json(unet))
     save_file(numpy_unet.random_state_dict(unet), folder / "unet/diffusion_pytorch_model.safetensors")
     words, merges = small_vocabulary()
     for end, config in zip(("", "_2"), texts, strict=False):

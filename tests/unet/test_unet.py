@@ -9,9 +9,9 @@ import ml_dtypes
 import numpy as np
 import numpy_unet
 import pytest
-from cases import TIMESTEPS, as_json, random_inputs
 from numpy_unet import CONVOLUTIONS, LINEAR, random_state_dict
 from safetensors.numpy import save_file
+from unet_cases import TIMESTEPS, as_json, random_inputs
 
 from gspn_jax.config import ConfigError
 from gspn_jax.models.attention import attention as flash_or_not

@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import TIMESTEPS, as_json, random_inputs
 from numpy_unet import CONVOLUTIONS, LINEAR, random_state_dict
+from unet_cases import TIMESTEPS, as_json, random_inputs
 
 from gspn_jax.unet import (
     SDXL,
