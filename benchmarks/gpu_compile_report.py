@@ -10,8 +10,9 @@ What XLA makes of the training step and of the sampler for NVIDIA GPUs, on a mac
 (`make gpu-compile`; [numbers](../benchmarks/results/gpu_compile.json); {versions}; {dates}). **No time here was
 measured.** They are bounds: a kernel takes at least as long as its bytes at 85 % of the memory bandwidth (3.35 TB/s on
 H100, 4.8 on H200), and a product at least as long as its operations at 700 TFLOP/s. Launches, the latency of the scans'
-lines and slow convolutions are left out. Nothing is tuned: products are cuBLAS's, convolutions cuDNN's, where a GPU
-picks the fastest of several. The page says what programs ask of the memory, not how fast the kernels in them are.
+lines and slow kernels are left out. Nothing is tuned: products are cuBLAS's, where a GPU picks the fastest of several.
+The page says what programs ask of the memory, not how fast the kernels in them are: one H100 took 1.3 times the bound of
+GSPN-XL/2's step ([performance_gpu.md](performance_gpu.md)).
 
 Latents of 32x32x4, bfloat16 computation, float32 state, one average. GB are 1e9 bytes of one device: the state, and
 beside it the temporary memory of the compiled program.
@@ -60,11 +61,12 @@ has what is in the rows above it.
 | the join as two products | 236.8 | 188.0 | 33.9 |
 | a barrier between their gradients | 233.0 | 185.3 | 33.8 |
 | the gradient of long skips read where it is | 232.4 | 184.9 | 33.8 |
+| kernels of our own for `chunk=2` and for depthwise convolutions | 210.1 | 169.3 | 21.7 |
 
 An evaluation of GSPN-L/2 with 64 images: 47.1 ms on H100 and 37.5 on H200 as it was; 35.9 and 29.7 with convolutions in
 bfloat16, proxies of 75 computed as 96 and tokens row by row; 34.8 and 28.9 with weights cast once for all evaluations
-and the join as two products; 33.5 and 28.0 with long skips and weights read where
-they are.
+and the join as two products; 33.5 and 28.0 with long skips and weights read where they are; 25.8 and 22.6 with the two
+kernels.
 
 - **Convolutions**: one that widens bfloat16 to float32 has XLA:GPU read its arguments in float32 as well.
 - **Named values** (`gspn_jax.models.remat`): products after their bias, the 7x7 convolution, the result and the states
@@ -85,8 +87,7 @@ Left out:
   up whole; in sampling they are read so.
 - The zeros that JAX's loops write to a stack before they fill it, 8 ms. `jax.lax.empty` would avoid them; JAX's own
   loops do not use it yet, for faults that its authors name.
-- The 7x7 convolution computed again and not kept: 0.7 ms less by its bytes, if cuDNN is as fast as the memory, which
-  nobody has seen for 1,500 groups.
+- The 7x7 convolution computed again and not kept: 0.7 ms less by its bytes, but it is not as fast as the memory.
 - 1504 channels in place of 1536: 2 % fewer bytes in the bound, but rows that are no whole lines of 128 bytes.
 """
 

@@ -7,8 +7,8 @@ srun --nodes=8 --ntasks-per-node=1 python train_dit.py --config configs/gspn_l_2
 
 400,000 steps of 256 images (80 epochs); warm-up over 5 epochs, 25,025 steps, then half a cosine.
 Each GPU holds the whole state (7.1 GB in float32 with Adam and EMA) and 32 images of each step; the backward pass
-computes norms, 3x3 convolutions and activations again (remat) and finds the rest in about 13 GB, by the compiler's
-plan. More than 64 images a GPU of 80 GB need --model.remat full.
+computes norms, 3x3 convolutions and activations again (remat) and finds the rest in about 9 GB, by the compiler's
+plan. More than 128 images a GPU of 80 GB need --model.remat full.
 Hardware, time and result: not yet run. Expected at 400,000 steps, without guidance, from the paper (global
 batch 1024 on 64 A100): FID-50K 17.25, IS 77.37.
 """

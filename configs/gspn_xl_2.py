@@ -7,9 +7,9 @@ srun --nodes=8 --ntasks-per-node=1 python train_dit.py --config configs/gspn_xl_
 
 400,000 steps of 256 images (80 epochs); warm-up over 5 epochs, 25,025 steps, then half a cosine.
 Each GPU holds the whole state (11.1 GB in float32 with Adam and EMA) and 32 images of each step; the backward pass
-computes norms, 3x3 convolutions and activations again (remat) and finds the rest in 18 GB, by the compiler's plan.
-More than 64 images a GPU of 80 GB need --model.remat full. --mesh.fsdp 8 splits the state within a node: docs/memory.md
-has bytes a device and traffic for 8, 64 and 256 GPUs.
+computes norms, 3x3 convolutions and activations again (remat) and finds the rest in 12 GB, by the compiler's plan (64
+images take 33 GB in all, measured on an H100). More than 128 images a GPU of 80 GB need --model.remat full.
+--mesh.fsdp 8 splits the state within a node: docs/memory.md has bytes a device and traffic for 8, 64 and 256 GPUs.
 Hardware, time and result: not yet run. Expected at 400,000 steps, without guidance, from the paper (global
 batch 1024 on 64 A100): FID-50K 15.26, IS 85.99.
 """
