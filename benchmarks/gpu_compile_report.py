@@ -11,8 +11,8 @@ What XLA makes of the training step and of the sampler for NVIDIA GPUs, on a mac
 measured.** They are bounds: a kernel takes at least as long as its bytes at 85 % of the memory bandwidth (3.35 TB/s on
 H100, 4.8 on H200), and a product at least as long as its operations at 700 TFLOP/s. Launches, the latency of the scans'
 lines and slow kernels are left out. Nothing is tuned: products are cuBLAS's, where a GPU picks the fastest of several.
-The page says what programs ask of the memory, not how fast the kernels in them are: one H100 took 1.3 times the bound of
-GSPN-XL/2's step ([performance_gpu.md](performance_gpu.md)).
+The page says what programs ask of the memory, not how fast the kernels in them are: one H100 took 1.3 times the bound
+of GSPN-XL/2's step ([performance_gpu.md](performance_gpu.md)).
 
 Latents of 32x32x4, bfloat16 computation, float32 state, one average. GB are 1e9 bytes of one device: the state, and
 beside it the temporary memory of the compiled program.

@@ -30,9 +30,10 @@ NORM_EPSILON = 1e-6
 class Machine(NamedTuple):
     """How blocks run where they run: chosen by who compiles them, in no config and no checkpoint."""
 
-    runner: Callable[[Callable], Callable] | None = None
-    """`run_stack` calls runner(apply) for every block in place of apply(params, x, *others): the parameters of one
-    block as they are stored, and arrays (or None) with a leading batch axis; the result has it too.
+    runner: Callable[[Callable, str], Callable] | None = None
+    """`run_stack` calls runner(apply, name) for every block in place of apply(params, x, *others): the parameters of
+    one block as they are stored, and arrays (or None) with a leading batch axis; the result has it too. `name` is where
+    the stack is among the parameters ("trunk/blocks").
 
     It is here that weights split over devices are gathered, one block at a time. They are gathered again for the
     backward pass, so that `remat` "none", which would keep them, becomes "dots"."""
@@ -222,14 +223,15 @@ def stack(make: Callable[[nnx.Rngs], nnx.Module], count: int, rngs: nnx.Rngs) ->
 
 def run_stack(
     blocks: nnx.Module, x: Float[Array, "B H W D"], condition: Float[Array, "B D"] | None = None, *,
-    chunks: tuple[int | None, ...], remat: Remat, drop_path: DropPath | None = None,
+    name: str = "blocks", chunks: tuple[int | None, ...], remat: Remat, drop_path: DropPath | None = None,
     long_skips: Float[Array, "L B H W D"] | None = None, keep: bool = False,
     prepare: Callable[[Any], Any] = lambda params: params,
 ) -> tuple[Float[Array, "B H W D"], Float[Array, "L-1 B H W D"] | None]:  # fmt: skip
     """Runs a stack of blocks by a scan over its leading axis, so that compile time does not depend on the depth.
 
-    `chunks` (one entry a block) is static, so each stretch of equal entries is a scan of its own. `drop_path` and
-    `long_skips` have one entry a block too. `prepare` makes what is computed with of parameters, of a block or of all.
+    `name` is its path among the parameters, for a `Machine` that splits them. `chunks` (one entry a block) is static,
+    so each stretch of equal entries is a scan of its own. `drop_path` and `long_skips` have one entry a block too.
+    `prepare` makes what is computed with of parameters, of a block or of all.
     Returns the tokens and, with `keep`, those between the blocks, the last first: the order of those that read them.
     """
     graphdef, params = nnx.split(blocks)
@@ -247,7 +249,7 @@ def run_stack(
             block = nnx.merge(graphdef, prepare(params) if runner else params)
             return block(x, condition, chunk=chunk, drop_path=drop_path, long_skip=long_skip)
 
-        run = runner(apply) if runner else apply
+        run = runner(apply, name) if runner else apply
 
         def one(x, params, drop_path, long_skip, run=run):
             return run(params, x, condition, drop_path and drop_path.draw(x.shape[0]), long_skip)

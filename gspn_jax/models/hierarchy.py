@@ -141,14 +141,14 @@ class Block(nnx.Module):
 class StageOfBlocks(nnx.Module):
     """What brings the map to the stage's size and width, then its blocks, in one scan a stretch of equal chunks."""
 
-    def __init__(self, stage: Stage, inputs: int, *, first: bool, remat: Remat, dtype: DTypeLike, rngs: nnx.Rngs):
-        self.chunks, self.remat, self.dtype = stage.chunks, remat, dtype
-        self.down = (Stem if first else Downsample)(inputs, stage.width, dtype=dtype, rngs=rngs)
+    def __init__(self, stage: Stage, inputs: int, *, number: int, remat: Remat, dtype: DTypeLike, rngs: nnx.Rngs):
+        self.name, self.chunks, self.remat, self.dtype = f"backbone/stage{number}/blocks", stage.chunks, remat, dtype
+        self.down = (Stem if number == 1 else Downsample)(inputs, stage.width, dtype=dtype, rngs=rngs)
         self.blocks = stack(lambda rngs: Block(stage, dtype=dtype, rngs=rngs), len(stage.chunks), rngs)
 
     def __call__(self, x: Float[Array, "B H W D"], drop_path: DropPath | None) -> Float[Array, "B h w E"]:
-        x, _ = run_stack(self.blocks, self.down(x), chunks=self.chunks, remat=self.remat, drop_path=drop_path,
-                         prepare=functools.partial(_cast_kernels, dtype=self.dtype))
+        x, _ = run_stack(self.blocks, self.down(x), name=self.name, chunks=self.chunks, remat=self.remat,
+                         drop_path=drop_path, prepare=functools.partial(_cast_kernels, dtype=self.dtype))
         return x
 
 
@@ -164,9 +164,9 @@ class Backbone(nnx.Module):
     def __init__(self, hierarchy: Hierarchy, *, channels: int = 3, dtype: DTypeLike = jnp.float32, rngs: nnx.Rngs):
         self.hierarchy, self.channels, self.dtype = hierarchy, channels, dtype
         widths = [channels, *(stage.width for stage in hierarchy.stages)]
-        for i, (stage, inputs) in enumerate(zip(hierarchy.stages, widths, strict=False)):
-            setattr(self, f"stage{i + 1}", StageOfBlocks(stage, inputs, first=i == 0, remat=hierarchy.remat,
-                                                         dtype=dtype, rngs=rngs))
+        for number, (stage, inputs) in enumerate(zip(hierarchy.stages, widths, strict=False), start=1):
+            setattr(self, f"stage{number}", StageOfBlocks(stage, inputs, number=number, remat=hierarchy.remat,
+                                                          dtype=dtype, rngs=rngs))
 
     def __call__(
         self, images: Float[Array, "B H W C"], *, drop_path_key: Key[Array, ""] | None = None

@@ -26,6 +26,17 @@ from gspn_jax.parallel import sharding
 @contextlib.contextmanager
 def sharded_model(config: Config, mesh: Mesh, *, forward_only: bool = False) -> Iterator[None]:
     """Inside, denoisers are traced for what each device has: images over "data" and "fsdp", channels over "tensor"."""
+    shapes = models.abstract(config)[1] if mesh.shape["fsdp"] > 1 else None
+    with sharded_blocks(shapes, mesh, config.train.compute, forward_only=forward_only):
+        yield
+
+
+@contextlib.contextmanager
+def sharded_blocks(shapes: Any, mesh: Mesh, compute: DTypeLike, *, forward_only: bool = False) -> Iterator[None]:
+    """`sharded_model` for any network whose stacks run by `blocks.run_stack`, computed in the type `compute`.
+
+    `shapes` are those of its parameters, unpadded; they are read where the mesh has "fsdp".
+    """
     tensor_cores = uses_tensor_cores(mesh)
     if mesh.shape["fsdp"] == 1:
         machine = blocks.Machine(tensor_cores=tensor_cores, forward_only=forward_only)
@@ -33,7 +44,7 @@ def sharded_model(config: Config, mesh: Mesh, *, forward_only: bool = False) -> 
               kernels.sharded(mesh, batch=sharding.BATCH_AXES, channels=("tensor",))):
             yield
         return
-    with blocks.run_blocks_on(blocks.Machine(_runner(config, mesh), tensor_cores, forward_only)):
+    with blocks.run_blocks_on(blocks.Machine(_runner(shapes, mesh, compute), tensor_cores, forward_only)):
         yield
 
 
@@ -47,8 +58,11 @@ def outside_blocks(config: Config, mesh: Mesh, params: Any) -> Any:
     """Stored parameters with those that are in no block gathered, in their own shapes; the others as they are."""
     if mesh.shape["fsdp"] == 1:
         return params
-    _, shapes = models.abstract(config)
+    return gathered_outside_blocks(models.abstract(config)[1], mesh, params)
 
+
+def gathered_outside_blocks(shapes: Any, mesh: Mesh, params: Any) -> Any:
+    """`outside_blocks` for a network whose parameters have these shapes, over a mesh with "fsdp"."""
     def one(path, leaf, shape):
         name = _name(path)
         if sharding.STACK.search(name):
@@ -65,36 +79,34 @@ def _name(path: tuple) -> str:
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
-def _runner(config: Config, mesh: Mesh):
+def _runner(shapes: Any, mesh: Mesh, compute: DTypeLike):
     """For `blocks.Machine`."""
-    _, shapes = models.abstract(config)
-    compute = config.train.compute
-    layers = {}  # path in a block -> (where, shape) of the weight of one block; the stacks of a model have equal blocks
+    layers = {}  # path -> (where, shape) of the weight of one block
     for path, leaf in jax.tree_util.tree_leaves_with_path(shapes):
-        stack = sharding.STACK.search(_name(path))
-        if stack:
+        if sharding.STACK.search(_name(path)):
             spec = sharding.partition_spec(_name(path), leaf.shape, mesh)
-            layers[_name(path)[stack.end():]] = (PartitionSpec(*spec[1:]), leaf.shape[1:])
+            layers[_name(path)] = (PartitionSpec(*spec[1:]), leaf.shape[1:])
     by_image = PartitionSpec(sharding.BATCH_AXES)
     manual = set(sharding.BATCH_AXES if mesh.shape["tensor"] > 1 else sharding.AXES)
 
-    def gathered(path, leaf):
-        spec, shape = layers[_name(path)]
+    def gathered(stack, path, leaf):
+        spec, shape = layers[f"{stack}/{_name(path)}"]
         if "fsdp" not in spec:
             return leaf
         axis = spec.index("fsdp")
-        return _gather(leaf, axis, shape[axis], compute)
+        return _gather(leaf, axis, shape[axis], compute if _name(path).endswith("kernel") else leaf.dtype)
 
-    def runner(apply):
+    def runner(apply, stack):
         def local(params, *arrays):
-            params = jax.tree_util.tree_map_with_path(gathered, params)
+            params = jax.tree_util.tree_map_with_path(functools.partial(gathered, stack), params)
             if mesh.shape["tensor"] == 1:
                 return apply(params, *arrays)
             with kernels.sharded(jax.sharding.get_abstract_mesh(), channels=("tensor",)):
                 return apply(params, *arrays)
 
         def run(params, *arrays):
-            where = jax.tree_util.tree_map_with_path(lambda path, _: _over_fsdp(layers[_name(path)][0]), params)
+            where = jax.tree_util.tree_map_with_path(
+                lambda path, _: _over_fsdp(layers[f"{stack}/{_name(path)}"][0]), params)
             return jax.shard_map(local, mesh=mesh, in_specs=(where, *(by_image,) * len(arrays)), out_specs=by_image,
                                  axis_names=manual, check_vma=False)(params, *arrays)
 
@@ -111,7 +123,8 @@ def _over_fsdp(spec: PartitionSpec) -> PartitionSpec:
 def _gather(part: Array, axis: int, size: int, dtype: DTypeLike) -> Array:
     """The whole of a weight of which every device of "fsdp" has a part: `size` of the gathered `axis`, as `dtype`.
 
-    Every block casts its large weights to that type before anything else, so that the cast may come first.
+    Every block casts its kernels to `compute` before anything else, so that the cast may come first; vectors, such as
+    scales of norms, are gathered as they are.
     """
     whole = jax.lax.all_gather(part.astype(dtype), "fsdp", axis=axis, tiled=True)
     return jax.lax.slice_in_dim(whole, 0, size, axis=axis)

@@ -7,12 +7,11 @@ import pytest
 from flax import nnx
 from test_flops import traced_products
 
-import kernels
 from gspn_jax import models
 from gspn_jax.models.classifier import PRESETS, Classifier, count_multiply_adds, count_parameters, preset
 from gspn_jax.models.hierarchy import Hierarchy, Stage, map_sizes
 from gspn_jax.models.scan_mixer import GlobalResponseNorm, ScanOptions
-from gspn_jax.parallel import sharding
+from gspn_jax.parallel import fsdp, sharding
 from tests.models import numpy_classifier
 
 CLASSES = 5
@@ -231,10 +230,15 @@ def test_over_a_mesh_logits_and_gradients_are_those_of_one_device(options):
     where = sharding.param_shardings(params, mesh)
     specs = {jax.tree_util.keystr(path): s.spec for path, s in jax.tree_util.tree_leaves_with_path(where)}
     assert sum("tensor" in spec and "fsdp" in spec for spec in specs.values()) >= 6
-    with kernels.sharded(mesh, batch=sharding.BATCH_AXES, channels=("tensor",)):
-        run = jax.jit(jax.grad(loss, has_aux=True), in_shardings=(where, sharding.batch_sharding(mesh)),
-                      out_shardings=(where, sharding.batch_sharding(mesh)))
-        found, found_logits = run(params, x)
+    by_image = sharding.batch_sharding(mesh)
+
+    def sharded(stored, x):
+        return loss(fsdp.gathered_outside_blocks(params, mesh, stored), x)
+
+    with fsdp.sharded_blocks(params, mesh, jnp.float32):
+        run = jax.jit(jax.grad(sharded, has_aux=True), in_shardings=(where, by_image), out_shardings=(where, by_image))
+        found, found_logits = run(sharding.pad(params, mesh), x)
+    found = jax.tree.map(lambda a, whole: a[tuple(slice(size) for size in whole.shape)], found, params)
     assert error(found_logits, logits) < 1e-5
     for name, gradient, expected in zip(specs, jax.tree.leaves(found), jax.tree.leaves(gradients), strict=True):
         assert error(gradient, expected) < 1e-5, name
