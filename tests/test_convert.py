@@ -15,7 +15,7 @@ from safetensors.numpy import load_file, save_file
 import sample
 import train_dit
 from gspn_jax import convert, models
-from gspn_jax.config import DataConfig, MeshConfig
+from gspn_jax.config import DataConfig, MeshConfig, to_dict
 from gspn_jax.convert.exporting import HEADER
 from gspn_jax.convert.importing import dit_config
 from gspn_jax.data import make_source
@@ -175,7 +175,7 @@ def test_the_card_says_what_a_stranger_must_know(folder, tmp_path):
     assert "99.5" not in card and str(tmp_path) not in card and str(folder) not in card
     assert "| license | unknown: not stated by who exported |" in first and "None were measured" in first
     shown = json.loads(re.search(r"```json\n(.*?)```", card, re.S)[1])
-    assert shown["model"] == json.loads(json.dumps(dataclasses.asdict(config.model))) and shown["run_dir"] == "ours"
+    assert shown["model"] == json.loads(json.dumps(to_dict(config)["model"])) and shown["run_dir"] == "ours"
 
 
 def test_the_digest_of_the_parameters_is_the_same_on_a_mesh_that_pads_them(folder):
