@@ -10,6 +10,7 @@ docs/kernel.md has the picture.
 import functools
 import itertools
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -218,19 +219,27 @@ class Class(NamedTuple):
         whole = (slice(None),) * 3
         compat.store(output, self.place(image), compat.load(staged, whole, _pixel_layout(height, width)))
 
-    def expand(self, direction: Array, kinds: slice, slot: Array) -> list[Float[Array, "64 SLAB"]]:
-        """Terms of a direction of these kinds; lam and out_gate are 1 more than their products."""
-        found = range(self.shared.up.shape[1] // SLAB)[kinds]
-        rows = len(found) * SLAB
+    def expand(self, slot: Array, *wanted: tuple[Array, slice], meanwhile: Callable = tuple) -> tuple[list, Any]:
+        """Terms of each direction and kinds that are wanted, and the value of `meanwhile`, which runs beside products.
 
-        def product(accumulator):
-            factors = self.shared.up.at[direction, pl.ds(found[0] * SLAB, rows)]
-            compat.wgmma(accumulator, self.shared.proxy.at[slot, self.index], factors, transpose_b=True)
-            return accumulator[...]
+        lam and out_gate are 1 more than their products.
+        """
+        kinds = [range(self.shared.up.shape[1] // SLAB)[found] for _, found in wanted]
 
-        columns = pl.run_scoped(product, plgpu.ACC((PIXELS, rows), jnp.float32))
-        terms = [columns[:, n * SLAB : (n + 1) * SLAB] for n in range(len(found))]
-        return [1.0 + term if kind in (LAM, OUT_GATE) else term for kind, term in zip(found, terms, strict=True)]
+        def product(*accumulators):
+            for accumulator, (direction, _), found in zip(accumulators, wanted, kinds, strict=True):
+                factors = self.shared.up.at[direction, pl.ds(found[0] * SLAB, len(found) * SLAB)]
+                compat.wgmma(accumulator, self.shared.proxy.at[slot, self.index], factors, transpose_b=True)
+            value = meanwhile()
+            return [accumulator[...] for accumulator in accumulators], value
+
+        def terms(columns: Array, found: range) -> list[Array]:
+            tiles = [columns[:, n * SLAB : (n + 1) * SLAB] for n in range(len(found))]
+            return [1.0 + tile if kind in (LAM, OUT_GATE) else tile for kind, tile in zip(found, tiles, strict=True)]
+
+        shapes = [plgpu.ACC((PIXELS, len(found) * SLAB), jnp.float32) for found in kinds]
+        products, value = pl.run_scoped(product, *shapes)
+        return list(map(terms, products, kinds)), value
 
     def merge(self, direction: Array) -> Float[Array, "64 SLAB"]:
         factors = compat.load(self.given.merge, (direction, pl.ds(self.start, SLAB)), LAYOUT.reduce(0))
@@ -313,7 +322,8 @@ def _weights(logits: list[Array], has_left: Array, has_right: Array) -> tuple[li
 
 
 FIRST, WEIGHTS, SECOND = slice(LAM, None), slice(0, LAM), slice(LAM, None)
-"""Kinds of terms: of pixels on first lines, and in two parts of those on second lines, to have few in registers."""
+"""Kinds of terms: of pixels on first lines, and in two parts of those on second lines. The products of the last part
+are made while the weights are computed from the part before."""
 
 
 def local_forward(given: Given, outputs: Any, shared: Shared, *, job: Job, images: int):
@@ -324,16 +334,18 @@ def local_forward(given: Given, outputs: Any, shared: Shared, *, job: Job, image
 
         def visit_axis(axis: Array, y: Array) -> Array:
             lines, x = here.lines(axis), read(0)
-            lam, *others = here.expand(lines.first_direction, FIRST, slot)
+            ((lam, *others), logits), _ = here.expand(
+                slot, (lines.first_direction, FIRST), (lines.second_direction, WEIGHTS))
             state = lam * x
             shared.state[axis, rows_of(here.index), :] = state
             y = add(y, x, state, others[0], others[1:], lines.first_direction)
             here.meet()
 
-            logits = here.expand(lines.second_direction, WEIGHTS, slot)
-            weights, _ = _weights(logits, *lines.neighbours())
-            state = sum(weight * lines.read(shared.state.at[axis], n) for n, weight in enumerate(weights))
-            lam, *others = here.expand(lines.second_direction, SECOND, slot)
+            def carry(lines=lines, logits=logits) -> Array:
+                weights, _ = _weights(logits, *lines.neighbours())
+                return sum(weight * lines.read(shared.state.at[axis], n) for n, weight in enumerate(weights))
+
+            ((lam, *others),), state = here.expand(slot, (lines.second_direction, SECOND), meanwhile=carry)
             pl.when(axis == AXES - 1)(follow)
             x = read(0)
             return add(y, x, state + lam * x, others[0], others[1:], lines.second_direction)
@@ -369,7 +381,8 @@ def local_backward(given: Given, outputs: Cotangents, shared: Shared, *, job: Jo
                 compat.store(outputs.terms, at, tile)
 
             x, gy = read(0), read(1)
-            lam, out_gate, *skip = here.expand(lines.first_direction, FIRST, slot)
+            ((lam, out_gate, *skip), logits), _ = here.expand(
+                slot, (lines.first_direction, FIRST), (lines.second_direction, WEIGHTS))
             h = lam * x
             state[mine, :] = h
             write(OUT_GATE - LAM, gy * h)
@@ -380,10 +393,12 @@ def local_backward(given: Given, outputs: Cotangents, shared: Shared, *, job: Jo
             direct, first_lam = scaled * out_gate, lam
             here.meet()
 
-            logits = here.expand(lines.second_direction, WEIGHTS, slot)
-            weights, sigmoids = _weights(logits, *lines.neighbours())
-            carried = sum(weight * lines.read(state, n) for n, weight in enumerate(weights))
-            lam, out_gate, *skip = here.expand(lines.second_direction, SECOND, slot)
+            def carry(lines=lines, logits=logits) -> tuple[list[Array], Array, Array]:
+                weights, sigmoids = _weights(logits, *lines.neighbours())
+                return weights, sigmoids, sum(weight * lines.read(state, n) for n, weight in enumerate(weights))
+
+            ((lam, out_gate, *skip),), (weights, sigmoids, carried) = here.expand(
+                slot, (lines.second_direction, SECOND), meanwhile=carry)
             pl.when(axis == AXES - 1)(follow)
             x, gy = read(0), read(1)
             write(of_first + OUT_GATE, gy * (carried + lam * x))
