@@ -216,17 +216,16 @@ def emulated(**options: Any) -> Iterator[list[Run]]:
     runs: list[Run] = []
     original = compat.kernel
 
-    def kernel(body, **arguments):
-        lowered = original(body, **arguments)
+    def kernel(body, made_of, arrays, **arguments):
+        if any(isinstance(array, jax.core.Tracer) for array in arrays):
+            raise TypeError("an emulated kernel runs eagerly, without jit")
 
-        def emulate_call(*arrays):
-            if any(isinstance(array, jax.core.Tracer) for array in arrays):
-                raise TypeError("an emulated kernel runs eagerly, without jit")
-            results, ran = call(lowered, arrays, arguments["out_type"], **options)
-            runs.extend(ran)
-            return results
+        def lowered(*arrays):
+            return original(body, made_of, arrays, **arguments)
 
-        return emulate_call
+        results, ran = call(lowered, arrays, arguments["out_type"], **options)
+        runs.extend(ran)
+        return results
 
     compat.kernel = kernel
     try:
