@@ -83,8 +83,8 @@ def refuses(x: Float[Array, "B H W C"], proxy: Float[Array, "B H W d"], kinds: i
         return f"needs JAX 0.11 or newer, and this is {jax.__version__}"
     if x.dtype != jnp.bfloat16:
         return f"takes bfloat16, not {x.dtype}"
-    if height % 2 or width % 8 or height * width != CLASSES * PIXELS or channels % 8 or channels < SLAB:
-        return f"takes maps of 256 pixels and channels in eights from {SLAB}, not {list(x.shape[1:])}"
+    if (height, width) not in ((16, 16), (32, 8)) or channels % 8 or channels < SLAB:
+        return f"takes maps of 16 x 16 or 32 x 8 and channels in eights from {SLAB}, not {list(x.shape[1:])}"
     needed = [_shared_bytes(kinds, proxy.shape[-1], backward=backward) for backward in (False, True)]
     if max(needed) > device.shared_bytes:
         return f"has no room on chip for a proxy of {proxy.shape[-1]}"
@@ -136,7 +136,7 @@ class Lines(NamedTuple):
 
 
 HALO = 8
-"""Rows of zeros before and after those of a class, for neighbours beyond the map."""
+"""Rows of zeros before and after those of a class, for neighbours beyond the map: a step along a column, at most."""
 ROWS = HALO + CLASSES * (PIXELS + HALO)
 """Of the pixels of all classes, float32, in shared memory."""
 

@@ -64,12 +64,16 @@ def lower_line_scan():
     lower_with_gradients(lambda *a: mosaic_gpu.line_scan(*a, "left", None), *weights)
 
 
-def lower_low_rank(rank=24, side=16, channels=68):
+def lower_low_rank(rank=24, side=16, channels=68, chunk=None):
     array = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.bfloat16)
     pixels = (4, side, side)
-    lower_with_gradients(lambda *a: mosaic_gpu.propagate_low_rank(*a[:6], a[6], None), array((*pixels, channels)),
+    lower_with_gradients(lambda *a: mosaic_gpu.propagate_low_rank(*a[:6], a[6], chunk), array((*pixels, channels)),
                          array((*pixels, rank)), array((rank, 4, 3, channels)), array((rank, 4, channels)),
                          array((rank, 4, channels)), array((4,), dtype=jnp.float32), array((rank, 4, channels)))
+
+
+def lower_local():
+    lower_low_rank(channels=72, chunk=2)
 
 
 def shifted(buffers):
@@ -77,7 +81,7 @@ def shifted(buffers):
     return [buffer for buffer in buffers if buffer[3] and (buffer[2] is None or buffer[2] % PATTERN)]
 
 
-@pytest.mark.parametrize("lower", [lower_propagate, lower_line_scan, lower_low_rank])
+@pytest.mark.parametrize("lower", [lower_propagate, lower_line_scan, lower_low_rank, lower_local])
 def test_no_buffer_that_is_sliced_at_any_row_is_swizzled(lower, buffers):
     lower()
     assert buffers
