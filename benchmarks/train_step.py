@@ -234,7 +234,7 @@ class Running(NamedTuple):
         return None if self.end is None else max(0.0, self.end - time.monotonic())
 
     def receive(self) -> dict[str, Any]:
-        """What the process has sent; it is gone afterwards."""
+        """Receives what the process has sent; it is gone afterwards."""
         try:
             return self.answer.recv() if self.answer.poll() else {"error": "out of time"}
         except EOFError:

@@ -7,6 +7,7 @@ import contextlib
 import json
 import pathlib
 from collections.abc import Callable, Iterator, Mapping
+from typing import Any, TypeVar
 
 import jax.numpy as jnp
 import numpy as np
@@ -15,6 +16,8 @@ from jaxtyping import Shaped
 
 from gspn_jax.config import ConfigError
 from gspn_jax.state_dict import WeightsError
+
+NetworkConfig = TypeVar("NetworkConfig")
 
 TYPES = ("float32", "float16", "bfloat16")
 """Of tensors that are read."""
@@ -89,6 +92,21 @@ def open_folder(folder: pathlib.Path, stem: str) -> TensorFiles:
     found = ", ".join(sorted(path.name for path in folder.iterdir())[:8]) or "nothing"
     raise FileNotFoundError(f"{folder} must hold {stem}.safetensors (or its .fp16 variant, or shards with an index); "
                             f"pickled .bin files are not read; found {found}")
+
+
+def load_network(
+    folder: str | pathlib.Path, stem: str, read_config: Callable[[dict], NetworkConfig],
+    from_state_dict: Callable[[Mapping[str, np.ndarray], NetworkConfig, DTypeLike | None], dict[str, Any]],
+    dtype: DTypeLike | None
+) -> tuple[dict[str, Shaped[np.ndarray, "..."]], NetworkConfig]:
+    """Reads the folder of one network, its `config.json` and the weights beside it, as `open_folder` finds them.
+
+    Raises FileNotFoundError, and ConfigError and WeightsError that name the folder.
+    """
+    folder = pathlib.Path(folder)
+    with errors_name(folder):
+        config = read_config(read_json(folder / "config.json"))
+        return from_state_dict(open_folder(folder, stem), config, dtype), config
 
 
 def _shards(index: pathlib.Path) -> list[pathlib.Path]:

@@ -85,7 +85,7 @@ class Plan:
 
     @property
     def layout(self) -> object:
-        """How the channels of a slab are spread over the threads of a warpgroup."""
+        """Layout of the channels of a slab over the threads of a warpgroup."""
         tiles = plgpu.Tiling(((self.slab,), (self.slab // 4,), (self.vector,)))
         return plgpu.Layout.TILED(tiles, warp_dims=(-3,), lane_dims=(-2,), vector_dim=-1)
 

@@ -103,7 +103,7 @@ class Lines(NamedTuple):
     stride: Array
     """Pixels of a class from one to the next along a line."""
     size: tuple[int, int]
-    """Of the grid of the class."""
+    """Height and width of the grid of the class."""
 
     @property
     def first_direction(self) -> Array:
@@ -158,7 +158,7 @@ class Class(NamedTuple):
 
     @property
     def size(self) -> tuple[int, int]:
-        """Of the grid of the class."""
+        """Height and width of the grid of the class."""
         return self.shared.result.shape[1:3]
 
     def asked_again(self) -> "Class":
@@ -427,8 +427,7 @@ def local_backward(given: Given, outputs: Cotangents, shared: Shared, *, job: Jo
 
 def _terms(job: Job) -> tuple[int, int]:
     """Number of terms that a pixel has on first lines, and for an axis: those on second lines too."""
-    kinds = 6 if job.skip else 5
-    return kinds - LAM, kinds - LAM + kinds
+    return job.kinds - LAM, job.kinds - LAM + job.kinds
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -535,7 +534,7 @@ propagate.defvjp(_propagate_forward, _propagate_backward)
 
 def _terms_of_classes(job: Job) -> list[list[tuple[int, slice]]]:
     """For each class the directions and kinds of its terms, in the order of `Cotangents.terms`."""
-    kinds = slice(0, 6 if job.skip else 5)
+    kinds = slice(0, job.kinds)
     first = slice(LAM, kinds.stop)
     return [[(2 * axis + on, used) for axis, parity in enumerate(divmod(index, 2))
              for on, used in ((parity, first), (1 - parity, kinds))] for index in range(CLASSES)]

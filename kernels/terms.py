@@ -21,6 +21,11 @@ class Job:
     shared: bool = False
     """Whether all channels of a block have the same weights: one of the groups of `Inputs.weights`."""
 
+    @property
+    def kinds(self) -> int:
+        """Number of KINDS that a proxy is expanded to: skip is the last one."""
+        return SKIP + self.skip
+
 
 class Inputs(NamedTuple):
     """Arrays, or their references in a kernel; None for the terms that a job does not have."""

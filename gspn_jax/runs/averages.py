@@ -12,7 +12,12 @@ def name(decay: float) -> str:
 
 def item(decay: float) -> str:
     """The item of a checkpoint that holds the average of a decay."""
-    return _PREFIX + name(decay)
+    return item_of(name(decay))
+
+
+def item_of(name: str) -> str:
+    """The item of a checkpoint that holds the average of that name."""
+    return _PREFIX + name
 
 
 def is_item(item: str) -> bool:

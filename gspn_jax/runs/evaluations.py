@@ -24,7 +24,7 @@ class Record:
 
     @classmethod
     def read(cls, run_dir: str | pathlib.Path) -> "Record":
-        """That of a run, empty before its first evaluation; a best checkpoint that is gone is forgotten."""
+        """Reads the record of a run, empty before its first evaluation; a best checkpoint that is gone is forgotten."""
         path = pathlib.Path(run_dir) / RECORD
         if not path.exists():
             return cls()

@@ -166,7 +166,7 @@ class Checkpoints:
         return step, state
 
     def _agree_on_step(self) -> int | None:
-        """What the first host finds on the disk, on every host."""
+        """The newest step that the first host finds on its disk, on every host; None if it finds none."""
         none, failed = -1, -2
         step, failure = none, None
         if self._first_host:
@@ -221,7 +221,7 @@ class Checkpoints:
                 shutil.rmtree(left, ignore_errors=True)  # a failed save may be writing still: swept at the next start
 
     def _failure(self, error: Exception) -> Exception:
-        """What to raise: JaxRuntimeError when hosts lost one another, CheckpointError for the disk's fault."""
+        """The error to raise: JaxRuntimeError when hosts lost one another, CheckpointError for the disk's fault."""
         code = getattr(error, "errno", None) or next(iter(re.findall(r"os_error_code='(\d+)'", str(error))), None)
         said = os.strerror(int(code)) if code else f"{type(error).__name__}: {str(error).strip()}".splitlines()[0]
         if not code and jax.process_count() > 1:

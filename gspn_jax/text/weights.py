@@ -7,7 +7,7 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Float
 
-from gspn_jax.tensor_files import arrange, errors_name, open_folder, read_json
+from gspn_jax.tensor_files import arrange, load_network
 from gspn_jax.text.model import TextConfig
 
 _PREFIX = "text_model."
@@ -21,10 +21,7 @@ def load_tower(folder: str | pathlib.Path,
 
     `dtype` None keeps the file's types. Raises FileNotFoundError, ConfigError and WeightsError.
     """
-    folder = pathlib.Path(folder)
-    with errors_name(folder):
-        config = TextConfig.from_json(read_json(folder / "config.json"))
-        return from_state_dict(open_folder(folder, "model"), config, dtype), config
+    return load_network(folder, "model", TextConfig.from_json, from_state_dict, dtype)
 
 
 def from_state_dict(tensors: Mapping[str, np.ndarray], config: TextConfig,

@@ -12,6 +12,7 @@ from jaxtyping import Array, Bool, Int
 from gspn_jax import models
 from gspn_jax.config import Config, OptimizerConfig
 from gspn_jax.parallel import sharding
+from gspn_jax.runs import averages
 from gspn_jax.training import ema
 
 
@@ -30,16 +31,16 @@ class TrainState:
     halted: Bool[Array, ""]
 
     def items(self) -> dict[str, Any]:
-        """What a checkpoint holds of it, by name: each average apart, so that sampling reads only one."""
+        """The items of a checkpoint, by name: each average apart, so that sampling reads only one."""
         return {"params": self.params, "opt_state": self.opt_state} | {
-            f"ema_{name}": average for name, average in self.ema.items()}
+            averages.item_of(name): average for name, average in self.ema.items()}
 
     def of_items(self, step: int, items: dict[str, Any]) -> "TrainState":
         """The state at `step` of `items` that were read from a checkpoint; this one has its shapes and shardings."""
         number, halted = jax.jit(lambda: (jnp.asarray(step, jnp.int32), jnp.zeros((), jnp.bool_)),
                                  out_shardings=(self.step.sharding, self.halted.sharding))()
         return TrainState(step=number, params=items["params"], opt_state=items["opt_state"],
-                          ema={name: items[f"ema_{name}"] for name in self.ema}, halted=halted)
+                          ema={name: items[averages.item_of(name)] for name in self.ema}, halted=halted)
 
 
 def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:

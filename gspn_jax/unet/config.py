@@ -70,7 +70,7 @@ class UNetConfig:
 
     @property
     def time_width(self) -> int:
-        """Of the embedded time."""
+        """Width of the embedded time."""
         return 4 * self.channels[0]
 
     @classmethod

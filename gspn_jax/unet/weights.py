@@ -7,7 +7,7 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Float
 
-from gspn_jax.tensor_files import arrange, errors_name, open_folder, read_json
+from gspn_jax.tensor_files import arrange, load_network
 from gspn_jax.unet.config import UNetConfig
 
 _BIASLESS = ("to_q", "to_k", "to_v")
@@ -19,10 +19,7 @@ def load_unet(folder: str | pathlib.Path,
 
     `dtype` None keeps the file's types. Raises FileNotFoundError, ConfigError and WeightsError.
     """
-    folder = pathlib.Path(folder)
-    with errors_name(folder):
-        config = UNetConfig.from_json(read_json(folder / "config.json"))
-        return from_state_dict(open_folder(folder, "diffusion_pytorch_model"), config, dtype), config
+    return load_network(folder, "diffusion_pytorch_model", UNetConfig.from_json, from_state_dict, dtype)
 
 
 def from_state_dict(tensors: Mapping[str, np.ndarray], config: UNetConfig,
