@@ -123,25 +123,45 @@ def run(arguments: Arguments, config: Config, step: int) -> pathlib.Path:
     if arguments.num_samples:
         labels = draw_labels(arguments.labels, arguments.num_samples, config.data.num_classes, arguments.seed)
     else:
-        labels = np.repeat([_class(name, names) for name in arguments.classes] or range(min(10, len(names))),
-                           arguments.per_class)
+        labels = np.repeat(
+            [_class(name, names) for name in arguments.classes] or range(min(10, len(names))), arguments.per_class
+        )
     if arguments.num_samples and config.data.latents and not arguments.vae:
         raise ConfigError("--num-samples of a run on latents needs --vae to decode them")
     vae = load_autoencoder(arguments.vae, config, arguments.image_size)
     seeds = arguments.seed + np.arange(len(labels))
-    with Drawing(arguments.run, step, config, sharding.make_mesh(arguments.mesh), total=len(labels),
-                 batch_size=min(arguments.batch_size, len(labels)), ema=arguments.ema, image_size=arguments.image_size,
-                 vae=vae) as drawing:
+    with Drawing(
+        arguments.run,
+        step,
+        config,
+        sharding.make_mesh(arguments.mesh),
+        total=len(labels),
+        batch_size=min(arguments.batch_size, len(labels)),
+        ema=arguments.ema,
+        image_size=arguments.image_size,
+        vae=vae,
+    ) as drawing:
         made = drawing.settings()  # every host has a part in it
         if jax.process_index() > 0:
             _follow(drawing, labels, seeds)
             return path
         draw = _led(drawing, seeds[0])
         if arguments.num_samples:
-            settings = made | {"labels": arguments.labels, "seed": arguments.seed,
-                                             "vae_sha256": sha256_of(arguments.vae) if vae else None}
-            write_npz(path, draw, labels, seeds, shape=drawing.shape, batch_size=drawing.batch_size,
-                      settings=settings, done=drawing.done)
+            settings = made | {
+                "labels": arguments.labels,
+                "seed": arguments.seed,
+                "vae_sha256": sha256_of(arguments.vae) if vae else None,
+            }
+            write_npz(
+                path,
+                draw,
+                labels,
+                seeds,
+                shape=drawing.shape,
+                batch_size=drawing.batch_size,
+                settings=settings,
+                done=drawing.done,
+            )
         else:
             images = []
             for start in range(0, len(labels), drawing.batch_size):

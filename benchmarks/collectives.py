@@ -5,8 +5,19 @@ import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
-ITEM_BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4, "s64": 8, "u64": 8,
-              "f64": 8}
+ITEM_BYTES = {
+    "pred": 1,
+    "s8": 1,
+    "u8": 1,
+    "bf16": 2,
+    "f16": 2,
+    "s32": 4,
+    "u32": 4,
+    "f32": 4,
+    "s64": 8,
+    "u64": 8,
+    "f64": 8,
+}
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{")
@@ -54,16 +65,22 @@ def collectives(text: str, devices: int) -> Iterator[Collective]:
         for line in computations[name]:
             found = _COLLECTIVE.match(line)
             if found:
-                arrays = [(item, tuple(map(int, filter(None, axes.split(","))))) for item, axes in
-                          _ARRAY.findall(found[1])]
+                arrays = [
+                    (item, tuple(map(int, filter(None, axes.split(","))))) for item, axes in _ARRAY.findall(found[1])
+                ]
                 # the shape of a start has its arguments and then its results; that of an all-reduce not always
                 if found[3] and (found[2] != "all-reduce" or found[1].startswith("((")):
                     arrays = arrays[len(arrays) // 2 :]
                 group = _group(line, devices)
                 if group > 1:
-                    yield Collective(found[2], tuple(shape for _, shape in arrays),
-                                     sum(ITEM_BYTES[item] * math.prod(shape) for item, shape in arrays), group, times,
-                                     loops)
+                    yield Collective(
+                        found[2],
+                        tuple(shape for _, shape in arrays),
+                        sum(ITEM_BYTES[item] * math.prod(shape) for item, shape in arrays),
+                        group,
+                        times,
+                        loops,
+                    )
                 continue
             trips = _TRIPS.search(line)
             loop = " while(" in line

@@ -34,11 +34,19 @@ PACKAGES = ("jax", "jaxlib", "jax-cuda13-plugin", "flax", "optax", "nvidia-cudnn
 OPTIONS = {"xla_gpu_autotune_level": "0", "xla_gpu_enable_triton_gemm": "false"}
 """Of XLA: nothing can be tuned without the device, and untuned Triton products have default tiles or none at all."""
 RECORDED = (
-    "step GSPN-XL/2 --batch 64", "step GSPN-XL/2 --batch 32", "step GSPN-XL/2 --batch 32 --remat full",
-    "step GSPN-XL/2 --batch 256 --mesh 8x1", "step GSPN-XL/2 --batch 256 --mesh 1x8",
-    "step GSPN-XL/2 --batch 256 --mesh 8x1 --remat full", "step GSPN-XL/2 --batch 256 --mesh 1x8 --remat full",
-    "step GSPN-L/2 --batch 64", "step GSPN-B/2 --batch 64", "step DiT-XL/2 --batch 64",
-    "sampler GSPN-XL/2 --batch 64", "sampler GSPN-L/2 --batch 64", "sampler DiT-XL/2 --batch 64",
+    "step GSPN-XL/2 --batch 64",
+    "step GSPN-XL/2 --batch 32",
+    "step GSPN-XL/2 --batch 32 --remat full",
+    "step GSPN-XL/2 --batch 256 --mesh 8x1",
+    "step GSPN-XL/2 --batch 256 --mesh 1x8",
+    "step GSPN-XL/2 --batch 256 --mesh 8x1 --remat full",
+    "step GSPN-XL/2 --batch 256 --mesh 1x8 --remat full",
+    "step GSPN-L/2 --batch 64",
+    "step GSPN-B/2 --batch 64",
+    "step DiT-XL/2 --batch 64",
+    "sampler GSPN-XL/2 --batch 64",
+    "sampler GSPN-L/2 --batch 64",
+    "sampler DiT-XL/2 --batch 64",
 )
 """The programs of docs/performance.md."""
 
@@ -56,8 +64,10 @@ class Gpu:
     """GHz, as NVIDIA's tools print it."""
 
 
-GPUS = {"h100": Gpu("NVIDIA H100 80GB HBM3", 84_942_979_072, 3.35e12, 2.619),
-        "h200": Gpu("NVIDIA H200", 151_397_597_184, 4.8e12, 3.201)}
+GPUS = {
+    "h100": Gpu("NVIDIA H100 80GB HBM3", 84_942_979_072, 3.35e12, 2.619),
+    "h200": Gpu("NVIDIA H200", 151_397_597_184, 4.8e12, 3.201),
+}
 
 _TARGET = """gpu_device_info {{
 threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152 shared_memory_per_core: 233472
@@ -81,9 +91,12 @@ _MATRIX = {2: 1024, 6: 1024, 10: 512, 11: 256, 12: 32, 16: 512, 19: 1024, 20: 10
 
 def target(gpu: str) -> str:
     """The description of `gpu` that XLA compiles for."""
+
     def rate(key: int, units: int, ops: int, clock: float) -> str:
-        return (f"rate_infos {{ key: {key} value {{ clock_rate_ghz: {clock} units_per_core: {units} "
-                f"ops_per_clock: {ops} }} }}")
+        return (
+            f"rate_infos {{ key: {key} value {{ clock_rate_ghz: {clock} units_per_core: {units} "
+            f"ops_per_clock: {ops} }} }}"
+        )
 
     about = dataclasses.asdict(GPUS[gpu])
     about["memory_clock"] *= 1e6
@@ -96,8 +109,9 @@ def devices(gpu: str, count: int) -> list:
     """`count` GPUs of one host, there to be compiled for and nothing else."""
     from jax.experimental import topologies
 
-    return topologies.get_topology_desc(platform="cuda", topology_name="", target_config=target(gpu),
-                                        topology=f"1x1x{count}").devices
+    return topologies.get_topology_desc(
+        platform="cuda", topology_name="", target_config=target(gpu), topology=f"1x1x{count}"
+    ).devices
 
 
 @contextlib.contextmanager
@@ -127,9 +141,12 @@ def config_of(arguments: argparse.Namespace):
     base = dit if arguments.preset.startswith("DiT") else gspn
     model = {"preset": arguments.preset, "remat": arguments.remat or base.model.remat} | arguments.model
     config = dataclasses.replace(
-        base, model=dataclasses.replace(base.model, **model), mesh=MeshConfig(*arguments.mesh),
+        base,
+        model=dataclasses.replace(base.model, **model),
+        mesh=MeshConfig(*arguments.mesh),
         data=dataclasses.replace(base.data, image_size=arguments.image_size),
-        train=dataclasses.replace(base.train, batch_size=arguments.batch))
+        train=dataclasses.replace(base.train, batch_size=arguments.batch),
+    )
     resolve(config.model)
     return config
 
@@ -151,8 +168,10 @@ def lower(arguments: argparse.Namespace, config: Any, gpus: list) -> tuple[Any, 
         return sampler.lower(arguments.batch), sampler.evaluations
     split, size = sharding.batch_sharding(mesh), config.data.image_size
     shape = (config.train.batch_size, size, size, config.data.channels)
-    batch = {"image": jax.ShapeDtypeStruct(shape, jnp.float32, sharding=split),
-             "label": jax.ShapeDtypeStruct(shape[:1], jnp.int32, sharding=split)}
+    batch = {
+        "image": jax.ShapeDtypeStruct(shape, jnp.float32, sharding=split),
+        "label": jax.ShapeDtypeStruct(shape[:1], jnp.int32, sharding=split),
+    }
     return make_step(config, mesh).lower(abstract_state(config, mesh), batch), 1
 
 
@@ -175,15 +194,27 @@ def compiled(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
         row = sent.setdefault(found.kind, {"count": 0, "gigabytes_sent": 0.0})
         row["count"] += found.times
         row["gigabytes_sent"] += found.times * found.sent / 1e9
-    about = {"what": arguments.what, "preset": arguments.preset, "batch": arguments.batch, "gpu": arguments.gpu,
-             "mesh": "x".join(map(str, arguments.mesh)), "remat": config.model.remat,
-             "image_size": arguments.image_size, "model": arguments.model, "xla": options,
-             "date": datetime.date.today().isoformat(),
-             "python": platform.python_version(), "versions": versions(), "lowering_s": round(lowering, 1),
-             "compile_s": round(seconds, 1)}
+    about = {
+        "what": arguments.what,
+        "preset": arguments.preset,
+        "batch": arguments.batch,
+        "gpu": arguments.gpu,
+        "mesh": "x".join(map(str, arguments.mesh)),
+        "remat": config.model.remat,
+        "image_size": arguments.image_size,
+        "model": arguments.model,
+        "xla": options,
+        "date": datetime.date.today().isoformat(),
+        "python": platform.python_version(),
+        "versions": versions(),
+        "lowering_s": round(lowering, 1),
+        "compile_s": round(seconds, 1),
+    }
     return about | measures(text, arguments.gpu, runs) | {
-        "temporary_gb": memory.temp_size_in_bytes / 1e9, "arguments_gb": memory.argument_size_in_bytes / 1e9,
-        "sent": sent}, text
+        "temporary_gb": memory.temp_size_in_bytes / 1e9,
+        "arguments_gb": memory.argument_size_in_bytes / 1e9,
+        "sent": sent,
+    }, text
 
 
 def measures(text: str, gpu: str, runs: int) -> dict[str, Any]:
@@ -192,10 +223,19 @@ def measures(text: str, gpu: str, runs: int) -> dict[str, Any]:
 
     program = hlo.Program(text)
     found = roofline.kernels(program)
-    kinds = {name: {kind: {key: value / runs for key, value in row.items()}
-                    for kind, row in roofline.bounds(found, name).items()} for name in GPUS}
-    return {"runs": runs, "ms": {name: sum(row["ms"] for row in rows.values()) for name, rows in kinds.items()},
-            "kinds": kinds[gpu], "exchanges": [row._asdict() for row in roofline.exchanges(program, gpu)]}
+    kinds = {
+        name: {
+            kind: {key: value / runs for key, value in row.items()}
+            for kind, row in roofline.bounds(found, name).items()
+        }
+        for name in GPUS
+    }
+    return {
+        "runs": runs,
+        "ms": {name: sum(row["ms"] for row in rows.values()) for name, rows in kinds.items()},
+        "kinds": kinds[gpu],
+        "exchanges": [row._asdict() for row in roofline.exchanges(program, gpu)],
+    }
 
 
 def versions() -> dict[str, str]:
@@ -210,20 +250,28 @@ def versions() -> dict[str, str]:
 def show(result: dict[str, Any]) -> None:
     """Prints one program's results."""
     one = "an evaluation" if result["what"] == "sampler" else "a step"
-    print(f"\n{name_of(result)}: {one} takes at least " + " or ".join(
-        f"{ms:.1f} ms on {GPUS[gpu].name}" for gpu, ms in result["ms"].items()))
-    print(f"{result['arguments_gb']:.2f} GB of arguments and {result['temporary_gb']:.2f} GB of temporary memory a "
-          f"device; lowered in {result['lowering_s']:.0f} s, compiled in {result['compile_s']:.0f} s")
+    print(
+        f"\n{name_of(result)}: {one} takes at least "
+        + " or ".join(f"{ms:.1f} ms on {GPUS[gpu].name}" for gpu, ms in result["ms"].items())
+    )
+    print(
+        f"{result['arguments_gb']:.2f} GB of arguments and {result['temporary_gb']:.2f} GB of temporary memory a "
+        f"device; lowered in {result['lowering_s']:.0f} s, compiled in {result['compile_s']:.0f} s"
+    )
     total = result["ms"][result["gpu"]]
     for kind, row in result["kinds"].items():
-        print(f"  {kind:20} {row['ms']:8.2f} ms {row['ms'] / total:6.1%} {row['gigabytes']:9.2f} GB "
-              f"{row['teraflop']:8.3f} TFLOP {row['launches']:8.0f} launches")
+        print(
+            f"  {kind:20} {row['ms']:8.2f} ms {row['ms'] / total:6.1%} {row['gigabytes']:9.2f} GB "
+            f"{row['teraflop']:8.3f} TFLOP {row['launches']:8.0f} launches"
+        )
     for kind, row in result["sent"].items():
         print(f"  {kind}: {row['count']} a step, {row['gigabytes_sent']:.3f} GB sent by a device")
     for row in result["exchanges"]:
         kept = "synchronous" if not row["asynchronous"] else f"beside {row['overlapped_us']:.0f} us of kernels"
-        print(f"    {row['loop']:12} {row['times']:3} x {row['kind']}, {row['operands']} arrays, "
-              f"{row['megabytes']:.2f} MB of {' '.join(row['types'])}, {kept}")
+        print(
+            f"    {row['loop']:12} {row['times']:3} x {row['kind']}, {row['operands']} arrays, "
+            f"{row['megabytes']:.2f} MB of {' '.join(row['types'])}, {kept}"
+        )
 
 
 def name_of(result: dict[str, Any]) -> str:
@@ -245,6 +293,7 @@ def record(result: dict[str, Any]) -> None:
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """The arguments; "recorded" and "render" have no others."""
+
     def pairs(text: str) -> tuple[str, str]:
         name, _, value = text.partition("=")
         return name, value

@@ -99,9 +99,18 @@ def write(results: pathlib.Path, page: pathlib.Path) -> None:
 
 def render(results: list[dict[str, Any]]) -> str:
     """The page: one GPU before eight, the largest models and batches first."""
-    results = sorted(results, key=lambda result: (
-        result["mesh"] != "1x1", result["mesh"], result["preset"].startswith("DiT"), -result["arguments_gb"],
-        result["preset"], -result["batch"], result["remat"] == "full"))
+    results = sorted(
+        results,
+        key=lambda result: (
+            result["mesh"] != "1x1",
+            result["mesh"],
+            result["preset"].startswith("DiT"),
+            -result["arguments_gb"],
+            result["preset"],
+            -result["batch"],
+            result["remat"] == "full",
+        ),
+    )
     steps = [result for result in results if result["what"] == "step"]
     samplers = [result for result in results if result["what"] == "sampler"]
     shown = [result for result in results if result["mesh"] == "1x1" and result["batch"] == 64]
@@ -109,9 +118,11 @@ def render(results: list[dict[str, Any]]) -> str:
     values = {
         "versions": ", ".join(f"{name} {version}" for name, version in results[0]["versions"].items()),
         "dates": " to ".join(dict.fromkeys((dates[0], dates[-1]))),
-        "steps": "\n".join(map(_step, steps)), "samplers": "\n".join(map(_sampler, samplers)),
+        "steps": "\n".join(map(_step, steps)),
+        "samplers": "\n".join(map(_sampler, samplers)),
         "columns": " | ".join(f"{result['what']}, {result['preset']}" for result in shown),
-        "rule": "|".join("---" for _ in shown), "kinds": "\n".join(_kinds(shown)),
+        "rule": "|".join("---" for _ in shown),
+        "kinds": "\n".join(_kinds(shown)),
         "exchanged": "\n".join(row for result in steps for row in _exchanged(result)),
         "history": HISTORY,
     }
@@ -123,16 +134,20 @@ def render(results: list[dict[str, Any]]) -> str:
 
 def _step(result: dict[str, Any]) -> str:
     ms = result["ms"]
-    return (f"| {result['preset']} | {result['mesh'].replace('x', ' x ')} | {result['batch']} | {result['remat']} | "
-            f"{ms['h100']:.1f} | {ms['h200']:.1f} | {1e3 * result['batch'] / ms['h200']:,.0f} | "
-            f"{result['arguments_gb']:.2f} | {result['temporary_gb']:.1f} |")
+    return (
+        f"| {result['preset']} | {result['mesh'].replace('x', ' x ')} | {result['batch']} | {result['remat']} | "
+        f"{ms['h100']:.1f} | {ms['h200']:.1f} | {1e3 * result['batch'] / ms['h200']:,.0f} | "
+        f"{result['arguments_gb']:.2f} | {result['temporary_gb']:.1f} |"
+    )
 
 
 def _sampler(result: dict[str, Any]) -> str:
     ms = result["ms"]
-    return (f"| {result['preset']} | {result['batch']} | {ms['h100']:.1f} | {ms['h200']:.1f} | "
-            f"{1e3 * result['batch'] / ms['h200']:,.0f} | {result['arguments_gb']:.2f} | "
-            f"{result['temporary_gb']:.1f} |")
+    return (
+        f"| {result['preset']} | {result['batch']} | {ms['h100']:.1f} | {ms['h200']:.1f} | "
+        f"{1e3 * result['batch'] / ms['h200']:,.0f} | {result['arguments_gb']:.2f} | "
+        f"{result['temporary_gb']:.1f} |"
+    )
 
 
 def _kinds(shown: list[dict[str, Any]]) -> list[str]:
@@ -155,7 +170,9 @@ def _exchanged(result: dict[str, Any]) -> list[str]:
         hidden = [row for row in found if row["asynchronous"]]
         share = sum(row["times"] * row["megabytes"] for row in hidden) / size if size else 0
         beside = sum(row["times"] * row["overlapped_us"] for row in hidden) / 1e3
-        rows.append(f"| {result['preset']} | {result['mesh'].replace('x', ' x ')} | {result['batch']} | "
-                    f"{result['remat']} | {kind} | {sent['count']:,} | {sent['gigabytes_sent']:.2f} | {share:.0%} | "
-                    f"{beside:.1f} |")
+        rows.append(
+            f"| {result['preset']} | {result['mesh'].replace('x', ' x ')} | {result['batch']} | "
+            f"{result['remat']} | {kind} | {sent['count']:,} | {sent['gigabytes_sent']:.2f} | {share:.0%} | "
+            f"{beside:.1f} |"
+        )
     return rows

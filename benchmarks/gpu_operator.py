@@ -80,8 +80,13 @@ class Sizes:
         (64, 16, 16, 1536, 1, None),  # and of all, spread on chip
     )
     against_scan: bool = True
-    low_rank: tuple = ((32, 16, 1500, 93, None), (64, 16, 1536, 93, 2), (32, 16, 1536, 96, None),
-                       (8, 32, 1200, 75, None), (4, 64, 1152, 72, None))
+    low_rank: tuple = (
+        (32, 16, 1500, 93, None),
+        (64, 16, 1536, 93, 2),
+        (32, 16, 1536, 96, None),
+        (8, 32, 1200, 75, None),
+        (4, 64, 1152, 72, None),
+    )
     """batch, side, channels, rank, chunk"""
     blocks: tuple = (("GSPN-XL/2", 32, 16), ("GSPN-L/2", 32, 16), ("GSPN-XL/2", 8, 32))
     """preset, batch, side of the map of tokens"""
@@ -92,22 +97,41 @@ class Sizes:
 
 
 FULL = Sizes()
-QUICK = dataclasses.replace(FULL, convolutions=FULL.convolutions[::3], operator=FULL.operator[:2] + FULL.operator[3:5],
-                            against_scan=False, low_rank=FULL.low_rank[:2], blocks=FULL.blocks[:1],
-                            attention=FULL.attention[:2])
-TINY = Sizes(copied_values=2**10, calls=1, untimed=0, rows=16, widths=(12, 16), convolutions=((1, 4, 4, 128, 3),),
-             operator=((1, 4, 4, 64, 4, None),), low_rank=((2, 4, 64, 16, None),), blocks=(("GSPN-S/2", 2, 4),),
-             attention=((1, 2), (1, 4)), width=64, heads=1)
+QUICK = dataclasses.replace(
+    FULL,
+    convolutions=FULL.convolutions[::3],
+    operator=FULL.operator[:2] + FULL.operator[3:5],
+    against_scan=False,
+    low_rank=FULL.low_rank[:2],
+    blocks=FULL.blocks[:1],
+    attention=FULL.attention[:2],
+)
+TINY = Sizes(
+    copied_values=2**10,
+    calls=1,
+    untimed=0,
+    rows=16,
+    widths=(12, 16),
+    convolutions=((1, 4, 4, 128, 3),),
+    operator=((1, 4, 4, 64, 4, None),),
+    low_rank=((2, 4, 64, 16, None),),
+    blocks=(("GSPN-S/2", 2, 4),),
+    attention=((1, 2), (1, 4)),
+    width=64,
+    heads=1,
+)
 """What takes seconds in the interpreter; the model of a block is made smaller too (`block_mixer`)."""
 
 
 def operator(backend: str | None, chunk: int | None = None) -> Callable:
     return lambda x, gates, lam, out_gate, merge, skip: propagate(
-        x, gates, lam, out_gate, merge, skip=skip, chunk=chunk, backend=backend)
+        x, gates, lam, out_gate, merge, skip=skip, chunk=chunk, backend=backend
+    )
 
 
 def passes(function: Callable, arrays: tuple) -> dict[str, Callable]:
     """Jitted forward pass, backward pass alone from saved residuals, and both in one program; compiled when called."""
+
     def both(*arrays):
         y, pull = jax.vjp(function, *arrays)
         return y, pull(y)
@@ -117,8 +141,11 @@ def passes(function: Callable, arrays: tuple) -> dict[str, Callable]:
         return jax.jit(lambda *a: jax.vjp(function, *a))(*arrays)
 
     backward = jax.jit(lambda y, pull: pull(y))
-    return {"forward": functools.partial(jax.jit(function), *arrays), "backward": lambda: backward(*saved()),
-            "both": functools.partial(jax.jit(both), *arrays)}
+    return {
+        "forward": functools.partial(jax.jit(function), *arrays),
+        "backward": lambda: backward(*saved()),
+        "both": functools.partial(jax.jit(both), *arrays),
+    }
 
 
 def best_seconds(runs: dict[str, Callable], repeats: int, sizes: Sizes) -> dict[str, float]:
@@ -138,7 +165,7 @@ def best_seconds(runs: dict[str, Callable], repeats: int, sizes: Sizes) -> dict[
                 result = run()
             jax.block_until_ready(result)
             times[name].append((time.perf_counter() - start) / calls[name])
-    return {name: min(values[sizes.untimed:]) for name, values in times.items()}
+    return {name: min(values[sizes.untimed :]) for name, values in times.items()}
 
 
 def fitting_calls(run: Callable, sizes: Sizes) -> int:
@@ -173,19 +200,32 @@ def products(sizes: Sizes, repeats: int) -> Rows:
     for width in sizes.widths:
         x, g = (jax.random.normal(jax.random.key(n), (sizes.rows, width), jnp.bfloat16) for n in range(2))
         w = jax.random.normal(jax.random.key(2), (width, width), jnp.bfloat16)
-        runs = {"forward": functools.partial(jax.jit(lambda x, w: x @ w), x, w),
-                "by_x": functools.partial(jax.jit(lambda g, w: g @ w.T), g, w),
-                "by_w": functools.partial(jax.jit(lambda x, g: x.T @ g), x, g)}
+        runs = {
+            "forward": functools.partial(jax.jit(lambda x, w: x @ w), x, w),
+            "by_x": functools.partial(jax.jit(lambda g, w: g @ w.T), g, w),
+            "by_w": functools.partial(jax.jit(lambda x, g: x.T @ g), x, g),
+        }
         seconds = best_seconds(runs, repeats, sizes)
         flops = 2 * sizes.rows * width**2
         first = first or sum(seconds.values())
-        yield {"shape": [sizes.rows, width, width], **{f"{name}_ms": value * 1e3 for name, value in seconds.items()},
-               "tflops": 3 * flops / sum(seconds.values()) / 1e12, "padded_ratio": first / sum(seconds.values())}
+        yield {
+            "shape": [sizes.rows, width, width],
+            **{f"{name}_ms": value * 1e3 for name, value in seconds.items()},
+            "tflops": 3 * flops / sum(seconds.values()) / 1e12,
+            "padded_ratio": first / sum(seconds.values()),
+        }
 
 
 def grouped(x, kernel, result):
-    return lax.conv_general_dilated(x, kernel[:, :, None], (1, 1), "SAME", feature_group_count=x.shape[3],
-                                    dimension_numbers=("NHWC", "HWIO", "NHWC"), preferred_element_type=result)
+    return lax.conv_general_dilated(
+        x,
+        kernel[:, :, None],
+        (1, 1),
+        "SAME",
+        feature_group_count=x.shape[3],
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        preferred_element_type=result,
+    )
 
 
 def shifts(x, kernel) -> Iterator[tuple[jax.Array, jax.Array]]:
@@ -193,7 +233,7 @@ def shifts(x, kernel) -> Iterator[tuple[jax.Array, jax.Array]]:
     side, (height, width) = kernel.shape[0], x.shape[1:3]
     padded = jnp.pad(x.astype(jnp.float32), ((0, 0), (side // 2,) * 2, (side // 2,) * 2, (0, 0)))
     for m, n in itertools.product(range(side), repeat=2):
-        yield kernel[m, n].astype(jnp.float32), padded[:, m:m + height, n:n + width]
+        yield kernel[m, n].astype(jnp.float32), padded[:, m : m + height, n : n + width]
 
 
 def shifted(x, kernel, result):
@@ -215,16 +255,23 @@ def convolutions(sizes: Sizes, repeats: int) -> Rows:
                 last = kernel if which == "forward" else cotangent
                 runs = {name: functools.partial(jax.jit(run), x, last) for name, run in functions.items()}
                 seconds = best_seconds(runs, repeats, sizes)
-                yield {"shape": shape, "kernel": side, "dtype": jnp.dtype(dtype).name,
-                       "result": jnp.dtype(result).name, "pass": which,
-                       **{f"{name}_ms": value * 1e3 for name, value in seconds.items()},
-                       "ratio": seconds["grouped"] / seconds.get("kernel", seconds["shifted"])}
+                yield {
+                    "shape": shape,
+                    "kernel": side,
+                    "dtype": jnp.dtype(dtype).name,
+                    "result": jnp.dtype(result).name,
+                    "pass": which,
+                    **{f"{name}_ms": value * 1e3 for name, value in seconds.items()},
+                    "ratio": seconds["grouped"] / seconds.get("kernel", seconds["shifted"]),
+                }
 
 
 def _convolutions(result, kernel, *, ours: bool) -> dict[str, dict[str, Callable]]:
     """The implementations of each pass, of x and the kernel or, for its gradient, x and the cotangent."""
-    forward = {name: functools.partial(function, result=result)
-               for name, function in (("grouped", grouped), ("shifted", shifted))}
+    forward = {
+        name: functools.partial(function, result=result)
+        for name, function in (("grouped", grouped), ("shifted", shifted))
+    }
     if not ours:
         return {"forward": forward}
     by_kernel = {
@@ -242,8 +289,14 @@ def against_memory(sizes: Sizes, repeats: int) -> Rows:
         runs = {backend: passes(operator(backend, chunk), arrays) for backend in backends}
         for which, needed in needed_bytes(arrays).items():
             seconds = best_seconds({backend: run[which] for backend, run in runs.items()}, repeats, sizes)
-            row = {"shape": shape, "groups": groups, "chunk": chunk, "pass": which,
-                   "ms": seconds["mosaic_gpu"] * 1e3, "bytes": needed}
+            row = {
+                "shape": shape,
+                "groups": groups,
+                "chunk": chunk,
+                "pass": which,
+                "ms": seconds["mosaic_gpu"] * 1e3,
+                "bytes": needed,
+            }
             if sizes.against_scan:
                 row |= {"scan_ms": seconds["scan"] * 1e3, "ratio": seconds["scan"] / seconds["mosaic_gpu"]}
             yield row
@@ -268,12 +321,18 @@ def fused_against_unfused(what: str, function: Callable, arrays: tuple, sizes: S
         with xla_expands():
             unfused[which]()
         seconds = best_seconds({"fused": fused[which], "unfused": unfused[which]}, repeats, sizes)
-        yield {"what": what, "pass": which, "fused_ms": seconds["fused"] * 1e3,
-               "unfused_ms": seconds["unfused"] * 1e3, "ratio": seconds["unfused"] / seconds["fused"]}
+        yield {
+            "what": what,
+            "pass": which,
+            "fused_ms": seconds["fused"] * 1e3,
+            "unfused_ms": seconds["unfused"] * 1e3,
+            "ratio": seconds["unfused"] / seconds["fused"],
+        }
 
 
 def low_rank(sizes: Sizes, repeats: int) -> Rows:
     for *case, chunk in sizes.low_rank:
+
         def scans(*arrays, chunk=chunk):
             return propagate_low_rank(*arrays, chunk=chunk, backend="mosaic_gpu")
 
@@ -295,25 +354,38 @@ def blocks(sizes: Sizes, repeats: int) -> Rows:
         mixer, hidden = block_mixer(preset, sizes)
         graphdef, params = nnx.split(mixer)
         x = jax.random.normal(jax.random.key(0), (batch, side, side, hidden), jnp.bfloat16)
-        yield from fused_against_unfused(f"mixer of {preset}, {batch}x{side}x{side}",
-                                         lambda x, params, graphdef=graphdef: nnx.merge(graphdef, params)(x),
-                                         (x, params), sizes, repeats)
+        yield from fused_against_unfused(
+            f"mixer of {preset}, {batch}x{side}x{side}",
+            lambda x, params, graphdef=graphdef: nnx.merge(graphdef, params)(x),
+            (x, params),
+            sizes,
+            repeats,
+        )
 
 
 def against_attention(sizes: Sizes, repeats: int) -> Rows:
     """The models' own attention; where that is not flash attention its time is recorded, and no ratio."""
     for batch, side in sizes.attention:
         arrays = random_inputs(batch, side, side, sizes.width, sizes.width, False, jnp.bfloat16)
-        qkv = jax.random.normal(jax.random.key(5), (3, batch, side * side, sizes.heads, sizes.width // sizes.heads),
-                                jnp.bfloat16)
+        qkv = jax.random.normal(
+            jax.random.key(5), (3, batch, side * side, sizes.heads, sizes.width // sizes.heads), jnp.bfloat16
+        )
         choice = attention.choose(qkv.shape[1:], qkv.dtype)
         ours, theirs = passes(operator("mosaic_gpu"), arrays), passes(attention.attention, tuple(qkv))
         for which in ("forward", "backward"):
             seconds = best_seconds({"kernel": ours[which], "attention": theirs[which]}, repeats, sizes)
             ratio = seconds["attention"] / seconds["kernel"] if choice.fair else None
-            yield {"tokens": side * side, "batch": batch, "width": sizes.width, "pass": which,
-                   "ms": seconds["kernel"] * 1e3, "attention_ms": seconds["attention"] * 1e3,
-                   "implementation": choice.implementation, "reason": choice.reason, "ratio": ratio}
+            yield {
+                "tokens": side * side,
+                "batch": batch,
+                "width": sizes.width,
+                "pass": which,
+                "ms": seconds["kernel"] * 1e3,
+                "attention_ms": seconds["attention"] * 1e3,
+                "implementation": choice.implementation,
+                "reason": choice.reason,
+                "ratio": ratio,
+            }
 
 
 def crossing(rows: list[dict]) -> float | None:
@@ -331,8 +403,15 @@ def crossing(rows: list[dict]) -> float | None:
     return None
 
 
-TABLES = {"copy": copy, "products": products, "convolutions": convolutions, "operator": against_memory,
-          "low_rank": low_rank, "attention": against_attention, "blocks": blocks}
+TABLES = {
+    "copy": copy,
+    "products": products,
+    "convolutions": convolutions,
+    "operator": against_memory,
+    "low_rank": low_rank,
+    "attention": against_attention,
+    "blocks": blocks,
+}
 
 
 def shown(row: dict) -> str:
@@ -351,7 +430,8 @@ def fill(name: str, sizes: Sizes, repeats: int, record: Record) -> None:
         print(f"{name}: {shown(row)}", flush=True)
     if name == "attention":
         record["as_fast_as_attention_from_tokens"] = {
-            which: crossing([row for row in rows if row["pass"] == which]) for which in ("forward", "backward")}
+            which: crossing([row for row in rows if row["pass"] == which]) for which in ("forward", "backward")
+        }
         record.write()
 
 
@@ -383,8 +463,10 @@ def main() -> None:
     failed = []
     with rehearsal(args.rehearse):
         if "mosaic_gpu" not in available_backends():
-            sys.exit("gpu_operator.py needs an NVIDIA GPU of compute capability 8.0 or newer, found "
-                     f"{jax.devices()[0].device_kind!r}.")
+            sys.exit(
+                "gpu_operator.py needs an NVIDIA GPU of compute capability 8.0 or newer, found "
+                f"{jax.devices()[0].device_kind!r}."
+            )
         right = right_values(args.values, args.rehearse)
         if right != ALL_RIGHT and not args.anyway:
             sys.exit(f"The values of the kernel must be right on this device, found {right}: nothing was timed.")

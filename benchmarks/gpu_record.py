@@ -14,8 +14,12 @@ class Record(dict):
     def __init__(self, path: pathlib.Path | None, **values: Any):
         import jax
 
-        super().__init__(date=datetime.datetime.now().isoformat(" ", "minutes"), jax=jax.__version__,
-                         device=f"{jax.device_count()} x {jax.devices()[0].device_kind}", **values)
+        super().__init__(
+            date=datetime.datetime.now().isoformat(" ", "minutes"),
+            jax=jax.__version__,
+            device=f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+            **values,
+        )
         self._path = path
         self.write()
 

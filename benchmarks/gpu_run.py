@@ -82,15 +82,23 @@ def make_config(folder: pathlib.Path, run_dir: str, classes: int, rehearse: bool
     small = {"hidden": 64, "depth": 2, "proxy_ratio": 8} if rehearse else {}
     compute = "float32" if jax.default_backend() == "cpu" else "bfloat16"
     return Config(
-        run_dir=run_dir, model=ModelConfig(preset="GSPN-S/2", drop_path=0.0, **small),
-        data=DataConfig(source="folder", path=str(folder), image_size=32, channels=3, num_classes=classes, flip=True,
-                        in_memory=True),
+        run_dir=run_dir,
+        model=ModelConfig(preset="GSPN-S/2", drop_path=0.0, **small),
+        data=DataConfig(
+            source="folder", path=str(folder), image_size=32, channels=3, num_classes=classes, flip=True, in_memory=True
+        ),
         diffusion=DiffusionConfig(objective="flow"),
         sampler=SamplerConfig(name="heun", steps=2 if rehearse else 20, guidance_scale=1.5),
         optimizer=OptimizerConfig(learning_rate=6e-4, final_learning_rate=6e-4, warmup_steps=2 if rehearse else 200),
-        train=TrainConfig(steps=4 if rehearse else 1_000_000, batch_size=8 if rehearse else 256, log_every=1 if rehearse
-                          else 50, save_every=1_000_000, ema_decays=(0.999,),
-                          precision=f"params=float32,compute={compute}"))
+        train=TrainConfig(
+            steps=4 if rehearse else 1_000_000,
+            batch_size=8 if rehearse else 256,
+            log_every=1 if rehearse else 50,
+            save_every=1_000_000,
+            ema_decays=(0.999,),
+            precision=f"params=float32,compute={compute}",
+        ),
+    )
 
 
 def train_until(config: Config, deadline: float) -> str:
@@ -116,8 +124,12 @@ def curve(run_dir: str) -> list[dict[str, float]]:
 def summary(config: Config, lines: list[dict[str, float]]) -> dict[str, float | int]:
     """Of the run as a whole; rates are medians over what was logged, the start left out."""
     steps = lines[-1]["step"]
-    found = {"parameters": models.count_parameters(config), "steps": steps,
-             "images_seen": steps * config.train.batch_size, "last_loss": lines[-1]["loss"]}
+    found = {
+        "parameters": models.count_parameters(config),
+        "steps": steps,
+        "images_seen": steps * config.train.batch_size,
+        "last_loss": lines[-1]["loss"],
+    }
     for name in ("images_per_second", "mfu", "data_wait"):
         values = [line[name] for line in lines if name in line]
         if values:
@@ -129,8 +141,9 @@ def draw(config: Config, count: int, batch_size: int) -> tuple[np.ndarray, np.nd
     """Images of the newest checkpoint's average, of every class in turn, and the classes."""
     step, _ = checkpoints.read_config(config.run_dir)
     labels, images = np.arange(count) % config.data.num_classes, []
-    with Drawing(config.run_dir, step, config, sharding.make_mesh(config.mesh), total=count,
-                 batch_size=batch_size) as drawing:
+    with Drawing(
+        config.run_dir, step, config, sharding.make_mesh(config.mesh), total=count, batch_size=batch_size
+    ) as drawing:
         for start in range(0, count, batch_size):
             rows = np.arange(start, min(start + batch_size, count))
             images.append(drawing(labels[rows], rows))
@@ -141,8 +154,11 @@ def draw(config: Config, count: int, batch_size: int) -> tuple[np.ndarray, np.nd
 def run(arguments: argparse.Namespace, record: Record, images: pathlib.Path, run_dir: str, start: float) -> None:
     classes = sum(path.is_dir() for path in (images / "train").iterdir())
     config = make_config(images / "train", run_dir, classes, arguments.rehearse)
-    record |= {"model": config.model.preset, "batch_size": config.train.batch_size,
-               "learning_rate": config.optimizer.learning_rate}
+    record |= {
+        "model": config.model.preset,
+        "batch_size": config.train.batch_size,
+        "learning_rate": config.optimizer.learning_rate,
+    }
     after = 0 if arguments.rehearse else AFTER_TRAINING
     record["ended"] = train_until(config, start + arguments.seconds - after)
     record["curve"] = curve(run_dir)
@@ -160,8 +176,9 @@ def run(arguments: argparse.Namespace, record: Record, images: pathlib.Path, run
     record["sampled_after_seconds"] = time.monotonic() - start
     record.write()
 
-    test = MemorySource(data.make_source(dataclasses.replace(config.data, path=str(images / "test"), in_memory=False)),
-                        config.data)
+    test = MemorySource(
+        data.make_source(dataclasses.replace(config.data, path=str(images / "test"), in_memory=False)), config.data
+    )
     steps = 3 if arguments.rehearse else EPOCHS_OF_JUDGE * len(train_set) // 256
     judge = ClassifierJudge(train_set.images, train_set.labels, steps=steps, flip=True)
     record["judge"] = dataclasses.asdict(judge.score(samples, wanted, test.images, test.labels))
@@ -172,8 +189,9 @@ def run(arguments: argparse.Namespace, record: Record, images: pathlib.Path, run
 def main() -> None:
     start = time.monotonic()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", type=pathlib.Path, help="CIFAR-10 as images, or its archive; needed unless "
-                        "--rehearse")
+    parser.add_argument(
+        "--images", type=pathlib.Path, help="CIFAR-10 as images, or its archive; needed unless --rehearse"
+    )
     parser.add_argument("--seconds", type=float, default=120, help="for all of it")
     parser.add_argument("--samples", type=int, default=2000, help="that are judged")
     parser.add_argument("--rehearse", action="store_true", help="a tiny network and a few steps")

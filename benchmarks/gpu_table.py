@@ -23,8 +23,11 @@ def values(found: dict[str, Any]) -> Iterator[str]:
         if row.get("expanded_by_xla"):
             yield f"by XLA and the plain kernel {row['case']}: the one that expands proxies {row['expanded_by_xla']}"
     for row in wrong:
-        said = row.get("error") or ("no answer" if row["correct"] is None else " ".join(
-            f"{name} {error:.1e}" for name, error in row["errors"].items()))
+        said = row.get("error") or (
+            "no answer"
+            if row["correct"] is None
+            else " ".join(f"{name} {error:.1e}" for name, error in row["errors"].items())
+        )
         yield f"NOT RIGHT {row['case']}: {said}"
 
 
@@ -33,32 +36,47 @@ def speed(found: dict[str, Any]) -> Iterator[str]:
     for row in found.get("copy", ()):
         yield f"copy {row['bytes_per_second'] / 1e12:.3g} TB/s"
     for row in found.get("products", ()):
-        yield (f"product {'x'.join(map(str, row['shape']))} forward {row['forward_ms']:.3g} ms, three "
-               f"{row['tflops']:.4g} TFLOP/s, {row['padded_ratio']:.2f}x the first")
+        yield (
+            f"product {'x'.join(map(str, row['shape']))} forward {row['forward_ms']:.3g} ms, three "
+            f"{row['tflops']:.4g} TFLOP/s, {row['padded_ratio']:.2f}x the first"
+        )
     for row in found.get("convolutions", ()):
         ours = f", our kernel {row['kernel_ms']:.3g} ms" if "kernel_ms" in row else ""
-        yield (f"{row['kernel']}x{row['kernel']} on {'x'.join(map(str, row['shape']))} {row['dtype']} to "
-               f"{row['result']}, {row['pass']}: XLA's {row['grouped_ms']:.3g} ms, shifted products "
-               f"{row['shifted_ms']:.3g} ms{ours}")
+        yield (
+            f"{row['kernel']}x{row['kernel']} on {'x'.join(map(str, row['shape']))} {row['dtype']} to "
+            f"{row['result']}, {row['pass']}: XLA's {row['grouped_ms']:.3g} ms, shifted products "
+            f"{row['shifted_ms']:.3g} ms{ours}"
+        )
     for row in found.get("operator", ()):
         share = f", {row['share_of_copy']:.0%} of the copy" if "share_of_copy" in row else ""
-        yield (f"propagate {'x'.join(map(str, row['shape']))} groups {row['groups']} chunk {row['chunk']} "
-               f"{row['pass']}: {row['ms']:.3g} ms{share}")
+        yield (
+            f"propagate {'x'.join(map(str, row['shape']))} groups {row['groups']} chunk {row['chunk']} "
+            f"{row['pass']}: {row['ms']:.3g} ms{share}"
+        )
     for row in (*found.get("low_rank", ()), *found.get("blocks", ())):
-        yield (f"{row['what']} {row['pass']}: {row['fused_ms']:.3g} ms, expanded by XLA {row['unfused_ms']:.3g} ms, "
-               f"{row['ratio']:.2f}x")
+        yield (
+            f"{row['what']} {row['pass']}: {row['fused_ms']:.3g} ms, expanded by XLA {row['unfused_ms']:.3g} ms, "
+            f"{row['ratio']:.2f}x"
+        )
     for row in found.get("attention", ()):
         compared = "no ratio" if row["ratio"] is None else f"{row['ratio']:.2f}x"
-        yield (f"{row['tokens']} tokens {row['pass']}: {row['ms']:.3g} ms, attention ({row['implementation']}) "
-               f"{row['attention_ms']:.3g} ms, {compared}")
+        yield (
+            f"{row['tokens']} tokens {row['pass']}: {row['ms']:.3g} ms, attention ({row['implementation']}) "
+            f"{row['attention_ms']:.3g} ms, {compared}"
+        )
     for name, text in found.items():
         if name.endswith("_error"):
             yield f"ERROR in {name.removesuffix('_error')}: {text.strip().splitlines()[-1]}"
 
 
-COLUMNS = (("train_ms", ".4g", "ms a step"), ("evaluation_ms", ".4g", "ms an evaluation"),
-           ("images_per_second", ".4g", "images/s"), ("sampled_images_per_second", ".4g", "images/s"),
-           ("mfu", ".1%", "MFU"), ("compile_seconds", ".0f", "s to compile"))
+COLUMNS = (
+    ("train_ms", ".4g", "ms a step"),
+    ("evaluation_ms", ".4g", "ms an evaluation"),
+    ("images_per_second", ".4g", "images/s"),
+    ("sampled_images_per_second", ".4g", "images/s"),
+    ("mfu", ".1%", "MFU"),
+    ("compile_seconds", ".0f", "s to compile"),
+)
 """What is shown of a model."""
 
 
@@ -85,18 +103,27 @@ def models(found: dict[str, Any]) -> Iterator[str]:
 def run(found: dict[str, Any]) -> Iterator[str]:
     if "steps" in found:
         mfu = f", MFU {found['mfu']:.1%}" if "mfu" in found else ""
-        yield (f"{found['model']} ({found['parameters'] / 1e6:.1f}M): {found['steps']} steps, "
-               f"{found['images_seen']:,} images, loss {found['last_loss']:.4g}, "
-               f"{found['images_per_second']:.4g} images/s{mfu}")
+        yield (
+            f"{found['model']} ({found['parameters'] / 1e6:.1f}M): {found['steps']} steps, "
+            f"{found['images_seen']:,} images, loss {found['last_loss']:.4g}, "
+            f"{found['images_per_second']:.4g} images/s{mfu}"
+        )
     if "judge" in found:
         judge = found["judge"]
-        yield (f"{judge['num_samples']} samples: the class asked for {judge['conditional_accuracy']:.3f} (the "
-               f"classifier knows {judge['classifier_accuracy']:.3f} of held-out images), Frechet distance "
-               f"{judge['frechet']:.4g} (held-out images {judge['frechet_floor']:.4g})")
+        yield (
+            f"{judge['num_samples']} samples: the class asked for {judge['conditional_accuracy']:.3f} (the "
+            f"classifier knows {judge['classifier_accuracy']:.3f} of held-out images), Frechet distance "
+            f"{judge['frechet']:.4g} (held-out images {judge['frechet_floor']:.4g})"
+        )
 
 
 LINES: dict[str, Callable[[dict[str, Any]], Iterator[str]]] = {
-    "values": values, "speed": speed, "training": models, "sampling": models, "run": run}
+    "values": values,
+    "speed": speed,
+    "training": models,
+    "sampling": models,
+    "run": run,
+}
 
 
 def outcome(code: str) -> str:

@@ -56,34 +56,71 @@ class Case(NamedTuple):
 
     def __str__(self) -> str:
         of_groups = {"low_rank": "rank", "depthwise_conv": "side"}.get(self.operator, "groups")
-        return " ".join([self.operator, "x".join(map(str, self.shape)), self.direction,
-                         f"{of_groups} {self.groups}", self.dtype,
-                         "skip" * self.skip, f"chunk {self.chunk}" if self.chunk else ""]).replace("  ", " ").strip()
+        return (
+            " ".join(
+                [
+                    self.operator,
+                    "x".join(map(str, self.shape)),
+                    self.direction,
+                    f"{of_groups} {self.groups}",
+                    self.dtype,
+                    "skip" * self.skip,
+                    f"chunk {self.chunk}" if self.chunk else "",
+                ]
+            )
+            .replace("  ", " ")
+            .strip()
+        )
 
 
 def cases() -> list[Case]:
     """Those of one walk in shared memory first, then maps that do not meet on chip, then one direction alone."""
     both = [
-        ((2, 16, 16, 96), 96, False, None), ((2, 16, 16, 100), 100, True, 2),  # the last slab overlaps
-        ((1, 16, 16, 1500), 1500, False, 2), ((2, 16, 16, 100), 1, False, None),  # one set of weights for all
-        ((1, 32, 32, 64), 64, False, None), ((2, 16, 16, 128), 2, True, None),  # and one for every 64 channels
+        ((2, 16, 16, 96), 96, False, None),
+        ((2, 16, 16, 100), 100, True, 2),  # the last slab overlaps
+        ((1, 16, 16, 1500), 1500, False, 2),
+        ((2, 16, 16, 100), 1, False, None),  # one set of weights for all
+        ((1, 32, 32, 64), 64, False, None),
+        ((2, 16, 16, 128), 2, True, None),  # and one for every 64 channels
         ((1, 20, 12, 72), 8, True, 3),  # filled up
-        ((1, 64, 64, 64), 64, False, None), ((1, 64, 64, 64), 1, True, 2), ((1, 128, 128, 8), 1, False, None),
+        ((1, 64, 64, 64), 64, False, None),
+        ((1, 64, 64, 64), 1, True, 2),
+        ((1, 128, 128, 8), 1, False, None),
     ]
-    found = [Case("propagate", shape, groups, dtype, skip, chunk) for shape, groups, skip, chunk in both
-             for dtype in LIMITS]
-    found += [Case("low_rank", shape, rank, "bfloat16", skip, chunk) for shape, rank, skip, chunk in [
-        ((4, 16, 16, 96), 24, False, None), ((3, 16, 16, 100), 93, True, 2), ((1, 16, 16, 1500), 93, False, 2),
-        ((2, 16, 16, 1536), 93, False, 2), ((2, 16, 16, 1200), 75, False, 2),  # chunk=2 in a kernel of its own
-        ((8, 16, 16, 72), 24, True, 2),
-        ((2, 32, 32, 64), 32, False, None), ((1, 64, 64, 64), 16, True, None)]]
-    found += [Case("line_scan", (2, 16, 16, 100), groups, dtype, False, chunk, direction)
-              for direction, groups, dtype, chunk in [
-                  ("down", 100, "float32", None), ("up", 1, "bfloat16", 2), ("right", 1, "float32", 3),
-                  ("left", 100, "bfloat16", None)]]
-    found += [Case("depthwise_conv", shape, side, dtype) for shape, side, dtype in [
-        ((3, 16, 16, 1500), 7, "bfloat16"), ((3, 16, 16, 1200), 3, "bfloat16"),  # slabs overlap
-        ((2, 20, 37, 260), 7, "float32"), ((2, 14, 18, 129), 3, "float32")]]  # segments of a row too
+    found = [
+        Case("propagate", shape, groups, dtype, skip, chunk) for shape, groups, skip, chunk in both for dtype in LIMITS
+    ]
+    found += [
+        Case("low_rank", shape, rank, "bfloat16", skip, chunk)
+        for shape, rank, skip, chunk in [
+            ((4, 16, 16, 96), 24, False, None),
+            ((3, 16, 16, 100), 93, True, 2),
+            ((1, 16, 16, 1500), 93, False, 2),
+            ((2, 16, 16, 1536), 93, False, 2),
+            ((2, 16, 16, 1200), 75, False, 2),  # chunk=2 in a kernel of its own
+            ((8, 16, 16, 72), 24, True, 2),
+            ((2, 32, 32, 64), 32, False, None),
+            ((1, 64, 64, 64), 16, True, None),
+        ]
+    ]
+    found += [
+        Case("line_scan", (2, 16, 16, 100), groups, dtype, False, chunk, direction)
+        for direction, groups, dtype, chunk in [
+            ("down", 100, "float32", None),
+            ("up", 1, "bfloat16", 2),
+            ("right", 1, "float32", 3),
+            ("left", 100, "bfloat16", None),
+        ]
+    ]
+    found += [
+        Case("depthwise_conv", shape, side, dtype)
+        for shape, side, dtype in [
+            ((3, 16, 16, 1500), 7, "bfloat16"),
+            ((3, 16, 16, 1200), 3, "bfloat16"),  # slabs overlap
+            ((2, 20, 37, 260), 7, "float32"),
+            ((2, 14, 18, 129), 3, "float32"),
+        ]
+    ]  # segments of a row too
     return found
 
 
@@ -94,10 +131,12 @@ def takes_long(case: Case) -> bool:
 
 def small_cases() -> list[Case]:
     """Of each operator one, for the interpreter."""
-    return [Case("propagate", (1, 4, 4, 64), 64, "float32", True, 2),
-            Case("low_rank", (2, 4, 4, 64), 16, "bfloat16"),
-            Case("line_scan", (1, 4, 4, 64), 64, "bfloat16", direction="up"),
-            Case("depthwise_conv", (1, 4, 4, 128), 3, "bfloat16")]
+    return [
+        Case("propagate", (1, 4, 4, 64), 64, "float32", True, 2),
+        Case("low_rank", (2, 4, 4, 64), 16, "bfloat16"),
+        Case("line_scan", (1, 4, 4, 64), 64, "bfloat16", direction="up"),
+        Case("depthwise_conv", (1, 4, 4, 128), 3, "bfloat16"),
+    ]
 
 
 def random_inputs(batch, height, width, channels, groups, skip, dtype) -> tuple:
@@ -111,8 +150,13 @@ def random_inputs(batch, height, width, channels, groups, skip, dtype) -> tuple:
 
 def low_rank_inputs(batch: int, size: int, channels: int, rank: int, skip: bool = False) -> tuple:
     """x, proxy, gates, lam, out_gate, merge of `propagate_low_rank`, and skip if there is one."""
-    shapes = [(batch, size, size, channels), (batch, size, size, rank), (rank, 4, 3, channels), (rank, 4, channels),
-              (rank, 4, channels)] + [(rank, 4, channels)] * skip
+    shapes = [
+        (batch, size, size, channels),
+        (batch, size, size, rank),
+        (rank, 4, 3, channels),
+        (rank, 4, channels),
+        (rank, 4, channels),
+    ] + [(rank, 4, channels)] * skip
     x, proxy, *factors = [jax.random.normal(jax.random.key(n), shape, jnp.bfloat16) for n, shape in enumerate(shapes)]
     factors = [a * rank**-0.5 for a in factors]
     return x, proxy, *factors[:3], jnp.full((4,), 0.25), *factors[3:]
@@ -126,11 +170,15 @@ def exact_low_rank(x, proxy, gates, lam, out_gate, merge, skip, chunk, cotangent
     y = truth.propagate(*arguments)
     by_x, *by_terms, by_merge, by_skip = truth.propagate_gradients(*arguments, cotangent)
     by_terms += [by_skip] * (skip is not None)
-    flat = [(by.reshape(-1, factor[0].size), factor.reshape(len(factor), -1))
-            for by, factor in zip(by_terms, factors, strict=True)]
+    flat = [
+        (by.reshape(-1, factor[0].size), factor.reshape(len(factor), -1))
+        for by, factor in zip(by_terms, factors, strict=True)
+    ]
     by_proxy = sum(by @ factor.T for by, factor in flat).reshape(proxy.shape)
-    by_factors = [(proxy.reshape(-1, proxy.shape[-1]).T @ by).reshape(factor.shape)
-                  for (by, _), factor in zip(flat, factors, strict=True)]
+    by_factors = [
+        (proxy.reshape(-1, proxy.shape[-1]).T @ by).reshape(factor.shape)
+        for (by, _), factor in zip(flat, factors, strict=True)
+    ]
     return [y, by_x, by_proxy, *by_factors[:3], by_merge, *by_factors[3:]]
 
 
@@ -146,7 +194,7 @@ def build(case: Case) -> tuple[Callable, tuple, Callable]:
             *arguments, cotangent = arrays
             arguments += [None] * (not case.skip)
             gradients = truth.propagate_gradients(*arguments, case.chunk, cotangent)
-            return [truth.propagate(*arguments, case.chunk), *gradients[:5 + case.skip]]
+            return [truth.propagate(*arguments, case.chunk), *gradients[: 5 + case.skip]]
 
         return (lambda *a: propagate(*a[:5], skip=a[5] if case.skip else None, **chosen)), tuple(arrays), exact
     if case.operator == "low_rank":
@@ -163,16 +211,21 @@ def build(case: Case) -> tuple[Callable, tuple, Callable]:
         arrays = tuple(jax.random.normal(jax.random.key(n), shape, case.dtype) for n, shape in enumerate(shapes))
         squared_relu = case.groups == 3  # as in a block of the paper
         exact_loop = squared_relu_loop if squared_relu else loop
-        return (lambda *a: depthwise_conv(*a, squared_relu=squared_relu), arrays,
-                lambda x, kernel, cotangent: exact_loop(x, kernel, 0.0, cotangent)[:3])
+        return (
+            lambda *a: depthwise_conv(*a, squared_relu=squared_relu),
+            arrays,
+            lambda x, kernel, cotangent: exact_loop(x, kernel, 0.0, cotangent)[:3],
+        )
     x, gates = random_inputs(*case.shape, case.groups, False, case.dtype)[:2]
     weights = stochastic_weights(gates[:, :, :, 0].astype(jnp.float32), direction=case.direction)
     arrays = (x, *(w.astype(case.dtype) for w in weights))
 
     def exact(*arrays):
         *arguments, cotangent = arrays
-        return [truth.line_scan(*arguments, case.direction, case.chunk),
-                *truth.line_scan_gradients(*arguments, case.direction, case.chunk, cotangent)]
+        return [
+            truth.line_scan(*arguments, case.direction, case.chunk),
+            *truth.line_scan_gradients(*arguments, case.direction, case.chunk, cotangent),
+        ]
 
     return (lambda *a: line_scan(*a, direction=case.direction, **chosen)), arrays, exact
 
@@ -187,11 +240,16 @@ def check(case: Case) -> dict[str, Any]:
     gradients = jax.block_until_ready(jax.jit(lambda pull, cotangent: pull(cotangent))(pull, cotangent))
     seconds = time.perf_counter() - start
     expected = exact(*(np.asarray(a, np.float64) for a in (*arrays, cotangent)))
-    errors = {"forward": truth.relative_error(forward, expected[0]),
-              "saving": truth.relative_error(y, expected[0]),
-              "backward": max(map(truth.relative_error, gradients, expected[1:]))}
-    row = {"errors": {name: float(error) for name, error in errors.items()}, "seconds": seconds,
-           "correct": bool(max(errors.values()) < LIMITS[case.dtype])}
+    errors = {
+        "forward": truth.relative_error(forward, expected[0]),
+        "saving": truth.relative_error(y, expected[0]),
+        "backward": max(map(truth.relative_error, gradients, expected[1:])),
+    }
+    row = {
+        "errors": {name: float(error) for name, error in errors.items()},
+        "seconds": seconds,
+        "correct": bool(max(errors.values()) < LIMITS[case.dtype]),
+    }
     if case.operator == "low_rank":  # None where the kernel expands the proxy by itself
         row["expanded_by_xla"] = mosaic_gpu.refuses_low_rank(*arrays[:2], 5 + case.skip)
     return row
@@ -210,7 +268,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--processes", type=int, default=max(1, min(12, (os.cpu_count() or 1) - 2)))
     parser.add_argument("--limit", type=float, default=600, help="seconds for all cases; what has not ended is missing")
-    parser.add_argument("--cases", default="", help="only those whose name holds this, \"low_rank 1x64x64x64\"")
+    parser.add_argument("--cases", default="", help='only those whose name holds this, "low_rank 1x64x64x64"')
     parser.add_argument("--rehearse", action="store_true", help="small cases, interpreted on a CPU")
     parser.add_argument("--out", type=pathlib.Path, help="a JSON file for the results, written after each case")
     args = parser.parse_args()
@@ -218,8 +276,10 @@ def main() -> None:
     os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
     with rehearsal(args.rehearse):
         if "mosaic_gpu" not in available_backends():
-            sys.exit(f"gpu_values.py needs an NVIDIA GPU of compute capability 8.0 or newer, found "
-                     f"{jax.devices()[0].device_kind!r}.")
+            sys.exit(
+                f"gpu_values.py needs an NVIDIA GPU of compute capability 8.0 or newer, found "
+                f"{jax.devices()[0].device_kind!r}."
+            )
     todo = [case for case in (small_cases() if args.rehearse else cases()) if args.cases in str(case)]
     todo.sort(key=takes_long, reverse=True)
     if not todo:

@@ -35,8 +35,21 @@ PAGE = os.sysconf("SC_PAGE_SIZE")
 class Mallinfo2(ctypes.Structure):
     """glibc's, of all arenas."""
 
-    _fields_ = tuple((name, ctypes.c_size_t) for name in (
-        "arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks", "fordblks", "keepcost"))
+    _fields_ = tuple(
+        (name, ctypes.c_size_t)
+        for name in (
+            "arena",
+            "ordblks",
+            "smblks",
+            "hblks",
+            "hblkhd",
+            "usmblks",
+            "fsmblks",
+            "uordblks",
+            "fordblks",
+            "keepcost",
+        )
+    )
 
 
 LIBC = ctypes.CDLL(None)
@@ -47,8 +60,12 @@ def look() -> dict[str, float]:
     """Of this process: resident memory and what malloc has given out, in MB; open files; threads."""
     pages = int(pathlib.Path("/proc/self/statm").read_text().split()[1])
     info = LIBC.mallinfo2()
-    return {"rss_mb": pages * PAGE / 2**20, "heap_mb": (info.uordblks + info.hblkhd) / 2**20,
-            "files": len(os.listdir("/proc/self/fd")), "threads": len(os.listdir("/proc/self/task"))}
+    return {
+        "rss_mb": pages * PAGE / 2**20,
+        "heap_mb": (info.uordblks + info.hblkhd) / 2**20,
+        "files": len(os.listdir("/proc/self/fd")),
+        "threads": len(os.listdir("/proc/self/task")),
+    }
 
 
 def run(steps: int) -> dict:
@@ -65,11 +82,16 @@ def run(steps: int) -> dict:
         run_dir = pathlib.Path(folder) / "run"
         base = cli.load_config(pathlib.Path(__file__).parents[1] / "configs" / "digits.py")
         config = dataclasses.replace(
-            base, run_dir=str(run_dir), optimizer=dataclasses.replace(base.optimizer, warmup_steps=0),
-            model=ModelConfig(preset="GSPN-S/2", hidden=32, depth=2), sampler=SamplerConfig(steps=4),
-            train=TrainConfig(steps=steps, batch_size=32, log_every=20, save_every=100, sample_every=200,
-                              ema_decays=(0.99,)),
-            eval=EvalConfig(every=400, num_samples=8, batch_size=8, metrics=("is",), inception=str(weights)))
+            base,
+            run_dir=str(run_dir),
+            optimizer=dataclasses.replace(base.optimizer, warmup_steps=0),
+            model=ModelConfig(preset="GSPN-S/2", hidden=32, depth=2),
+            sampler=SamplerConfig(steps=4),
+            train=TrainConfig(
+                steps=steps, batch_size=32, log_every=20, save_every=100, sample_every=200, ema_decays=(0.99,)
+            ),
+            eval=EvalConfig(every=400, num_samples=8, batch_size=8, metrics=("is",), inception=str(weights)),
+        )
         seen, done = [], threading.Event()
 
         def watch() -> None:
@@ -86,14 +108,17 @@ def run(steps: int) -> dict:
             done.set()
             watcher.join()
     LIBC.malloc_trim(0)
-    middle, last = ([row for row in seen if low <= row["step"] / steps <= high]
-                    for low, high in ((1 / 3, 2 / 3), (2 / 3, 1)))
+    middle, last = (
+        [row for row in seen if low <= row["step"] / steps <= high] for low, high in ((1 / 3, 2 / 3), (2 / 3, 1))
+    )
     names = [name for name in seen[0] if name != "step"]
     middle, last = ({name: float(np.median([row[name] for row in part])) for name in names} for part in (middle, last))
-    return ({f"growth_{name}": last[name] - middle[name] for name in names}
-            | {f"last_third_{name}": last[name] for name in names}
-            | {f"peak_{name}": max(row[name] for row in seen) for name in names}
-            | {"rss_mb_trimmed": look()["rss_mb"], "seen": seen[::max(1, len(seen) // 50)]})
+    return (
+        {f"growth_{name}": last[name] - middle[name] for name in names}
+        | {f"last_third_{name}": last[name] for name in names}
+        | {f"peak_{name}": max(row[name] for row in seen) for name in names}
+        | {"rss_mb_trimmed": look()["rss_mb"], "seen": seen[:: max(1, len(seen) // 50)]}
+    )
 
 
 def main() -> None:

@@ -7,10 +7,36 @@ import math
 import re
 from collections.abc import Iterator
 
-ITEM_BYTES = {"pred": 1, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4,
-              "s64": 8, "u64": 8, "f64": 8, "f8e4m3fn": 1, "f8e5m2": 1}
-FREE = {"parameter", "tuple", "get-tuple-element", "bitcast", "constant", "after-all", "partition-id", "replica-id",
-        "while", "conditional", "call"}
+ITEM_BYTES = {
+    "pred": 1,
+    "s8": 1,
+    "u8": 1,
+    "s16": 2,
+    "u16": 2,
+    "bf16": 2,
+    "f16": 2,
+    "s32": 4,
+    "u32": 4,
+    "f32": 4,
+    "s64": 8,
+    "u64": 8,
+    "f64": 8,
+    "f8e4m3fn": 1,
+    "f8e5m2": 1,
+}
+FREE = {
+    "parameter",
+    "tuple",
+    "get-tuple-element",
+    "bitcast",
+    "constant",
+    "after-all",
+    "partition-id",
+    "replica-id",
+    "while",
+    "conditional",
+    "call",
+}
 """Instructions that are no kernel."""
 ASYNC_STARTS = ("fusion-start", "async-start", "call-start")
 
@@ -165,7 +191,8 @@ class Program:
             return size, size
         read = sum(nbytes(body[name].shape) for name in kernel.operands if name in body)
         if kernel.opcode in ("all-gather-start", "reduce-scatter-start") or (
-                kernel.opcode == "all-reduce-start" and kernel.shape.startswith("((")):
+            kernel.opcode == "all-reduce-start" and kernel.shape.startswith("((")
+        ):
             return read, nbytes(kernel.shape) - read  # the shape has the operands, then the results
         workspace = r"s8\[\d+\]" if "cublas" in kernel.target else "$^"
         return read, nbytes(re.sub(workspace, "", kernel.shape))

@@ -52,10 +52,15 @@ def measure(folder: str, size: int, batch_size: int, seconds: float) -> dict[str
     memory = dataclasses.replace(grain, in_memory=True)
     start = time.perf_counter()
     source = make_source(memory)
-    found = {"images": len(source), "decode_seconds": time.perf_counter() - start,
-             "megabytes": source.images.nbytes / 1e6}
-    with (make_loader(grain, make_source(grain), batch_size=batch_size, seed=0) as read,
-          make_loader(memory, source, batch_size=batch_size, seed=0) as kept):
+    found = {
+        "images": len(source),
+        "decode_seconds": time.perf_counter() - start,
+        "megabytes": source.images.nbytes / 1e6,
+    }
+    with (
+        make_loader(grain, make_source(grain), batch_size=batch_size, seed=0) as read,
+        make_loader(memory, source, batch_size=batch_size, seed=0) as kept,
+    ):
         for _ in range(5):
             one, other = next(read), next(kept)
             if not all(np.array_equal(one[name], other[name]) for name in one):
@@ -82,15 +87,23 @@ def main() -> None:
     arguments = parser.parse_args()
 
     available = sorted(os.sched_getaffinity(0))
-    os.sched_setaffinity(0, available[:arguments.cores])  # before any thread is started
+    os.sched_setaffinity(0, available[: arguments.cores])  # before any thread is started
     from record import measure_and_append
 
-    settings = {"images": arguments.images and pathlib.Path(arguments.images).name, "size": arguments.image_size,
-                "batch_size": arguments.batch_size, "cores_used": min(arguments.cores, len(available))}
+    settings = {
+        "images": arguments.images and pathlib.Path(arguments.images).name,
+        "size": arguments.image_size,
+        "batch_size": arguments.batch_size,
+        "cores_used": min(arguments.cores, len(available)),
+    }
     with folder_of(arguments.images, arguments.image_size) as folder, tempfile.TemporaryDirectory() as unused:
         out = arguments.out or pathlib.Path(unused, "result.json")
-        measure_and_append(out, settings, arguments.repeat, lambda: measure(
-            folder, arguments.image_size, arguments.batch_size, arguments.seconds))
+        measure_and_append(
+            out,
+            settings,
+            arguments.repeat,
+            lambda: measure(folder, arguments.image_size, arguments.batch_size, arguments.seconds),
+        )
 
 
 if __name__ == "__main__":

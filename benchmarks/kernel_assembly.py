@@ -63,8 +63,10 @@ class Case:
         """Shapes of the operator's arrays."""
         pixel, channels, groups = (BATCH, self.height, self.width), self.channels, self.groups or self.channels
         if self.operator == "depthwise_conv":
-            return [jax.ShapeDtypeStruct(shape, self.dtype)
-                    for shape in ((*pixel, channels), (self.side, self.side, channels))]
+            return [
+                jax.ShapeDtypeStruct(shape, self.dtype)
+                for shape in ((*pixel, channels), (self.side, self.side, channels))
+            ]
         if self.operator == "line_scan":
             found = [(*pixel, channels), *[(*pixel, groups)] * 3]
         else:
@@ -77,8 +79,12 @@ class Case:
 
     def function(self) -> Callable:
         """The value, with states saved, and all gradients."""
-        operator = {"line_scan": line_scan, "propagate": propagate, "propagate_low_rank": propagate_low_rank,
-                    "depthwise_conv": depthwise_conv}
+        operator = {
+            "line_scan": line_scan,
+            "propagate": propagate,
+            "propagate_low_rank": propagate_low_rank,
+            "depthwise_conv": depthwise_conv,
+        }
         options = {} if self.operator == "depthwise_conv" else {"backend": "mosaic_gpu", "chunk": self.chunk}
         options |= {"direction": "down"} if self.operator == "line_scan" else {}
 
@@ -159,16 +165,19 @@ def dynamic_shared_bytes(module: bytes) -> int:
 
 
 def wrong(row: dict[str, Any]) -> bool:
-    return "refused" not in row and ("failed" in row or row["spilled_bytes"] > 0
-                                     or row["shared_bytes"] > row["shared_bytes_there_are"])
+    return "refused" not in row and (
+        "failed" in row or row["spilled_bytes"] > 0 or row["shared_bytes"] > row["shared_bytes_there_are"]
+    )
 
 
 def shown(row: dict[str, Any]) -> str:
     if "refused" in row or "failed" in row:
         return f"  {row['case']}: {row.get('refused') or row['failed']}"
-    return (f"  {row['case']} {row['kernel']} ({row['target']}): {row['registers']} registers, "
-            f"{row['spilled_bytes']} bytes spilled, {row['shared_bytes']} of {row['shared_bytes_there_are']} shared"
-            + (" WRONG" if wrong(row) else ""))
+    return (
+        f"  {row['case']} {row['kernel']} ({row['target']}): {row['registers']} registers, "
+        f"{row['spilled_bytes']} bytes spilled, {row['shared_bytes']} of {row['shared_bytes_there_are']} shared"
+        + (" WRONG" if wrong(row) else "")
+    )
 
 
 def assemble_all(capability: str, case: Case) -> list[dict[str, Any]]:
@@ -205,13 +214,20 @@ def table(results: dict[str, Any]) -> str:
     lines = ["", "| case | " + " | ".join(results) + " |", "|---" * (len(results) + 1) + "|"]
     sentences: list[str] = []
     for case in map(str, CASES):
-        cells = [_cell([row for row in device["rows"] if row["case"] == case], sentences)
-                 for device in results.values()]
+        cells = [
+            _cell([row for row in device["rows"] if row["case"] == case], sentences) for device in results.values()
+        ]
         if any(cells):
             lines.append(f"| {case} | " + " | ".join(cells) + " |")
     versions = sorted({f"JAX {device['jax']} ({device['ptxas']}, {device['date']})" for device in results.values()})
-    return "\n".join([f"Assembled with {'; '.join(versions)}.", *lines, "",
-                      *(f"{number}. The kernel {sentence}." for number, sentence in enumerate(sentences, start=1))])
+    return "\n".join(
+        [
+            f"Assembled with {'; '.join(versions)}.",
+            *lines,
+            "",
+            *(f"{number}. The kernel {sentence}." for number, sentence in enumerate(sentences, start=1)),
+        ]
+    )
 
 
 def _cell(rows: list[dict[str, Any]], sentences: list[str]) -> str:
@@ -229,8 +245,12 @@ def _cell(rows: list[dict[str, Any]], sentences: list[str]) -> str:
         return notes.strip()
     spilled = sum(row["spilled_bytes"] for row in kernels)
     most = max(row["shared_bytes"] for row in kernels)
-    return (", ".join(str(row["registers"]) for row in kernels) + f"; {most / devices.KIB:.0f} KiB"
-            + (f"; **{spilled} bytes spilled**" if spilled else "") + notes)
+    return (
+        ", ".join(str(row["registers"]) for row in kernels)
+        + f"; {most / devices.KIB:.0f} KiB"
+        + (f"; **{spilled} bytes spilled**" if spilled else "")
+        + notes
+    )
 
 
 def write_table(path: pathlib.Path) -> None:
@@ -250,7 +270,7 @@ def main() -> None:
     options = parser.parse_args()
     cases = [case for case in (QUICK if options.quick else CASES) if options.cases in str(case)]
     if len(options.devices) == 1:
-        capability, = options.devices
+        (capability,) = options.devices
         print(f"{capability} ({devices.DEVICES[capability].examples}), JAX {jax.__version__}:", flush=True)
         failed = False
         for case in cases:

@@ -13,8 +13,11 @@ SHOWN = 1e-3
 """Of all the time; kernels below it are summed up."""
 
 KINDS = {
-    "scans": "line_scan|local_scan", "convolutions": "conv|wgrad|depthwise", "attention": "sdpa|fmha|flash|attention",
-    "products": "nvjet|gemm|cutlass|cublas|xmma", "copies": "(?i:memcpy|memset)",
+    "scans": "line_scan|local_scan",
+    "convolutions": "conv|wgrad|depthwise",
+    "attention": "sdpa|fmha|flash|attention",
+    "products": "nvjet|gemm|cutlass|cublas|xmma",
+    "copies": "(?i:memcpy|memset)",
 }
 """Kinds of work, and what their kernels' names hold; the first that fits. The rest is elementwise work and sums, and
 what is not shown."""
@@ -52,8 +55,10 @@ def kernel_times(call: Callable[[], object]) -> list[dict]:
         entry = shown[key if ms >= SHOWN * total else ("others", "")]
         entry[0] += ms
         entry[1] += launches
-    return [{"kernel": kernel, "operation": operation, "ms": ms, "launches": launches}
-            for (kernel, operation), (ms, launches) in sorted(shown.items(), key=lambda item: -item[1][0])]
+    return [
+        {"kernel": kernel, "operation": operation, "ms": ms, "launches": launches}
+        for (kernel, operation), (ms, launches) in sorted(shown.items(), key=lambda item: -item[1][0])
+    ]
 
 
 def by_kind(rows: list[dict]) -> dict[str, float]:

@@ -46,7 +46,7 @@ def main() -> None:
     arguments = parser.parse_args()
 
     available = sorted(os.sched_getaffinity(0))
-    os.sched_setaffinity(0, available[:arguments.cores])  # before any thread is started
+    os.sched_setaffinity(0, available[: arguments.cores])  # before any thread is started
     from gspn_jax.data.latents import write_synthetic
 
     with tempfile.TemporaryDirectory() as folder:
@@ -54,14 +54,21 @@ def main() -> None:
         rows = measure(folder, arguments.batch_size, arguments.batches, arguments.repeats)
     rates = [row["records_per_second"] for row in rows]
     cpu = [row["cpu_us_per_record"] for row in rows]
-    print(f"{statistics.median(rates):,.0f} records/s (from {min(rates):,.0f} to {max(rates):,.0f}), "
-          f"{statistics.median(cpu):.0f} us of CPU a record, {min(arguments.cores, len(available))} cores, "
-          f"load of the machine {os.getloadavg()[0]:.1f}")
+    print(
+        f"{statistics.median(rates):,.0f} records/s (from {min(rates):,.0f} to {max(rates):,.0f}), "
+        f"{statistics.median(cpu):.0f} us of CPU a record, {min(arguments.cores, len(available))} cores, "
+        f"load of the machine {os.getloadavg()[0]:.1f}"
+    )
     if arguments.out:
-        about = {"machine": platform.machine(), "python": platform.python_version(), "load": os.getloadavg(),
-                 "date": datetime.date.today().isoformat()}
-        pathlib.Path(arguments.out).write_text(json.dumps(about | {"arguments": vars(arguments), "results": rows},
-                                                          indent=1))
+        about = {
+            "machine": platform.machine(),
+            "python": platform.python_version(),
+            "load": os.getloadavg(),
+            "date": datetime.date.today().isoformat(),
+        }
+        pathlib.Path(arguments.out).write_text(
+            json.dumps(about | {"arguments": vars(arguments), "results": rows}, indent=1)
+        )
 
 
 if __name__ == "__main__":

@@ -82,6 +82,7 @@ def torch_runs(arrays: list[np.ndarray], chunk: int | None) -> tuple[Callable, C
         x, gates, lam, out_gate, merge = tensors
         y = 0
         for k in range(4):
+
             def turn(a, k=k):  # lines first, in the order of the scan
                 a = a.movedim(1 if k < 2 else 2, 0)
                 return a.flip(0) if k % 2 else a
@@ -135,6 +136,7 @@ def numpy_runs(arrays: list[np.ndarray], chunk: int | None) -> tuple[Callable, C
     def scans():
         """For each direction (turned arrays and states; all views or copies with the lines first)."""
         for k in range(4):
+
             def turn(a, k=k):
                 return np.moveaxis(a, 1 if k < 2 else 2, 0)[:: -1 if k % 2 else 1]
 
@@ -184,16 +186,30 @@ def numpy_runs(arrays: list[np.ndarray], chunk: int | None) -> tuple[Callable, C
 
 
 def grouped_convolution(x, kernel):
-    return lax.conv_general_dilated(x, kernel[:, :, None], (1, 1), "SAME", feature_group_count=x.shape[3],
-                                    dimension_numbers=("NHWC", "HWIO", "NHWC"))
+    return lax.conv_general_dilated(
+        x,
+        kernel[:, :, None],
+        (1, 1),
+        "SAME",
+        feature_group_count=x.shape[3],
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+    )
 
 
 def compare(name: str, ours: tuple, theirs: tuple, against: str, repeats: int) -> list[dict]:
     rows = []
     for what, *runs in zip(("forward", "gradients"), ours, theirs, strict=True):
         ours_ms, other_ms = best_ms(runs, repeats)
-        rows.append({"case": name, "pass": what, "ms": round(ours_ms, 3), "against": against,
-                     "against_ms": round(other_ms, 3), "ratio": round(other_ms / ours_ms, 2)})
+        rows.append(
+            {
+                "case": name,
+                "pass": what,
+                "ms": round(ours_ms, 3),
+                "against": against,
+                "against_ms": round(other_ms, 3),
+                "ratio": round(other_ms / ours_ms, 2),
+            }
+        )
         print(f"{name:44s} {what:10s} {ours_ms:9.2f} {other_ms:9.2f} {other_ms / ours_ms:7.1f}x  {against}", flush=True)
     return rows
 
@@ -218,15 +234,25 @@ def main() -> None:
         rng = np.random.default_rng(0)
         arrays = [rng.standard_normal(s, dtype=np.float32) for s in (shape, (size, size, shape[3]))]
         name = "depthwise_conv " + "x".join(map(str, shape)) + f" {size}x{size}"
-        rows += compare(name, jax_runs(depthwise_conv, arrays), jax_runs(grouped_convolution, arrays),
-                        "XLA grouped convolution", args.repeats)
+        rows += compare(
+            name,
+            jax_runs(depthwise_conv, arrays),
+            jax_runs(grouped_convolution, arrays),
+            "XLA grouped convolution",
+            args.repeats,
+        )
 
     if args.out:
         record = {
-            "date": datetime.date.today().isoformat(), "device": jax.devices()[0].device_kind,
-            "machine": platform.machine(), "cpus": os.cpu_count(), "jax": jax.__version__,
+            "date": datetime.date.today().isoformat(),
+            "device": jax.devices()[0].device_kind,
+            "machine": platform.machine(),
+            "cpus": os.cpu_count(),
+            "jax": jax.__version__,
             "against": f"torch {importlib.metadata.version('torch')}" if with_torch else f"numpy {np.__version__}",
-            "backend": args.backend or available_backends()[0], "repeats": args.repeats, "results": rows,
+            "backend": args.backend or available_backends()[0],
+            "repeats": args.repeats,
+            "results": rows,
         }
         args.out.write_text(json.dumps(record, indent=1) + "\n")
 

@@ -117,8 +117,11 @@ def config_of(batch: int, remat: str, mesh: tuple[int, int] = (1, 1)):
     from gspn_jax.config import MeshConfig
 
     return dataclasses.replace(
-        config, model=dataclasses.replace(config.model, remat=remat), mesh=MeshConfig(*mesh),
-        train=dataclasses.replace(config.train, batch_size=batch))
+        config,
+        model=dataclasses.replace(config.model, remat=remat),
+        mesh=MeshConfig(*mesh),
+        train=dataclasses.replace(config.train, batch_size=batch),
+    )
 
 
 def state_bytes(mesh: tuple[int, int]) -> dict[str, int]:
@@ -131,8 +134,10 @@ def state_bytes(mesh: tuple[int, int]) -> dict[str, int]:
 
     state = abstract_state(config_of(256, "full"), AbstractMesh((*mesh, 1), sharding.AXES))
     parts = {"parameters": state.params, "optimizer": state.opt_state, "ema": state.ema}
-    found = {name: sum(math.prod(s.sharding.shard_shape(s.shape)) * s.dtype.itemsize for s in jax.tree.leaves(part))
-             for name, part in parts.items()}
+    found = {
+        name: sum(math.prod(s.sharding.shard_shape(s.shape)) * s.dtype.itemsize for s in jax.tree.leaves(part))
+        for name, part in parts.items()
+    }
     return found | {"gradients": found["parameters"]}
 
 
@@ -150,9 +155,13 @@ def kept_per_image(remat: str) -> int:
         loss = make_loss(config, graphdef)
         batch = abstract_batch(images)
         backward = jax.eval_shape(
-            lambda params, batch: jax.vjp(lambda p: loss(p, batch, jax.random.key(0))[0], params)[1], shapes, batch)
-        return sum(math.prod(s.shape) * jnp.dtype(s.dtype).itemsize for s in jax.tree.leaves(backward)
-                   if not jnp.issubdtype(s.dtype, jax.dtypes.prng_key))
+            lambda params, batch: jax.vjp(lambda p: loss(p, batch, jax.random.key(0))[0], params)[1], shapes, batch
+        )
+        return sum(
+            math.prod(s.shape) * jnp.dtype(s.dtype).itemsize
+            for s in jax.tree.leaves(backward)
+            if not jnp.issubdtype(s.dtype, jax.dtypes.prng_key)
+        )
 
     return kept(3) - kept(2)
 
@@ -161,8 +170,10 @@ def abstract_batch(images: int):
     import jax
     import jax.numpy as jnp
 
-    return {"image": jax.ShapeDtypeStruct((images, 32, 32, 4), jnp.float32),
-            "label": jax.ShapeDtypeStruct((images,), jnp.int32)}
+    return {
+        "image": jax.ShapeDtypeStruct((images, 32, 32, 4), jnp.float32),
+        "label": jax.ShapeDtypeStruct((images,), jnp.int32),
+    }
 
 
 def compiled(mesh: tuple[int, int], batch: int, remat: str) -> dict:
@@ -189,9 +200,16 @@ def compiled(mesh: tuple[int, int], batch: int, remat: str) -> dict:
             largest = max(largest, found.bytes)
     memory = program.memory_analysis()
     jax.clear_caches()
-    return {"mesh": mesh, "batch": batch, "images_per_device": batch // devices, "remat": remat,
-            "temporary": memory.temp_size_in_bytes, "arguments": memory.argument_size_in_bytes,
-            "collectives": dict(kinds), "largest_all_gather": largest}
+    return {
+        "mesh": mesh,
+        "batch": batch,
+        "images_per_device": batch // devices,
+        "remat": remat,
+        "temporary": memory.temp_size_in_bytes,
+        "arguments": memory.argument_size_in_bytes,
+        "collectives": dict(kinds),
+        "largest_all_gather": largest,
+    }
 
 
 def measure(path: pathlib.Path) -> None:
@@ -202,14 +220,18 @@ def measure(path: pathlib.Path) -> None:
     from gspn_jax import models
 
     results = json.loads(path.read_text()) if path.exists() else {"compiled": {}}
-    results |= {"compiler": "XLA:CPU", "jax": jax.__version__, "python": platform.python_version(),
-                "date": datetime.date.today().isoformat(),
-                "parameters": models.count_parameters(config_of(256, "full"))}
+    results |= {
+        "compiler": "XLA:CPU",
+        "jax": jax.__version__,
+        "python": platform.python_version(),
+        "date": datetime.date.today().isoformat(),
+        "parameters": models.count_parameters(config_of(256, "full")),
+    }
     results["state"] = {f"{data} x {fsdp}": state_bytes((data, fsdp)) for data, fsdp in MESHES}
     results["kept_per_image"] = {remat: kept_per_image(remat) for remat in REMATS}
     wanted = [(mesh, 256, "full") for mesh in MESHES]
     for kind, mesh in FITTED.items():
-        for remat in REMATS[kind == "fsdp":]:  # with fsdp, "none" is "dots"
+        for remat in REMATS[kind == "fsdp" :]:  # with fsdp, "none" is "dots"
             wanted += [(mesh, 8 * images, remat) for images in FIT_IMAGES]
     wanted.append(((8, 1), 8 * CHECK_IMAGES, "full"))
     for (data, fsdp), batch, remat in tqdm(wanted, unit="program"):
@@ -246,17 +268,22 @@ def render(results: dict) -> str:
         held = total(mesh) + state[name(mesh)]["gradients"] + images * results["kept_per_image"][remat]
         return f"{gb(held)} | {'' if exact else '~'}{gb(total(mesh) + temporary)}"
 
-    states = [f"| {name(mesh)} | " + " | ".join(gb(state[name(mesh)][part], 3) for part in
-                                                ("parameters", "optimizer", "ema")) +
-              f" | {gb(total(mesh), 3)} | {total(mesh) * mesh[1] / total((8, 1)) - 1:+.1%} | "
-              f"{gb(state[name(mesh)]['gradients'], 3)} |" for mesh in MESHES]
+    states = [
+        f"| {name(mesh)} | "
+        + " | ".join(gb(state[name(mesh)][part], 3) for part in ("parameters", "optimizer", "ema"))
+        + f" | {gb(total(mesh), 3)} | {total(mesh) * mesh[1] / total((8, 1)) - 1:+.1%} | "
+        f"{gb(state[name(mesh)]['gradients'], 3)} |"
+        for mesh in MESHES
+    ]
     memory = []
     for mesh in MESHES:
         for batch in BATCHES:
             images = batch // math.prod(mesh)
             none = cell(mesh, images, "none") if mesh[1] == 1 else "dots | dots"
-            memory.append(f"| {math.prod(mesh)} | {name(mesh)} | {batch} | {images} | {none} | "
-                          f"{cell(mesh, images, 'dots')} | {cell(mesh, images, 'full')} |")
+            memory.append(
+                f"| {math.prod(mesh)} | {name(mesh)} | {batch} | {images} | {none} | "
+                f"{cell(mesh, images, 'dots')} | {cell(mesh, images, 'full')} |"
+            )
     exchanged = []
     for mesh in MESHES:
         kinds = programs[f"{name(mesh)}, 256, full"]["collectives"]
@@ -267,18 +294,32 @@ def render(results: dict) -> str:
             sent += bytes_
             cells.append(f"{found['count']:,} | {gb(bytes_, 2)}" if found["count"] else "| ")
         others = sorted(set(kinds) - {"all-gather", "reduce-scatter", "all-reduce"})
-        exchanged.append(f"| {name(mesh)} | " + " | ".join(cells) + f" | {gb(sent, 2)} | "
-                         + (", ".join(f"{kinds[k]['count']} {k}" for k in others) or "none") + " |")
+        exchanged.append(
+            f"| {name(mesh)} | "
+            + " | ".join(cells)
+            + f" | {gb(sent, 2)} | "
+            + (", ".join(f"{kinds[k]['count']} {k}" for k in others) or "none")
+            + " |"
+        )
     check = programs[f"8 x 1, {8 * CHECK_IMAGES}, full"]["temporary"]
     low, high = (programs[f"8 x 1, {8 * n}, full"]["temporary"] for n in FIT_IMAGES)
     guess = low + (high - low) / (FIT_IMAGES[1] - FIT_IMAGES[0]) * (CHECK_IMAGES - FIT_IMAGES[0])
     kept = results["kept_per_image"]
-    values = {"states": "\n".join(states), "memory": "\n".join(memory), "exchanged": "\n".join(exchanged),
-              "check": f"{guess / check - 1:+.1%}", "parameters": f"{results['parameters'] / 1e6:.1f}M",
-              "jax": results["jax"], "date": results["date"],
-              "largest": f"{max(p['largest_all_gather'] for p in programs.values()) / 1e6:.1f}",
-              "stack": f"{29 * 1504 * 1500 * 4 / 1e6:.0f}"} | on_gpus() | {
-                  f"kept_{remat}": f"{value / 1e6:,.0f}" for remat, value in kept.items()}
+    values = (
+        {
+            "states": "\n".join(states),
+            "memory": "\n".join(memory),
+            "exchanged": "\n".join(exchanged),
+            "check": f"{guess / check - 1:+.1%}",
+            "parameters": f"{results['parameters'] / 1e6:.1f}M",
+            "jax": results["jax"],
+            "date": results["date"],
+            "largest": f"{max(p['largest_all_gather'] for p in programs.values()) / 1e6:.1f}",
+            "stack": f"{29 * 1504 * 1500 * 4 / 1e6:.0f}",
+        }
+        | on_gpus()
+        | {f"kept_{remat}": f"{value / 1e6:,.0f}" for remat, value in kept.items()}
+    )
     text = TEMPLATE
     for key, value in values.items():
         text = text.replace("{" + key + "}", value)
@@ -300,9 +341,12 @@ def on_gpus() -> dict[str, str]:
             cells += [f"{sent['count']:,}", f"{sent['gigabytes_sent']:.2f}"] if sent else ["", ""]
         rows.append(f"| {' | '.join(cells)} |")
     first = results["step GSPN-XL/2 --batch 32 --remat names"]  # what one of 8 GPUs has, but for the exchange
-    return {"gpu": "\n".join(rows), "gpu_date": first["date"],
-            "gpu_versions": f"JAX {first['versions']['jax']}, cuDNN {first['versions']['nvidia-cudnn-cu13']}",
-            "gpu_total": f"{first['arguments_gb'] + first['temporary_gb']:.0f}"}
+    return {
+        "gpu": "\n".join(rows),
+        "gpu_date": first["date"],
+        "gpu_versions": f"JAX {first['versions']['jax']}, cuDNN {first['versions']['nvidia-cudnn-cu13']}",
+        "gpu_total": f"{first['arguments_gb'] + first['temporary_gb']:.0f}",
+    }
 
 
 def gb(bytes_: float, digits: int = 1) -> str:
@@ -317,8 +361,10 @@ def main() -> None:
     if not arguments.render:
         os.environ["JAX_PLATFORMS"] = "cpu"
         # LLVM's optimisations change no buffer and no collective
-        os.environ["XLA_FLAGS"] = (f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0 "
-                                   f"--xla_force_host_platform_device_count={DEVICES}")
+        os.environ["XLA_FLAGS"] = (
+            f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0 "
+            f"--xla_force_host_platform_device_count={DEVICES}"
+        )
         sys.path.insert(0, str(ROOT))
         measure(arguments.output)
     (ROOT / "docs" / "memory.md").write_text(render(json.loads(arguments.output.read_text())))

@@ -94,11 +94,20 @@ def compare(name: str, rounds: int, seconds: float, folder: str) -> dict[str, An
     processor = {side: typical(of["processor_seconds"]) for side, of in found.items()}
     # readers work in other processes, whose time this is not
     processor_ratio = None if case.files else processor["torch"] / processor["ours"]
-    return {"unit": f"{case.unit}/s", "arguments": case.arguments, "ratio": rates["ours"] / rates["torch"],
-            "processor_ratio": processor_ratio, "processor_seconds": processor,
-            "memory_ratio": peaks["ours"] / peaks["torch"], "rate": rates, "peak_bytes": peaks,
-            "calls": {side: len(of["seconds"]) for side, of in found.items()}, "rounds": rounds,
-            "date": datetime.datetime.now().isoformat(" ", "minutes"), "load_before": round(os.getloadavg()[0], 1)}
+    return {
+        "unit": f"{case.unit}/s",
+        "arguments": case.arguments,
+        "ratio": rates["ours"] / rates["torch"],
+        "processor_ratio": processor_ratio,
+        "processor_seconds": processor,
+        "memory_ratio": peaks["ours"] / peaks["torch"],
+        "rate": rates,
+        "peak_bytes": peaks,
+        "calls": {side: len(of["seconds"]) for side, of in found.items()},
+        "rounds": rounds,
+        "date": datetime.datetime.now().isoformat(" ", "minutes"),
+        "load_before": round(os.getloadavg()[0], 1),
+    }
 
 
 def write_files(kind: str | None, folder: pathlib.Path) -> str:
@@ -142,9 +151,12 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             files = write_files(CASES[name].files, pathlib.Path(folder))
             row = compare(name, arguments.rounds, arguments.seconds, files)
-        print(f"{name:17s} {row['rate']['ours']:10.4g} {row['unit']}, PyTorch {row['rate']['torch']:10.4g}: "
-              f"{row['ratio']:6.2f}x, processor time "
-              f"{row['processor_ratio'] or float('nan'):5.2f}x, memory {row['memory_ratio']:5.2f}x", flush=True)
+        print(
+            f"{name:17s} {row['rate']['ours']:10.4g} {row['unit']}, PyTorch {row['rate']['torch']:10.4g}: "
+            f"{row['ratio']:6.2f}x, processor time "
+            f"{row['processor_ratio'] or float('nan'):5.2f}x, memory {row['memory_ratio']:5.2f}x",
+            flush=True,
+        )
         record |= {"device": processor(), "cores": os.cpu_count(), "python": platform.python_version()}
         record["cases"][name] = {**row, "versions": versions}
         if arguments.out:

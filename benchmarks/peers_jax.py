@@ -27,18 +27,23 @@ SIZE, CHANNELS, CLASSES = 32, 4, 1000
 
 def _config(model: ModelConfig, batch_size: int, steps: int = 4) -> Config:
     return Config(
-        run_dir="unused", model=model, diffusion=DiffusionConfig(objective="flow"),
+        run_dir="unused",
+        model=model,
+        diffusion=DiffusionConfig(objective="flow"),
         data=DataConfig(image_size=SIZE, channels=CHANNELS, num_classes=CLASSES),
         sampler=SamplerConfig(name="euler", steps=steps),
-        train=TrainConfig(batch_size=batch_size, ema_decays=(0.9999,), precision="params=float32,compute=float32"))
+        train=TrainConfig(batch_size=batch_size, ema_decays=(0.9999,), precision="params=float32,compute=float32"),
+    )
 
 
 def _trainer(model: ModelConfig, batch_size: int) -> Callable[[], None]:
     config = _config(model, batch_size)
     mesh = sharding.make_mesh(config.mesh)
     rng = np.random.default_rng(0)
-    batch = {"image": rng.standard_normal((batch_size, SIZE, SIZE, CHANNELS)).astype(np.float32),
-             "label": rng.integers(0, CLASSES, batch_size).astype(np.int32)}
+    batch = {
+        "image": rng.standard_normal((batch_size, SIZE, SIZE, CHANNELS)).astype(np.float32),
+        "label": rng.integers(0, CLASSES, batch_size).astype(np.int32),
+    }
     batch = jax.device_put(batch, sharding.batch_sharding(mesh))
     state, step = create_state(config, mesh), make_step(config, mesh)
 
@@ -56,13 +61,15 @@ def train_dit(hidden: int, depth: int, heads: int, batch_size: int) -> Callable[
 
 
 def train_gspn(hidden: int, depth: int, batch_size: int) -> Callable[[], None]:
-    return _trainer(ModelConfig(preset="GSPN-S/2", hidden=hidden, depth=depth, learn_sigma=False, drop_path=0.0),
-                    batch_size)
+    return _trainer(
+        ModelConfig(preset="GSPN-S/2", hidden=hidden, depth=depth, learn_sigma=False, drop_path=0.0), batch_size
+    )
 
 
 def sample_dit(hidden: int, depth: int, heads: int, batch_size: int, steps: int) -> Callable[[], np.ndarray]:
-    config = _config(ModelConfig(preset="DiT-S/2", hidden=hidden, depth=depth, heads=heads, learn_sigma=False),
-                     batch_size, steps)
+    config = _config(
+        ModelConfig(preset="DiT-S/2", hidden=hidden, depth=depth, heads=heads, learn_sigma=False), batch_size, steps
+    )
     mesh = sharding.make_mesh(config.mesh)
     sampler, params = Sampler(config, mesh), models.init(config, jax.random.key(0))
     return lambda: sampler(params, np.arange(batch_size), np.arange(batch_size))
@@ -71,7 +78,7 @@ def sample_dit(hidden: int, depth: int, heads: int, batch_size: int, steps: int)
 def fid_moments(rows: int, size: int, batch_size: int) -> Callable[[], Gaussian]:
     """Batch by batch, as the features come."""
     features = _features(rows, size, 0)
-    batches = [jax.device_put(features[start:start + batch_size]) for start in range(0, rows, batch_size)]
+    batches = [jax.device_put(features[start : start + batch_size]) for start in range(0, rows, batch_size)]
 
     def call() -> Gaussian:
         moments = Moments()
@@ -100,13 +107,23 @@ def _features(rows: int, size: int, seed: int) -> np.ndarray:
 
 
 def image_folder(size: int, batch_size: int, batches: int, workers: int, folder: str) -> Callable[[], None]:
-    return _reader(DataConfig(source="folder", path=folder, image_size=size, channels=3, num_classes=4, flip=True,
-                              workers=workers), batch_size, batches)
+    return _reader(
+        DataConfig(
+            source="folder", path=folder, image_size=size, channels=3, num_classes=4, flip=True, workers=workers
+        ),
+        batch_size,
+        batches,
+    )
 
 
 def latents(batch_size: int, batches: int, folder: str) -> Callable[[], None]:
-    return _reader(DataConfig(source="latents", path=f"{folder}/ours", image_size=SIZE, channels=CHANNELS,
-                              num_classes=CLASSES, flip=True), batch_size, batches)
+    return _reader(
+        DataConfig(
+            source="latents", path=f"{folder}/ours", image_size=SIZE, channels=CHANNELS, num_classes=CLASSES, flip=True
+        ),
+        batch_size,
+        batches,
+    )
 
 
 def _reader(config: DataConfig, batch_size: int, batches: int) -> Callable[[], None]:

@@ -56,8 +56,9 @@ class DiTBlock(nn.Module):
     def __init__(self, hidden: int, heads: int):
         super().__init__()
         self.attention = Attention(hidden, heads)
-        self.mlp = nn.Sequential(nn.Linear(hidden, 4 * hidden), nn.GELU(approximate="tanh"),
-                                 nn.Linear(4 * hidden, hidden))
+        self.mlp = nn.Sequential(
+            nn.Linear(hidden, 4 * hidden), nn.GELU(approximate="tanh"), nn.Linear(4 * hidden, hidden)
+        )
         self.modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden, 6 * hidden))
 
     def forward(self, x: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
@@ -69,8 +70,16 @@ class DiTBlock(nn.Module):
 class Denoiser(nn.Module):
     """Patches and condition in, a trunk (called with tokens and condition), prediction out; [B, C, H, W]."""
 
-    def __init__(self, trunk: nn.Module, hidden: int, *, patch: int = 2, channels: int = 4, tokens: int = 256,
-                 num_classes: int = 1000):
+    def __init__(
+        self,
+        trunk: nn.Module,
+        hidden: int,
+        *,
+        patch: int = 2,
+        channels: int = 4,
+        tokens: int = 256,
+        num_classes: int = 1000,
+    ):
         super().__init__()
         self.patch, self.channels = patch, channels
         self.embed = nn.Conv2d(channels, hidden, patch, stride=patch)
@@ -238,6 +247,7 @@ def sample_dit(hidden: int, depth: int, heads: int, batch_size: int, steps: int)
 def torch_fidelity(name: str):
     """The module `name` of torch-fidelity. It imports torchvision, of which these metrics use nothing and whose builds
     do not load beside every PyTorch: an empty one takes its place."""
+
     def module(name: str, **contents) -> types.ModuleType:
         stub = sys.modules[name] = types.ModuleType(name)
         vars(stub).update(contents)
@@ -293,7 +303,7 @@ class Folder(torch.utils.data.Dataset):
         scale = self.size / min(image.size)
         image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
         left, top = (image.width - self.size) // 2, (image.height - self.size) // 2
-        array = np.array(image)[top:top + self.size, left:left + self.size]
+        array = np.array(image)[top : top + self.size, left : left + self.size]
         if torch.rand(()) < 0.5:
             array = array[:, ::-1].copy()
         return torch.from_numpy(array), self.classes.index(file.parent.name)

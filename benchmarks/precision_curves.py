@@ -36,22 +36,35 @@ def main() -> None:
     for compute in ("float32", "bfloat16"):
         with tempfile.TemporaryDirectory() as run_dir:
             config = Config(
-                run_dir, model=ModelConfig(preset="GSPN-S/4", hidden=96, depth=4),
-                data=DataConfig(source="folder", path=arguments.images, image_size=32, channels=3, num_classes=10,
-                                flip=True),
+                run_dir,
+                model=ModelConfig(preset="GSPN-S/4", hidden=96, depth=4),
+                data=DataConfig(
+                    source="folder", path=arguments.images, image_size=32, channels=3, num_classes=10, flip=True
+                ),
                 diffusion=DiffusionConfig(objective="flow"),
                 optimizer=OptimizerConfig(learning_rate=1e-3, warmup_steps=min(50, arguments.steps)),
-                train=TrainConfig(steps=arguments.steps, batch_size=32, log_every=1, save_every=10**6,
-                                  precision=f"params=float32,compute={compute}"))
+                train=TrainConfig(
+                    steps=arguments.steps,
+                    batch_size=32,
+                    log_every=1,
+                    save_every=10**6,
+                    precision=f"params=float32,compute={compute}",
+                ),
+            )
             train(config)
             lines = (pathlib.Path(run_dir) / "metrics.jsonl").read_text().splitlines()
             curves[compute] = [json.loads(line)["loss"] for line in lines]
     one, other = (np.array(curves[name]) for name in ("float32", "bfloat16"))
     tail = slice(-max(1, len(one) // 5), None)
     result = {
-        "device": jax.devices()[0].device_kind, "jax": jax.__version__, "date": datetime.date.today().isoformat(),
-        "config": {"model": dataclasses.asdict(config.model), "batch_size": config.train.batch_size,
-                   "steps": arguments.steps},
+        "device": jax.devices()[0].device_kind,
+        "jax": jax.__version__,
+        "date": datetime.date.today().isoformat(),
+        "config": {
+            "model": dataclasses.asdict(config.model),
+            "batch_size": config.train.batch_size,
+            "steps": arguments.steps,
+        },
         "first_loss": {name: curve[0] for name, curve in curves.items()},
         "mean_loss_of_the_last_fifth": {name: float(np.mean(curve[tail])) for name, curve in curves.items()},
         "ratio_of_the_last_fifth": float(np.mean(other[tail]) / np.mean(one[tail])),
@@ -67,6 +80,7 @@ def main() -> None:
 
 def _draw(curves: dict[str, list[float]], path: pathlib.Path) -> None:
     import matplotlib
+
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 

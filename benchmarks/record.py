@@ -12,8 +12,9 @@ from typing import Any
 from gspn_jax.files import replacing
 
 
-def measure_and_append(path: pathlib.Path, settings: dict[str, Any], repeat: int,
-                       measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+def measure_and_append(
+    path: pathlib.Path, settings: dict[str, Any], repeat: int, measure: Callable[[], dict[str, Any]]
+) -> dict[str, Any]:
     """Adds a call of `repeat` runs to {"calls": [...]} in `path`, and returns it; a run is what `measure` returns.
 
     The median is over the runs of this call, of each number that a run has. The load is that of the minute before the
@@ -22,12 +23,21 @@ def measure_and_append(path: pathlib.Path, settings: dict[str, Any], repeat: int
     import jax
 
     calls = json.loads(path.read_text())["calls"] if path.exists() else []
-    about = {"date": datetime.datetime.now().isoformat(" ", "minutes"), "load_before": round(os.getloadavg()[0], 1),
-             "cores": os.cpu_count(), "python": sys.version.split()[0], "jax": jax.__version__, "settings": settings}
+    about = {
+        "date": datetime.datetime.now().isoformat(" ", "minutes"),
+        "load_before": round(os.getloadavg()[0], 1),
+        "cores": os.cpu_count(),
+        "python": sys.version.split()[0],
+        "jax": jax.__version__,
+        "settings": settings,
+    }
     runs = [measure() for _ in range(repeat)]
     numbers = [name for name, value in runs[0].items() if isinstance(value, (int, float))]
-    call = about | {"device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
-                    "median": {name: statistics.median(run[name] for run in runs) for name in numbers}, "runs": runs}
+    call = about | {
+        "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+        "median": {name: statistics.median(run[name] for run in runs) for name in numbers},
+        "runs": runs,
+    }
     with replacing(path) as temporary:
         temporary.write_text(json.dumps({"calls": [*calls, call]}, indent=1) + "\n")
     shown = {name: value for name, value in call.items() if name != "runs"}

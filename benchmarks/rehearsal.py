@@ -15,5 +15,5 @@ def rehearsal(wanted: bool = True) -> Iterator[None]:
         yield
         return
     small = dataclasses.replace(devices.DEVICES["9.0"], expanding=devices.Expanding(warpgroups=2))
-    with (mock.patch.object(tiles, "ROWS", 8), devices.for_device(small), compat.interpreted(detect_races=False)):
+    with mock.patch.object(tiles, "ROWS", 8), devices.for_device(small), compat.interpreted(detect_races=False):
         yield

@@ -16,8 +16,15 @@ EFFICIENCY = 0.85
 """The part of it that a copy reaches."""
 PRODUCTS = 700e12
 """Operations a second of large bfloat16 products."""
-COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "collective-permute", "all-to-all", "ragged-all-to-all",
-               "collective-broadcast")
+COLLECTIVES = (
+    "all-reduce",
+    "all-gather",
+    "reduce-scatter",
+    "collective-permute",
+    "all-to-all",
+    "ragged-all-to-all",
+    "collective-broadcast",
+)
 
 
 class Kernel(NamedTuple):
@@ -58,8 +65,13 @@ def _library(program: Program, kernel: Instruction) -> str | None:
             return "products"
         if part.opcode.startswith(COLLECTIVES):
             return "collectives"
-        for name, kind in (("conv", "convolutions"), ("gemm", "products"), ("matmul", "products"), ("mosaic", "scans"),
-                           ("fmha", "attention")):
+        for name, kind in (
+            ("conv", "convolutions"),
+            ("gemm", "products"),
+            ("matmul", "products"),
+            ("mosaic", "scans"),
+            ("fmha", "attention"),
+        ):
             if part.opcode == "custom-call" and name in part.target:
                 return kind
     return None
@@ -88,8 +100,9 @@ def _kind(program: Program, kernel: Instruction, *, outside: bool) -> str:
 
 def bounds(found: list[Kernel], gpu: str) -> dict[str, dict[str, float]]:
     """{kind: {"ms", "gigabytes", "teraflop", "launches"}} of a whole run, the longest first."""
-    total: dict[str, dict[str, float]] = collections.defaultdict(lambda: dict.fromkeys(
-        ("ms", "gigabytes", "teraflop", "launches"), 0.0))
+    total: dict[str, dict[str, float]] = collections.defaultdict(
+        lambda: dict.fromkeys(("ms", "gigabytes", "teraflop", "launches"), 0.0)
+    )
     for kernel in found:
         row = total[kernel.kind]
         row["ms"] += 1e3 * kernel.times * kernel.seconds(gpu)
@@ -127,13 +140,28 @@ def exchanges(program: Program, gpu: str) -> list[Exchange]:
                 continue
             body = program.computations[computation]
             shapes = [body[name].shape for name in kernel.instruction.operands if name in body]
-            done = next((i for i, other in enumerate(order) if other.instruction.opcode.endswith("-done")
-                         and kernel.instruction.name in other.instruction.operands), None)
+            done = next(
+                (
+                    i
+                    for i, other in enumerate(order)
+                    if other.instruction.opcode.endswith("-done")
+                    and kernel.instruction.name in other.instruction.operands
+                ),
+                None,
+            )
             between = order[position + 1 : done] if done else []
-            found.append(Exchange(
-                loop, times, kind, done is not None, len(shapes), sum(map(nbytes, shapes)) / 1e6,
-                tuple(sorted({dtype for shape in shapes for dtype, _ in arrays(shape)})),
-                1e6 * sum(other.seconds(gpu) for other in between if other.kind != "collectives")))
+            found.append(
+                Exchange(
+                    loop,
+                    times,
+                    kind,
+                    done is not None,
+                    len(shapes),
+                    sum(map(nbytes, shapes)) / 1e6,
+                    tuple(sorted({dtype for shape in shapes for dtype, _ in arrays(shape)})),
+                    1e6 * sum(other.seconds(gpu) for other in between if other.kind != "collectives"),
+                )
+            )
     return found
 
 

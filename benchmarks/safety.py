@@ -55,8 +55,14 @@ def measure_start(presets: list[str]) -> dict:
         env = os.environ | {"XDG_CACHE_HOME": cache, "PYTHONPATH": str(ROOT)}
         env.pop("JAX_COMPILATION_CACHE_DIR", None)
         for preset in presets:
-            cold, warm = (float(subprocess.run([sys.executable, "-c", START, preset], env=env, check=True, text=True,
-                                               stdout=subprocess.PIPE).stdout) for _ in range(2))
+            cold, warm = (
+                float(
+                    subprocess.run(
+                        [sys.executable, "-c", START, preset], env=env, check=True, text=True, stdout=subprocess.PIPE
+                    ).stdout
+                )
+                for _ in range(2)
+            )
             rows[preset] = {"cold_seconds": cold, "warm_seconds": warm}
             print(f"{preset:12} cold {cold:6.1f} s   warm {warm:6.1f} s", flush=True)
     return {"presets": rows, "slowest_warm_seconds": max(row["warm_seconds"] for row in rows.values())}
@@ -74,8 +80,12 @@ def measure_saving(hidden: int, depth: int, batch_size: int, save_every: int, tu
     from gspn_jax.training.step import make_step
 
     with tempfile.TemporaryDirectory() as run_dir:
-        config = Config(run_dir, model=ModelConfig(preset="GSPN-S/2", hidden=hidden, depth=depth), data=DataConfig(),
-                        train=TrainConfig(batch_size=batch_size))
+        config = Config(
+            run_dir,
+            model=ModelConfig(preset="GSPN-S/2", hidden=hidden, depth=depth),
+            data=DataConfig(),
+            train=TrainConfig(batch_size=batch_size),
+        )
         mesh = sharding.make_mesh(config.mesh)
         batch = {"image": np.zeros((batch_size, 8, 8, 1), np.uint8), "label": np.zeros(batch_size, np.int32)}
         batch = jax.device_put(batch, sharding.batch_sharding(mesh))
@@ -109,11 +119,20 @@ def measure_saving(hidden: int, depth: int, batch_size: int, save_every: int, tu
             restore = time.perf_counter() - start
     on, off = (statistics.median(seconds[saving]) for saving in (True, False))
     pairs, cpu_pairs = ([a / b for a, b in zip(taken[True], taken[False], strict=True)] for taken in (seconds, cpu))
-    return {"ratio": on / off, "ratio_of_pairs": statistics.median(pairs),
-            "cpu_ratio_of_pairs": statistics.median(cpu_pairs), "all_pairs": pairs, "all_cpu_pairs": cpu_pairs,
-            "checkpoint_mb": bytes_saved / 1e6, "step_ms_saving": 1e3 * on, "step_ms_not_saving": 1e3 * off,
-            "save_blocks_ms": 1e3 * statistics.median(blocked), "save_alone_seconds": alone,
-            "save_alone_cpu_seconds": cpu_alone, "restore_seconds": restore}
+    return {
+        "ratio": on / off,
+        "ratio_of_pairs": statistics.median(pairs),
+        "cpu_ratio_of_pairs": statistics.median(cpu_pairs),
+        "all_pairs": pairs,
+        "all_cpu_pairs": cpu_pairs,
+        "checkpoint_mb": bytes_saved / 1e6,
+        "step_ms_saving": 1e3 * on,
+        "step_ms_not_saving": 1e3 * off,
+        "save_blocks_ms": 1e3 * statistics.median(blocked),
+        "save_alone_seconds": alone,
+        "save_alone_cpu_seconds": cpu_alone,
+        "restore_seconds": restore,
+    }
 
 
 def main() -> None:

@@ -56,8 +56,11 @@ from gspn_jax.training.step import make_step
 from gspn_jax.training.throughput import peak_flops
 from kernels import available_backends
 
-CPU_MODELS = ("DiT-S/2:hidden=192,depth=8,heads=3", "DiT-S/2:mixer=gspn,hidden=192,depth=8,heads=3",
-              "GSPN-S/2:hidden=192,depth=12")
+CPU_MODELS = (
+    "DiT-S/2:hidden=192,depth=8,heads=3",
+    "DiT-S/2:mixer=gspn,hidden=192,depth=8,heads=3",
+    "GSPN-S/2:hidden=192,depth=12",
+)
 
 
 KINDS = ("training", "forward", "sampling")
@@ -65,14 +68,18 @@ CLASSES = 1000
 
 
 def parse_model(text: str, remat: str | None) -> ModelConfig:
-    """"DiT-S/2:mixer=gspn,depth=4" or "configs/NAME.py" -> ModelConfig; `remat` None is "none", or the file's own."""
+    """ "DiT-S/2:mixer=gspn,depth=4" or "configs/NAME.py" -> ModelConfig; `remat` None is "none", or the file's own."""
     if text.endswith(".py"):
         model = cli.load_config(text).model
         return model if remat is None else dataclasses.replace(model, remat=remat)
     preset, _, overrides = text.partition(":")
     fields = dict(item.split("=") for item in overrides.split(",")) if overrides else {}
-    return ModelConfig(preset=preset, drop_path=0.0, remat=remat or "none",
-                       **{name: int(value) if value.isdigit() else value for name, value in fields.items()})
+    return ModelConfig(
+        preset=preset,
+        drop_path=0.0,
+        remat=remat or "none",
+        **{name: int(value) if value.isdigit() else value for name, value in fields.items()},
+    )
 
 
 class Timing(NamedTuple):
@@ -113,10 +120,14 @@ def ratio(row: dict, first: dict, name: str) -> float | None:
 def make_config(model: ModelConfig, arguments: argparse.Namespace) -> Config:
     compute = "float32" if jax.default_backend() == "cpu" else "bfloat16"
     return Config(
-        run_dir="unused", model=model, diffusion=DiffusionConfig(objective="flow"), mesh=MeshConfig(),
+        run_dir="unused",
+        model=model,
+        diffusion=DiffusionConfig(objective="flow"),
+        mesh=MeshConfig(),
         sampler=SamplerConfig(name="euler", steps=arguments.sampler_steps),
         data=DataConfig(image_size=arguments.image_size, channels=arguments.channels, num_classes=CLASSES),
-        train=TrainConfig(batch_size=arguments.batch_size, precision=f"params=float32,compute={compute}"))
+        train=TrainConfig(batch_size=arguments.batch_size, precision=f"params=float32,compute={compute}"),
+    )
 
 
 @contextlib.contextmanager
@@ -132,8 +143,10 @@ def measure_training(config: Config, mesh: jax.sharding.Mesh, timing: Timing) ->
     asked for."""
     size, count = (config.data.image_size, config.data.image_size, config.data.channels), config.train.batch_size
     rng = np.random.default_rng(0)
-    batch = {"image": rng.integers(0, 256, (count, *size), np.uint8),
-             "label": rng.integers(0, CLASSES, count, np.int32)}
+    batch = {
+        "image": rng.integers(0, 256, (count, *size), np.uint8),
+        "label": rng.integers(0, CLASSES, count, np.int32),
+    }
     start = time.perf_counter()
     lowered = make_step(config, mesh).lower(abstract_state(config, mesh), batch)
     lowered_seconds = time.perf_counter() - start
@@ -155,8 +168,10 @@ def measure_training(config: Config, mesh: jax.sharding.Mesh, timing: Timing) ->
     flops = models.forward_flops(models.resolve(config.model), size[2], *size[:2])
     peak = peak_flops(jax.devices()[0].device_kind)
     return {
-        "lower_seconds": lowered_seconds, "compile_seconds": compiled,
-        "train_ms": 1e3 * train_seconds, "images_per_second": rate,
+        "lower_seconds": lowered_seconds,
+        "compile_seconds": compiled,
+        "train_ms": 1e3 * train_seconds,
+        "images_per_second": rate,
         "mfu": 3 * flops * rate / (peak * jax.device_count()) if peak else None,
         "peak_bytes": (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use"),
         "compiled_bytes": memory.temp_size_in_bytes + memory.argument_size_in_bytes if memory else None,
@@ -184,14 +199,20 @@ def measure_sampling(config: Config, mesh: jax.sharding.Mesh, timing: Timing) ->
         start = time.perf_counter()
         draw = lowered.compile()
         compiled = time.perf_counter() - start
-        labels, seeds = jax.device_put((np.arange(count, dtype=np.int32) % CLASSES, np.arange(count, dtype=np.uint32)),
-                                       sharding.batch_sharding(mesh))
+        labels, seeds = jax.device_put(
+            (np.arange(count, dtype=np.int32) % CLASSES, np.arange(count, dtype=np.uint32)),
+            sharding.batch_sharding(mesh),
+        )
         params = create_state(config, mesh).params
         elapsed = seconds(lambda: jax.block_until_ready(draw(params, labels, seeds)), timing.repeats)
         print(f"{config.model.preset}: {1e3 * elapsed / sampler.evaluations:.2f} ms an evaluation", flush=True)
         traced = {"sampler_kernels": kernel_times(lambda: draw(params, labels, seeds))} if timing.trace else {}
-    return traced | {"sampler_compile_seconds": compiled, "sampler_evaluations": sampler.evaluations,
-            "evaluation_ms": 1e3 * elapsed / sampler.evaluations, "sampled_images_per_second": count / elapsed}
+    return traced | {
+        "sampler_compile_seconds": compiled,
+        "sampler_evaluations": sampler.evaluations,
+        "evaluation_ms": 1e3 * elapsed / sampler.evaluations,
+        "sampled_images_per_second": count / elapsed,
+    }
 
 
 MEASURES = dict(zip(KINDS, (measure_training, measure_forward, measure_sampling), strict=True))
@@ -203,10 +224,14 @@ def measure(text: str, arguments: argparse.Namespace, lock: str) -> dict[str, An
     config = make_config(model, arguments)
     mesh = sharding.make_mesh(config.mesh)
     flops = models.forward_flops(models.resolve(model), arguments.channels, *(arguments.image_size,) * 2)
-    row = {"device": f"{jax.device_count()} x {jax.devices()[0].device_kind}", "remat": model.remat,
-           "scans": model.backend or available_backends()[0],
-           **attention_of(model, arguments, config.train.precision.split("=")[-1]),
-           "parameters": models.count_parameters(config), "gflops_per_image": flops / 1e9}
+    row = {
+        "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+        "remat": model.remat,
+        "scans": model.backend or available_backends()[0],
+        **attention_of(model, arguments, config.train.precision.split("=")[-1]),
+        "parameters": models.count_parameters(config),
+        "gflops_per_image": flops / 1e9,
+    }
     for kind in arguments.measure:
         row |= MEASURES[kind](config, mesh, Timing(arguments.repeats, lock, arguments.trace))
     return row
@@ -273,10 +298,15 @@ def measured(arguments: argparse.Namespace) -> Iterator[tuple[str, dict[str, Any
 
 
 COLUMNS = {
-    "train_ms": ("train ms", "9.1f"), "images_per_second": ("img/s", "8.1f"), "mfu": ("MFU", "6.1%"),
-    "forward_ms": ("forward ms", "10.1f"), "forward_images_per_second": ("img/s", "8.1f"),
-    "evaluation_ms": ("evaluation ms", "13.2f"), "sampled_images_per_second": ("img/s", "8.1f"),
-    "lower_seconds": ("lower s", "7.1f"), "compile_seconds": ("compile s", "9.1f"),
+    "train_ms": ("train ms", "9.1f"),
+    "images_per_second": ("img/s", "8.1f"),
+    "mfu": ("MFU", "6.1%"),
+    "forward_ms": ("forward ms", "10.1f"),
+    "forward_images_per_second": ("img/s", "8.1f"),
+    "evaluation_ms": ("evaluation ms", "13.2f"),
+    "sampled_images_per_second": ("img/s", "8.1f"),
+    "lower_seconds": ("lower s", "7.1f"),
+    "compile_seconds": ("compile s", "9.1f"),
 }
 """What is printed of a row, and how."""
 
@@ -306,18 +336,33 @@ def main() -> None:
     parser.add_argument("--sampler-steps", type=int, default=20)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--limit", type=float, help="seconds for each model from its start; it is stopped then")
-    parser.add_argument("--together", action="store_true", help="start all at once: what the host does for one hides "
-                        "behind the others, and each has the device to itself while it is compiled and timed")
-    parser.add_argument("--trace", action="store_true", help="run once more under the profiler: times of each kernel, "
-                        "of a step and of a call of the sampler, is among the results")
+    parser.add_argument(
+        "--together",
+        action="store_true",
+        help="start all at once: what the host does for one hides "
+        "behind the others, and each has the device to itself while it is compiled and timed",
+    )
+    parser.add_argument(
+        "--trace",
+        action="store_true",
+        help="run once more under the profiler: times of each kernel, "
+        "of a step and of a call of the sampler, is among the results",
+    )
     parser.add_argument("--out", type=pathlib.Path, help="a JSON file for the results, written after each model")
     arguments = parser.parse_args()
 
-    print(f"jax {jax.__version__}, batch {arguments.batch_size}, "
-          f"{arguments.image_size}x{arguments.image_size}x{arguments.channels}")
-    about = {"jax": jax.__version__, "python": platform.python_version(), "date": datetime.date.today().isoformat(),
-             "arguments": {name: str(value) if isinstance(value, pathlib.Path) else value
-                           for name, value in vars(arguments).items()}}
+    print(
+        f"jax {jax.__version__}, batch {arguments.batch_size}, "
+        f"{arguments.image_size}x{arguments.image_size}x{arguments.channels}"
+    )
+    about = {
+        "jax": jax.__version__,
+        "python": platform.python_version(),
+        "date": datetime.date.today().isoformat(),
+        "arguments": {
+            name: str(value) if isinstance(value, pathlib.Path) else value for name, value in vars(arguments).items()
+        },
+    }
     rows: dict[str, dict] = {}
     if arguments.together:  # before JAX looks for devices: a process takes the memory that it needs
         os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"

@@ -20,11 +20,19 @@ from gspn_jax.config import (
 config = Config(
     run_dir="runs/cifar10",
     model=ModelConfig(preset="GSPN-S/2", hidden=128, depth=6, drop_path=0.0),
-    data=DataConfig(source="folder", path="data/cifar10/train", image_size=32, channels=3, num_classes=10, flip=True,
-                    in_memory=True),  # 154 MB
+    data=DataConfig(
+        source="folder", path="data/cifar10/train", image_size=32, channels=3, num_classes=10, flip=True, in_memory=True
+    ),  # 154 MB
     diffusion=DiffusionConfig(objective="flow"),
     sampler=SamplerConfig(steps=20, guidance_scale=1.5),
     optimizer=OptimizerConfig(learning_rate=2e-3, final_learning_rate=1e-5, warmup_steps=100),
-    train=TrainConfig(steps=6000, batch_size=64, precision="params=float32,compute=float32", ema_decays=(0.999, 0.9995),
-                      log_every=20, sample_every=500, save_every=500),
+    train=TrainConfig(
+        steps=6000,
+        batch_size=64,
+        precision="params=float32,compute=float32",
+        ema_decays=(0.999, 0.9995),
+        log_every=20,
+        sample_every=500,
+        save_every=500,
+    ),
 )

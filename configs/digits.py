@@ -23,6 +23,13 @@ config = Config(
     diffusion=DiffusionConfig(objective="flow"),
     sampler=SamplerConfig(steps=10, guidance_scale=1.25),
     optimizer=OptimizerConfig(learning_rate=2e-3, warmup_steps=50),
-    train=TrainConfig(steps=800, batch_size=64, precision="params=float32,compute=float32", ema_decays=(0.99,),
-                      log_every=10, sample_every=400, save_every=400),
+    train=TrainConfig(
+        steps=800,
+        batch_size=64,
+        precision="params=float32,compute=float32",
+        ema_decays=(0.99,),
+        log_every=10,
+        sample_every=400,
+        save_every=400,
+    ),
 )

@@ -121,10 +121,18 @@ class DataConfig:
             _check(bool(self.path), "data.path", "the image folder when data.source is 'folder'", self.path)
         if self.latents:
             _check(bool(self.path), "data.path", "the folder of latents when data.source is 'latents'", self.path)
-            _check(not self.in_memory, "data.in_memory", "False when data.source is 'latents', which are not decoded",
-                   self.in_memory)
-        _check(not (self.in_memory and self.workers), "data.workers", "0 with data.in_memory, which leaves nothing to "
-               "decode while training", self.workers)
+            _check(
+                not self.in_memory,
+                "data.in_memory",
+                "False when data.source is 'latents', which are not decoded",
+                self.in_memory,
+            )
+        _check(
+            not (self.in_memory and self.workers),
+            "data.workers",
+            "0 with data.in_memory, which leaves nothing to decode while training",
+            self.workers,
+        )
         if self.source == "tfds":
             _check(bool(self.name), "data.name", "a tensorflow-datasets name when data.source is 'tfds'", self.name)
 
@@ -175,8 +183,12 @@ class SamplerConfig:
         _positive(self, "sampler", "steps")
         _check(self.guidance_scale >= 0, "sampler.guidance_scale", "0 or more", self.guidance_scale)
         low, high = self.guidance_interval
-        _check(0.0 <= low < high <= 1.0, "sampler.guidance_interval", "(low, high) with 0 <= low < high <= 1",
-               self.guidance_interval)
+        _check(
+            0.0 <= low < high <= 1.0,
+            "sampler.guidance_interval",
+            "(low, high) with 0 <= low < high <= 1",
+            self.guidance_interval,
+        )
         _check(0.0 <= self.ddim_eta <= 1.0, "sampler.ddim_eta", "in [0, 1]", self.ddim_eta)
 
 
@@ -194,8 +206,12 @@ class OptimizerConfig:
 
     def __post_init__(self) -> None:
         _positive(self, "optimizer", "learning_rate", "clip_norm")
-        _check(0 <= self.final_learning_rate <= self.learning_rate, "optimizer.final_learning_rate",
-               "between 0 and optimizer.learning_rate", self.final_learning_rate)
+        _check(
+            0 <= self.final_learning_rate <= self.learning_rate,
+            "optimizer.final_learning_rate",
+            "between 0 and optimizer.learning_rate",
+            self.final_learning_rate,
+        )
         _check(self.warmup_steps >= 0, "optimizer.warmup_steps", "0 or more", self.warmup_steps)
         _check(self.weight_decay >= 0, "optimizer.weight_decay", "0 or more", self.weight_decay)
         _fraction(self, "optimizer", "b1", "b2")
@@ -240,8 +256,12 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         _positive(self, "train", "steps", "batch_size", "accumulate", "log_every", "save_every")
-        _check(self.batch_size % self.accumulate == 0, "train.batch_size", f"a multiple of train.accumulate "
-               f"({self.accumulate})", self.batch_size)
+        _check(
+            self.batch_size % self.accumulate == 0,
+            "train.batch_size",
+            f"a multiple of train.accumulate ({self.accumulate})",
+            self.batch_size,
+        )
         _check(self.seed >= 0, "train.seed", "0 or more", self.seed)
         _check(self.sample_every >= 0, "train.sample_every", "0 or more", self.sample_every)
         _check(self.keep_every >= 0, "train.keep_every", "0 or more", self.keep_every)
@@ -290,13 +310,21 @@ class EvalConfig:
     def __post_init__(self) -> None:
         _check(self.every >= 0, "eval.every", "0 or more", self.every)
         _check(self.num_samples > 3, "eval.num_samples", "4 or more", self.num_samples)
-        _check(len(self.metrics) > 0 and len(set(self.metrics)) == len(self.metrics), "eval.metrics",
-               "some metrics, each once", self.metrics)
+        _check(
+            len(self.metrics) > 0 and len(set(self.metrics)) == len(self.metrics),
+            "eval.metrics",
+            "some metrics, each once",
+            self.metrics,
+        )
         for name in self.metrics:
             _one_of("eval.metrics", name, get_args(Metric))
         _positive(self, "eval", "batch_size")
-        _check(self.guidance_scale is None or self.guidance_scale >= 0, "eval.guidance_scale", "0 or more, or None",
-               self.guidance_scale)
+        _check(
+            self.guidance_scale is None or self.guidance_scale >= 0,
+            "eval.guidance_scale",
+            "0 or more, or None",
+            self.guidance_scale,
+        )
         _check(self.steps is None or self.steps > 0, "eval.steps", "greater than 0, or None", self.steps)
         _one_of("eval.labels", self.labels, ("random", "balanced"))
         _check(self.seed >= 0, "eval.seed", "0 or more", self.seed)
@@ -336,8 +364,12 @@ class ProfileConfig:
     def __post_init__(self) -> None:
         if self.steps is not None:
             first, _, last = self.steps.partition(":")
-            _check(first.isdigit() and last.isdigit() and 1 <= int(first) <= int(last), "profile.steps",
-                   "FIRST:LAST with 1 <= FIRST <= LAST", self.steps)
+            _check(
+                first.isdigit() and last.isdigit() and 1 <= int(first) <= int(last),
+                "profile.steps",
+                "FIRST:LAST with 1 <= FIRST <= LAST",
+                self.steps,
+            )
 
     @property
     def bounds(self) -> tuple[int, int] | None:
@@ -368,28 +400,55 @@ class Config:
         _check(bool(self.run_dir), "run_dir", "a folder", self.run_dir)
         flow = self.diffusion.objective == "flow"
         allowed = (*SAMPLERS_OF[self.diffusion.objective], None)
-        _check(self.sampler.name in allowed, "sampler.name",
-               f"one of {allowed} with diffusion.objective={self.diffusion.objective!r}", self.sampler.name)
+        _check(
+            self.sampler.name in allowed,
+            "sampler.name",
+            f"one of {allowed} with diffusion.objective={self.diffusion.objective!r}",
+            self.sampler.name,
+        )
         if not flow:
-            _check(self.sampler.steps <= self.diffusion.timesteps, "sampler.steps",
-                   f"at most diffusion.timesteps ({self.diffusion.timesteps})", self.sampler.steps)
-        _check(self.optimizer.warmup_steps <= self.train.steps, "optimizer.warmup_steps",
-               f"at most train.steps ({self.train.steps})", self.optimizer.warmup_steps)
+            _check(
+                self.sampler.steps <= self.diffusion.timesteps,
+                "sampler.steps",
+                f"at most diffusion.timesteps ({self.diffusion.timesteps})",
+                self.sampler.steps,
+            )
+        _check(
+            self.optimizer.warmup_steps <= self.train.steps,
+            "optimizer.warmup_steps",
+            f"at most train.steps ({self.train.steps})",
+            self.optimizer.warmup_steps,
+        )
         if self.eval.every:
             self._check_eval()
 
     def _check_eval(self) -> None:
         if self.diffusion.objective != "flow":
-            _check((self.eval.steps or 1) <= self.diffusion.timesteps, "eval.steps",
-                   f"at most diffusion.timesteps ({self.diffusion.timesteps})", self.eval.steps)
-        _check(self.eval.ema in (None, 0.0, *self.train.ema_decays), "eval.ema",
-               f"None, 0 or one of train.ema_decays {self.train.ema_decays}", self.eval.ema)
-        _check(self.eval.reference is not None or self.eval.metrics == ("is",), "eval.reference",
-               f"a file of reference statistics for eval.metrics {self.eval.metrics}", self.eval.reference)
+            _check(
+                (self.eval.steps or 1) <= self.diffusion.timesteps,
+                "eval.steps",
+                f"at most diffusion.timesteps ({self.diffusion.timesteps})",
+                self.eval.steps,
+            )
+        _check(
+            self.eval.ema in (None, 0.0, *self.train.ema_decays),
+            "eval.ema",
+            f"None, 0 or one of train.ema_decays {self.train.ema_decays}",
+            self.eval.ema,
+        )
+        _check(
+            self.eval.reference is not None or self.eval.metrics == ("is",),
+            "eval.reference",
+            f"a file of reference statistics for eval.metrics {self.eval.metrics}",
+            self.eval.reference,
+        )
         latents = self.data.latents
-        _check(latents == (self.eval.vae is not None), "eval.vae",
-               "the weights of the autoencoder for a run on latents" if latents else "None for a run on pixels",
-               self.eval.vae)
+        _check(
+            latents == (self.eval.vae is not None),
+            "eval.vae",
+            "the weights of the autoencoder for a run on latents" if latents else "None for a run on pixels",
+            self.eval.vae,
+        )
 
 
 VERSION = 2
@@ -433,8 +492,12 @@ def from_dict(values: dict[str, Any]) -> Config:
     """
     try:
         version = values.get("version", 1)
-        _check(isinstance(version, int) and 1 <= version <= VERSION, "the version of the saved config",
-               f"1 to {VERSION}, which this program reads", version)
+        _check(
+            isinstance(version, int) and 1 <= version <= VERSION,
+            "the version of the saved config",
+            f"1 to {VERSION}, which this program reads",
+            version,
+        )
         for old in range(version, VERSION):
             values = MIGRATIONS[old](values)
         return _build(Config, {name: value for name, value in values.items() if name != "version"}, "config")

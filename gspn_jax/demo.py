@@ -46,7 +46,7 @@ def main() -> None:
     seconds = time.perf_counter() - start
     (run_dir / "score.json").write_text(json.dumps(dataclasses.asdict(score) | {"seconds": seconds}, indent=1) + "\n")
     print(f"""
-samples               {run_dir / 'samples.png'} (10 of each class)
+samples               {run_dir / "samples.png"} (10 of each class)
 conditional accuracy  {score.conditional_accuracy:.3f} of {len(labels)} samples \
 (the classifier on held-out real digits: {score.classifier_accuracy:.3f})
 Frechet distance      {score.frechet:.3f} in the classifier's features (real against real: {score.frechet_floor:.3f})

@@ -60,11 +60,20 @@ def main(argv: list[str] | None = None) -> None:
     with cli.user_errors():
         argv = cli.join_other_hosts(argv)
         config = cli.parse_config(argv, program="gspn_jax.doctor", description=__doc__) if argv else None
-    checks: dict[str, Callable[[], Findings]] = {"versions": versions, "devices": devices, "kernels": kernels,
-                                              "attention": attention}
+    checks: dict[str, Callable[[], Findings]] = {
+        "versions": versions,
+        "devices": devices,
+        "kernels": kernels,
+        "attention": attention,
+    }
     if config:
-        checks |= {"mesh": lambda: mesh(config), "memory": lambda: memory(config), "disk": lambda: disk(config),
-                   "data": lambda: data_set(config), "files": lambda: weight_files(config)}
+        checks |= {
+            "mesh": lambda: mesh(config),
+            "memory": lambda: memory(config),
+            "disk": lambda: disk(config),
+            "data": lambda: data_set(config),
+            "files": lambda: weight_files(config),
+        }
     wrong = []
     for name, check in checks.items():
         print(f"{name}:", flush=True)
@@ -102,11 +111,17 @@ def devices() -> Findings:
     import jax
 
     found = jax.devices()
-    yield Finding(None, f"{len(found)} {found[0].device_kind} by {jax.default_backend()}, "
-                        f"{jax.process_count()} process{'es' if jax.process_count() > 1 else ''}")
+    yield Finding(
+        None,
+        f"{len(found)} {found[0].device_kind} by {jax.default_backend()}, "
+        f"{jax.process_count()} process{'es' if jax.process_count() > 1 else ''}",
+    )
     if jax.default_backend() == "cpu" and shutil.which("nvidia-smi"):
-        yield Finding(False, "this machine has nvidia-smi, but JAX sees no GPU: install jax[cuda13], or look at what "
-                             "`python -c 'import jax; jax.devices()'` says")
+        yield Finding(
+            False,
+            "this machine has nvidia-smi, but JAX sees no GPU: install jax[cuda13], or look at what "
+            "`python -c 'import jax; jax.devices()'` says",
+        )
     stats = jax.local_devices()[0].memory_stats() or {}
     if "bytes_limit" in stats:
         used = stats["bytes_in_use"] / stats["bytes_limit"]
@@ -141,9 +156,11 @@ def kernels() -> Findings:
 
     def run(operator: Callable, arrays: list, dtype=jnp.float32, **options) -> list[np.ndarray]:
         """The value and what every array gets from a cotangent that is the value."""
+
         def both(arrays):
             y, pull = jax.vjp(lambda arrays: operator(*arrays, **options), arrays)
             return [y, *pull(y)[0]]
+
         return [np.asarray(a, np.float64) for a in jax.jit(both)([jnp.asarray(a, dtype) for a in arrays])]
 
     def scan_down(x, gates, **options):
@@ -169,8 +186,13 @@ def kernels() -> Findings:
             ("propagate_low_rank", propagate_low_rank, low_rank, jnp.bfloat16, BFLOAT16_TOLERANCE),
         ):
             exact = [np.asarray(jnp.asarray(a, dtype), np.float32) for a in arrays]  # the scan, of the same numbers
-            yield _same(f"{name} by the {backend!r} backend", "the scan, with gradients,",
-                        run(operator, arrays, dtype, backend=backend), run(operator, exact, backend="scan"), tolerance)
+            yield _same(
+                f"{name} by the {backend!r} backend",
+                "the scan, with gradients,",
+                run(operator, arrays, dtype, backend=backend),
+                run(operator, exact, backend="scan"),
+                tolerance,
+            )
     for backend, caveat in backend_caveats().items():
         yield Finding(None, f"the {backend!r} backend {caveat}")
 
@@ -193,6 +215,7 @@ def attention() -> Findings:
         def both(q, k, v):
             y, pull = jax.vjp(attention.attention, q, k, v)
             return [y, *pull(y)]
+
         return [np.asarray(a, np.float64) for a in jax.jit(both)(*arrays)]
 
     what = f"attention by {choice.implementation!r}"
@@ -203,8 +226,9 @@ def attention() -> Findings:
         yield Finding(None, f"cuDNN's flash attention {choice.reason}")
 
 
-def _same(what: str, reference: str, found: list[np.ndarray], wanted: list[np.ndarray],
-          tolerance: float = TOLERANCE) -> Finding:
+def _same(
+    what: str, reference: str, found: list[np.ndarray], wanted: list[np.ndarray], tolerance: float = TOLERANCE
+) -> Finding:
     off = max(np.abs(a - b).max() / np.abs(b).max() for a, b in zip(found, wanted, strict=True))
     return Finding(bool(off < tolerance), f"{what} agrees with {reference} to {off:.1e} (at most {tolerance:.0e})")
 
@@ -223,8 +247,12 @@ def mesh(config: Config) -> Findings:
     if count == 1:
         return
     split = NamedSharding(found, PartitionSpec(found.axis_names))
-    values = jax.jit(lambda: jax.numpy.broadcast_to(jax.numpy.arange(count, dtype=jax.numpy.float32)[:, None],
-                                                    (count, REDUCED_VALUES)), out_shardings=split)()
+    values = jax.jit(
+        lambda: jax.numpy.broadcast_to(
+            jax.numpy.arange(count, dtype=jax.numpy.float32)[:, None], (count, REDUCED_VALUES)
+        ),
+        out_shardings=split,
+    )()
     reduce = jax.jit(lambda a: a.sum(0), out_shardings=NamedSharding(found, PartitionSpec()))
     total = jax.block_until_ready(reduce(values))
     right = bool((np.asarray(total.addressable_data(0)) == count * (count - 1) / 2).all())
@@ -233,9 +261,12 @@ def mesh(config: Config) -> Findings:
         jax.block_until_ready(reduce(values))
     seconds = (time.perf_counter() - start) / 3
     size = 4 * REDUCED_VALUES
-    yield Finding(right, f"an all-reduce of {size / 1e6:.0f} MB over {count} devices is "
-                         f"{'right' if right else 'WRONG'} and takes {1e3 * seconds:.1f} ms "
-                         f"({2 * (count - 1) / count * size / seconds / 1e9:.1f} GB/s a device)")
+    yield Finding(
+        right,
+        f"an all-reduce of {size / 1e6:.0f} MB over {count} devices is "
+        f"{'right' if right else 'WRONG'} and takes {1e3 * seconds:.1f} ms "
+        f"({2 * (count - 1) / count * size / seconds / 1e9:.1f} GB/s a device)",
+    )
 
 
 def memory(config: Config) -> Findings:
@@ -250,8 +281,10 @@ def memory(config: Config) -> Findings:
     limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
     text = f"the state takes {share / 1e9:.2f} GB a device, gradients and activations come on top"
     # a gradient of the parameters is held beside the state, which has about four copies of them
-    yield Finding(None if limit is None else bool(1.25 * share < limit),
-                  text + (f" (the device has {limit / 1e9:.1f} GB)" if limit else ""))
+    yield Finding(
+        None if limit is None else bool(1.25 * share < limit),
+        text + (f" (the device has {limit / 1e9:.1f} GB)" if limit else ""),
+    )
 
 
 def disk(config: Config) -> Findings:
@@ -281,23 +314,31 @@ def disk(config: Config) -> Findings:
         start = time.perf_counter()
         same = pathlib.Path(file.name).read_bytes() == content
         read = time.perf_counter() - start
-    yield Finding(same, f"{parent} is written at {WRITTEN_BYTES / write / 1e6:.0f} MB/s and read at "
-                        f"{WRITTEN_BYTES / read / 1e6:.0f} MB/s" + ("" if same else ", but what is read is not what "
-                                                                    "was written"))
+    yield Finding(
+        same,
+        f"{parent} is written at {WRITTEN_BYTES / write / 1e6:.0f} MB/s and read at "
+        f"{WRITTEN_BYTES / read / 1e6:.0f} MB/s" + ("" if same else ", but what is read is not what was written"),
+    )
     state = abstract_state(config, sharding.make_mesh(config.mesh))
     size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
     periodic = config.train.steps // config.train.keep_every if config.train.keep_every else 0
     needed = (KEPT_CHECKPOINTS + periodic) * size
     free = shutil.disk_usage(parent).free
-    yield Finding(free > needed, f"{KEPT_CHECKPOINTS + periodic} checkpoints of {size / 1e9:.2f} GB need "
-                                 f"{needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free"
-                                 + (f" ({periodic} of them by train.keep_every)" if periodic else "")
-                                 + f"; saving one takes about {size * write / WRITTEN_BYTES:.0f} s beside the training")
+    yield Finding(
+        free > needed,
+        f"{KEPT_CHECKPOINTS + periodic} checkpoints of {size / 1e9:.2f} GB need "
+        f"{needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free"
+        + (f" ({periodic} of them by train.keep_every)" if periodic else "")
+        + f"; saving one takes about {size * write / WRITTEN_BYTES:.0f} s beside the training",
+    )
     found = checkpoints.newest_whole(run_dir)
     if found:
         step, wrong = found
-        yield Finding(None, f"{run_dir} has a run: training goes on from step {step}"
-                      + (f"; newer ones that are not whole: {wrong}" if wrong else ""))
+        yield Finding(
+            None,
+            f"{run_dir} has a run: training goes on from step {step}"
+            + (f"; newer ones that are not whole: {wrong}" if wrong else ""),
+        )
 
 
 def data_set(config: Config) -> Findings:
@@ -309,8 +350,14 @@ def data_set(config: Config) -> Findings:
     source = data.make_source(config.data)
     yield Finding(True, f"{len(source):,} images of {len(source.class_names)} classes")
     hosts = jax.process_count()
-    with data.make_loader(config.data, source, batch_size=config.train.batch_size, seed=config.train.seed,
-                          num_hosts=hosts, host=jax.process_index()) as loader:
+    with data.make_loader(
+        config.data,
+        source,
+        batch_size=config.train.batch_size,
+        seed=config.train.seed,
+        num_hosts=hosts,
+        host=jax.process_index(),
+    ) as loader:
         next(loader)
         start, count = time.perf_counter(), 0
         while count < 3 or (time.perf_counter() - start < 2 and count < 50):

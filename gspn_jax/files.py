@@ -41,8 +41,9 @@ def new_folder(path: pathlib.Path, *, bytes_needed: int) -> Iterator[pathlib.Pat
     path = path.absolute()
     free = shutil.disk_usage(path.parent).free
     if free < bytes_needed:
-        raise ConfigError(f"{path.name} needs {bytes_needed / 1e9:.2f} GB in {path.parent}, found {free / 1e9:.2f} GB "
-                          "free")
+        raise ConfigError(
+            f"{path.name} needs {bytes_needed / 1e9:.2f} GB in {path.parent}, found {free / 1e9:.2f} GB free"
+        )
     temporary = path.with_name(path.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)  # of a call that was killed
     temporary.mkdir()

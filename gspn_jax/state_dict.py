@@ -40,8 +40,9 @@ def _read_torch(path: pathlib.Path) -> dict[str, np.ndarray]:
     try:
         import torch
     except ImportError as error:
-        raise ImportError(f"reading {path.name} needs PyTorch (pip install torch); a .safetensors file does not "
-                          f"need it") from error
+        raise ImportError(
+            f"reading {path.name} needs PyTorch (pip install torch); a .safetensors file does not need it"
+        ) from error
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):  # the original's checkpoints carry their args
             content = torch.load(path, map_location="cpu", weights_only=True)

@@ -90,14 +90,18 @@ def open_folder(folder: pathlib.Path, stem: str) -> TensorFiles:
             if (folder / index).is_file():
                 return TensorFiles(_shards(folder / index))
     found = ", ".join(sorted(path.name for path in folder.iterdir())[:8]) or "nothing"
-    raise FileNotFoundError(f"{folder} must hold {stem}.safetensors (or its .fp16 variant, or shards with an index); "
-                            f"pickled .bin files are not read; found {found}")
+    raise FileNotFoundError(
+        f"{folder} must hold {stem}.safetensors (or its .fp16 variant, or shards with an index); "
+        f"pickled .bin files are not read; found {found}"
+    )
 
 
 def load_network(
-    folder: str | pathlib.Path, stem: str, read_config: Callable[[dict], NetworkConfig],
+    folder: str | pathlib.Path,
+    stem: str,
+    read_config: Callable[[dict], NetworkConfig],
     from_state_dict: Callable[[Mapping[str, np.ndarray], NetworkConfig, DTypeLike | None], dict[str, Any]],
-    dtype: DTypeLike | None
+    dtype: DTypeLike | None,
 ) -> tuple[dict[str, Shaped[np.ndarray, "..."]], NetworkConfig]:
     """Reads the folder of one network, its `config.json` and the weights beside it, as `open_folder` finds them.
 
@@ -137,9 +141,13 @@ def read_json(path: pathlib.Path) -> dict:
 
 
 def arrange(
-    tensors: Mapping[str, Shaped[np.ndarray, "..."]], expected: Mapping[str, tuple[int, ...]], owner: str, *,
-    dtype: DTypeLike | None = None, rename: Callable[[str], str | None] = str,
-    as_stored: Callable[[str], bool] = lambda name: False
+    tensors: Mapping[str, Shaped[np.ndarray, "..."]],
+    expected: Mapping[str, tuple[int, ...]],
+    owner: str,
+    *,
+    dtype: DTypeLike | None = None,
+    rename: Callable[[str], str | None] = str,
+    as_stored: Callable[[str], bool] = lambda name: False,
 ) -> dict[str, Shaped[np.ndarray, "..."]]:
     """Checks the tensors of `owner` ("the U-Net") against names and shapes of `expected` and lays them out for NHWC.
 

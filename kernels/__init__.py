@@ -6,5 +6,14 @@ from kernels.saved import STATES as SCAN_STATES
 from kernels.sharding import sharded
 from kernels.weights import stochastic_weights
 
-__all__ = ["SCAN_STATES", "available_backends", "backend_caveats", "depthwise_conv", "line_scan", "propagate",
-           "propagate_low_rank", "sharded", "stochastic_weights"]
+__all__ = [
+    "SCAN_STATES",
+    "available_backends",
+    "backend_caveats",
+    "depthwise_conv",
+    "line_scan",
+    "propagate",
+    "propagate_low_rank",
+    "sharded",
+    "stochastic_weights",
+]

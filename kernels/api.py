@@ -42,9 +42,13 @@ def _mosaic_gpu() -> _Backend:
         reason = f"cannot be had from this JAX ({jax.__version__}: {error})"
         return _Backend(scan.line_scan, scan.propagate, lambda: reason, lambda x, directions: reason)  # never called
     return _Backend(
-        mosaic_gpu.line_scan, over_shards(mosaic_gpu.propagate, "bc bc bc bc -c bc"), mosaic_gpu.missing,
-        mosaic_gpu.refuses, over_shards(mosaic_gpu.propagate_low_rank, "bc b- -c -c -c -c -c"),
-        mosaic_gpu.refuses_low_rank, mosaic_gpu.caveat,
+        mosaic_gpu.line_scan,
+        over_shards(mosaic_gpu.propagate, "bc bc bc bc -c bc"),
+        mosaic_gpu.missing,
+        mosaic_gpu.refuses,
+        over_shards(mosaic_gpu.propagate_low_rank, "bc b- -c -c -c -c -c"),
+        mosaic_gpu.refuses_low_rank,
+        mosaic_gpu.caveat,
     )
 
 
@@ -164,8 +168,10 @@ def propagate_low_rank(
         raise ValueError(f"proxy must have shape {[*x.shape[:3], 'd']}, found {list(proxy.shape)}.")
     rank, channels = proxy.shape[3], x.shape[3]
     if gates.ndim != 4 or gates.shape[3] < 1 or channels % gates.shape[3]:
-        raise ValueError(f"gates must have shape [d, 4, 3, G] with G a divisor of the {channels} channels of x, "
-                         f"found {list(gates.shape)}.")
+        raise ValueError(
+            f"gates must have shape [d, 4, 3, G] with G a divisor of the {channels} channels of x, "
+            f"found {list(gates.shape)}."
+        )
     _check_shape("gates", gates, (rank, 4, 3, gates.shape[3]))
     for name, array in (("lam", lam), ("out_gate", out_gate), ("skip", skip)):
         if array is not None:
@@ -181,8 +187,9 @@ def propagate_low_rank(
     def expand(factor: Array) -> Array:
         return jnp.tensordot(proxy, factor.astype(proxy.dtype), 1)
 
-    return chosen.propagate(x, expand(gates), 1 + expand(lam), 1 + expand(out_gate), merge,
-                            None if skip is None else expand(skip), chunk)
+    return chosen.propagate(
+        x, expand(gates), 1 + expand(lam), 1 + expand(out_gate), merge, None if skip is None else expand(skip), chunk
+    )
 
 
 def _choose(name: str | None, x: Array, directions: int) -> _Backend:

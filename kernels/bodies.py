@@ -36,16 +36,21 @@ def normalised(
 
 def by_weights(adjoint: Array, before: Sequence[Array], has_left: Array, has_right: Array) -> list[Array]:
     """What the three weights get, from the states before of the left, the same and the right position."""
-    return [jnp.where(has_left, adjoint * before[0], 0.0), adjoint * before[1],
-            jnp.where(has_right, adjoint * before[2], 0.0)]
+    return [
+        jnp.where(has_left, adjoint * before[0], 0.0),
+        adjoint * before[1],
+        jnp.where(has_right, adjoint * before[2], 0.0),
+    ]
 
 
 def by_logits(weights: Sequence[Array], complements: Sequence[Array], gradients: Sequence[Array]) -> list[Array]:
     """What the three logits get, from what their weights get."""
     first, second, third = (weight * gradient for weight, gradient in zip(weights, gradients, strict=True))
     mean = first + second + third
-    return [weight * complement * (gradient - mean)
-            for weight, complement, gradient in zip(weights, complements, gradients, strict=True)]
+    return [
+        weight * complement * (gradient - mean)
+        for weight, complement, gradient in zip(weights, complements, gradients, strict=True)
+    ]
 
 
 MOST_AHEAD = 14
@@ -64,6 +69,7 @@ def _tile_by_tile(walk: Walk, do: Callable, carry: Any, queue: tuple) -> tuple[A
 
     One program for all tiles, with the addresses of one, which saves registers: the queue goes round.
     """
+
     def step(m, carry):
         carry, (first, *others) = carry
         carry, new = do(walk.positions()[0] + m * walk.lines.positions, carry, first)
@@ -153,7 +159,8 @@ def forward(inputs: Inputs, outputs, shared: Shared, *, job: Job, plan: tiles.Pl
                 return nothing, fetch(walk, t + 1, position)
 
             _, following = expansion.expand(
-                inputs, walk, t + 1, meanwhile=lambda: _tile_by_tile(walk, scan_and_fetch, (), fetched))
+                inputs, walk, t + 1, meanwhile=lambda: _tile_by_tile(walk, scan_and_fetch, (), fetched)
+            )
             meet(plan, shared)
             return following
 
@@ -376,8 +383,9 @@ def adjoint(inputs, outputs, shared: Shared, *, job: Job, plan: tiles.Plan):
                 found_x = found_x + scaled * expansion.read(walk, n, position, SKIP)
             compat.store(by_x, walk.index(t, position, walk.k), found_x)
 
-            weights, _ = normalised([expansion.read(walk, n, position, kind) for kind in range(3)],
-                                    *walk.neighbours(position))
+            weights, _ = normalised(
+                [expansion.read(walk, n, position, kind) for kind in range(3)], *walk.neighbours(position)
+            )
             left, center, right = (walk.unless_first(t, weight * found) for weight in weights)
             state[walk.state(1 - parity, 0, position, 1)] = left
             state[walk.state(1 - parity, 1, position, 1)] = right
@@ -386,8 +394,7 @@ def adjoint(inputs, outputs, shared: Shared, *, job: Job, plan: tiles.Plan):
         def step(n, carried):
             expansion.expand(inputs, walk, n)
             meet(plan, shared)
-            _, carried = _tile_by_tile(
-                walk, lambda position, _, own: ((), scan_tile(n, position, own)), (), carried)
+            _, carried = _tile_by_tile(walk, lambda position, _, own: ((), scan_tile(n, position, own)), (), carried)
             meet(plan, shared)
             return carried
 

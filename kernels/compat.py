@@ -18,9 +18,28 @@ from jax.experimental.mosaic.gpu import warpgroup_barrier as mosaic_barrier
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array
 
-PALLAS_NAMES = ("ACC", "Barrier", "CompilerParams", "Layout", "LoweringSemantics", "SMEM", "SwizzleTransform", "Tiling",
-                "TilingTransform", "barrier_arrive", "barrier_wait", "broadcasted_iota", "commit_smem",
-                "copy_gmem_to_smem", "inline_mgpu", "kernel", "layout_cast", "load", "wgmma", "wgmma_wait")
+PALLAS_NAMES = (
+    "ACC",
+    "Barrier",
+    "CompilerParams",
+    "Layout",
+    "LoweringSemantics",
+    "SMEM",
+    "SwizzleTransform",
+    "Tiling",
+    "TilingTransform",
+    "barrier_arrive",
+    "barrier_wait",
+    "broadcasted_iota",
+    "commit_smem",
+    "copy_gmem_to_smem",
+    "inline_mgpu",
+    "kernel",
+    "layout_cast",
+    "load",
+    "wgmma",
+    "wgmma_wait",
+)
 """What the kernels use of Pallas' Mosaic GPU dialect, an experimental interface."""
 
 if _moved := [name for name in PALLAS_NAMES if not hasattr(plgpu, name)]:
@@ -143,8 +162,9 @@ def kernel(body: Callable, made_of: tuple, arrays: Sequence[Array], **options: A
         options["interpret"] = interpret
     key = (*made_of, repr(options), *((a.shape, a.dtype) for a in arrays))
     if key not in _built:
-        parameters = plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Warpgroup,
-                                          unsafe_no_auto_barriers=True)
+        parameters = plgpu.CompilerParams(
+            approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Warpgroup, unsafe_no_auto_barriers=True
+        )
         _built[key] = jax.jit(plgpu.kernel(body, compiler_params=parameters, **options))
     return _built[key](*arrays)
 
@@ -208,6 +228,7 @@ def iota(shape: tuple[int, ...], dimension: int, layout: Any) -> Array:
 
 def wgmma(total: Any, a: Any, b: Any, *, transpose_a: bool = False, transpose_b: bool = False) -> None:
     """total += a @ b on tensor cores, where `total` is an accumulator and a and b are in shared memory."""
+
     def begin(a, b):
         plgpu.wgmma(total, a, b)
 
@@ -226,6 +247,7 @@ def wgmma(total: Any, a: Any, b: Any, *, transpose_a: bool = False, transpose_b:
 
 def _copy_transposed(ref: Any, do: Any) -> None:
     """Calls `do` with a copy of this warpgroup's own, its axes exchanged; all warpgroups must come here."""
+
     def with_copies(copies):
         copy = copies.at[jax.lax.axis_index("warpgroup")]
         copy[...] = ref[...].T

@@ -109,9 +109,7 @@ def _shifted_products(x: Array, kernel: Array) -> Array:
     padded, kernel = _pad(x, kernel), kernel.astype(jnp.float32)
     height, width = x.shape[1:3]
     rows, columns = kernel.shape[:2]
-    return sum(
-        kernel[m, n] * padded[:, m : m + height, n : n + width] for m in range(rows) for n in range(columns)
-    )
+    return sum(kernel[m, n] * padded[:, m : m + height, n : n + width] for m in range(rows) for n in range(columns))
 
 
 def _shifted_gradients(x: Array, kernel: Array, cotangent: Array) -> tuple[Array, Array]:

@@ -103,6 +103,7 @@ class Plan:
     def row(self, ref: Any, image: Array, row: Array, first: Array, halo: int) -> list[Float[Array, "slab"] | None]:
         """Columns first - halo to first + length + halo of a row in float32; None for those that are always outside of
         the image, zeros for those that happen to be."""
+
         def read(begin: Array, count: int) -> list[Float[Array, "slab"]]:
             columns = ref.at[image, row, pl.ds(begin, count)]
             return [self.read(columns, column) for column in range(count)]
@@ -182,8 +183,16 @@ def _correlate(
     plan = Plan(*x.shape[1:], *kernel.shape[:2])
     grid = {"image": x.shape[0], "slab": plan.slabs, "strip": plan.strips, "segment": plan.segments}
     body = functools.partial(_correlate_body, plan=plan, finish=finish, turned=turned)
-    y, = _launch(body, "depthwise_correlate", grid, WARPGROUPS, [jax.ShapeDtypeStruct(x.shape, x.dtype)],
-                 x, kernel.astype(jnp.float32), *others)
+    (y,) = _launch(
+        body,
+        "depthwise_correlate",
+        grid,
+        WARPGROUPS,
+        [jax.ShapeDtypeStruct(x.shape, x.dtype)],
+        x,
+        kernel.astype(jnp.float32),
+        *others,
+    )
     return y
 
 
@@ -193,8 +202,16 @@ def _launch(body: Callable, name: str, grid: dict[str, int], warpgroups: int, ou
 
     kernel_body.__name__ = name
     made_of = (body.func, *sorted(body.keywords.items()), devices.current())
-    return compat.kernel(kernel_body, made_of, arrays, out_type=tuple(outputs), grid=tuple(grid.values()),
-                         grid_names=tuple(grid), num_threads=warpgroups, thread_name="warpgroup")
+    return compat.kernel(
+        kernel_body,
+        made_of,
+        arrays,
+        out_type=tuple(outputs),
+        grid=tuple(grid.values()),
+        grid_names=tuple(grid),
+        num_threads=warpgroups,
+        thread_name="warpgroup",
+    )
 
 
 def _correlate_body(x: Any, kernel: Any, *rest: Any, plan: Plan, finish: Callable, turned: bool) -> None:
@@ -232,8 +249,15 @@ def kernel_gradient(x: Array, cotangent: Array, size: tuple[int, int]) -> Float[
     parts = max(1, BLOCKS * (7 // size[0]) // plan.slabs)
     parts = min(parts, x.shape[0] * plan.segments * plan.height)
     grid = {"slab": plan.slabs, "part": parts}
-    found, = _launch(functools.partial(_kernel_gradient_body, plan=plan), "depthwise_kernel_gradient", grid, size[0],
-                     [jax.ShapeDtypeStruct((parts, *size, plan.channels), jnp.float32)], x, cotangent)
+    (found,) = _launch(
+        functools.partial(_kernel_gradient_body, plan=plan),
+        "depthwise_kernel_gradient",
+        grid,
+        size[0],
+        [jax.ShapeDtypeStruct((parts, *size, plan.channels), jnp.float32)],
+        x,
+        cotangent,
+    )
     return found.sum(0)
 
 
@@ -255,8 +279,10 @@ def _kernel_gradient_body(x: Any, cotangent: Any, found: Any, *, plan: Plan) -> 
             inputs = plan.row(x, image, row + m - middle, first, halo)
             given = plan.row(cotangent, image, row, first, 0)
             if plan.width % plan.length:  # columns that the segment shares with the one before it
-                given = [jnp.where(jnp.broadcast_to(first + column >= segment * plan.length, a.shape), a, 0.0)
-                         for column, a in enumerate(given)]
+                given = [
+                    jnp.where(jnp.broadcast_to(first + column >= segment * plan.length, a.shape), a, 0.0)
+                    for column, a in enumerate(given)
+                ]
             taps = list(taps)
             for n in range(plan.kernel_width):
                 for column, a in enumerate(given):

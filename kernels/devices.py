@@ -59,16 +59,21 @@ _AMPERE = (0, 11, 2)
 """JAX 0.10 waits at barriers with an instruction of compute capability 9.0, and under `shard_map` so do 0.11.0 and
 0.11.1, which take every mesh for one of that capability."""
 
-DEVICES = {device.capability: device for device in (
-    Device("8.0", "A100", 162 * KIB, 160 * KIB, joint_tile=512, apart_tile=256, shared_joint=False, oldest_jax=_AMPERE),
-    Device("8.6", "RTX 3090, A10", 98 * KIB, 96 * KIB, shared_tile=256, oldest_jax=_AMPERE),
-    Device("8.9", "RTX 4090, L4, L40S", 98 * KIB, 96 * KIB, shared_tile=256, oldest_jax=_AMPERE),
-    Device("9.0", "H100, H200", 226 * KIB, 200 * KIB, expanding=Expanding()),
-    Device("10.0", "B200", 226 * KIB, 200 * KIB),
-    Device("10.3", "B300", 226 * KIB, 200 * KIB),
-    Device("12.0", "RTX 5090", 98 * KIB, 96 * KIB),
-    Device("12.1", "GB10", 98 * KIB, 96 * KIB),
-)}
+DEVICES = {
+    device.capability: device
+    for device in (
+        Device(
+            "8.0", "A100", 162 * KIB, 160 * KIB, joint_tile=512, apart_tile=256, shared_joint=False, oldest_jax=_AMPERE
+        ),
+        Device("8.6", "RTX 3090, A10", 98 * KIB, 96 * KIB, shared_tile=256, oldest_jax=_AMPERE),
+        Device("8.9", "RTX 4090, L4, L40S", 98 * KIB, 96 * KIB, shared_tile=256, oldest_jax=_AMPERE),
+        Device("9.0", "H100, H200", 226 * KIB, 200 * KIB, expanding=Expanding()),
+        Device("10.0", "B200", 226 * KIB, 200 * KIB),
+        Device("10.3", "B300", 226 * KIB, 200 * KIB),
+        Device("12.0", "RTX 5090", 98 * KIB, 96 * KIB),
+        Device("12.1", "GB10", 98 * KIB, 96 * KIB),
+    )
+}
 """By compute capability."""
 
 DEFAULT = "9.0"
@@ -122,19 +127,25 @@ def missing() -> str | None:
             return f"needs an NVIDIA GPU, and this machine's device is {device.device_kind!r}"
     found = list(dict.fromkeys(map(_capability, candidates)))
     if len(found) > 1:  # Pallas lowers for the default device
-        return (f"needs GPUs of one compute capability, and found {' and '.join(found)}: CUDA_VISIBLE_DEVICES chooses "
-                f"those of one kind")
+        return (
+            f"needs GPUs of one compute capability, and found {' and '.join(found)}: CUDA_VISIBLE_DEVICES chooses "
+            f"those of one kind"
+        )
     if found[0] not in DEVICES:
-        return (f"needs an NVIDIA GPU of compute capability {', '.join(DEVICES)}, and {default.device_kind!r} has "
-                f"{found[0]}")
+        return (
+            f"needs an NVIDIA GPU of compute capability {', '.join(DEVICES)}, and {default.device_kind!r} has "
+            f"{found[0]}"
+        )
     return _too_old(DEVICES[found[0]])
 
 
 def _too_old(device: Device) -> str | None:
     if jax.__version_info__ >= device.oldest_jax:
         return None
-    return (f"needs JAX {'.'.join(map(str, device.oldest_jax))} or newer on GPUs of compute capability "
-            f"{device.capability}, and this is {jax.__version__}")
+    return (
+        f"needs JAX {'.'.join(map(str, device.oldest_jax))} or newer on GPUs of compute capability "
+        f"{device.capability}, and this is {jax.__version__}"
+    )
 
 
 def _candidates(default: jax.Device) -> list[jax.Device]:

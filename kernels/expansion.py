@@ -43,8 +43,14 @@ class Expansion(NamedTuple):
 
     def begin(self, inputs: Inputs, walk: Walk) -> None:
         """Sends for `up` and the first line."""
-        share_out(walk.plan, walk.warpgroup, self.kinds, lambda kind: plgpu.copy_gmem_to_smem(
-            inputs.up.at[walk.k, lax.axis_index("slab"), kind], self.up.at[kind], self.up_arrived.at[kind]))
+        share_out(
+            walk.plan,
+            walk.warpgroup,
+            self.kinds,
+            lambda kind: plgpu.copy_gmem_to_smem(
+                inputs.up.at[walk.k, lax.axis_index("slab"), kind], self.up.at[kind], self.up_arrived.at[kind]
+            ),
+        )
         self._send_for_line(inputs, walk, 0)
         share_out(walk.plan, walk.warpgroup, self.kinds, lambda kind: plgpu.barrier_wait(self.up_arrived.at[kind]))
 
@@ -166,5 +172,7 @@ def shared_bytes(kinds: int, rank: int) -> int:
     """Of shared memory, in the pass that takes more, for a proxy of `rank` that expands to so many kinds of terms."""
     slab, rank = tiles.SLABS[0], rank + -rank % QUANTUM
     operands = 2 * rank * (kinds * slab + 2 * tiles.ROWS)
-    return operands + max(2 * _buffers(states) * kinds * tiles.ROWS * slab + 2 * states * (tiles.ROWS + 2) * slab * 4
-                          for states in (1, tiles.HANDED_ON[True]))
+    return operands + max(
+        2 * _buffers(states) * kinds * tiles.ROWS * slab + 2 * states * (tiles.ROWS + 2) * slab * 4
+        for states in (1, tiles.HANDED_ON[True])
+    )

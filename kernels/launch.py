@@ -26,9 +26,7 @@ def forward(job: Job, plan: tiles.Plan, inputs: Inputs, *, save: bool) -> tuple[
     return (y if plan.joint else _sum_directions(y)), tuple(states)
 
 
-def backward(
-    job: Job, plan: tiles.Plan, inputs: Inputs, states: tuple[Array, ...], cotangent: Array
-) -> Inputs:
+def backward(job: Job, plan: tiles.Plan, inputs: Inputs, states: tuple[Array, ...], cotangent: Array) -> Inputs:
     """The cotangents of `inputs`."""
     batch = inputs.x.shape[0]
     body = functools.partial(bodies.backward, job=job, plan=plan)
@@ -91,8 +89,12 @@ def _writers(plan: tiles.Plan) -> int:
 
 def _merge_cotangent(partial: Float[Array, "B K S P slab"], job: Job, plan: tiles.Plan) -> Float[Array, "K C"]:
     """Sums what the warpgroups left; channels that the last slab shares with the one before it are counted once."""
-    by_slab = jnp.stack([partial[:, k, :, :_writers(plan) * plan.lines(direction).positions].sum((0, 2))
-                         for k, direction in enumerate(job.directions)])
+    by_slab = jnp.stack(
+        [
+            partial[:, k, :, : _writers(plan) * plan.lines(direction).positions].sum((0, 2))
+            for k, direction in enumerate(job.directions)
+        ]
+    )
     return join_slabs(plan, by_slab, axis=1)
 
 
@@ -100,7 +102,7 @@ def join_slabs(plan: tiles.Plan, by_slab: Array, axis: int) -> Array:
     """[..., slabs, slab, ...] to [..., C, ...]; channels that the last slab shares with the one before count once."""
     by_slab = jnp.moveaxis(by_slab, (axis, axis + 1), (0, 1))
     whole = by_slab[:-1].reshape(-1, *by_slab.shape[2:])
-    last = by_slab[-1, plan.slabs * plan.slab - plan.channels:]
+    last = by_slab[-1, plan.slabs * plan.slab - plan.channels :]
     return jnp.moveaxis(jnp.concatenate([whole, last]), 0, axis)
 
 
@@ -121,8 +123,11 @@ def run(body: Callable, grid: dict[str, int], warpgroups: int, inputs: Any, outp
 
     def kernel_body(*refs):
         arrays, rest = refs[: len(flat)], refs[len(flat) :]
-        body(jax.tree.unflatten(structure, arrays), jax.tree.unflatten(out_structure, rest[: len(out_type)]),
-             jax.tree.unflatten(scratch_structure, rest[len(out_type) :]))
+        body(
+            jax.tree.unflatten(structure, arrays),
+            jax.tree.unflatten(out_structure, rest[: len(out_type)]),
+            jax.tree.unflatten(scratch_structure, rest[len(out_type) :]),
+        )
 
     kernel_body.__name__ = f"line_scan_{body.func.__name__}"
     trees = structure, out_structure, scratch_structure

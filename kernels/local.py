@@ -173,24 +173,33 @@ class Class(NamedTuple):
 
     def send_for_factors(self) -> None:
         """Each class has one direction's."""
-        plgpu.copy_gmem_to_smem(self.given.up.at[lax.axis_index("slab"), self.index], self.shared.up.at[self.index],
-                                self.shared.up_arrived.at[self.index])
+        plgpu.copy_gmem_to_smem(
+            self.given.up.at[lax.axis_index("slab"), self.index],
+            self.shared.up.at[self.index],
+            self.shared.up_arrived.at[self.index],
+        )
 
     def await_factors(self) -> None:
         for direction in range(CLASSES):
             plgpu.barrier_wait(self.shared.up_arrived.at[direction])
 
     def send_for_proxy(self, image: Array, slot: Array) -> None:
-        plgpu.copy_gmem_to_smem(self.given.proxy.at[image, self.index], self.shared.proxy.at[slot, self.index],
-                                self.shared.proxy_arrived.at[slot * CLASSES + self.index])
+        plgpu.copy_gmem_to_smem(
+            self.given.proxy.at[image, self.index],
+            self.shared.proxy.at[slot, self.index],
+            self.shared.proxy_arrived.at[slot * CLASSES + self.index],
+        )
 
     def await_proxy(self, slot: Array) -> None:
         plgpu.barrier_wait(self.shared.proxy_arrived.at[slot * CLASSES + self.index])
 
     def send_for_pixels(self, image: Array, slot: Array) -> None:
         for n, source in enumerate(self._sources()):
-            plgpu.copy_gmem_to_smem(source.at[self.place(image)], self.shared.pixels.at[slot, n, self.index],
-                                    self.shared.pixels_arrived.at[self._pixels(slot, n)])
+            plgpu.copy_gmem_to_smem(
+                source.at[self.place(image)],
+                self.shared.pixels.at[slot, n, self.index],
+                self.shared.pixels_arrived.at[self._pixels(slot, n)],
+            )
 
     def await_pixels(self, slot: Array) -> None:
         for n, _ in enumerate(self._sources()):
@@ -207,8 +216,13 @@ class Class(NamedTuple):
     def place(self, image: Array) -> tuple:
         """Index of this class in [B H / 2, 2, W / 2, 2, C]."""
         height, _ = self.size
-        return (pl.ds(image * height, height), lax.div(self.index, 2), slice(None), lax.rem(self.index, 2),
-                pl.ds(self.start, SLAB))
+        return (
+            pl.ds(image * height, height),
+            lax.div(self.index, 2),
+            slice(None),
+            lax.rem(self.index, 2),
+            pl.ds(self.start, SLAB),
+        )
 
     def store(self, output: Any, image: Array, tile: Float[Array, "64 SLAB"]) -> None:
         """Stores a tile by way of shared memory, where threads exchange it for 16 bytes of a pixel each."""
@@ -335,7 +349,8 @@ def local_forward(given: Given, outputs: Any, shared: Shared, *, job: Job, image
         def visit_axis(axis: Array, y: Array) -> Array:
             lines, x = here.lines(axis), read(0)
             ((lam, *others), logits), _ = here.expand(
-                slot, (lines.first_direction, FIRST), (lines.second_direction, WEIGHTS))
+                slot, (lines.first_direction, FIRST), (lines.second_direction, WEIGHTS)
+            )
             state = lam * x
             shared.state[axis, rows_of(here.index), :] = state
             y = add(y, x, state, others[0], others[1:], lines.first_direction)
@@ -382,7 +397,8 @@ def local_backward(given: Given, outputs: Cotangents, shared: Shared, *, job: Jo
 
             x, gy = read(0), read(1)
             ((lam, out_gate, *skip), logits), _ = here.expand(
-                slot, (lines.first_direction, FIRST), (lines.second_direction, WEIGHTS))
+                slot, (lines.first_direction, FIRST), (lines.second_direction, WEIGHTS)
+            )
             h = lam * x
             state[mine, :] = h
             write(OUT_GATE - LAM, gy * h)
@@ -398,7 +414,8 @@ def local_backward(given: Given, outputs: Cotangents, shared: Shared, *, job: Jo
                 return weights, sigmoids, sum(weight * lines.read(state, n) for n, weight in enumerate(weights))
 
             ((lam, out_gate, *skip),), (weights, sigmoids, carried) = here.expand(
-                slot, (lines.second_direction, SECOND), meanwhile=carry)
+                slot, (lines.second_direction, SECOND), meanwhile=carry
+            )
             pl.when(axis == AXES - 1)(follow)
             x, gy = read(0), read(1)
             write(of_first + OUT_GATE, gy * (carried + lam * x))
@@ -441,7 +458,7 @@ def propagate(
     """The operator with chunk=2; `proxy` and `up` are as wide as the tensor cores take them."""
     given = _given(x, proxy, up, merge)
     output = jax.ShapeDtypeStruct(given.x.shape, x.dtype)
-    y, = _run(functools.partial(local_forward, job=job), given, [output])
+    (y,) = _run(functools.partial(local_forward, job=job), given, [output])
     return y.reshape(x.shape)
 
 
@@ -536,8 +553,14 @@ def _terms_of_classes(job: Job) -> list[list[tuple[int, slice]]]:
     """For each class the directions and kinds of its terms, in the order of `Cotangents.terms`."""
     kinds = slice(0, job.kinds)
     first = slice(LAM, kinds.stop)
-    return [[(2 * axis + on, used) for axis, parity in enumerate(divmod(index, 2))
-             for on, used in ((parity, first), (1 - parity, kinds))] for index in range(CLASSES)]
+    return [
+        [
+            (2 * axis + on, used)
+            for axis, parity in enumerate(divmod(index, 2))
+            for on, used in ((parity, first), (1 - parity, kinds))
+        ]
+        for index in range(CLASSES)
+    ]
 
 
 def _by_proxy(

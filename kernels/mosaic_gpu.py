@@ -37,9 +37,7 @@ def refuses(x: Float[Array, "B H W C"], directions: int) -> str | None:
     return None
 
 
-def refuses_low_rank(
-    x: Float[Array, "B H W C"], proxy: Float[Array, "B H W d"], kinds: int
-) -> str | None:
+def refuses_low_rank(x: Float[Array, "B H W C"], proxy: Float[Array, "B H W d"], kinds: int) -> str | None:
     """Why the kernel cannot expand `proxy` to so many kinds of terms by itself, or None."""
     device = devices.current()
     if device.expanding is None:
@@ -89,7 +87,8 @@ def _padded(job: Job, inputs: Inputs) -> Float[Array, "B H W C"]:
     _, height, width, channels = inputs.x.shape
     groups, device = inputs.weights.shape[-1], devices.current()
     make_plan = functools.partial(
-        tiles.make_plan, height, width, channels, directions=len(job.directions), device=device)
+        tiles.make_plan, height, width, channels, directions=len(job.directions), device=device
+    )
 
     def shares(plan: tiles.Plan) -> bool:
         return groups < channels and (groups == 1 or channels // groups % plan.slab == 0)

@@ -163,7 +163,8 @@ def sum_over_lines(
             source = given.proxy.at[_order(direction), *place(lax.min(n, groups * count - 1))]
             slot = lax.rem(n, 2)
             pl.when(warpgroup == 0)(
-                lambda: plgpu.copy_gmem_to_smem(source, shared.proxy.at[slot], shared.proxy_arrived.at[slot]))
+                lambda: plgpu.copy_gmem_to_smem(source, shared.proxy.at[slot], shared.proxy_arrived.at[slot])
+            )
 
         def step(n: Array, gy_h: Array, sums: tuple[Any, ...]) -> Array:
             slot = lax.rem(n, 2)
@@ -191,6 +192,7 @@ def sum_over_lines(
             gy_h = lax.fori_loop(0, groups * count, lambda n, gy_h: step(n, gy_h, sums), zeros)
             plgpu.barrier_wait(shared.proxy_arrived.at[lax.rem(jnp.int32(groups * count), 2)])
             for n, total in enumerate(sums):
+
                 def store(n=n, total=total):
                     compat.store(outputs[0], (split, k, slab, n, slice(None), part), total[...])
 
@@ -226,8 +228,11 @@ def sum_over_slabs(given: Given, outputs: Any, shared: Tiles, *, job: Job, plan:
             meet(plan, shared)
             _make_cotangents(walk, walk.line(line), given, shared, kinds, None)
             meet(plan, shared)
-            pl.loop(0, len(kinds))(lambda kind: compat.wgmma(
-                total, shared.terms.at[kind], shared.up.at[slot, kind, part], transpose_b=True))
+            pl.loop(0, len(kinds))(
+                lambda kind: compat.wgmma(
+                    total, shared.terms.at[kind], shared.up.at[slot, kind, part], transpose_b=True
+                )
+            )
             plgpu.wgmma_wait(0)
             meet(plan, shared)
 
@@ -254,9 +259,7 @@ def _order(direction: str) -> int:
     return 0 if direction in ("down", "up") else 1
 
 
-def _walk(
-    job: Job, plan: tiles.Plan, k: int, direction: str, group: Array, slab: Array, warpgroup: Array
-) -> Walk:
+def _walk(job: Job, plan: tiles.Plan, k: int, direction: str, group: Array, slab: Array, warpgroup: Array) -> Walk:
     """Where this warpgroup is: its positions on a line of a group of images."""
     start = pl.multiple_of(lax.min(slab * plan.slab, plan.channels - plan.slab), tiles.VECTOR)
     image = group * plan.images + lax.div(warpgroup * (tiles.ROWS // plan.warpgroups), plan.width)
@@ -269,11 +272,15 @@ def _part(warpgroup: Array, given: Given) -> tuple[Any, Array]:
     return pl.ds(pl.multiple_of(lax.min(warpgroup, parts - 1) * QUANTUM, QUANTUM), QUANTUM), warpgroup < parts
 
 
-def _send_up(
-    plan: tiles.Plan, warpgroup: Array, given: Given, shared: Tiles, k: int, slab: Array, slot: int
-) -> None:
-    expansion.share_out(plan, warpgroup, shared.up.shape[1], lambda kind: plgpu.copy_gmem_to_smem(
-        given.up.at[k, slab, kind], shared.up.at[slot, kind], shared.up_arrived.at[slot * shared.up.shape[1] + kind]))
+def _send_up(plan: tiles.Plan, warpgroup: Array, given: Given, shared: Tiles, k: int, slab: Array, slot: int) -> None:
+    expansion.share_out(
+        plan,
+        warpgroup,
+        shared.up.shape[1],
+        lambda kind: plgpu.copy_gmem_to_smem(
+            given.up.at[k, slab, kind], shared.up.at[slot, kind], shared.up_arrived.at[slot * shared.up.shape[1] + kind]
+        ),
+    )
 
 
 def _await_up(shared: Tiles, slot: int) -> None:
@@ -315,8 +322,9 @@ def _make_cotangents(
             weights, complements = bodies.normalised(logits, has_left, has_right)
         adjoint = walk.read(given.adjoints, walk.index(t, position, k))
         if 0 in kinds:
-            before = [walk.read(given.states[k], walk.index(lax.max(t - 1, 0), position, halo=halo))
-                      for halo in range(3)]
+            before = [
+                walk.read(given.states[k], walk.index(lax.max(t - 1, 0), position, halo=halo)) for halo in range(3)
+            ]
             gradients = bodies.by_weights(adjoint, before, has_left, has_right)
             for kind, gradient in enumerate(bodies.by_logits(weights, complements, gradients)):
                 write(kind, walk.unless_first(t, gradient))

@@ -53,8 +53,14 @@ def over_shards(operator: Callable, axes: str) -> Callable:
         given = {i: (array, _letters(array, word)) for i, (array, word) in enumerate(words) if array is not None}
 
         def common(letter: str) -> int:
-            return math.gcd(*(size for array, letters in given.values()
-                              for size, of in zip(array.shape, letters, strict=True) if of == letter))
+            return math.gcd(
+                *(
+                    size
+                    for array, letters in given.values()
+                    for size, of in zip(array.shape, letters, strict=True)
+                    if of == letter
+                )
+            )
 
         split = {"b": _dividing(mesh, batch_axes, common("b")), "c": _dividing(mesh, channel_axes, common("c"))}
         specs = {i: PartitionSpec(*map(split.get, letters)) for i, (_, letters) in given.items()}
@@ -63,17 +69,24 @@ def over_shards(operator: Callable, axes: str) -> Callable:
             return operator(*(parts.get(i) for i in range(len(arrays))), chunk)
 
         parts = {i: array for i, (array, _) in given.items()}
-        return jax.shard_map(local, mesh=mesh, in_specs=(specs,), out_specs=specs[0],
-                             axis_names=set(mesh.axis_names) - set(mesh.manual_axes), check_vma=False)(parts)
+        return jax.shard_map(
+            local,
+            mesh=mesh,
+            in_specs=(specs,),
+            out_specs=specs[0],
+            axis_names=set(mesh.axis_names) - set(mesh.manual_axes),
+            check_vma=False,
+        )(parts)
 
     return wrapped
 
 
 def _letters(array: Array, word: str) -> str:
     """`word` with a letter for every axis; a vector that is given by its ends has the first of them."""
-    letters = word if len(word) > 2 else (word[0] + "-" * (array.ndim - 2) + word[1])[:array.ndim]
-    return "".join("-" if letter == "c" and size == 1 else letter
-                   for letter, size in zip(letters, array.shape, strict=True))
+    letters = word if len(word) > 2 else (word[0] + "-" * (array.ndim - 2) + word[1])[: array.ndim]
+    return "".join(
+        "-" if letter == "c" and size == 1 else letter for letter, size in zip(letters, array.shape, strict=True)
+    )
 
 
 def _dividing(mesh: Mesh, axes: tuple[str, ...], size: int) -> tuple[str, ...] | None:

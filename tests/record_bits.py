@@ -30,11 +30,18 @@ OLD_RUN = ROOT / "tests" / "runs" / "old_run"
 STEPS = 20
 MESHES = {1: (1, 1, 1), 4: (1, 4, 1), 8: (2, 2, 2)}
 """Devices of a process -> ("data", "fsdp", "tensor")."""
-KINDS = {"paper": {"preset": "GSPN-S/2"}, "dit": {"preset": "DiT-S/2", "heads": 4},
-         "dit-gspn": {"preset": "DiT-S/2", "mixer": "gspn", "chunk": 2}}
-SAMPLERS = {"ddpm": ("ddpm", {"guidance_interval": (0.2, 0.8)}), "ddim": ("ddpm", {"ddim_eta": 0.5}),
-            "dpm++": ("ddpm", {"clip_denoised": True}), "euler": ("flow", {"guidance_channels": "first3"}),
-            "heun": ("flow", {})}
+KINDS = {
+    "paper": {"preset": "GSPN-S/2"},
+    "dit": {"preset": "DiT-S/2", "heads": 4},
+    "dit-gspn": {"preset": "DiT-S/2", "mixer": "gspn", "chunk": 2},
+}
+SAMPLERS = {
+    "ddpm": ("ddpm", {"guidance_interval": (0.2, 0.8)}),
+    "ddim": ("ddpm", {"ddim_eta": 0.5}),
+    "dpm++": ("ddpm", {"clip_denoised": True}),
+    "euler": ("flow", {"guidance_channels": "first3"}),
+    "heun": ("flow", {}),
+}
 
 
 def config(run_dir: pathlib.Path, kind: str, objective: str, *, accumulate: int = 1, mesh=(1, 1, 1), **train):
@@ -51,14 +58,26 @@ def config(run_dir: pathlib.Path, kind: str, objective: str, *, accumulate: int 
     )
 
     compute = {"ddpm": "bfloat16", "flow": "float32"}[objective]
-    settings = {"steps": STEPS, "batch_size": 16, "accumulate": accumulate, "log_every": 1, "sample_every": STEPS,
-                "save_every": STEPS, "ema_decays": (0.9, 0.99),
-                "precision": f"params=float32,compute={compute}"} | train
+    settings = {
+        "steps": STEPS,
+        "batch_size": 16,
+        "accumulate": accumulate,
+        "log_every": 1,
+        "sample_every": STEPS,
+        "save_every": STEPS,
+        "ema_decays": (0.9, 0.99),
+        "precision": f"params=float32,compute={compute}",
+    } | train
     return Config(
-        run_dir=str(run_dir), model=ModelConfig(hidden=64, depth=2, drop_path=0.1, **KINDS[kind]), data=DataConfig(),
-        diffusion=DiffusionConfig(objective=objective), sampler=SamplerConfig(steps=3),
-        optimizer=OptimizerConfig(learning_rate=1e-3, warmup_steps=2), mesh=MeshConfig(*mesh),
-        train=TrainConfig(**settings))
+        run_dir=str(run_dir),
+        model=ModelConfig(hidden=64, depth=2, drop_path=0.1, **KINDS[kind]),
+        data=DataConfig(),
+        diffusion=DiffusionConfig(objective=objective),
+        sampler=SamplerConfig(steps=3),
+        optimizer=OptimizerConfig(learning_rate=1e-3, warmup_steps=2),
+        mesh=MeshConfig(*mesh),
+        train=TrainConfig(**settings),
+    )
 
 
 def digest(tree: Any) -> str:
@@ -84,12 +103,17 @@ def trained(settings) -> dict[str, Any]:
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     keep = ("loss", "grad_norm", "eval/fid", "eval/is", "eval/kid", "eval/precision", "eval/recall", "eval/sfid")
     one = sharding.make_mesh(settings.mesh)
-    saved = {decay: checkpoints.restore_params(run_dir, settings.train.steps, settings, one, ema_decay=decay)
-             for decay in (0.0, *settings.train.ema_decays)}
+    saved = {
+        decay: checkpoints.restore_params(run_dir, settings.train.steps, settings, one, ema_decay=decay)
+        for decay in (0.0, *settings.train.ema_decays)
+    }
     grids = {path.name: digest(Image.open(path).tobytes()) for path in sorted((run_dir / "samples").glob("*.png"))}
     metrics = [{"step": line["step"]} | {name: line[name] for name in keep if name in line} for line in lines]
-    return {"metrics": metrics, "grids": grids,
-            "parameters": {str(decay): digest(jax.device_get(params)) for decay, params in saved.items()}}
+    return {
+        "metrics": metrics,
+        "grids": grids,
+        "parameters": {str(decay): digest(jax.device_get(params)) for decay, params in saved.items()},
+    }
 
 
 def measure_training(folder: pathlib.Path, devices: int) -> dict[str, Any]:
@@ -102,8 +126,9 @@ def measure_training(folder: pathlib.Path, devices: int) -> dict[str, Any]:
     entries = {}
     for kind, objective, accumulate in runs:
         name = f"{kind} {objective} accumulate {accumulate} on {'x'.join(map(str, mesh))}"
-        entries[name] = trained(config(folder / name.replace(" ", "_"), kind, objective, accumulate=accumulate,
-                                       mesh=mesh))
+        entries[name] = trained(
+            config(folder / name.replace(" ", "_"), kind, objective, accumulate=accumulate, mesh=mesh)
+        )
     return entries
 
 
@@ -139,8 +164,10 @@ def measure_metrics(folder: pathlib.Path) -> dict[str, Any]:
     metrics = ("fid", "is", "kid", "precision", "recall")
     settings = dataclasses.replace(
         config(folder / "evaluated", "dit", "flow", steps=4, save_every=2, sample_every=0),
-        eval=EvalConfig(every=2, num_samples=13, metrics=metrics, reference=str(reference), inception=str(weights),
-                        batch_size=8))
+        eval=EvalConfig(
+            every=2, num_samples=13, metrics=metrics, reference=str(reference), inception=str(weights), batch_size=8
+        ),
+    )
     entries = {"evaluation in training": trained(settings)}
     common = ("--inception", str(weights), "--reference", str(reference), "--batch-size", "8")
     evaluate.main(["--samples", str(samples), "--output", str(folder / "samples.json"), *common])
@@ -168,17 +195,50 @@ def measure_latents(folder: pathlib.Path) -> dict[str, Any]:
         path = folder / "images" / str(i % 10) / f"{i}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(rng.integers(0, 256, (11 + i, 24, 3), np.uint8)).save(path)
-    prepare.main(["latents", "--vae", str(folder / "vae.safetensors"), "--output", str(folder / "latents"), "--images",
-                  str(folder / "images"), "--image-size", "16", "--shard-size", "8", "--batch-size", "4"])
+    prepare.main(
+        [
+            "latents",
+            "--vae",
+            str(folder / "vae.safetensors"),
+            "--output",
+            str(folder / "latents"),
+            "--images",
+            str(folder / "images"),
+            "--image-size",
+            "16",
+            "--shard-size",
+            "8",
+            "--batch-size",
+            "4",
+        ]
+    )
     data = DataConfig(source="latents", path=str(folder / "latents"), image_size=8, channels=4, flip=True)
     source = make_source(data)
     with make_loader(data, source, batch_size=6, seed=0) as loader:
         batches = [next(loader) for _ in range(5)]
     settings = dataclasses.replace(config(folder / "on_latents", "paper", "ddpm", steps=5, save_every=5), data=data)
-    entries = {"latents": {"records": digest([source[i] for i in range(len(source))]), "batches": digest(batches),
-                           "fingerprint": source.fingerprint, "run": trained(settings)}}
-    sample.main(["--run", settings.run_dir, "--num-samples", "6", "--output", str(folder / "decoded.npz"), "--vae",
-                 str(folder / "vae.safetensors"), "--batch-size", "4"])
+    entries = {
+        "latents": {
+            "records": digest([source[i] for i in range(len(source))]),
+            "batches": digest(batches),
+            "fingerprint": source.fingerprint,
+            "run": trained(settings),
+        }
+    }
+    sample.main(
+        [
+            "--run",
+            settings.run_dir,
+            "--num-samples",
+            "6",
+            "--output",
+            str(folder / "decoded.npz"),
+            "--vae",
+            str(folder / "vae.safetensors"),
+            "--batch-size",
+            "4",
+        ]
+    )
     with np.load(folder / "decoded.npz") as file:
         entries["latents"]["decoded"] = digest([file["arr_0"], file["arr_1"]])
     return entries
@@ -220,11 +280,19 @@ def measure_all() -> dict[str, Any]:
     entries = {}
     for devices in MESHES:
         flags = f"--xla_force_host_platform_device_count={devices} {QUICK_COMPILE}"
-        environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags,
-                                    "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".cache" / "jax")}
+        environment = os.environ | {
+            "JAX_PLATFORMS": "cpu",
+            "XLA_FLAGS": flags,
+            "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".cache" / "jax"),
+        }
         with tempfile.NamedTemporaryFile("r", suffix=".json") as file:
-            subprocess.run([sys.executable, "-m", "tests.record_bits", "measure", str(devices), file.name], cwd=ROOT,
-                           env=environment, check=True, stdout=subprocess.DEVNULL)
+            subprocess.run(
+                [sys.executable, "-m", "tests.record_bits", "measure", str(devices), file.name],
+                cwd=ROOT,
+                env=environment,
+                check=True,
+                stdout=subprocess.DEVNULL,
+            )
             entries |= json.load(file)
     return entries
 
@@ -240,11 +308,15 @@ def about() -> dict[str, str]:
 def different(recorded: Any, found: Any, name: str = "") -> list[str]:
     """A line for each value that is not the recorded one, to the bit."""
     if isinstance(recorded, dict) and isinstance(found, dict):
-        return [line for key in recorded.keys() | found.keys()
-                for line in different(recorded.get(key), found.get(key), f"{name}/{key}")]
+        return [
+            line
+            for key in recorded.keys() | found.keys()
+            for line in different(recorded.get(key), found.get(key), f"{name}/{key}")
+        ]
     if isinstance(recorded, list) and isinstance(found, list) and len(recorded) == len(found):
-        return [line for i, pair in enumerate(zip(recorded, found, strict=True))
-                for line in different(*pair, f"{name}/{i}")]
+        return [
+            line for i, pair in enumerate(zip(recorded, found, strict=True)) for line in different(*pair, f"{name}/{i}")
+        ]
     return [] if recorded == found else [f"{name}: recorded {recorded!r}, found {found!r}"]
 
 

@@ -47,6 +47,7 @@ def files(tmp_path_factory):
     (root / "run.py").write_text(run_config)
     mesh = sharding.make_mesh(config.mesh, jax.devices()[:1])
     from gspn_jax.data import make_source
+
     with Checkpoints(config, make_source(config.data).fingerprint, [str(i) for i in range(10)]) as saver:
         for step in (3, 6):
             saver.save(step, create_state(config, mesh))
@@ -88,17 +89,22 @@ def files(tmp_path_factory):
 
     save_file({"a": np.zeros(3, np.float32)}, root / "other.safetensors")
     sizes = autoencoder.AutoencoderConfig(channels=(32,), layers=1)
-    save_file({name: np.zeros(shape, np.float32) for name, shape in expected_shapes(sizes).items()},
-              root / "vae.safetensors")
+    save_file(
+        {name: np.zeros(shape, np.float32) for name, shape in expected_shapes(sizes).items()}, root / "vae.safetensors"
+    )
     (root / "cut.safetensors").write_bytes((root / "other.safetensors").read_bytes()[:-4])
     (root / "text.safetensors").write_text("hello" * 10)
     (root / "foreign.bin").write_bytes(pickle.dumps({"a": Foreign(root / "unpickled")}, protocol=2))
     (root / "weights.xyz").write_text("")
-    for name, text in (("no_config.py", "x = 1"), ("number.py", "config = 3"), ("syntax.py", "config = ("),
-                       ("imports.py", "import no_such_module_at_all"), ("raises.py", "config = {}['a']"),
-                       ("unknown_field.py", "from gspn_jax.config import Config\nconfig = Config('r', color=1)"),
-                       ("no_steps.py", "from gspn_jax.config import *\n"
-                        "config = Config('r', train=TrainConfig(steps=0))")):
+    for name, text in (
+        ("no_config.py", "x = 1"),
+        ("number.py", "config = 3"),
+        ("syntax.py", "config = ("),
+        ("imports.py", "import no_such_module_at_all"),
+        ("raises.py", "config = {}['a']"),
+        ("unknown_field.py", "from gspn_jax.config import Config\nconfig = Config('r', color=1)"),
+        ("no_steps.py", "from gspn_jax.config import *\nconfig = Config('r', train=TrainConfig(steps=0))"),
+    ):
         (root / name).write_text(text)
     return root
 
@@ -187,8 +193,10 @@ MISTAKES = [
     (train(*FOLDER, "{}/nowhere"), "{}/nowhere"),
     (train(*FOLDER, "{}/file"), "{}/file"),
     (train(*FOLDER, "{}/no_images"), "{}/no_images"),
-    (train(*FOLDER, "{}/images", "--data.num-classes", "3"),
-     "data.num_classes is 3, but the folder '{}/images' has 2 classes (a, b)"),
+    (
+        train(*FOLDER, "{}/images", "--data.num-classes", "3"),
+        "data.num_classes is 3, but the folder '{}/images' has 2 classes (a, b)",
+    ),
     (train("--data.source", "tfds"), "data.name must be a tensorflow-datasets name"),
     (train("--data.source", "tfds", "--data.name", "no_such_set", "--data.path", "{}/images"), "no_such_set"),
     (train("--data.source", "latents"), "data.path must be the folder of latents"),
@@ -254,8 +262,9 @@ def test_there_are_at_least_sixty():
     assert len(MISTAKES) >= 60
 
 
-@pytest.mark.parametrize(("call", "said"), MISTAKES,
-                         ids=[" ".join([call[0].__module__, *call[1]]).replace("/", "|") for call, _ in MISTAKES])
+@pytest.mark.parametrize(
+    ("call", "said"), MISTAKES, ids=[" ".join([call[0].__module__, *call[1]]).replace("/", "|") for call, _ in MISTAKES]
+)
 def test_a_mistake_gets_a_sentence_and_code_2_without_device_work(call, said, files, tmp_path, capsys, monkeypatch):
     main, arguments = call
     arguments = [argument.replace("{}", str(files)) for argument in arguments]
@@ -265,8 +274,13 @@ def test_a_mistake_gets_a_sentence_and_code_2_without_device_work(call, said, fi
     def device_work(*_, **__):
         raise AssertionError("the devices were put to work")
 
-    for module, name in ((page, "create_state"), (page, "make_step"), (checkpoints, "read_items"),
-                         (sampler.Sampler, "__call__"), (autoencoder.Autoencoder, "encode")):
+    for module, name in (
+        (page, "create_state"),
+        (page, "make_step"),
+        (checkpoints, "read_items"),
+        (sampler.Sampler, "__call__"),
+        (autoencoder.Autoencoder, "encode"),
+    ):
         monkeypatch.setattr(module, name, device_work)
     with pytest.raises(SystemExit) as stopped:
         main(arguments)

@@ -16,8 +16,15 @@ from gspn_jax.models.mixers import MIXERS
 
 ROOT = pathlib.Path(__file__).parents[1]
 FILES = sorted(path for path in (ROOT / "configs").glob("*.py") if path.name != "__init__.py")
-PUBLISHED = {"gspn_b_2": 137e6, "gspn_l_2": 443e6, "gspn_xl_2": 690e6, "dit_xl_2": 675e6, "gspn_l_2_512": 443e6,
-             "gspn_xl_2_512": 690e6, "dit_xl_2_512": 675e6}
+PUBLISHED = {
+    "gspn_b_2": 137e6,
+    "gspn_l_2": 443e6,
+    "gspn_xl_2": 690e6,
+    "dit_xl_2": 675e6,
+    "gspn_l_2_512": 443e6,
+    "gspn_xl_2_512": 690e6,
+    "dit_xl_2_512": 675e6,
+}
 """Parameters, from the papers of GSPN (arXiv 2501.12381) and DiT (arXiv 2212.09748); to be met within 1 %."""
 IMAGENET = 1_281_167
 """Images of the training set of ILSVRC 2012."""

@@ -41,15 +41,28 @@ def folder(tmp_path_factory):
     """dit.safetensors in the original's names, its run in dit/; ours/, a GSPN on latents; vae.safetensors."""
     folder = tmp_path_factory.mktemp("convert")
     save_file(random_state_dict(**SIZES), folder / "dit.safetensors")
-    convert.main(["import", "--weights", str(folder / "dit.safetensors"), "--heads", "2", "--step", "7",
-                  "--output", str(folder / "dit")])
+    convert.main(
+        [
+            "import",
+            "--weights",
+            str(folder / "dit.safetensors"),
+            "--heads",
+            "2",
+            "--step",
+            "7",
+            "--output",
+            str(folder / "dit"),
+        ]
+    )
     write_synthetic(folder / "set", records=16, latent_shape=(4, 4, 4), num_classes=5)
     data = DataConfig(source="latents", path=str(folder / "set"), image_size=4, channels=4, num_classes=5, flip=True)
     config = dataclasses.replace(tiny.config(folder / "ours", gspn=True), data=data)
     state = create_state(config, sharding.make_mesh(config.mesh, jax.devices()[:1]))
     rng = np.random.default_rng(0)  # a final layer of zeros would draw noise whatever the rest
-    random = [jax.tree.map(lambda leaf: leaf + 0.1 * rng.standard_normal(leaf.shape, np.float32), state.params)
-              for _ in range(3)]
+    random = [
+        jax.tree.map(lambda leaf: leaf + 0.1 * rng.standard_normal(leaf.shape, np.float32), state.params)
+        for _ in range(3)
+    ]
     state = dataclasses.replace(state, params=random[0], ema=dict(zip(state.ema, random[1:], strict=True)))
     with Checkpoints(config, make_source(data).fingerprint, [f"class {i}" for i in range(5)]) as saver:
         saver.save(3, state)
@@ -58,8 +71,21 @@ def folder(tmp_path_factory):
 
 
 def drawn(folder, run, output, *flags) -> np.ndarray:
-    sample.main(["--run", str(run), "--vae", str(folder / "vae.safetensors"), "--num-samples", "3", "--batch-size", "8",
-                 "--output", str(output), *flags])
+    sample.main(
+        [
+            "--run",
+            str(run),
+            "--vae",
+            str(folder / "vae.safetensors"),
+            "--num-samples",
+            "3",
+            "--batch-size",
+            "8",
+            "--output",
+            str(output),
+            *flags,
+        ]
+    )
     with np.load(output) as samples:
         return samples["arr_0"]
 
@@ -68,7 +94,10 @@ def test_a_dit_of_elsewhere_becomes_a_run_with_the_diffusion_it_was_trained_with
     step, config = checkpoints.read_config(folder / "dit")
     assert step == 7 and checkpoints.newest_whole(folder / "dit") == (7, {})
     assert (config.diffusion.objective, config.diffusion.timesteps, config.diffusion.beta_schedule) == (
-        "ddpm", 1000, "linear")
+        "ddpm",
+        1000,
+        "linear",
+    )
     assert models.learns_sigma(config) and config.data.image_size == 4 and config.data.num_classes == 5
     assert (config.sampler.name, config.sampler.steps, config.sampler.guidance_channels) == ("ddpm", 250, "first3")
     assert config.train.ema_decays == (0.9999,) and config.run_dir == str(folder / "dit")
@@ -101,8 +130,10 @@ def test_its_samples_are_those_of_the_original_network_and_diffusion(folder):
     mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
     params = checkpoints.restore_params(folder / "dit", step, config, mesh)
     found = Sampler(config, mesh, decode=lambda latents: latents)(params, [3], [9])[0]
-    noise = [np.asarray(jax.random.normal(jax.random.fold_in(jax.random.key(9), i), (4, 4, 4)), np.float64)
-             for i in range(STEPS)]
+    noise = [
+        np.asarray(jax.random.normal(jax.random.fold_in(jax.random.key(9), i), (4, 4, 4)), np.float64)
+        for i in range(STEPS)
+    ]
     truth = ddpm(random_state_dict(**SIZES), [draw.transpose(2, 0, 1) for draw in noise], 3).transpose(1, 2, 0)
     assert np.abs(found - truth).max() < 1e-4 * np.abs(truth).max()  # float32, as one call of the network
 
@@ -110,15 +141,18 @@ def test_its_samples_are_those_of_the_original_network_and_diffusion(folder):
 def released(run, tmp_path, *flags):
     """(the release, the run that it is imported as)."""
     convert.main(["export", "--run", str(run), "--output", str(tmp_path / "release"), *flags])
-    convert.main(["import", "--weights", str(tmp_path / "release/model.safetensors"), "--output",
-                  str(tmp_path / "back")])
+    convert.main(
+        ["import", "--weights", str(tmp_path / "release/model.safetensors"), "--output", str(tmp_path / "back")]
+    )
     return tmp_path / "release", tmp_path / "back"
 
 
 def test_a_dit_that_goes_out_again_has_its_names_and_draws_the_same_images(folder, tmp_path):
     release, back = released(folder / "dit", tmp_path, "--dit-names")
-    np.testing.assert_array_equal(drawn(folder, folder / "dit", tmp_path / "before.npz", "--sampler.steps", "4"),
-                                  drawn(folder, back, tmp_path / "after.npz", "--sampler.steps", "4"))
+    np.testing.assert_array_equal(
+        drawn(folder, folder / "dit", tmp_path / "before.npz", "--sampler.steps", "4"),
+        drawn(folder, back, tmp_path / "after.npz", "--sampler.steps", "4"),
+    )
     original, written = load_file(folder / "dit.safetensors"), load_file(release / "model.safetensors")
     assert written.keys() == original.keys()
     for name, value in original.items():  # positions are computed anew
@@ -157,20 +191,37 @@ def test_the_card_says_what_a_stranger_must_know(folder, tmp_path):
         header = json.loads(file.metadata()[HEADER])
     (run / "evaluation").mkdir()
     for name, sha256 in (("mine", header["parameters_sha256"]), ("other", "0" * 64)):
-        report.write(run / f"evaluation/{name}.json", {
-            "metrics": {"fid": 12.5 if name == "mine" else 99.5, "is": 3.25},
-            "samples": {"parameters_sha256": sha256, "count": 50_000, "labels": "random",
-                        "sampler": {"name": "heun", "steps": 3, "guidance_scale": 1.5}}})
+        report.write(
+            run / f"evaluation/{name}.json",
+            {
+                "metrics": {"fid": 12.5 if name == "mine" else 99.5, "is": 3.25},
+                "samples": {
+                    "parameters_sha256": sha256,
+                    "count": 50_000,
+                    "labels": "random",
+                    "sampler": {"name": "heun", "steps": 3, "guidance_scale": 1.5},
+                },
+            },
+        )
     convert.main(["export", "--run", str(run), "--license", "apache-2.0", "--output", str(tmp_path / "card")])
     card, first = ((tmp_path / name / "README.md").read_text() for name in ("card", "first"))
     config = checkpoints.read_config(run)[1]
     count = sum(value.size for value in load_file(tmp_path / "card/model.safetensors").values())
-    for said in ("license: \"apache-2.0\"", "| license | apache-2.0 |", f"| parameters | {count:,} in float32 |",
-                 "| preset | GSPN-S/2 |", "width 32, depth 2, patch 2", "32x32: latents of 4x4x4",
-                 "| training | 3 steps of 16 images (48 seen) |", "| weights | exponential moving average, decay 0.9 |",
-                 "| data set | latents set, 5 classes, fingerprint ", "flow matching",
-                 "| FID 12.5, Inception score 3.25 | 50,000 samples, heun 3 steps, guidance 1.5, random labels |",
-                 "import --weights model.safetensors --output runs/card", "sample.py --run runs/card --vae"):
+    for said in (
+        'license: "apache-2.0"',
+        "| license | apache-2.0 |",
+        f"| parameters | {count:,} in float32 |",
+        "| preset | GSPN-S/2 |",
+        "width 32, depth 2, patch 2",
+        "32x32: latents of 4x4x4",
+        "| training | 3 steps of 16 images (48 seen) |",
+        "| weights | exponential moving average, decay 0.9 |",
+        "| data set | latents set, 5 classes, fingerprint ",
+        "flow matching",
+        "| FID 12.5, Inception score 3.25 | 50,000 samples, heun 3 steps, guidance 1.5, random labels |",
+        "import --weights model.safetensors --output runs/card",
+        "sample.py --run runs/card --vae",
+    ):
         assert said in card, said
     assert "99.5" not in card and str(tmp_path) not in card and str(folder) not in card
     assert "| license | unknown: not stated by who exported |" in first and "None were measured" in first
@@ -180,8 +231,13 @@ def test_the_card_says_what_a_stranger_must_know(folder, tmp_path):
 
 def test_the_digest_of_the_parameters_is_the_same_on_a_mesh_that_pads_them(folder):
     config = checkpoints.read_config(folder / "ours")[1]
-    found = [checkpoints.restore_params(folder / "ours", 3, config, mesh) for mesh in (
-        sharding.make_mesh(MeshConfig(), jax.devices()[:1]), sharding.make_mesh(MeshConfig(fsdp=7), jax.devices()[:7]))]
+    found = [
+        checkpoints.restore_params(folder / "ours", 3, config, mesh)
+        for mesh in (
+            sharding.make_mesh(MeshConfig(), jax.devices()[:1]),
+            sharding.make_mesh(MeshConfig(fsdp=7), jax.devices()[:7]),
+        )
+    ]
     one, seven = (sum(leaf.size for leaf in jax.tree.leaves(params)) for params in found)
     assert one < seven
     assert digest_of(found[0], config) == digest_of(found[1], config)
@@ -206,19 +262,32 @@ def refused(capsys, *arguments) -> str:
     return shown
 
 
-@pytest.mark.parametrize(("change", "flags", "said"), [
-    (lambda s: s, [], "--heads must be given for a DiT of width 16 and depth 2, which is no preset"),
-    (lambda s: s, ["--heads", "3"], "model.heads must be a divisor of model.hidden (16), found 3"),
-    (lambda s: s, ["--heads", "0"], "--heads must be 1 or more, found 0"),
-    (lambda s: s, ["--heads", "2", "--step", "-1"], "--step must be 0 or more, found -1"),
-    (without("pos_embed"), ["--heads", "2"], "--image-size must be given for a file without pos_embed"),
-    (without("blocks.0.mlp.fc1.bias"), ["--heads", "2"], "the state_dict must have 'blocks.0.mlp.fc1.bias'"),
-    (without("x_embedder.proj.weight"), ["--heads", "2"], "must be those of a DiT, as facebookresearch/DiT names them"),
-    (lambda s: s | {"final_layer.linear.weight": s["final_layer.linear.weight"][:-2]}, ["--heads", "2"],
-     "must give 4 or 8 channels, found 7"),
-    (lambda s: s | {"t_embedder.mlp.0.bias": np.full(16, np.nan, np.float32)}, ["--heads", "2"],
-     "t_embedder.mlp.0.bias must be finite"),
-])
+@pytest.mark.parametrize(
+    ("change", "flags", "said"),
+    [
+        (lambda s: s, [], "--heads must be given for a DiT of width 16 and depth 2, which is no preset"),
+        (lambda s: s, ["--heads", "3"], "model.heads must be a divisor of model.hidden (16), found 3"),
+        (lambda s: s, ["--heads", "0"], "--heads must be 1 or more, found 0"),
+        (lambda s: s, ["--heads", "2", "--step", "-1"], "--step must be 0 or more, found -1"),
+        (without("pos_embed"), ["--heads", "2"], "--image-size must be given for a file without pos_embed"),
+        (without("blocks.0.mlp.fc1.bias"), ["--heads", "2"], "the state_dict must have 'blocks.0.mlp.fc1.bias'"),
+        (
+            without("x_embedder.proj.weight"),
+            ["--heads", "2"],
+            "must be those of a DiT, as facebookresearch/DiT names them",
+        ),
+        (
+            lambda s: s | {"final_layer.linear.weight": s["final_layer.linear.weight"][:-2]},
+            ["--heads", "2"],
+            "must give 4 or 8 channels, found 7",
+        ),
+        (
+            lambda s: s | {"t_embedder.mlp.0.bias": np.full(16, np.nan, np.float32)},
+            ["--heads", "2"],
+            "t_embedder.mlp.0.bias must be finite",
+        ),
+    ],
+)
 def test_a_wrong_dit_gets_a_sentence(folder, tmp_path, capsys, change, flags, said):
     weights = changed(folder, tmp_path, change)
     assert said in refused(capsys, "import", "--weights", weights, "--output", tmp_path / "run", *flags)
@@ -230,15 +299,18 @@ def test_other_files_and_places_get_a_sentence(folder, tmp_path, capsys):
     (tmp_path / "foreign.pt").write_bytes(pickle.dumps({"a": Foreign(tmp_path / "unpickled")}, protocol=2))
     to = ["--output", tmp_path / "run"]
     assert "text.safetensors must be a safetensors file" in refused(
-        capsys, "import", "--weights", tmp_path / "text.safetensors", *to)
+        capsys, "import", "--weights", tmp_path / "text.safetensors", *to
+    )
     assert "the weights must be a file, found nothing at" in refused(capsys, "import", "--weights", "/absent.pt", *to)
     assert "foreign.pt" in refused(capsys, "import", "--weights", tmp_path / "foreign.pt", *to)
     assert not (tmp_path / "unpickled").exists()
-    assert "exists already" in refused(capsys, "import", "--weights", folder / "dit.safetensors", "--heads", 2,
-                                       "--output", folder / "ours")
+    assert "exists already" in refused(
+        capsys, "import", "--weights", folder / "dit.safetensors", "--heads", 2, "--output", folder / "ours"
+    )
     assert "exists already" in refused(capsys, "export", "--run", folder / "ours", "--output", folder / "dit")
-    assert "must lie in a folder that exists" in refused(capsys, "export", "--run", folder / "ours", "--output",
-                                                         tmp_path / "no/where")
+    assert "must lie in a folder that exists" in refused(
+        capsys, "export", "--run", folder / "ours", "--output", tmp_path / "no/where"
+    )
     assert "no checkpoint in" in refused(capsys, "export", "--run", tmp_path, *to)
     assert "no checkpoint of step 9" in refused(capsys, "export", "--run", folder / "ours", "--step", 9, *to)
     assert "one that the run kept" in refused(capsys, "export", "--run", folder / "ours", "--ema", 0.5, *to)
@@ -274,7 +346,8 @@ def test_an_imported_run_is_not_trained_on(folder, tmp_path, capsys):
     (tmp_path / "config.py").write_text(
         "import dataclasses\nfrom gspn_jax.runs.checkpoints import read_config\n"
         f"config = read_config({str(run)!r})[1]\nconfig = dataclasses.replace(config, run_dir={str(run)!r}, "
-        f"data=dataclasses.replace(config.data, path={str(folder / 'set')!r}))\n")
+        f"data=dataclasses.replace(config.data, path={str(folder / 'set')!r}))\n"
+    )
     with pytest.raises(SystemExit) as stopped:
         train_dit.main(["--config", str(tmp_path / "config.py"), "--train.steps", "9"])
     assert stopped.value.code == 2 and "choose another run_dir to start a new run" in capsys.readouterr().err
@@ -296,15 +369,21 @@ def test_a_torch_file_gives_the_run_of_its_safetensors(folder, tmp_path, wrapped
     torch.save({"model": other, "ema": tensors} if wrapped else tensors, tmp_path / "dit.pt")
     convert.main(["import", "--weights", str(tmp_path / "dit.pt"), "--heads", "2", "--output", str(tmp_path / "run")])
     steps = ["--sampler.steps", "4"]
-    np.testing.assert_array_equal(drawn(folder, tmp_path / "run", tmp_path / "a.npz", *steps),
-                                  drawn(folder, folder / "dit", tmp_path / "b.npz", *steps))
+    np.testing.assert_array_equal(
+        drawn(folder, tmp_path / "run", tmp_path / "a.npz", *steps),
+        drawn(folder, folder / "dit", tmp_path / "b.npz", *steps),
+    )
 
 
 def test_the_published_sizes_are_known():
     for grid, side in ((16, 32), (32, 64)):
-        shapes = {"x_embedder.proj.weight": (1152, 4, 2, 2), "y_embedder.embedding_table.weight": (1001, 1152),
-                  "final_layer.linear.weight": (32, 1152), "pos_embed": (1, grid * grid, 1152),
-                  **{f"blocks.{i}.attn.qkv.bias": (3456,) for i in range(28)}}
+        shapes = {
+            "x_embedder.proj.weight": (1152, 4, 2, 2),
+            "y_embedder.embedding_table.weight": (1001, 1152),
+            "final_layer.linear.weight": (32, 1152),
+            "pos_embed": (1, grid * grid, 1152),
+            **{f"blocks.{i}.attn.qkv.bias": (3456,) for i in range(28)},
+        }
         config = dit_config({name: np.broadcast_to(np.float32(0), shape) for name, shape in shapes.items()})
         assert config.model.preset == "DiT-XL/2" and config.data.image_size == side
         assert models.count_parameters(config) == pytest.approx(675e6, rel=0.01) and models.learns_sigma(config)

@@ -36,20 +36,32 @@ def look(tmp_path, capsys, *flags):
 def test_a_machine_and_a_run_in_order(tmp_path, capsys):
     code, shown = look(tmp_path, capsys)
     assert code == 0 and "PROBLEM" not in shown
-    for said in ("JAX ", "8 cpu", "the 'scan' backend agrees with a float64 loop", "an all-reduce of 0 MB over 8 "
-                 "devices is right", "the state takes", "is written at", "checkpoints of", "1,797 images of 10 classes",
-                 "images/s", "nothing was found that would stop a run"):
+    for said in (
+        "JAX ",
+        "8 cpu",
+        "the 'scan' backend agrees with a float64 loop",
+        "an all-reduce of 0 MB over 8 devices is right",
+        "the state takes",
+        "is written at",
+        "checkpoints of",
+        "1,797 images of 10 classes",
+        "images/s",
+        "nothing was found that would stop a run",
+    ):
         assert said in shown
     assert not (tmp_path / "run").exists()  # it only looks
 
 
-@pytest.mark.parametrize(("flags", "said"), [
-    (["--mesh.fsdp", "3"], "must be the 8 devices there are"),
-    (["--train.batch-size", "12"], "train.batch_size must be a multiple of 8"),
-    (["--data.source", "folder", "--data.path", "/no/such/folder"], "/no/such/folder"),
-    (["--run-dir", "/proc/run"], "run_dir /proc/run cannot be written"),
-    (["--eval.every", "5", "--eval.metrics", "is", "--eval.inception", "/no/such/file"], "/no/such/file"),
-])
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--mesh.fsdp", "3"], "must be the 8 devices there are"),
+        (["--train.batch-size", "12"], "train.batch_size must be a multiple of 8"),
+        (["--data.source", "folder", "--data.path", "/no/such/folder"], "/no/such/folder"),
+        (["--run-dir", "/proc/run"], "run_dir /proc/run cannot be written"),
+        (["--eval.every", "5", "--eval.metrics", "is", "--eval.inception", "/no/such/file"], "/no/such/file"),
+    ],
+)
 def test_what_would_not_work_is_said_in_words(flags, said, tmp_path, capsys):
     code, shown = look(tmp_path, capsys, *flags)
     assert code == 1 and said in shown.rsplit("would stop the run", 1)[1]
@@ -57,8 +69,11 @@ def test_what_would_not_work_is_said_in_words(flags, said, tmp_path, capsys):
 
 def test_a_kernel_with_wrong_values_is_found(monkeypatch, capsys):
     scan = kernels.api._BACKENDS["scan"]
-    monkeypatch.setitem(kernels.api._BACKENDS, "scan", scan._replace(
-        line_scan=lambda x, *rest: scan.line_scan(x * np.float32(1.01), *rest)))
+    monkeypatch.setitem(
+        kernels.api._BACKENDS,
+        "scan",
+        scan._replace(line_scan=lambda x, *rest: scan.line_scan(x * np.float32(1.01), *rest)),
+    )
     finding, *_ = list(doctor.kernels())
     assert finding.works is False and "agrees with a float64 loop to 1" in finding.text
 
@@ -69,8 +84,11 @@ def test_every_operator_of_another_backend_is_held_against_the_scan(monkeypatch)
     _, *found = doctor.kernels()
     assert [finding.text.split()[0] for finding in found] == ["line_scan", "propagate", "propagate_low_rank"]
     assert all(finding.works for finding in found)
-    monkeypatch.setitem(kernels.api._BACKENDS, "mosaic_gpu", scan._replace(
-        propagate=lambda x, *rest: scan.propagate(x * x.dtype.type(1.1), *rest)))
+    monkeypatch.setitem(
+        kernels.api._BACKENDS,
+        "mosaic_gpu",
+        scan._replace(propagate=lambda x, *rest: scan.propagate(x * x.dtype.type(1.1), *rest)),
+    )
     _, *found = doctor.kernels()
     assert [finding.works for finding in found] == [True, False, False]
 

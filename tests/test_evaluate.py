@@ -80,8 +80,18 @@ def evaluate(folder, *flags: str) -> None:
 
 def test_an_npz_gets_the_metrics_of_its_images(folder, tmp_path, capsys):
     np.savez(tmp_path / "s.npz", arr_0=images(2), arr_1=np.arange(COUNT), settings=json.dumps({"seed": 7}))
-    evaluate(folder, "--samples", str(tmp_path / "s.npz"), "--reference", str(folder / "ref.npz"),
-             "--metrics", "fid", "is", "precision", "recall")
+    evaluate(
+        folder,
+        "--samples",
+        str(tmp_path / "s.npz"),
+        "--reference",
+        str(folder / "ref.npz"),
+        "--metrics",
+        "fid",
+        "is",
+        "precision",
+        "recall",
+    )
     result = json.loads((tmp_path / "s.json").read_text())
     assert list(result["metrics"]) == ["fid", "is", "precision", "recall"]
 
@@ -111,8 +121,24 @@ def test_a_folder_of_images_is_scored_as_the_npz_of_them(folder, tmp_path, capsy
 
 
 def command(folder, *flags: str) -> None:
-    evaluate(folder, "--run", str(folder / "run"), "--vae", str(folder / "vae.safetensors"), "--metrics", "is",
-             "--num-samples", str(COUNT), "--labels", "balanced", "--seed", "3", "--ema", "0.99", *flags)
+    evaluate(
+        folder,
+        "--run",
+        str(folder / "run"),
+        "--vae",
+        str(folder / "vae.safetensors"),
+        "--metrics",
+        "is",
+        "--num-samples",
+        str(COUNT),
+        "--labels",
+        "balanced",
+        "--seed",
+        "3",
+        "--ema",
+        "0.99",
+        *flags,
+    )
 
 
 def test_a_run_on_latents_is_drawn_decoded_and_scored_without_files(folder, tmp_path, capsys):
@@ -165,17 +191,46 @@ def test_two_processes_give_the_numbers_of_one(folder, tmp_path):
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    call = [sys.executable, "-m", "gspn_jax.evaluate", "--run", str(folder / "run"), "--inception",
-            str(folder / "inception.safetensors"), "--vae", str(folder / "vae.safetensors"), "--reference",
-            str(folder / "ref.npz"), "--metrics", "is", "kid", "precision", "--num-samples", "6", "--batch-size", "4"]
+    call = [
+        sys.executable,
+        "-m",
+        "gspn_jax.evaluate",
+        "--run",
+        str(folder / "run"),
+        "--inception",
+        str(folder / "inception.safetensors"),
+        "--vae",
+        str(folder / "vae.safetensors"),
+        "--reference",
+        str(folder / "ref.npz"),
+        "--metrics",
+        "is",
+        "kid",
+        "precision",
+        "--num-samples",
+        "6",
+        "--batch-size",
+        "4",
+    ]
     env = os.environ | {"XLA_FLAGS": QUICK_COMPILE, "PYTHONPATH": str(ROOT)}
     results = []
     for count in (1, 2):
         output = tmp_path / f"{count}.json"
-        place = [["--coordinator", f"localhost:{port}", "--num-processes", "2", "--process-id", str(i)] if count == 2
-                 else [] for i in range(count)]
-        processes = [subprocess.Popen([*call, "--output", str(output), *flags], env=env, cwd=tmp_path,
-                                      stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for flags in place]
+        place = [
+            ["--coordinator", f"localhost:{port}", "--num-processes", "2", "--process-id", str(i)] if count == 2 else []
+            for i in range(count)
+        ]
+        processes = [
+            subprocess.Popen(
+                [*call, "--output", str(output), *flags],
+                env=env,
+                cwd=tmp_path,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
+            for flags in place
+        ]
         try:
             said = [process.communicate(timeout=400)[0] for process in processes]
         finally:

@@ -33,6 +33,7 @@ def refused(capsys, *flags: str) -> str:
 
 # --- what would be unfair
 
+
 def test_samples_sorted_by_class_are_told_from_shuffled_ones():
     classes = np.repeat(np.arange(10), 50)
     assert report.sorted_by_class(classes)
@@ -80,13 +81,16 @@ def test_by_default_all_metrics_that_the_reference_allows_are_computed(weights, 
 
 # --- wrong requests
 
+
 def test_without_weights_one_sentence_says_which_where_and_how(tmp_path, capsys):
     np.savez(tmp_path / "s.npz", arr_0=np.zeros((4, 8, 8, 3), np.uint8))
     said = refused(capsys, "--samples", str(tmp_path / "s.npz"), "--metrics", "is")
     assert said.count("\n") == 1
-    for part in ("--inception must be the Inception-v3 weights of 2015-12-05", "found no --inception",
-                 "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
-                 "pt_inception-2015-12-05-6726825d.pth"):
+    for part in (
+        "--inception must be the Inception-v3 weights of 2015-12-05",
+        "found no --inception",
+        "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth",
+    ):
         assert part in said
     said = refused(capsys, "--samples", str(tmp_path / "s.npz"), "--metrics", "is", "--inception", "/absent.pth")
     assert "found nothing at /absent.pth" in said
@@ -123,11 +127,15 @@ def test_wrong_requests_get_one_sentence(tmp_path, weights, capsys):
 
 # --- the self-test
 
+
 def test_the_self_test_prints_each_check_and_its_exit_code_tells(weights, monkeypatch, capsys):
     passed = self_test.Check(True, "the machine is right")
     monkeypatch.setattr(self_test, "check_machine", lambda: passed)
-    monkeypatch.setattr(self_test, "check_file", lambda path, record, compare: iter(
-        [self_test.Check(None, f"{path} {record} {compare}")]))
+    monkeypatch.setattr(
+        self_test,
+        "check_file",
+        lambda path, record, compare: iter([self_test.Check(None, f"{path} {record} {compare}")]),
+    )
     main(["--self-test", "--inception", str(weights), "--compare", "before.npz"])
     assert capsys.readouterr().out == f"ok     the machine is right\nnote   {weights} None before.npz\n"
     monkeypatch.setattr(self_test, "check_machine", lambda: passed._replace(passed=False))
@@ -149,9 +157,16 @@ def test_weights_are_converted_once_to_what_needs_no_pytorch(weights, tmp_path, 
 
 # --- pictures
 
+
 def result(fid: float, step: int, scale: float = 1.0, count: int = 50_000) -> dict:
-    samples = {"run": "runs/a", "step": step, "images_seen": step * 256, "ema_decay": 0.9999, "count": count,
-               "sampler": {"name": "ddpm", "steps": 250, "guidance_scale": scale}}
+    samples = {
+        "run": "runs/a",
+        "step": step,
+        "images_seen": step * 256,
+        "ema_decay": 0.9999,
+        "count": count,
+        "sampler": {"name": "ddpm", "steps": 250, "guidance_scale": scale},
+    }
     return {"metrics": {"fid": fid, "is": 100 / fid}, "samples": samples}
 
 
@@ -183,7 +198,8 @@ def test_fid_is_drawn_against_images_seen(run_dir, monkeypatch, capsys):
     main(["--plot", str(run_dir), "--output", str(picture)])
     assert lines == {
         "a, EMA 0.9999, ddpm 250 steps, guidance 1, 50,000 samples": [[(256_000, 30), (512_000, 12), (768_000, 9)]],
-        "a, EMA 0.9999, ddpm 250 steps, guidance 1.5, 50,000 samples": [[(768_000, 4)]]}
+        "a, EMA 0.9999, ddpm 250 steps, guidance 1.5, 50,000 samples": [[(768_000, 4)]],
+    }
     with Image.open(picture) as image:
         assert image.width > 500
     assert f"4 results drawn in {picture}" in capsys.readouterr().out
@@ -194,17 +210,20 @@ def test_fid_and_inception_score_are_drawn_against_guidance(run_dir, monkeypatch
     lines = drawn(monkeypatch)
     files = [str(run_dir / "evaluation" / f"{number}.json") for number in (3, 2)]
     main(["--plot", *files, "--against", "guidance", "--output", str(run_dir / "g.svg")])
-    assert lines == {"a, step 3,000, EMA 0.9999, ddpm 250 steps, 50,000 samples": [
-        [(1.0, 9), (1.5, 4)], [(1.0, 100 / 9), (1.5, 25)]]}
+    assert lines == {
+        "a, step 3,000, EMA 0.9999, ddpm 250 steps, 50,000 samples": [[(1.0, 9), (1.5, 4)], [(1.0, 100 / 9), (1.5, 25)]]
+    }
 
 
 def test_what_cannot_be_drawn_is_said(tmp_path, run_dir, monkeypatch, capsys):
     (tmp_path / "other.json").write_text("[]")
     assert "must be the result of an evaluation of a run's samples" in refused(
-        capsys, "--plot", str(tmp_path / "other.json"), "--output", str(tmp_path / "x.png"))
+        capsys, "--plot", str(tmp_path / "other.json"), "--output", str(tmp_path / "x.png")
+    )
     (tmp_path / "empty").mkdir()
     assert "found none in" in refused(capsys, "--plot", str(tmp_path / "empty"), "--output", str(tmp_path / "x.png"))
     assert "found nothing at" in refused(capsys, "--plot", "/absent", "--output", str(tmp_path / "x.png"))
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     assert "drawing needs matplotlib (pip install matplotlib), found none" in refused(
-        capsys, "--plot", str(run_dir), "--output", str(tmp_path / "x.png"))
+        capsys, "--plot", str(run_dir), "--output", str(tmp_path / "x.png")
+    )

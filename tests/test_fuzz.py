@@ -21,11 +21,18 @@ from gspn_jax.runs.checkpoints import CheckpointError
 from gspn_jax.state_dict import WeightsError, read_state_dict
 from tests.training import tiny
 
-FUZZ = settings(max_examples=150, deadline=None, derandomize=True, database=None,
-                suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
+FUZZ = settings(
+    max_examples=150,
+    deadline=None,
+    derandomize=True,
+    database=None,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+)
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3), max_leaves=6)
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    max_leaves=6,
+)
 
 
 def places(values, path=()):
@@ -66,7 +73,7 @@ def spoiled(content: bytes, edits: list[tuple[int, int]], length: int | None) ->
     for place, byte in edits:
         spoil[place % len(spoil)] = byte
     if length is not None:
-        spoil = spoil[:length % (len(spoil) + 1)]
+        spoil = spoil[: length % (len(spoil) + 1)]
     return bytes(spoil)
 
 
@@ -104,8 +111,10 @@ def archive(compression, **arrays) -> bytes:
     return buffer.getvalue()
 
 
-ARCHIVES = [archive(kind, mu=np.zeros(2048), sigma=np.eye(2048, 4), arr_0=np.zeros((4, 3, 3, 3), np.uint8))
-            for kind in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)]
+ARCHIVES = [
+    archive(kind, mu=np.zeros(2048), sigma=np.eye(2048, 4), arr_0=np.zeros((4, 3, 3, 3), np.uint8))
+    for kind in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
+]
 
 
 @FUZZ

@@ -13,8 +13,12 @@ FOUNDATION = ("config", "files", "pixels", "state_dict", "tensor_files")
 LEAVES = ("diffusion", "data", "metrics", "autoencoder", "text", "unet")
 COMMANDS = ("prepare", "evaluate", "convert", "classify", "text_to_image", "doctor", "demo")
 
-MAY_IMPORT: dict[str, set[str]] = {"kernels": set(), "foundation": set(), "cli": {"foundation"},
-                                   "configs": {"foundation"}}
+MAY_IMPORT: dict[str, set[str]] = {
+    "kernels": set(),
+    "foundation": set(),
+    "cli": {"foundation"},
+    "configs": {"foundation"},
+}
 MAY_IMPORT |= {leaf: {"foundation"} for leaf in LEAVES}
 MAY_IMPORT["models"] = {"foundation", "kernels"}
 MAY_IMPORT["parallel"] = MAY_IMPORT["models"] | {"models"}
@@ -65,14 +69,21 @@ def arrows() -> dict[str, set[tuple[int, str]]]:
 def test_every_package_has_its_place(arrows):
     assert {package(name) for name in arrows} <= set(MAY_IMPORT)
     assert {package(name) for name in ("gspn_jax.training.loop", "sample", "gspn_jax.config", "kernels.api")} == {
-        "training", "scripts", "foundation", "kernels"}
+        "training",
+        "scripts",
+        "foundation",
+        "kernels",
+    }
 
 
 def test_no_import_points_up(arrows):
-    wrong = [f"{name}:{line} imports {other}: {package(name)} may import "
-             f"{', '.join(sorted(MAY_IMPORT[package(name)])) or 'nothing of the project'}"
-             for name, others in arrows.items() for line, other in sorted(others)
-             if package(other) != package(name) and package(other) not in MAY_IMPORT[package(name)]]
+    wrong = [
+        f"{name}:{line} imports {other}: {package(name)} may import "
+        f"{', '.join(sorted(MAY_IMPORT[package(name)])) or 'nothing of the project'}"
+        for name, others in arrows.items()
+        for line, other in sorted(others)
+        if package(other) != package(name) and package(other) not in MAY_IMPORT[package(name)]
+    ]
     assert not wrong, "\n".join(wrong)
 
 
@@ -80,7 +91,7 @@ def test_no_modules_import_one_another_in_a_circle(arrows):
     done: set[str] = set()
 
     def visit(name: str, trail: tuple[str, ...]) -> None:
-        assert name not in trail, "a circle of imports: " + " -> ".join((*trail[trail.index(name):], name))
+        assert name not in trail, "a circle of imports: " + " -> ".join((*trail[trail.index(name) :], name))
         if name not in done:
             for _, other in sorted(arrows[name]):
                 visit(other, (*trail, name))

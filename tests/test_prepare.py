@@ -51,10 +51,24 @@ def images(tmp_path_factory) -> pathlib.Path:
 
 
 def flags(vae, output, **options) -> list[str]:
-    options = {"vae": vae, "output": output, "image_size": SIDE, "shard_size": 4, "batch_size": 3, "threads": 2,
-               **options}
-    return ["latents", *(text for name, value in options.items() if value is not None
-                         for text in (f"--{name.replace('_', '-')}", str(value)))]
+    options = {
+        "vae": vae,
+        "output": output,
+        "image_size": SIDE,
+        "shard_size": 4,
+        "batch_size": 3,
+        "threads": 2,
+        **options,
+    }
+    return [
+        "latents",
+        *(
+            text
+            for name, value in options.items()
+            if value is not None
+            for text in (f"--{name.replace('_', '-')}", str(value))
+        ),
+    ]
 
 
 def contents(folder: pathlib.Path) -> dict[str, bytes]:
@@ -65,8 +79,11 @@ def test_moments_are_those_of_both_views_of_every_image(vae, images, tmp_path, c
     prepare.main(flags(vae, tmp_path / "out", images=images))
     said = capsys.readouterr().out
     assert "14 latents of 3 classes" in said and "images/s" in said and "waiting for decoding" in said
-    source = make_source(DataConfig(source="latents", path=str(tmp_path / "out"), image_size=SIDE // 2, channels=4,
-                                    num_classes=3, flip=True))
+    source = make_source(
+        DataConfig(
+            source="latents", path=str(tmp_path / "out"), image_size=SIDE // 2, channels=4, num_classes=3, flip=True
+        )
+    )
     originals, weights = FolderSource(str(images), SIDE, 3), numpy_vae.random_state_dict()
     assert len(source) == COUNT and source.class_names == CLASSES
     for i in range(COUNT):
@@ -86,8 +103,13 @@ def test_moments_are_those_of_both_views_of_every_image(vae, images, tmp_path, c
 
 def start(*arguments: str) -> subprocess.Popen:
     env = os.environ | {"XLA_FLAGS": QUICK_COMPILE, "PYTHONPATH": str(ROOT)}
-    return subprocess.Popen([sys.executable, "-m", "gspn_jax.prepare", *arguments], env=env, text=True,
-                            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    return subprocess.Popen(
+        [sys.executable, "-m", "gspn_jax.prepare", *arguments],
+        env=env,
+        text=True,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+    )
 
 
 def test_a_killed_preparation_goes_on_and_ends_in_the_same_bytes(vae, images, tmp_path):
@@ -145,10 +167,13 @@ def test_a_tensorflow_datasets_set_is_prepared_without_tensorflow(vae, images, t
         name, VERSION = "tiny_photos", tfds.core.Version("1.0.0")
 
         def _info(self):
-            features = {"image": tfds.features.Image(shape=(None, None, 3)),
-                        "label": tfds.features.ClassLabel(names=list(CLASSES))}
-            return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features),
-                                         supervised_keys=("image", "label"))
+            features = {
+                "image": tfds.features.Image(shape=(None, None, 3)),
+                "label": tfds.features.ClassLabel(names=list(CLASSES)),
+            }
+            return tfds.core.DatasetInfo(
+                builder=self, features=tfds.features.FeaturesDict(features), supervised_keys=("image", "label")
+            )
 
         def _split_generators(self, download_manager):
             return {"train": self._generate_examples()}
@@ -181,23 +206,27 @@ def test_a_bad_image_is_named_or_left_out_and_counted(vae, images, tmp_path, cap
     prepare.main(flags(vae, tmp_path / "skipped", images=broken, bad_images="skip"))
     assert "13 latents of 3 classes" in (said := capsys.readouterr().out) and "bad images left out: 1" in said
     assert ["n02/06.JPEG" in record.getMessage() for record in caplog.records if record.name == latents.log.name] == [
-        True]
+        True
+    ]
     assert json.loads((tmp_path / "skipped" / METADATA).read_text())["class_counts"] == [5, 4, 4]
 
 
-@pytest.mark.parametrize(("options", "said"), [
-    ({"images": None}, "one of --images, --tars and --tfds must be given, found --images None"),
-    ({"tars": "x"}, "one of --images, --tars and --tfds must be given"),
-    ({"image_size": 7}, "--image-size must be a multiple of 2 and the autoencoder one of RGB images, found 7"),
-    ({"image_size": "big"}, "invalid literal for int() with base 10: 'big'"),
-    ({"shard_size": 0}, "--shard-size must be 1 or more, found 0"),
-    ({"host": 2, "num_hosts": 2}, "--host must be in 0..1, found 2"),
-    ({"vae": "/absent.safetensors"}, "the weights must be a file, found nothing at /absent.safetensors"),
-    ({"vae": "broken.safetensors"}, "broken.safetensors must be a safetensors file, it cannot be read"),
-    ({"images": None, "tars": "/absent"}, "--tars must be a folder of tar files"),
-    ({"images": "/absent"}, "found nothing at '/absent'"),
-    ({"images": None, "tfds": "no_such_set"}, "found 'no_such_set'"),
-])
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"images": None}, "one of --images, --tars and --tfds must be given, found --images None"),
+        ({"tars": "x"}, "one of --images, --tars and --tfds must be given"),
+        ({"image_size": 7}, "--image-size must be a multiple of 2 and the autoencoder one of RGB images, found 7"),
+        ({"image_size": "big"}, "invalid literal for int() with base 10: 'big'"),
+        ({"shard_size": 0}, "--shard-size must be 1 or more, found 0"),
+        ({"host": 2, "num_hosts": 2}, "--host must be in 0..1, found 2"),
+        ({"vae": "/absent.safetensors"}, "the weights must be a file, found nothing at /absent.safetensors"),
+        ({"vae": "broken.safetensors"}, "broken.safetensors must be a safetensors file, it cannot be read"),
+        ({"images": None, "tars": "/absent"}, "--tars must be a folder of tar files"),
+        ({"images": "/absent"}, "found nothing at '/absent'"),
+        ({"images": None, "tfds": "no_such_set"}, "found 'no_such_set'"),
+    ],
+)
 def test_a_mistake_gets_one_sentence_and_code_2(vae, images, tmp_path, capsys, monkeypatch, options, said):
     monkeypatch.chdir(tmp_path)
     pathlib.Path("broken.safetensors").write_bytes(b"text")

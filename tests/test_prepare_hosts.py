@@ -42,12 +42,18 @@ def prepare(kind: str, processes: int, cwd: pathlib.Path, *flags: str) -> tuple[
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     place = ["--coordinator", f"localhost:{port}", "--num-processes", str(processes), "--process-id"]
-    env = os.environ | {"XLA_FLAGS": QUICK_COMPILE, "PYTHONPATH": str(ROOT),
-                        "GSPN_HEARTBEAT_SECONDS": "10"}
-    started = [subprocess.Popen([sys.executable, "-m", "gspn_jax.prepare", kind, *flags,
-                                 *([*place, str(i)] if processes > 1 else [])],
-                                env=env, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-               for i in range(processes)]
+    env = os.environ | {"XLA_FLAGS": QUICK_COMPILE, "PYTHONPATH": str(ROOT), "GSPN_HEARTBEAT_SECONDS": "10"}
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-m", "gspn_jax.prepare", kind, *flags, *([*place, str(i)] if processes > 1 else [])],
+            env=env,
+            cwd=cwd,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for i in range(processes)
+    ]
     try:
         said = [process.communicate(timeout=400)[0] for process in started]
     finally:
@@ -57,13 +63,42 @@ def prepare(kind: str, processes: int, cwd: pathlib.Path, *flags: str) -> tuple[
 
 
 def latents(folder, images="images") -> list[str]:
-    return ["--images", str(folder / images), "--vae", str(folder / "vae.safetensors"), "--image-size", "8",
-            "--shard-size", "3", "--batch-size", "2", "--threads", "2", "--output", "out"]
+    return [
+        "--images",
+        str(folder / images),
+        "--vae",
+        str(folder / "vae.safetensors"),
+        "--image-size",
+        "8",
+        "--shard-size",
+        "3",
+        "--batch-size",
+        "2",
+        "--threads",
+        "2",
+        "--output",
+        "out",
+    ]
 
 
 def stats(folder) -> list[str]:
-    return ["--images", str(folder / "images"), "--inception", str(folder / "inception.safetensors"), "--image-size",
-            "10", "--save-every", "5", "--keep", "6", "--keep-images", "--batch-size", "4", "--output", "ref.npz"]
+    return [
+        "--images",
+        str(folder / "images"),
+        "--inception",
+        str(folder / "inception.safetensors"),
+        "--image-size",
+        "10",
+        "--save-every",
+        "5",
+        "--keep",
+        "6",
+        "--keep-images",
+        "--batch-size",
+        "4",
+        "--output",
+        "ref.npz",
+    ]
 
 
 def contents(folder: pathlib.Path) -> dict[str, bytes]:

@@ -25,11 +25,13 @@ class SmallExtractor:
 
     def __call__(self, images):
         padded = np.full((self.batch_size, 3 * SIDE * SIDE), np.nan, np.float32)
-        padded[:len(images)] = images.reshape(len(images), -1) / 255
+        padded[: len(images)] = images.reshape(len(images), -1) / 255
         projection = np.random.default_rng(1).standard_normal((3 * SIDE * SIDE, POOL + SPATIAL + 4))
         found = jnp.asarray(padded @ projection.astype(np.float32))
-        return (inception.Features(*jnp.split(found, [POOL, POOL + SPATIAL], axis=1)),
-                np.arange(self.batch_size) < len(images))
+        return (
+            inception.Features(*jnp.split(found, [POOL, POOL + SPATIAL], axis=1)),
+            np.arange(self.batch_size) < len(images),
+        )
 
 
 POOL, SPATIAL = 16, 9
@@ -71,8 +73,15 @@ def pixels():
 
 
 def flags(weights, output, **options) -> list[str]:
-    options = {"inception": weights, "output": output, "image_size": SIDE, "batch_size": 8, "save_every": 5, "keep": 4,
-               "threads": 2} | options
+    options = {
+        "inception": weights,
+        "output": output,
+        "image_size": SIDE,
+        "batch_size": 8,
+        "save_every": 5,
+        "keep": 4,
+        "threads": 2,
+    } | options
     words = []
     for name, value in options.items():
         flag = f"--{name.replace('_', '-')}"
@@ -122,18 +131,25 @@ def test_statistics_are_those_of_inception(images, tmp_path):
     state_dict = inception.random_state_dict(0)
     save_file(state_dict, tmp_path / "inception.safetensors")
     prepare.main(flags(tmp_path / "inception.safetensors", tmp_path / "ref.npz", images=images, keep_images=True))
-    assert_are_statistics_of(tmp_path / "ref.npz",
-                             jax.jit(inception.apply)(inception.from_state_dict(state_dict), pixels()))
+    assert_are_statistics_of(
+        tmp_path / "ref.npz", jax.jit(inception.apply)(inception.from_state_dict(state_dict), pixels())
+    )
     read_reference(tmp_path / "ref.npz").check_inception(inception.digest(state_dict))
 
 
 def test_a_killed_preparation_goes_on_and_ends_in_the_same_bytes(made, weights, images, tmp_path, monkeypatch):
     """Killed after the first save, within the second part, and while it is taken in."""
+
     class Killed(BaseException):
         pass
 
-    output, save, add, unlink, counted = (tmp_path / "ref.npz", stats._Progress.save, stats._Sums.add,
-                                          pathlib.Path.unlink, [])
+    output, save, add, unlink, counted = (
+        tmp_path / "ref.npz",
+        stats._Progress.save,
+        stats._Sums.add,
+        pathlib.Path.unlink,
+        [],
+    )
 
     def kill_after_save(self, number, computed):
         save(self, number, computed)
@@ -152,8 +168,11 @@ def test_a_killed_preparation_goes_on_and_ends_in_the_same_bytes(made, weights, 
         counted.append(len(chosen))
         add(self, features, mask, chosen)
 
-    for owner, name, replacement in ((stats._Progress, "save", kill_after_save), (stats._Sums, "add", kill_within_part),
-                                     (pathlib.Path, "unlink", kill_before_removal)):
+    for owner, name, replacement in (
+        (stats._Progress, "save", kill_after_save),
+        (stats._Sums, "add", kill_within_part),
+        (pathlib.Path, "unlink", kill_before_removal),
+    ):
         with monkeypatch.context() as patch, pytest.raises(Killed):
             patch.setattr(owner, name, replacement)
             prepare.main(flags(weights, output, images=images, keep_images=True))
@@ -180,7 +199,7 @@ def test_a_bad_image_is_named_or_left_out_and_counted(weights, images, tmp_path,
     for path in images.rglob("*.png"):
         target = broken / path.relative_to(images)
         target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_bytes(path.read_bytes()[:40 if path.name == "03.png" else None])
+        target.write_bytes(path.read_bytes()[: 40 if path.name == "03.png" else None])
     assert "03.png is not a usable image" in said(capsys, *flags(weights, tmp_path / "ref.npz", images=broken))
     prepare.main(flags(weights, tmp_path / "skipped.npz", images=broken, bad_images="skip"))
     assert "statistics of 10 images of 12x12" in (out := capsys.readouterr().out) and "left out: 1" in out
@@ -188,19 +207,25 @@ def test_a_bad_image_is_named_or_left_out_and_counted(weights, images, tmp_path,
     assert found.num_images == 10 and len(found.features) == 3 and found.images is None
 
 
-@pytest.mark.parametrize(("options", "wanted"), [
-    ({"images": None}, "one of --images, --tars, --tfds and --npz must be given"),
-    ({"image_size": None}, "--image-size must be given, as the size of the samples, unless the images are those of "
-                           "--npz, found --image-size None"),
-    ({"images": None, "npz": "x.npz"}, "unless the images are those of --npz, found --image-size 12"),
-    ({"images": None, "npz": "/absent.npz", "image_size": None}, "--npz must be an .npz file, found nothing at"),
-    ({"output": "ref.pkl"}, "--output must end in .npz, found 'ref.pkl'"),
-    ({"output": "/absent/ref.npz"}, "--output must lie in a folder that exists"),
-    ({"save_every": 0}, "--save-every must be 1 or more, found 0"),
-    ({"keep": -1}, "--keep must be 0 or more, found -1"),
-    ({"inception": None}, "--inception must be the Inception-v3 weights of 2015-12-05"),
-    ({"images": "/absent"}, "must hold JPEG or PNG files, found none below '/absent'"),
-])
+@pytest.mark.parametrize(
+    ("options", "wanted"),
+    [
+        ({"images": None}, "one of --images, --tars, --tfds and --npz must be given"),
+        (
+            {"image_size": None},
+            "--image-size must be given, as the size of the samples, unless the images are those of "
+            "--npz, found --image-size None",
+        ),
+        ({"images": None, "npz": "x.npz"}, "unless the images are those of --npz, found --image-size 12"),
+        ({"images": None, "npz": "/absent.npz", "image_size": None}, "--npz must be an .npz file, found nothing at"),
+        ({"output": "ref.pkl"}, "--output must end in .npz, found 'ref.pkl'"),
+        ({"output": "/absent/ref.npz"}, "--output must lie in a folder that exists"),
+        ({"save_every": 0}, "--save-every must be 1 or more, found 0"),
+        ({"keep": -1}, "--keep must be 0 or more, found -1"),
+        ({"inception": None}, "--inception must be the Inception-v3 weights of 2015-12-05"),
+        ({"images": "/absent"}, "must hold JPEG or PNG files, found none below '/absent'"),
+    ],
+)
 def test_a_mistake_gets_one_sentence_and_code_2(weights, images, tmp_path, capsys, options, wanted):
     text = said(capsys, *flags(**{"weights": weights, "output": tmp_path / "ref.npz", "images": images} | options))
     assert wanted in text and "Traceback" not in text

@@ -68,8 +68,9 @@ def test_an_image_is_its_seed_and_class_whatever_the_batch_and_mesh(run_dir, mes
     import jax
 
     from gspn_jax.config import MeshConfig
+
     step, config = checkpoints.read_config(run_dir)
-    mesh = sharding.make_mesh(MeshConfig(*mesh), jax.devices()[:int(np.prod(mesh))])
+    mesh = sharding.make_mesh(MeshConfig(*mesh), jax.devices()[: int(np.prod(mesh))])
     params = checkpoints.restore_params(run_dir, step, config, mesh)
     images = Sampler(config, mesh)(params, np.arange(batch) % 10, 5 + np.arange(batch))
     wanted = reference.setdefault("images", {})
@@ -77,20 +78,23 @@ def test_an_image_is_its_seed_and_class_whatever_the_batch_and_mesh(run_dir, mes
         assert np.abs(image.astype(int) - wanted.setdefault(i, image).astype(int)).max() <= 1
 
 
-@pytest.mark.parametrize(("flags", "said"), [
-    (["--classes", "12"], "--classes must be numbers in 0..9 or names (0, 1, 2, 3, 4, ...), found '12'"),
-    (["--classes", "cat"], "--classes must be numbers in 0..9"),
-    (["--step", "7"], "no checkpoint of step 7"),
-    (["--vae", "x.bin"], "--vae is for a run on latents, found one with data.source 'digits'"),
-    (["--ema", "0.5"], "must be one that the run kept"),
-    (["--output", "x.jpg"], "--output must end in .png, found 'x.jpg'"),
-    (["--num-samples", "5", "--output", "x.png"], "--output must end in .npz"),
-    (["--output", "/no/such/folder/x.png"], "--output must lie in a folder that exists"),
-    (["--image-size", "9", "9"], "must be a multiple of the patch (2), found 9x9"),
-    (["--sampler.name", "ddpm"], "sampler.name must be one of ('heun', 'euler', None)"),
-    (["--mesh.data", "3"], "must be the 8 devices there are"),
-    (["--per-class", "0"], "--per-class must be 1 or more, found 0"),
-])
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--classes", "12"], "--classes must be numbers in 0..9 or names (0, 1, 2, 3, 4, ...), found '12'"),
+        (["--classes", "cat"], "--classes must be numbers in 0..9"),
+        (["--step", "7"], "no checkpoint of step 7"),
+        (["--vae", "x.bin"], "--vae is for a run on latents, found one with data.source 'digits'"),
+        (["--ema", "0.5"], "must be one that the run kept"),
+        (["--output", "x.jpg"], "--output must end in .png, found 'x.jpg'"),
+        (["--num-samples", "5", "--output", "x.png"], "--output must end in .npz"),
+        (["--output", "/no/such/folder/x.png"], "--output must lie in a folder that exists"),
+        (["--image-size", "9", "9"], "must be a multiple of the patch (2), found 9x9"),
+        (["--sampler.name", "ddpm"], "sampler.name must be one of ('heun', 'euler', None)"),
+        (["--mesh.data", "3"], "must be the 8 devices there are"),
+        (["--per-class", "0"], "--per-class must be 1 or more, found 0"),
+    ],
+)
 def test_a_wrong_request_gets_one_sentence_and_code_2(run_dir, flags, said, capsys):
     with pytest.raises(SystemExit) as stopped:
         sample.main(["--run", str(run_dir), *flags])

@@ -72,16 +72,28 @@ def decode(params: Params, config: AutoencoderConfig, latents: Float[Array, "B h
 
 def _check(x: jax.Array, name: str, channels: int, factor: int) -> None:
     if x.ndim != 4 or x.shape[3] != channels or x.shape[1] % factor or x.shape[2] % factor:
-        raise ValueError(f"{name} must be [B, H, W, {channels}] with H and W multiples of {factor}, "
-                         f"found {list(x.shape)}")
+        raise ValueError(
+            f"{name} must be [B, H, W, {channels}] with H and W multiples of {factor}, found {list(x.shape)}"
+        )
 
 
-def _conv(params: Params, name: str, x: Float[Array, "B H W C"], *, stride: int = 1,
-          padding: tuple[tuple[int, int], ...] | None = None) -> Float[Array, "B h w D"]:
+def _conv(
+    params: Params,
+    name: str,
+    x: Float[Array, "B H W C"],
+    *,
+    stride: int = 1,
+    padding: tuple[tuple[int, int], ...] | None = None,
+) -> Float[Array, "B h w D"]:
     kernel = params[f"{name}.weight"]
     out = jax.lax.conv_general_dilated(
-        x, kernel, window_strides=(stride, stride), padding="SAME" if padding is None else padding,
-        dimension_numbers=("NHWC", "HWIO", "NHWC"), precision=jax.lax.Precision.HIGHEST)
+        x,
+        kernel,
+        window_strides=(stride, stride),
+        padding="SAME" if padding is None else padding,
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        precision=jax.lax.Precision.HIGHEST,
+    )
     return out + params[f"{name}.bias"]
 
 

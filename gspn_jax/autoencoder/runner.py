@@ -12,8 +12,9 @@ from gspn_jax.autoencoder.model import LATENT_SCALE, AutoencoderConfig
 from gspn_jax.pixels import from_uint8, to_uint8
 
 
-def decode_to_uint8(params: Mapping[str, Float32[Array, "..."]], config: AutoencoderConfig,
-                    latents: Float[Array, "N h w D"]) -> UInt8[Array, "N H W C"]:
+def decode_to_uint8(
+    params: Mapping[str, Float32[Array, "..."]], config: AutoencoderConfig, latents: Float[Array, "N h w D"]
+) -> UInt8[Array, "N H W C"]:
     """0..255 images of latents in the scale that is trained on (times LATENT_SCALE)."""
     return to_uint8(model.decode(params, config, latents / LATENT_SCALE))
 
@@ -24,8 +25,14 @@ class Autoencoder:
     Every batch is padded to one size, so that encoder and decoder are compiled once for each size of image.
     """
 
-    def __init__(self, params: Mapping[str, np.ndarray], config: AutoencoderConfig, *, batch_size: int = 32,
-                 devices: Sequence[jax.Device] | None = None):
+    def __init__(
+        self,
+        params: Mapping[str, np.ndarray],
+        config: AutoencoderConfig,
+        *,
+        batch_size: int = 32,
+        devices: Sequence[jax.Device] | None = None,
+    ):
         devices = jax.local_devices() if devices is None else devices
         if batch_size < 1:
             raise ValueError(f"batch_size must be 1 or more, found {batch_size}")
@@ -52,8 +59,8 @@ class Autoencoder:
     def _run(self, function: Callable, inputs: np.ndarray) -> np.ndarray:
         outputs = []
         for start in range(0, len(inputs), self.batch_size):
-            batch = inputs[start:start + self.batch_size]
+            batch = inputs[start : start + self.batch_size]
             padded = np.concatenate([batch, np.zeros((self.batch_size - len(batch), *batch.shape[1:]), batch.dtype)])
             result = function(self._params, jax.device_put(padded, self._split))
-            outputs.append(np.asarray(result)[:len(batch)])
+            outputs.append(np.asarray(result)[: len(batch)])
         return np.concatenate(outputs)

@@ -39,10 +39,16 @@ def infer_config(state_dict: Mapping[str, np.ndarray]) -> AutoencoderConfig:
             layers = max(layers, int(match[2]) + 1)
     ends = [state_dict.get(name) for name in ("encoder.conv_in.weight", "decoder.conv_in.weight")]
     if sorted(levels) != list(range(len(levels))) or not levels or any(end is None or end.ndim != 4 for end in ends):
-        raise WeightsError("the weights must be those of an AutoencoderKL of diffusers (such as sd-vae-ft-mse), found "
-                           f"{len(state_dict)} tensors named {', '.join(sorted(state_dict)[:3])}, ...")
-    return AutoencoderConfig(channels=tuple(levels[i] for i in range(len(levels))), layers=layers,
-                             image_channels=ends[0].shape[1], latent_channels=ends[1].shape[1])
+        raise WeightsError(
+            "the weights must be those of an AutoencoderKL of diffusers (such as sd-vae-ft-mse), found "
+            f"{len(state_dict)} tensors named {', '.join(sorted(state_dict)[:3])}, ..."
+        )
+    return AutoencoderConfig(
+        channels=tuple(levels[i] for i in range(len(levels))),
+        layers=layers,
+        image_channels=ends[0].shape[1],
+        latent_channels=ends[1].shape[1],
+    )
 
 
 def expected_shapes(config: AutoencoderConfig) -> dict[str, tuple[int, ...]]:
@@ -55,6 +61,7 @@ def expected_shapes(config: AutoencoderConfig) -> dict[str, tuple[int, ...]]:
 
 def _layers(config: AutoencoderConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
     """Each layer and the shape of its weight."""
+
     def residual(name: str, inputs: int, outputs: int):
         yield f"{name}.norm1", (inputs,)
         yield f"{name}.conv1", (outputs, inputs, 3, 3)
@@ -98,8 +105,9 @@ def _layers(config: AutoencoderConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
     yield "decoder.conv_out", (config.image_channels, first, 3, 3)
 
 
-def from_state_dict(state_dict: Mapping[str, np.ndarray],
-                    config: AutoencoderConfig) -> dict[str, Float32[np.ndarray, "..."]]:
+def from_state_dict(
+    state_dict: Mapping[str, np.ndarray], config: AutoencoderConfig
+) -> dict[str, Float32[np.ndarray, "..."]]:
     """The weights for `model.encode` and `model.decode`.
 
     Attention may have either of the two names, as linears or as 1x1 convolutions.
@@ -113,8 +121,9 @@ def from_state_dict(state_dict: Mapping[str, np.ndarray],
     params = {}
     for name, (theirs, value) in found.items():
         if name not in expected:
-            raise WeightsError(f"every tensor must belong to an autoencoder of channels {config.channels}, found "
-                               f"{theirs!r}")
+            raise WeightsError(
+                f"every tensor must belong to an autoencoder of channels {config.channels}, found {theirs!r}"
+            )
         if ".attentions." in name and value.shape[2:] == (1, 1):
             value = value[..., 0, 0]
         if value.shape != expected[name]:

@@ -14,8 +14,10 @@ def load_config(path: str | pathlib.Path) -> Config:
     path = pathlib.Path(path)
     if not path.is_file():
         known = sorted(str(p) for p in pathlib.Path("configs").glob("*.py") if p.name != "__init__.py")
-        raise ConfigError(f"--config must be a config file such as {', '.join(known) or 'configs/digits.py'}, "
-                          f"found {str(path)!r}, which is no file")
+        raise ConfigError(
+            f"--config must be a config file such as {', '.join(known) or 'configs/digits.py'}, "
+            f"found {str(path)!r}, which is no file"
+        )
     spec = importlib.util.spec_from_file_location(f"config_{path.stem}", path)
     if spec is None or spec.loader is None:
         raise ConfigError(f"--config must be a Python file, found {str(path)!r}")
@@ -24,8 +26,16 @@ def load_config(path: str | pathlib.Path) -> Config:
         spec.loader.exec_module(module)
     except ConfigError:
         raise
-    except (SyntaxError, NameError, TypeError, ImportError, AttributeError, LookupError, ValueError,
-            ArithmeticError) as error:
+    except (
+        SyntaxError,
+        NameError,
+        TypeError,
+        ImportError,
+        AttributeError,
+        LookupError,
+        ValueError,
+        ArithmeticError,
+    ) as error:
         found = f"{type(error).__name__}: {error}"
         raise ConfigError(f"{path} must define `config = Config(...)`, found {found}") from error
     config = getattr(module, "config", None)
@@ -43,9 +53,16 @@ def parse_config(argv: Sequence[str] | None, *, program: str, description: str) 
     chosen, rest = first.parse_known_args(argv)
     if chosen.config is None:
         if "-h" in rest or "--help" in rest:
-            print(f"usage: {program} --config configs/NAME.py [--FIELD VALUE ...]\n\n{description}\n\n"
-                  f"`{program} --config configs/digits.py --help` lists every field with its value in that file.")
+            print(
+                f"usage: {program} --config configs/NAME.py [--FIELD VALUE ...]\n\n{description}\n\n"
+                f"`{program} --config configs/digits.py --help` lists every field with its value in that file."
+            )
             sys.exit(0)
         raise ConfigError(f"{program} needs --config configs/NAME.py")
-    return tyro.cli(Config, args=rest, default=load_config(chosen.config), prog=f"{program} --config {chosen.config}",
-                    description=description)
+    return tyro.cli(
+        Config,
+        args=rest,
+        default=load_config(chosen.config),
+        prog=f"{program} --config {chosen.config}",
+        description=description,
+    )

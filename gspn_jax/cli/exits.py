@@ -12,8 +12,10 @@ USAGE_ERROR = 2
 """Exit code for input that cannot be used."""
 INTERRUPTED = 75
 """Exit code of a run that the same command goes on with: EX_TEMPFAIL of sysexits.h."""
-LOST = ("another host, or the connection to it, was lost ({}); the same command on all hosts goes on from the newest "
-        "checkpoint")
+LOST = (
+    "another host, or the connection to it, was lost ({}); the same command on all hosts goes on from the newest "
+    "checkpoint"
+)
 
 
 @contextlib.contextmanager
@@ -45,5 +47,9 @@ def _leave(code: int) -> NoReturn:
 
 def _lost_host(error: RuntimeError) -> bool:
     jax = sys.modules.get("jax")
-    return bool(jax and jax.distributed.is_initialized() and isinstance(error, jax.errors.JaxRuntimeError)
-                and "RESOURCE_EXHAUSTED" not in str(error))
+    return bool(
+        jax
+        and jax.distributed.is_initialized()
+        and isinstance(error, jax.errors.JaxRuntimeError)
+        and "RESOURCE_EXHAUSTED" not in str(error)
+    )

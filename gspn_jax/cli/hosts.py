@@ -7,8 +7,11 @@ from collections.abc import Sequence
 
 from gspn_jax.config import ConfigError
 
-HOSTS = {"--coordinator": "JAX_COORDINATOR_ADDRESS", "--num-processes": "JAX_NUM_PROCESSES",
-         "--process-id": "JAX_PROCESS_ID"}
+HOSTS = {
+    "--coordinator": "JAX_COORDINATOR_ADDRESS",
+    "--num-processes": "JAX_NUM_PROCESSES",
+    "--process-id": "JAX_PROCESS_ID",
+}
 """The flags by which a process finds the others, and the variables that say the same."""
 HEARTBEAT_SECONDS = 60
 """A host that has not been heard of for so long is lost, and the others stop. GSPN_HEARTBEAT_SECONDS changes it."""
@@ -31,8 +34,10 @@ def join_other_hosts(argv: Sequence[str] | None = None) -> list[str]:
         return rest
     if missing and not _in_slurm():
         flag = next(flag for flag, name in HOSTS.items() if name == missing[0])
-        raise ConfigError(f"several processes need {', '.join(HOSTS)} or {', '.join(HOSTS.values())} in the "
-                          f"environment, found no {flag} or {missing[0]}")
+        raise ConfigError(
+            f"several processes need {', '.join(HOSTS)} or {', '.join(HOSTS.values())} in the "
+            f"environment, found no {flag} or {missing[0]}"
+        )
     arguments = {}
     if not missing:
         address, count, index = place.values()
@@ -47,8 +52,9 @@ def join_other_hosts(argv: Sequence[str] | None = None) -> list[str]:
         raise ConfigError(f"GSPN_HEARTBEAT_SECONDS must be a number of seconds greater than 0, found {seconds!r}")
     import jax
 
-    jax.distributed.initialize(**arguments, local_device_ids=_local_device_ids(),
-                               heartbeat_timeout_seconds=int(seconds))  # without a place it asks Slurm's variables
+    jax.distributed.initialize(
+        **arguments, local_device_ids=_local_device_ids(), heartbeat_timeout_seconds=int(seconds)
+    )  # without a place it asks Slurm's variables
     return rest
 
 

@@ -39,8 +39,9 @@ def restart_with_them() -> None:
             os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], {**os.environ, "GLIBC_TUNABLES": value})
 
 
-def tunables(environment: Mapping[str, str], setting: str, glibc: tuple[int, ...],
-             accelerators: Iterable[str]) -> str | None:
+def tunables(
+    environment: Mapping[str, str], setting: str, glibc: tuple[int, ...], accelerators: Iterable[str]
+) -> str | None:
     """GLIBC_TUNABLES to start with, or None if it is not to be touched: JAX will not compute on a CPU, somebody has
     chosen already, glibc does not know it, or the system's `setting` gives large pages to all or to none."""
     on_cpu = (environment.get("JAX_PLATFORMS") or ("" if any(accelerators) else "cpu")) == "cpu"
@@ -53,8 +54,9 @@ def tunables(environment: Mapping[str, str], setting: str, glibc: tuple[int, ...
 def _is_ours(script: str | None) -> bool:
     """Whether a file is an entry script, a benchmark or a module of the package."""
     folder = pathlib.Path(script).resolve().parent if script else None
-    return folder is not None and (folder in (PACKAGE.parent, PACKAGE.parent / "benchmarks")
-                                   or folder.is_relative_to(PACKAGE))
+    return folder is not None and (
+        folder in (PACKAGE.parent, PACKAGE.parent / "benchmarks") or folder.is_relative_to(PACKAGE)
+    )
 
 
 def _glibc() -> tuple[int, ...]:

@@ -14,21 +14,28 @@ AUTOENCODER_FACTOR = 8
 """Of Stable Diffusion's autoencoder: side of the image over that of the latent."""
 
 
-def text(name: str, header: dict[str, Any], *, count: int, weights: pathlib.Path,
-         scores: list[tuple[str, str]]) -> str:
+def text(name: str, header: dict[str, Any], *, count: int, weights: pathlib.Path, scores: list[tuple[str, str]]) -> str:
     """Markdown, with the fields that model hubs read in front. `header` is what lies in the file of weights."""
     config = from_dict(header["config"])
     rows = [
-        ("architecture", _architecture(config)), ("preset", config.model.preset),
-        ("parameters", f"{count:,} in float32"), ("resolution", _resolution(config)), ("objective", _objective(config)),
-        ("training", _training(config, header)), ("weights", _average(header["ema_decay"])),
+        ("architecture", _architecture(config)),
+        ("preset", config.model.preset),
+        ("parameters", f"{count:,} in float32"),
+        ("resolution", _resolution(config)),
+        ("objective", _objective(config)),
+        ("training", _training(config, header)),
+        ("weights", _average(header["ema_decay"])),
         ("data set", f"{_data(config)}, {config.data.num_classes:,} classes, fingerprint {header['fingerprint']}"),
         ("license", header["license"] if header["license"] != "unknown" else "unknown: not stated by who exported"),
         ("SHA-256 of the parameters", header["parameters_sha256"]),
-        (f"SHA-256 of {weights.name}", f"{sha256_of(weights)} ({weights.stat().st_size:,} bytes)")]
+        (f"SHA-256 of {weights.name}", f"{sha256_of(weights)} ({weights.stat().st_size:,} bytes)"),
+    ]
     vae = " --vae VAE.safetensors" if config.data.latents else ""
-    names = ("the original DiT's, laid out as in PyTorch" if header["names"] == "dit"
-             else "those of gspn-jax (blocks of one kind are stacked along the first axis)")
+    names = (
+        "the original DiT's, laid out as in PyTorch"
+        if header["names"] == "dit"
+        else "those of gspn-jax (blocks of one kind are stacked along the first axis)"
+    )
     measured = _table(("", ""), scores) if scores else "None were measured before the export."
     return f"""---
 license: {json.dumps(header["license"])}
@@ -67,8 +74,13 @@ def scores(run: pathlib.Path, config: Config, step: int, decay: float, parameter
                 continue
             values = ", ".join(f"{NAMES[name]} {value:.5g}" for name, value in result["metrics"].items())
             sampler = samples["sampler"]
-            found.append((values, f"{samples['count']:,} samples, {sampler['name']} {sampler['steps']} steps, guidance "
-                                  f"{sampler['guidance_scale']:g}, {samples['labels']} labels"))
+            found.append(
+                (
+                    values,
+                    f"{samples['count']:,} samples, {sampler['name']} {sampler['steps']} steps, guidance "
+                    f"{sampler['guidance_scale']:g}, {samples['labels']} labels",
+                )
+            )
         except (KeyError, TypeError, AttributeError, ValueError):
             continue  # another program's file
     record, settings = Record.read(run), config.eval
@@ -94,8 +106,10 @@ def _resolution(config: Config) -> str:
     if not config.data.latents:
         return f"{side}x{side}, {channels} channel{'s' if channels > 1 else ''}"
     pixels = AUTOENCODER_FACTOR * side
-    return (f"{pixels}x{pixels}: latents of {side}x{side}x{channels}, decoded by Stable Diffusion's autoencoder "
-            "(such as sd-vae-ft-mse)")
+    return (
+        f"{pixels}x{pixels}: latents of {side}x{side}x{channels}, decoded by Stable Diffusion's autoencoder "
+        "(such as sd-vae-ft-mse)"
+    )
 
 
 def _objective(config: Config) -> str:
@@ -109,8 +123,10 @@ def _objective(config: Config) -> str:
 def _training(config: Config, header: dict[str, Any]) -> str:
     if not header["step"]:
         return "unknown number of steps"
-    return (f"{header['step']:,} steps of {config.train.batch_size:,} images "
-            f"({header['step'] * config.train.batch_size:,} seen)")
+    return (
+        f"{header['step']:,} steps of {config.train.batch_size:,} images "
+        f"({header['step'] * config.train.batch_size:,} seen)"
+    )
 
 
 def _average(decay: float) -> str:

@@ -52,15 +52,27 @@ def export_weights(arguments: Export) -> None:
     mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
     params = jax.device_get(checkpoints.restore_params(arguments.run, step, config, mesh, ema_decay=decay))
     tensors = dit_to_torch(params, config) if arguments.dit_names else dict(named(params))
-    header = {"version": FORMAT_VERSION, "names": "dit" if arguments.dit_names else "gspn-jax", "step": step,
-              "ema_decay": decay, "license": arguments.license, "class_names": meta["class_names"],
-              "fingerprint": meta["fingerprint"], "parameters_sha256": digest_of(params, config),
-              "config": to_dict(_released(config, decay))}
+    header = {
+        "version": FORMAT_VERSION,
+        "names": "dit" if arguments.dit_names else "gspn-jax",
+        "step": step,
+        "ema_decay": decay,
+        "license": arguments.license,
+        "class_names": meta["class_names"],
+        "fingerprint": meta["fingerprint"],
+        "parameters_sha256": digest_of(params, config),
+        "config": to_dict(_released(config, decay)),
+    }
     with new_folder(output, bytes_needed=sum(value.nbytes for value in tensors.values())) as folder:
         _write(folder / WEIGHTS, tensors, header)
         scores = card.scores(pathlib.Path(arguments.run), config, step, decay, header["parameters_sha256"])
-        text = card.text(output.absolute().name, header, count=sum(leaf.size for leaf in jax.tree.leaves(params)),
-                         weights=folder / WEIGHTS, scores=scores)
+        text = card.text(
+            output.absolute().name,
+            header,
+            count=sum(leaf.size for leaf in jax.tree.leaves(params)),
+            weights=folder / WEIGHTS,
+            scores=scores,
+        )
         (folder / CARD).write_text(text)
     print(f"step {step}, {'the parameters themselves' if decay == 0 else f'EMA {decay:g}'}, in {output}")
 
@@ -75,12 +87,19 @@ def _released(config: Config, decay: float) -> Config:
     """The config of what is exported: with the one average that is there, and without the folders of this machine."""
     path = config.data.path and pathlib.PurePath(config.data.path).name
     return dataclasses.replace(
-        config, run_dir=pathlib.PurePath(config.run_dir).name, data=dataclasses.replace(config.data, path=path),
-        train=dataclasses.replace(config.train, ema_decays=(decay,)), eval=EvalConfig())
+        config,
+        run_dir=pathlib.PurePath(config.run_dir).name,
+        data=dataclasses.replace(config.data, path=path),
+        train=dataclasses.replace(config.train, ema_decays=(decay,)),
+        eval=EvalConfig(),
+    )
 
 
 def _write(path: pathlib.Path, tensors: dict[str, np.ndarray], header: dict[str, Any]) -> None:
     from safetensors.numpy import save_file
 
-    save_file({name: np.ascontiguousarray(value) for name, value in tensors.items()}, path,
-              metadata={"format": "pt" if header["names"] == "dit" else "np", HEADER: json.dumps(header)})
+    save_file(
+        {name: np.ascontiguousarray(value) for name, value in tensors.items()},
+        path,
+        metadata={"format": "pt" if header["names"] == "dit" else "np", HEADER: json.dumps(header)},
+    )

@@ -75,10 +75,17 @@ def import_weights(arguments: Import) -> None:
         raise WeightsError(f"{arguments.weights}: {error}") from error
     config = dataclasses.replace(config, run_dir=str(output))
     with new_folder(output, bytes_needed=sum(leaf.nbytes for leaf in jax.tree.leaves(params))) as folder:
-        _write_checkpoint(folder, step, params, config,
-                          {"config": to_dict(config), "notes": {"imported_from": arguments.weights}} | about)
-    print(f"{config.model.preset} ({models.count_parameters(config) / 1e6:.1f}M parameters) of step {step}, EMA "
-          f"{config.train.ema_decays[0]:g}, in {output}: it can be sampled and evaluated, not trained on")
+        _write_checkpoint(
+            folder,
+            step,
+            params,
+            config,
+            {"config": to_dict(config), "notes": {"imported_from": arguments.weights}} | about,
+        )
+    print(
+        f"{config.model.preset} ({models.count_parameters(config) / 1e6:.1f}M parameters) of step {step}, EMA "
+        f"{config.train.ema_decays[0]:g}, in {output}: it can be sampled and evaluated, not trained on"
+    )
 
 
 def _header(path: str) -> dict[str, Any] | None:
@@ -101,26 +108,34 @@ def _header(path: str) -> dict[str, Any] | None:
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise WeightsError(f"{path} must have what `export` writes beside the tensors, found other text") from error
     if version != FORMAT_VERSION or wanted:
-        raise WeightsError(f"{path} must be of format version {FORMAT_VERSION} with its fields, found version "
-                           f"{version!r}" + (f" without {', '.join(sorted(wanted))}" if wanted else ""))
+        raise WeightsError(
+            f"{path} must be of format version {FORMAT_VERSION} with its fields, found version "
+            f"{version!r}" + (f" without {', '.join(sorted(wanted))}" if wanted else "")
+        )
     return header
 
 
-def _of_ours(state_dict: Mapping[str, np.ndarray], header: dict[str, Any],
-             arguments: Import) -> tuple[int, Config, Any]:
+def _of_ours(
+    state_dict: Mapping[str, np.ndarray], header: dict[str, Any], arguments: Import
+) -> tuple[int, Config, Any]:
     for name in ("step", "heads", "image_size"):
         if getattr(arguments, name) is not None:
-            raise ConfigError(f"--{name.replace('_', '-')} is for a DiT of elsewhere, found {arguments.weights}, which "
-                              "tells its own")
+            raise ConfigError(
+                f"--{name.replace('_', '-')} is for a DiT of elsewhere, found {arguments.weights}, which tells its own"
+            )
     config, step, names = from_dict(header["config"]), header["step"], header["class_names"]
     if not isinstance(step, int) or step < 0 or not isinstance(names, list) or len(names) != config.data.num_classes:
-        raise WeightsError(f"the file must tell its step and {config.data.num_classes} names of classes, found step "
-                           f"{step!r} and other names")
+        raise WeightsError(
+            f"the file must tell its step and {config.data.num_classes} names of classes, found step "
+            f"{step!r} and other names"
+        )
     params = _dit(state_dict, config) if header["names"] == "dit" else _by_name(state_dict, config)
     found = digest_of(params, config)
     if found != header["parameters_sha256"]:
-        raise WeightsError("the tensors must be those that were exported, found that their SHA-256 has changed "
-                           f"({found[:12]}..., not {header['parameters_sha256'][:12]}...)")
+        raise WeightsError(
+            "the tensors must be those that were exported, found that their SHA-256 has changed "
+            f"({found[:12]}..., not {header['parameters_sha256'][:12]}...)"
+        )
     return step, config, params
 
 
@@ -150,54 +165,82 @@ def _dit(state_dict: Mapping[str, np.ndarray], config: Config) -> Any:
         raise WeightsError(str(error)) from error
 
 
-def dit_config(state_dict: Mapping[str, np.ndarray], *, heads: int | None = None, image_size: int | None = None,
-               step: int = 0) -> Config:
+def dit_config(
+    state_dict: Mapping[str, np.ndarray], *, heads: int | None = None, image_size: int | None = None, step: int = 0
+) -> Config:
     """What the tensors of an original DiT tell of it, on latents, with DiT's diffusion: 1,000 steps of linear betas.
 
     Samples are drawn as behind DiT's published numbers: 250 DDPM steps, guidance of three of four channels, float32.
     Raises WeightsError for tensors of something else, ConfigError for what must be said and was not.
     """
     shapes = {name: value.shape for name, value in state_dict.items()}
-    patches, table, final = (shapes.get(f"{name}.weight", ()) for name in (
-        "x_embedder.proj", "y_embedder.embedding_table", "final_layer.linear"))
+    patches, table, final = (
+        shapes.get(f"{name}.weight", ())
+        for name in ("x_embedder.proj", "y_embedder.embedding_table", "final_layer.linear")
+    )
     blocks = [int(match[1]) for match in map(_BLOCK.match, shapes) if match]
     if (len(patches), len(table), len(final)) != (4, 2, 2) or not blocks:
-        raise WeightsError("the weights must be those of a DiT, as facebookresearch/DiT names them, or of what `python "
-                           f"-m gspn_jax.convert export` wrote, found {len(shapes)} tensors named "
-                           f"{', '.join(sorted(shapes)[:3])}, ...")
+        raise WeightsError(
+            "the weights must be those of a DiT, as facebookresearch/DiT names them, or of what `python "
+            f"-m gspn_jax.convert export` wrote, found {len(shapes)} tensors named "
+            f"{', '.join(sorted(shapes)[:3])}, ..."
+        )
     hidden, channels, patch, _ = patches
     depth = 1 + max(blocks)
-    outputs = final[0] // max(patch, 1)**2
+    outputs = final[0] // max(patch, 1) ** 2
     if outputs not in (channels, 2 * channels):
-        raise WeightsError(f"final_layer.linear.weight must give {channels} or {2 * channels} channels, found "
-                           f"{outputs}")
+        raise WeightsError(
+            f"final_layer.linear.weight must give {channels} or {2 * channels} channels, found {outputs}"
+        )
     positions = shapes.get("pos_embed", ())
     if len(positions) != 3 and image_size is None:
         raise ConfigError("--image-size must be given for a file without pos_embed, found none")
     side = image_size or patch * round(positions[1] ** 0.5)
-    preset = next((name for name, p in models.PRESETS.items()
-                   if (p.layout, p.hidden, p.depth, p.patch) == ("dit", hidden, depth, patch)), None)
+    preset = next(
+        (
+            name
+            for name, p in models.PRESETS.items()
+            if (p.layout, p.hidden, p.depth, p.patch) == ("dit", hidden, depth, patch)
+        ),
+        None,
+    )
     if preset is None and heads is None:
-        raise ConfigError(f"--heads must be given for a DiT of width {hidden} and depth {depth}, which is no preset, "
-                          "found none")
-    model = ModelConfig(preset=preset, heads=heads) if preset else ModelConfig(
-        preset="DiT-S/2", hidden=hidden, depth=depth, patch=patch, heads=heads)
+        raise ConfigError(
+            f"--heads must be given for a DiT of width {hidden} and depth {depth}, which is no preset, found none"
+        )
+    model = (
+        ModelConfig(preset=preset, heads=heads)
+        if preset
+        else ModelConfig(preset="DiT-S/2", hidden=hidden, depth=depth, patch=patch, heads=heads)
+    )
     return Config(
         run_dir="unknown",
         model=dataclasses.replace(model, drop_path=0.0, learn_sigma=outputs == 2 * channels),
-        data=DataConfig(source="latents", path="unknown", image_size=side, channels=channels, num_classes=table[0] - 1,
-                        flip=True),
+        data=DataConfig(
+            source="latents", path="unknown", image_size=side, channels=channels, num_classes=table[0] - 1, flip=True
+        ),
         diffusion=DiffusionConfig(objective="ddpm", timesteps=1000, beta_schedule="linear"),
         sampler=SamplerConfig(name="ddpm", steps=250, guidance_channels="first3"),
-        train=TrainConfig(steps=max(step, 1), batch_size=DIT_BATCH_SIZE, ema_decays=(DIT_EMA_DECAY,),
-                          precision="params=float32,compute=float32"))
+        train=TrainConfig(
+            steps=max(step, 1),
+            batch_size=DIT_BATCH_SIZE,
+            ema_decays=(DIT_EMA_DECAY,),
+            precision="params=float32,compute=float32",
+        ),
+    )
 
 
 def _write_checkpoint(run: pathlib.Path, step: int, params: Any, config: Config, meta: dict[str, Any]) -> None:
     """A checkpoint of nothing but the average, whole with its manifest."""
     where = checkpoints.folder(run) / str(step)
     with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as writer:
-        writer.save(where, args=ocp.args.Composite(
-            **{averages.item(config.train.ema_decays[0]): ocp.args.StandardSave(params),
-               "meta": ocp.args.JsonSave(meta)}))
+        writer.save(
+            where,
+            args=ocp.args.Composite(
+                **{
+                    averages.item(config.train.ema_decays[0]): ocp.args.StandardSave(params),
+                    "meta": ocp.args.JsonSave(meta),
+                }
+            ),
+        )
     manifest.write(where)

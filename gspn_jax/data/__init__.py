@@ -15,8 +15,15 @@ if TYPE_CHECKING:
 
 __all__ = ["DataError", "DevicePrefetcher", "Loader", "Source", "make_loader", "make_source", "prefetch_to_device"]
 
-_MODULES = {"DataError": "decoding", "Loader": "loader", "Source": "source", "make_loader": "loader",
-            "make_source": "sources", "DevicePrefetcher": "prefetch", "prefetch_to_device": "prefetch"}
+_MODULES = {
+    "DataError": "decoding",
+    "Loader": "loader",
+    "Source": "source",
+    "make_loader": "loader",
+    "make_source": "sources",
+    "DevicePrefetcher": "prefetch",
+    "prefetch_to_device": "prefetch",
+}
 
 
 def __getattr__(name: str):

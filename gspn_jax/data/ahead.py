@@ -11,8 +11,9 @@ from gspn_jax.data.source import Source
 Record = dict[str, np.ndarray | np.int32]
 
 
-def read_ahead(pool: concurrent.futures.Executor, source: Source, indices: Iterable[int],
-               count: int) -> Iterator[Callable[[], Record]]:
+def read_ahead(
+    pool: concurrent.futures.Executor, source: Source, indices: Iterable[int], count: int
+) -> Iterator[Callable[[], Record]]:
     """For each index in order, a call that waits for its record; `count` of them are being decoded at any time."""
     queue: collections.deque[concurrent.futures.Future] = collections.deque()
     remaining = iter(indices)

@@ -9,8 +9,16 @@ from jaxtyping import UInt8
 from PIL import Image, UnidentifiedImageError
 
 # What Pillow raises for files that are damaged in one way or another.
-_DAMAGE = (OSError, SyntaxError, ValueError, EOFError, IndexError, struct.error, zlib.error,
-           Image.DecompressionBombError)
+_DAMAGE = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    EOFError,
+    IndexError,
+    struct.error,
+    zlib.error,
+    Image.DecompressionBombError,
+)
 
 
 class DataError(ValueError):
@@ -55,7 +63,7 @@ def fit_image(image: Image.Image, size: int, channels: int) -> UInt8[np.ndarray,
         image = image.resize((width, height), Image.Resampling.BICUBIC)
     left, top = (image.width - size) // 2, (image.height - size) // 2
     pixels = np.asarray(image).reshape(image.height, image.width, channels)
-    return np.array(pixels[top:top + size, left:left + size])
+    return np.array(pixels[top : top + size, left : left + size])
 
 
 def _to_mode(image: Image.Image, mode: str) -> Image.Image:

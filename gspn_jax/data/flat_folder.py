@@ -25,8 +25,13 @@ class FlatFolder:
         """Raises ConfigError for a folder without images, DataError for a first image that cannot be decoded."""
         self.root, self._size = pathlib.Path(root), image_size
         found = (os.path.join(folder, name) for folder, _, names in os.walk(root) for name in names)
-        self.files = tuple(sorted(path for path in found if path.lower().endswith(IMAGE_EXTENSIONS)
-                                  and not os.path.basename(path).startswith(".")))
+        self.files = tuple(
+            sorted(
+                path
+                for path in found
+                if path.lower().endswith(IMAGE_EXTENSIONS) and not os.path.basename(path).startswith(".")
+            )
+        )
         if not self.files:
             raise ConfigError(f"a folder of images must hold JPEG or PNG files, found none below {str(root)!r}")
         self.shape = self._decode(self.files[0]).shape
@@ -40,8 +45,10 @@ class FlatFolder:
         image = self._decode(self.files[index])
         if image.shape != self.shape:
             (height, width), (first_height, first_width) = image.shape[:2], self.shape[:2]
-            raise DataError(f"{self.files[index]} must be of {first_height}x{first_width} as {self.files[0]} is, found "
-                            f"{height}x{width}: --image-size fits all to one")
+            raise DataError(
+                f"{self.files[index]} must be of {first_height}x{first_width} as {self.files[0]} is, found "
+                f"{height}x{width}: --image-size fits all to one"
+            )
         return {"image": image, "label": np.int32(0)}
 
     def _decode(self, path: str) -> np.ndarray:

@@ -21,8 +21,10 @@ class FolderSource:
 
     def __init__(self, root: str, size: int, channels: int):
         if not os.path.isdir(root):
-            raise ConfigError(f"data.path must be a folder with one folder of images a class, found "
-                              f"{'a file' if os.path.exists(root) else 'nothing'} at {root!r}")
+            raise ConfigError(
+                f"data.path must be a folder with one folder of images a class, found "
+                f"{'a file' if os.path.exists(root) else 'nothing'} at {root!r}"
+            )
         self._root, self._size, self._channels = root, size, channels
         with os.scandir(root) as entries:
             folders = sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
@@ -31,12 +33,15 @@ class FolderSource:
         self._files = [name for group in files for name in group]
         self._labels = np.repeat(np.arange(len(files), dtype=np.int32), [len(group) for group in files])
         if not self._files:
-            raise ConfigError(f"data.path must be a folder with one folder of images a class, found no JPEG or PNG "
-                              f"file in the {len(folders)} folders of {root!r}")
+            raise ConfigError(
+                f"data.path must be a folder with one folder of images a class, found no JPEG or PNG "
+                f"file in the {len(folders)} folders of {root!r}"
+            )
         empty = [folder for folder, group in zip(folders, files, strict=True) if not group]
         if empty:
-            raise ConfigError(f"every class folder in {root!r} must hold JPEG or PNG files, found none in "
-                              f"{shorten(empty)}")
+            raise ConfigError(
+                f"every class folder in {root!r} must hold JPEG or PNG files, found none in {shorten(empty)}"
+            )
         spread = np.linspace(0, len(self._files) - 1, min(len(self._files), _SIZES_IN_FINGERPRINT)).astype(int)
         sizes = [os.path.getsize(os.path.join(root, self._files[i])) for i in spread]
         self.fingerprint = hash_of(["folder", *self.class_names, *self._files, repr(sizes)])

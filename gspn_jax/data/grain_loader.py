@@ -63,13 +63,17 @@ class GrainLoader:
         for i in np.flatnonzero(problems != ""):
             found = str(problems[i]).split("\n")
             if not usable[i]:
-                raise DataError(found[0] if len(found) == 1 else f"{len(found)} images in a row cannot be used; the "
-                                f"first: {found[0]}")
+                raise DataError(
+                    found[0]
+                    if len(found) == 1
+                    else f"{len(found)} images in a row cannot be used; the first: {found[0]}"
+                )
             for problem in found:
                 if problem not in self.bad_images:
                     self.bad_images.add(problem)
-                    logger.warning("%s; another image takes its place (bad images so far: %d)", problem,
-                                   len(self.bad_images))
+                    logger.warning(
+                        "%s; another image takes its place (bad images so far: %d)", problem, len(self.bad_images)
+                    )
         # Copied out of the memory shared with a worker, which can then go at once.
         return {name: np.array(values) for name, values in batch.items()} if self._shared else batch
 
@@ -140,8 +144,15 @@ class _ImageBatches:
         length = len(self._source)
         if length <= _PERMUTED_WHOLE:
             return order.places_to_images(places, length, self._seed).tolist()
-        return [index_shuffle(place % length, max_index=length - 1, rounds=order.ROUNDS,
-                              seed=order.epoch_seed(place // length, self._seed)) for place in places]
+        return [
+            index_shuffle(
+                place % length,
+                max_index=length - 1,
+                rounds=order.ROUNDS,
+                seed=order.epoch_seed(place // length, self._seed),
+            )
+            for place in places
+        ]
 
     def _record(self, index: int) -> tuple[dict | None, str]:
         """The first usable record from `index` on, or None, and the messages of those before it."""
@@ -181,9 +192,11 @@ def _check_shared_memory(config: DataConfig, batch_size: int) -> None:
     needed = _SHARED_BATCHES * config.workers * batch_size * config.image_size**2 * config.channels * value_bytes
     free = shutil.disk_usage(_SHARED_MEMORY).free if os.path.isdir(_SHARED_MEMORY) else needed
     if free < needed:
-        raise ConfigError(f"data.workers={config.workers} needs {needed / 1e6:.0f} MB of shared memory for batches of "
-                          f"{batch_size} images, found {free / 1e6:.0f} MB free in {_SHARED_MEMORY}: use fewer "
-                          f"workers, or give the container more (docker run --shm-size)")
+        raise ConfigError(
+            f"data.workers={config.workers} needs {needed / 1e6:.0f} MB of shared memory for batches of "
+            f"{batch_size} images, found {free / 1e6:.0f} MB free in {_SHARED_MEMORY}: use fewer "
+            f"workers, or give the container more (docker run --shm-size)"
+        )
 
 
 def _write(image: UInt8[np.ndarray, "H W C"], mirrored: bool, row: UInt8[np.ndarray, "H W C"]) -> None:

@@ -82,37 +82,47 @@ class LatentMetadata:
         """Raises ConfigError unless `folder` holds metadata of this version whose counts agree with each other."""
         path = folder / METADATA
         if not path.is_file():
-            raise ConfigError(f"data.path must be a folder of latents written by `python -m gspn_jax.prepare latents`, "
-                              f"found no {METADATA} in {str(folder)!r}")
+            raise ConfigError(
+                f"data.path must be a folder of latents written by `python -m gspn_jax.prepare latents`, "
+                f"found no {METADATA} in {str(folder)!r}"
+            )
         try:
             values = json.loads(path.read_text())
             version = values["version"]
             if version != FORMAT_VERSION:
-                raise ConfigError(f"{path} must be of format version {FORMAT_VERSION}, found {version!r}: prepare the "
-                                  f"latents again")
+                raise ConfigError(
+                    f"{path} must be of format version {FORMAT_VERSION}, found {version!r}: prepare the latents again"
+                )
             shards = tuple(Shard(**shard) for shard in values["shards"])
             fields = {field.name: values[field.name] for field in dataclasses.fields(cls)}
             fields = {name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}
             metadata, count = cls(**fields | {"shards": shards}), values["count"]
             whole = count == metadata.count == sum(metadata.class_counts)
         except (json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError) as error:
-            raise ConfigError(f"{path} must be the metadata of a set of latents, found a file that cannot be read as "
-                              f"such ({type(error).__name__}: {error})") from error
+            raise ConfigError(
+                f"{path} must be the metadata of a set of latents, found a file that cannot be read as "
+                f"such ({type(error).__name__}: {error})"
+            ) from error
         if not whole:
-            raise ConfigError(f"{path} must count the same latents in all, in its shards and in its classes, found "
-                              f"{count}, {metadata.count} and {sum(metadata.class_counts)}")
+            raise ConfigError(
+                f"{path} must count the same latents in all, in its shards and in its classes, found "
+                f"{count}, {metadata.count} and {sum(metadata.class_counts)}"
+            )
         return metadata
 
 
-def write_shard(path: pathlib.Path, labels: Int32[np.ndarray, " N"],
-                moments: Float16[np.ndarray, "N V h w 2C"]) -> Shard:
+def write_shard(
+    path: pathlib.Path, labels: Int32[np.ndarray, " N"], moments: Float16[np.ndarray, "N V h w 2C"]
+) -> Shard:
     """Writes the records to `path` by way of a temporary file, so that a shard is whole or absent.
 
     Raises DataError for moments that are not finite, and OSError for a disk that is full.
     """
     if moments.dtype != np.float16 or not np.isfinite(moments).all():
-        raise DataError(f"the moments for {path} must be finite float16, found {moments.dtype} of magnitude up to "
-                        f"{np.abs(moments).max()}")
+        raise DataError(
+            f"the moments for {path} must be finite float16, found {moments.dtype} of magnitude up to "
+            f"{np.abs(moments).max()}"
+        )
     with replacing(path) as temporary:
         try:
             writer = ArrayRecordWriter(str(temporary), WRITER_OPTIONS)
@@ -141,21 +151,28 @@ class LatentSource:
         self.metadata = metadata = LatentMetadata.read(folder)
         wanted, found = (config.image_size, config.image_size, config.channels), metadata.latent_shape
         if found != wanted:
-            raise ConfigError(f"data.image_size and data.channels ask for latents of {_times(wanted)}, but those in "
-                              f"{config.path!r} are {_times(found)}")
+            raise ConfigError(
+                f"data.image_size and data.channels ask for latents of {_times(wanted)}, but those in "
+                f"{config.path!r} are {_times(found)}"
+            )
         if config.flip and not metadata.flips:
-            raise ConfigError(f"data.flip needs latents of both views, but those in {config.path!r} were prepared "
-                              f"without flips: set data.flip to False, or prepare them again")
+            raise ConfigError(
+                f"data.flip needs latents of both views, but those in {config.path!r} were prepared "
+                f"without flips: set data.flip to False, or prepare them again"
+            )
         for shard in metadata.shards:
             path = folder / shard.name
             size = path.stat().st_size if path.is_file() else None
             if size != shard.bytes:
-                raise ConfigError(f"{path} must be a shard of {shard.bytes} bytes, found "
-                                  f"{'no such file' if size is None else f'{size} bytes'}")
+                raise ConfigError(
+                    f"{path} must be a shard of {shard.bytes} bytes, found "
+                    f"{'no such file' if size is None else f'{size} bytes'}"
+                )
         self.class_names = metadata.class_names
         self.fingerprint = hash_of(["latents", json.dumps(dataclasses.asdict(metadata), sort_keys=True)])
-        self._records = ArrayRecordDataSource([_Instruction(str(folder / shard.name), 0, shard.records, shard.records)
-                                               for shard in metadata.shards])
+        self._records = ArrayRecordDataSource(
+            [_Instruction(str(folder / shard.name), 0, shard.records, shard.records) for shard in metadata.shards]
+        )
         self._record = record_type(metadata.latent_shape, metadata.flips)
         self._ends = np.cumsum([shard.records for shard in metadata.shards])
 
@@ -229,8 +246,10 @@ class LatentBatches:
         length = len(self._source)
         epochs = range(places[0] // length, places[-1] // length + 1)
         seeds = {epoch: int(np.random.SeedSequence([self._seed, epoch]).generate_state(1)[0]) for epoch in epochs}
-        return [index_shuffle(place % length, max_index=length - 1, seed=seeds[place // length], rounds=_ROUNDS)
-                for place in places]
+        return [
+            index_shuffle(place % length, max_index=length - 1, seed=seeds[place // length], rounds=_ROUNDS)
+            for place in places
+        ]
 
     def _random_bits(self, places: range) -> UInt16[np.ndarray, "b n"]:
         """For each place its own blocks of Philox's stream: one value for the view, then one for each of the latent."""
@@ -247,7 +266,7 @@ class LatentBatches:
             mean[row].view(pixels.dtype)[...] = pixels[..., :1]
             log_variance[row].view(pixels.dtype)[...] = pixels[..., 1:]
         # "clip" changes nothing, no index being out of range, but spares NumPy's buffer for errors
-        self._levels.take(bits[:, 1:1 + out[0].size].reshape(out.shape), mode="clip", out=out)
+        self._levels.take(bits[:, 1 : 1 + out[0].size].reshape(out.shape), mode="clip", out=out)
         out *= self._deviations.take(log_variance, mode="clip")
         out += self._means.take(mean, mode="clip")
 
@@ -257,8 +276,16 @@ def _normal_levels() -> Float32[np.ndarray, "65536"]:
     return (levels / levels.std()).astype(np.float32)
 
 
-def write_synthetic(folder: pathlib.Path, *, records: int, shards: int = 1, latent_shape: tuple[int, int, int] =
-                    (32, 32, 4), num_classes: int = 1000, flips: bool = True, seed: int = 0) -> LatentMetadata:
+def write_synthetic(
+    folder: pathlib.Path,
+    *,
+    records: int,
+    shards: int = 1,
+    latent_shape: tuple[int, int, int] = (32, 32, 4),
+    num_classes: int = 1000,
+    flips: bool = True,
+    seed: int = 0,
+) -> LatentMetadata:
     """A set of random moments in the format of a real one, for tests and benchmarks."""
     rng = np.random.default_rng(seed)
     height, width, channels = latent_shape
@@ -272,9 +299,15 @@ def write_synthetic(folder: pathlib.Path, *, records: int, shards: int = 1, late
         written.append(write_shard(folder / shard_name(number, shards), labels, moments.astype(np.float16)))
         counts += np.bincount(labels, minlength=num_classes)
     metadata = LatentMetadata(
-        vae_sha256="0" * 64, image_size=8 * height, latent_shape=latent_shape, scaling_factor=0.18215,
-        class_names=tuple(f"class {i}" for i in range(num_classes)), class_counts=tuple(map(int, counts)),
-        shards=tuple(written), flips=flips)
+        vae_sha256="0" * 64,
+        image_size=8 * height,
+        latent_shape=latent_shape,
+        scaling_factor=0.18215,
+        class_names=tuple(f"class {i}" for i in range(num_classes)),
+        class_counts=tuple(map(int, counts)),
+        shards=tuple(written),
+        flips=flips,
+    )
     metadata.write(folder)
     return metadata
 

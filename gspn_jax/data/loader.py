@@ -35,8 +35,16 @@ class Loader(Protocol):
     def __exit__(self, *exception) -> None: ...
 
 
-def make_loader(config: DataConfig, source: Source, *, batch_size: int, seed: int, start_step: int = 0,
-                num_hosts: int = 1, host: int = 0) -> Loader:
+def make_loader(
+    config: DataConfig,
+    source: Source,
+    *,
+    batch_size: int,
+    seed: int,
+    start_step: int = 0,
+    num_hosts: int = 1,
+    host: int = 0,
+) -> Loader:
     """An endless iterator of {"image": uint8 [b, S, S, C], "label": int32 [b]}, b = batch_size / num_hosts.
 
     For config.source "latents", "image" is float32: a posterior sample of each latent, scaled, drawn anew each epoch.
@@ -52,13 +60,18 @@ def make_loader(config: DataConfig, source: Source, *, batch_size: int, seed: in
     `config.in_memory` both happen when the source is made (`memory.MemorySource`).
     """
     if batch_size % num_hosts:
-        raise ConfigError(f"train.batch_size must be a multiple of the number of hosts ({num_hosts}), "
-                          f"found {batch_size}")
+        raise ConfigError(
+            f"train.batch_size must be a multiple of the number of hosts ({num_hosts}), found {batch_size}"
+        )
     if not 0 <= host < num_hosts:
         raise ValueError(f"host must be in [0, {num_hosts}), found {host}")
     # Batch k of size b is rows k*b .. (k+1)*b of the stream: step s of host h is batch s * num_hosts + h.
-    place = {"batch_size": batch_size // num_hosts, "seed": seed, "first": start_step * num_hosts + host,
-             "stride": num_hosts}
+    place = {
+        "batch_size": batch_size // num_hosts,
+        "seed": seed,
+        "first": start_step * num_hosts + host,
+        "stride": num_hosts,
+    }
     if config.in_memory:
         source = source if isinstance(source, MemorySource) else MemorySource(source, config)
         return MemoryLoader(source, flip=config.flip, **place)

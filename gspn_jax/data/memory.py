@@ -54,6 +54,7 @@ class MemorySource:
 
     def _decode(self, source: Source, stop: bool) -> Iterator[tuple[int, str]]:
         """Fills the arrays; (index, message) of each image that cannot be used, or its error if that is to `stop`."""
+
         def decode(start: int) -> list[tuple[int, DataError]]:
             errors = []
             for index in range(start, min(start + _TOGETHER, len(source))):
@@ -64,8 +65,14 @@ class MemorySource:
                     errors.append((index, error))
             return errors
 
-        bar = tqdm(total=len(source), unit="image", desc="decoding into memory", leave=False, dynamic_ncols=True,
-                   disable=jax.process_index() > 0)
+        bar = tqdm(
+            total=len(source),
+            unit="image",
+            desc="decoding into memory",
+            leave=False,
+            dynamic_ncols=True,
+            disable=jax.process_index() > 0,
+        )
         pool = concurrent.futures.ThreadPoolExecutor(min(_MAX_THREADS, os.cpu_count() or 1))
         with bar:
             try:
@@ -128,9 +135,11 @@ def _check_fits(shape: tuple[int, int, int, int]) -> None:
     needed, free = int(np.prod(shape)), free_memory()
     text = f"{shape[0]:,} images of {'x'.join(map(str, shape[1:]))} take {needed / 1e9:.3g} GB of memory on each host"
     if free is not None and needed > _SHARE_OF_FREE * free:
-        raise ConfigError(f"data.in_memory needs a set of at most {_SHARE_OF_FREE:.0%} of the memory that is free "
-                          f"({free / 1e9:.3g} GB), found one too large: {text}; without it images are read as they "
-                          f"are needed")
+        raise ConfigError(
+            f"data.in_memory needs a set of at most {_SHARE_OF_FREE:.0%} of the memory that is free "
+            f"({free / 1e9:.3g} GB), found one too large: {text}; without it images are read as they "
+            f"are needed"
+        )
     logger.info("%s%s", text, "" if free is None else f", where {free / 1e9:.3g} GB are free")
 
 
@@ -151,8 +160,9 @@ def _of_machine(path: str = "/proc/meminfo") -> int | None:
 def _of_container(folder: str = "/sys/fs/cgroup") -> int | None:
     """By control groups, version 2; what is only cached from files can be given back."""
     try:
-        limit, used, stat = (pathlib.Path(folder, name).read_text().strip()
-                             for name in ("memory.max", "memory.current", "memory.stat"))
+        limit, used, stat = (
+            pathlib.Path(folder, name).read_text().strip() for name in ("memory.max", "memory.current", "memory.stat")
+        )
         cached = dict(line.split() for line in stat.splitlines()).get("inactive_file", 0)
         return None if limit == "max" else int(limit) - int(used) + int(cached)
     except (OSError, ValueError):

@@ -89,6 +89,7 @@ def _encrypt(index: np.ndarray, word: int, keys: list[int]) -> np.ndarray:
 
 def _round_keys(seed: int) -> list[int]:
     """What std::seed_seq{seed} generates for four words (C++ standard, [rand.util.seedseq], n = 4, s = 1)."""
+
     def scramble(value: int) -> int:
         return value ^ value >> 27
 

@@ -8,8 +8,9 @@ import jax
 import numpy as np
 
 
-def prefetch_to_device(iterator: Iterable[Mapping[str, np.ndarray]], sharding: jax.sharding.Sharding,
-                       size: int = 2) -> "DevicePrefetcher":
+def prefetch_to_device(
+    iterator: Iterable[Mapping[str, np.ndarray]], sharding: jax.sharding.Sharding, size: int = 2
+) -> "DevicePrefetcher":
     """Iterates over dicts of global arrays, `size` of them on their way to the devices at any time.
 
     `sharding` splits the leading axis. Each host passes its own rows; the global array is their blocks in the order of
@@ -40,8 +41,9 @@ class DevicePrefetcher:
                 batch = next(self._iterator)
             except StopIteration:
                 break
-            self._queue.append({name: jax.make_array_from_process_local_data(self._sharding, values)
-                                for name, values in batch.items()})
+            self._queue.append(
+                {name: jax.make_array_from_process_local_data(self._sharding, values) for name, values in batch.items()}
+            )
         if not self._queue:
             raise StopIteration
         return self._queue.popleft()

@@ -63,6 +63,8 @@ def make_source(config: DataConfig) -> Source:
     source = kind.make(config)
     found = len(source.class_names)
     if found != config.num_classes:
-        raise ConfigError(f"data.num_classes is {config.num_classes}, but {kind.describe(config)} has {found} "
-                          f"{'class' if found == 1 else 'classes'} ({shorten(source.class_names)})")
+        raise ConfigError(
+            f"data.num_classes is {config.num_classes}, but {kind.describe(config)} has {found} "
+            f"{'class' if found == 1 else 'classes'} ({shorten(source.class_names)})"
+        )
     return MemorySource(source, config) if config.in_memory else source

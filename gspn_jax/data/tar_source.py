@@ -22,8 +22,9 @@ class TarSource:
     def __init__(self, root: str, size: int, channels: int):
         tars = sorted(pathlib.Path(root).glob("*.tar"))
         if not tars:
-            raise ConfigError(f"--tars must be a folder of tar files, one a class or one of all classes, found none in "
-                              f"{root!r}")
+            raise ConfigError(
+                f"--tars must be a folder of tar files, one a class or one of all classes, found none in {root!r}"
+            )
         classes: dict[str, list[tuple[str, str, int, int]]] = {}
         for path in tars:
             try:
@@ -62,8 +63,12 @@ def _images(path: pathlib.Path) -> Iterator[tuple[str, str, int, int]]:
                 with tarfile.open(fileobj=outer.extractfile(member), mode="r:") as inner:
                     for image in inner:
                         if _is_image(image):
-                            yield (pathlib.PurePath(member.name).stem, image.name,
-                                   member.offset_data + image.offset_data, image.size)
+                            yield (
+                                pathlib.PurePath(member.name).stem,
+                                image.name,
+                                member.offset_data + image.offset_data,
+                                image.size,
+                            )
             elif _is_image(member):
                 yield path.stem, member.name, member.offset_data, member.size
 

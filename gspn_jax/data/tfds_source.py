@@ -22,21 +22,34 @@ class TfdsSource:
         features = dict(builder.info.features.items())
         keys = builder.info.supervised_keys
         image_key, label_key = keys if keys and len(keys) == 2 else ("image", "label")
-        if not (isinstance(features.get(image_key), tfds.features.Image)
-                and isinstance(features.get(label_key), tfds.features.ClassLabel)):
-            raise ConfigError(f"data.name must be a set of images with one class label each, found {name!r} with "
-                              f"{', '.join(features)}")
+        if not (
+            isinstance(features.get(image_key), tfds.features.Image)
+            and isinstance(features.get(label_key), tfds.features.ClassLabel)
+        ):
+            raise ConfigError(
+                f"data.name must be a set of images with one class label each, found {name!r} with "
+                f"{', '.join(features)}"
+            )
         try:
             self._records = builder.as_data_source(split, decoders={image_key: tfds.decode.SkipDecoding()})
         except ValueError as error:
-            raise ConfigError(f"data.split must be a split of {name!r} ({', '.join(builder.info.splits)}) or a "
-                              f"slice of one with images in it, found {split!r}") from error
+            raise ConfigError(
+                f"data.split must be a split of {name!r} ({', '.join(builder.info.splits)}) or a "
+                f"slice of one with images in it, found {split!r}"
+            ) from error
         self._name, self._size, self._channels = f"{builder.info.name} {split}", size, channels
         self._image_key, self._label_key = image_key, label_key
         label = features[label_key]
         self.class_names = tuple(label.names or map(str, range(label.num_classes)))
-        self.fingerprint = hash_of(["tfds", builder.info.full_name, split, *self.class_names, *(
-            f"{part.name} {part.num_bytes} {part.shard_lengths}" for part in builder.info.splits.values())])
+        self.fingerprint = hash_of(
+            [
+                "tfds",
+                builder.info.full_name,
+                split,
+                *self.class_names,
+                *(f"{part.name} {part.num_bytes} {part.shard_lengths}" for part in builder.info.splits.values()),
+            ]
+        )
 
     def __len__(self) -> int:
         return len(self._records)
@@ -44,34 +57,42 @@ class TfdsSource:
     def __getitem__(self, index: int) -> dict[str, np.ndarray | np.int32]:
         record = self._records[index]
         name = f"image {index} of {self._name}"
-        return {"image": decode_image(record[self._image_key], name, self._size, self._channels),
-                "label": np.int32(record[self._label_key])}
+        return {
+            "image": decode_image(record[self._image_key], name, self._size, self._channels),
+            "label": np.int32(record[self._label_key]),
+        }
 
 
 def _prepared_builder(name: str, data_dir: str | None) -> tfds.core.DatasetBuilder:
     try:
         builder = tfds.builder(name, data_dir=data_dir)
     except ValueError as error:  # DatasetNotFoundError, a malformed name, an unknown config
-        raise ConfigError(f"data.name must be a tensorflow-datasets name or a set prepared in data.path, found "
-                          f"{name!r} with data.path={data_dir!r}") from error
+        raise ConfigError(
+            f"data.name must be a tensorflow-datasets name or a set prepared in data.path, found "
+            f"{name!r} with data.path={data_dir!r}"
+        ) from error
     except ImportError as error:
-        raise ConfigError(f"data.name must be a set that tensorflow-datasets describes without TensorFlow, found "
-                          f"{name!r} ({str(error).rsplit(': ', 1)[-1]})") from error
+        raise ConfigError(
+            f"data.name must be a set that tensorflow-datasets describes without TensorFlow, found "
+            f"{name!r} ({str(error).rsplit(': ', 1)[-1]})"
+        ) from error
     if not builder.is_prepared():
         where = f", data_dir={os.fspath(data_dir)!r}" if data_dir else ""
         by_hand = os.path.join(os.fspath(data_dir or "~/tensorflow_datasets"), "downloads/manual")
         first = f"download its archives by hand into {by_hand!r}, and " if builder.MANUAL_DOWNLOAD_INSTRUCTIONS else ""
         raise ConfigError(
             f"{name!r} is not prepared in {os.fspath(builder.data_dir)!r}; {first}prepare it once, where tensorflow is "
-            f"installed too if the set needs it, with: python -c \"import tensorflow_datasets as tfds; "
-            f"tfds.builder({name!r}{where}, file_format='array_record').download_and_prepare()\"")
+            f'installed too if the set needs it, with: python -c "import tensorflow_datasets as tfds; '
+            f"tfds.builder({name!r}{where}, file_format='array_record').download_and_prepare()\""
+        )
     formats = [builder.info.file_format, *(builder.info.alternative_file_formats or [])]
     if tfds.core.FileFormat.ARRAY_RECORD not in formats:
         found = ", ".join(kind.value for kind in formats if kind)
         raise ConfigError(
             f"{name!r} must be prepared as array_record to be read in random order, found {found} in "
             f"{os.fspath(builder.data_dir)!r}; add array_record files to it once, where tensorflow and apache-beam "
-            f"are installed too, with: python -c \"from tensorflow_datasets.scripts.cli.convert_format_utils import "
+            f'are installed too, with: python -c "from tensorflow_datasets.scripts.cli.convert_format_utils import '
             f"convert_dataset; convert_dataset(dataset_version_dir={os.fspath(builder.data_dir)!r}, out_dir=None, "
-            f"out_file_format='array_record')\"")
+            f"out_file_format='array_record')\""
+        )
     return builder

@@ -206,9 +206,7 @@ def heun(steps: int) -> Table:
     corrects = np.arange(2 * steps - 1) % 2 == 1
     # The predictor has gone size * v1 too far by half: x - size/2 (v1 + v2) = (x - size v1) + size/2 v1 - size/2 v2.
     return _flow_table(
-        time,
-        on_prediction=np.where(corrects, -0.5 * size, -size),
-        on_previous=np.where(corrects, 0.5 * size, 0.0),
+        time, on_prediction=np.where(corrects, -0.5 * size, -size), on_previous=np.where(corrects, 0.5 * size, 0.0)
     )
 
 

@@ -88,8 +88,14 @@ def main(argv: list[str] | None = None) -> None:
             from gspn_jax.evaluate.files import FileFlags, evaluate_files
 
             rest = cli.join_other_hosts(rest)
-            evaluate_files(tyro.cli(FileFlags, args=rest, default=FileFlags(samples=chosen.samples),
-                                    prog=f"{PROGRAM} --samples {chosen.samples}"))
+            evaluate_files(
+                tyro.cli(
+                    FileFlags,
+                    args=rest,
+                    default=FileFlags(samples=chosen.samples),
+                    prog=f"{PROGRAM} --samples {chosen.samples}",
+                )
+            )
         else:
             from gspn_jax.evaluate.runs import RunFlags, evaluate_run
             from gspn_jax.runs import checkpoints

@@ -68,12 +68,18 @@ def evaluate_files(flags: FileFlags) -> dict[str, Any]:
     scorer = Scorer(flags, sharding.make_mesh(MeshConfig()))
     start = time.perf_counter()
     scorer.prepare()
-    with (contextlib.closing(samples.chunks) as chunks,
-          tqdm(total=samples.count, unit="image", desc="scoring", dynamic_ncols=True,
-               disable=jax.process_index() > 0) as bar):
-        result = scorer.score(_counted(chunks, bar), labels=samples.labels, warnings=samples.warnings,
-                              samples=samples.about | {"source": str(path), "count": samples.count,
-                                                       "image_size": list(samples.size)})
+    with (
+        contextlib.closing(samples.chunks) as chunks,
+        tqdm(
+            total=samples.count, unit="image", desc="scoring", dynamic_ncols=True, disable=jax.process_index() > 0
+        ) as bar,
+    ):
+        result = scorer.score(
+            _counted(chunks, bar),
+            labels=samples.labels,
+            warnings=samples.warnings,
+            samples=samples.about | {"source": str(path), "count": samples.count, "image_size": list(samples.size)},
+        )
     result["environment"]["seconds"] = time.perf_counter() - start
     whole = path.resolve()  # "." has no name
     beside = whole.with_name((whole.name if whole.is_dir() else whole.stem) + ".json")
@@ -96,21 +102,30 @@ def _npz(flags: FileFlags, path: pathlib.Path) -> _Samples:
     if labels is not None and (labels.shape != (len(images),) or labels.dtype.kind not in "iu"):
         labels = None  # something else that another program keeps there
     about = json.loads(str(npz.read(path, "settings"))) if "settings" in found else {}
-    return _Samples(size=images.shape[1:3], count=len(images), labels=labels,
-                    about=about | {"sha256": sha256_of(path)}, warnings=[], chunks=images.batches(CHUNK))
+    return _Samples(
+        size=images.shape[1:3],
+        count=len(images),
+        labels=labels,
+        about=about | {"sha256": sha256_of(path)},
+        warnings=[],
+        chunks=images.batches(CHUNK),
+    )
 
 
 def _folder(flags: FileFlags, path: pathlib.Path) -> _Samples:
     if (path / "checkpoints").is_dir():
-        raise ConfigError(f"--samples must be an .npz file or a folder of images, found the run directory {path}: give "
-                          "it as --run")
+        raise ConfigError(
+            f"--samples must be an .npz file or a folder of images, found the run directory {path}: give it as --run"
+        )
     folder = FlatFolder(path, flags.image_size)
     # files are often sorted by class, which would be the end of the Inception score
     order = np.random.default_rng(0).permutation(len(folder))
 
     def chunks() -> Iterator[UInt8[np.ndarray, "n H W 3"]]:
-        with concurrent.futures.ThreadPoolExecutor(flags.threads) as pool, contextlib.closing(
-                read_ahead(pool, folder, order, 2 * max(CHUNK, flags.threads))) as decoded:
+        with (
+            concurrent.futures.ThreadPoolExecutor(flags.threads) as pool,
+            contextlib.closing(read_ahead(pool, folder, order, 2 * max(CHUNK, flags.threads))) as decoded,
+        ):
             waiting = []
             for record in decoded:
                 waiting.append(record()["image"])
@@ -122,8 +137,10 @@ def _folder(flags: FileFlags, path: pathlib.Path) -> _Samples:
 
     warnings = []
     if flags.image_size is not None:
-        warnings.append(f"the images were scaled and cropped to {flags.image_size}x{flags.image_size} here, by ADM's "
-                        "filter: another filter gives another FID")
+        warnings.append(
+            f"the images were scaled and cropped to {flags.image_size}x{flags.image_size} here, by ADM's "
+            "filter: another filter gives another FID"
+        )
     jpeg = sum(not name.lower().endswith(".png") for name in folder.files)
     if jpeg:
         warnings.append(f"{jpeg:,} of the samples are JPEG files: what compression took away counts against them")

@@ -35,12 +35,15 @@ def draw(paths: Sequence[str | pathlib.Path], against: Against, output: str | pa
     """
     output = pathlib.Path(output)
     if output.suffix not in _FORMATS or not output.parent.is_dir() or output.exists():
-        raise ConfigError(f"--output must be a new {', '.join(_FORMATS)} file in a folder that exists, found "
-                          f"{str(output)!r}")
+        raise ConfigError(
+            f"--output must be a new {', '.join(_FORMATS)} file in a folder that exists, found {str(output)!r}"
+        )
     points = [point for path in map(pathlib.Path, paths) for point in _points_at(path, against)]
     if not any("fid" in point.metrics for point in points):
-        raise ConfigError(f"--plot must name run directories or JSON files with FID of a run's samples, found none in "
-                          f"{', '.join(map(str, paths))}")
+        raise ConfigError(
+            f"--plot must name run directories or JSON files with FID of a run's samples, found none in "
+            f"{', '.join(map(str, paths))}"
+        )
     return _draw(points, against, output)
 
 
@@ -74,8 +77,15 @@ def _logged(run: pathlib.Path) -> list[Point]:
     wanted, sampler = config.eval, config.sampler
     ema = config.train.ema_decays[0] if wanted.ema is None else wanted.ema
     guidance = sampler.guidance_scale if wanted.guidance_scale is None else wanted.guidance_scale
-    label = _label(run.resolve().name, "in training", ema, sampler_name(sampler, config.diffusion),
-                   wanted.steps or sampler.steps, f"guidance {guidance:g}", wanted.num_samples)
+    label = _label(
+        run.resolve().name,
+        "in training",
+        ema,
+        sampler_name(sampler, config.diffusion),
+        wanted.steps or sampler.steps,
+        f"guidance {guidance:g}",
+        wanted.num_samples,
+    )
     return [Point(label, line["step"] * config.train.batch_size, {"fid": line["eval/fid"]}) for line in evaluated]
 
 
@@ -98,9 +108,15 @@ def _point(result: Mapping[str, Any], against: Against) -> Point:
     samples = result["samples"]
     sampler = samples["sampler"]
     images = against == "images"
-    label = _label(pathlib.Path(samples["run"]).resolve().name, "" if images else f"step {samples['step']:,}",
-                   samples["ema_decay"], sampler["name"], sampler["steps"],
-                   f"guidance {sampler['guidance_scale']:g}" if images else "", samples["count"])
+    label = _label(
+        pathlib.Path(samples["run"]).resolve().name,
+        "" if images else f"step {samples['step']:,}",
+        samples["ema_decay"],
+        sampler["name"],
+        sampler["steps"],
+        f"guidance {sampler['guidance_scale']:g}" if images else "",
+        samples["count"],
+    )
     return Point(label, samples["images_seen"] if images else sampler["guidance_scale"], result["metrics"])
 
 

@@ -19,28 +19,45 @@ from gspn_jax.metrics.reference import NEEDS
 PUBLISHED_SAMPLES = 50_000
 """That published numbers are computed of."""
 
-NAMES = {"fid": "FID", "sfid": "sFID", "is": "Inception score", "kid": "KID", "precision": "precision",
-         "recall": "recall"}
+NAMES = {
+    "fid": "FID",
+    "sfid": "sFID",
+    "is": "Inception score",
+    "kid": "KID",
+    "precision": "precision",
+    "recall": "recall",
+}
 
 _PACKAGES = ("gspn-jax", "jax", "jaxlib", "flax", "numpy", "scipy")
 
 
-def unfair(names: Sequence[str], count: int, size: tuple[int, int], reference_size: tuple[int, int] | None,
-           classes: Int[np.ndarray, " N"] | None) -> list[str]:
+def unfair(
+    names: Sequence[str],
+    count: int,
+    size: tuple[int, int],
+    reference_size: tuple[int, int] | None,
+    classes: Int[np.ndarray, " N"] | None,
+) -> list[str]:
     """Why the metrics `names` of `count` images of `size` would not compare with published ones; a sentence each.
 
     `classes` are those of the images in their order, asked for or predicted.
     """
     said = []
     if count < PUBLISHED_SAMPLES and any(name in NEEDS for name in names):
-        said.append(f"{count:,} samples, where published numbers are of {PUBLISHED_SAMPLES:,}: fewer samples give a "
-                    "higher FID, so compare only with results of as many")
+        said.append(
+            f"{count:,} samples, where published numbers are of {PUBLISHED_SAMPLES:,}: fewer samples give a "
+            "higher FID, so compare only with results of as many"
+        )
     if reference_size is not None and tuple(size) != tuple(reference_size):
-        said.append(f"the samples are {_by(size)} and the images of the reference {_by(reference_size)}: the metrics "
-                    "see the difference in sharpness")
+        said.append(
+            f"the samples are {_by(size)} and the images of the reference {_by(reference_size)}: the metrics "
+            "see the difference in sharpness"
+        )
     if "is" in names and classes is not None and sorted_by_class(classes):
-        said.append("the samples are sorted by class, so that each part of the Inception score has few of them: it is "
-                    "far from that of shuffled samples")
+        said.append(
+            "the samples are sorted by class, so that each part of the Inception score has few of them: it is "
+            "far from that of shuffled samples"
+        )
     return said
 
 
@@ -65,9 +82,12 @@ def environment() -> dict[str, Any]:
             versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:  # used from a checkout
             versions[name] = None
-    return {"versions": versions, "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
-            "hosts": jax.process_count(),
-            "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")}
+    return {
+        "versions": versions,
+        "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+        "hosts": jax.process_count(),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    }
 
 
 def table(result: Mapping[str, Any]) -> str:
@@ -76,9 +96,11 @@ def table(result: Mapping[str, Any]) -> str:
     lines = [f"samples          {samples['count']:,} of {_by(samples['image_size'])} from {samples['source']}"]
     if "sampler" in samples:
         sampler = samples["sampler"]
-        lines.append(f"                 step {samples['step']}, EMA {samples['ema_decay']:g}, {sampler['name']} "
-                     f"{sampler['steps']} steps, guidance {sampler['guidance_scale']:g}, seed {samples['seed']}, "
-                     f"{samples['labels']} labels")
+        lines.append(
+            f"                 step {samples['step']}, EMA {samples['ema_decay']:g}, {sampler['name']} "
+            f"{sampler['steps']} steps, guidance {sampler['guidance_scale']:g}, seed {samples['seed']}, "
+            f"{samples['labels']} labels"
+        )
     if reference:
         lines.append(f"reference        {reference['path']}")
     lines += [f"{NAMES[name]:16} {value:.6g}" for name, value in result["metrics"].items()]

@@ -55,15 +55,16 @@ class RunFlags(ScoreFlags):
             if getattr(self, name) < least:
                 raise ConfigError(f"--{name.replace('_', '-')} must be {least} or more, found {getattr(self, name)}")
         if len(self.guidance_scales) > 1 and (self.output or self.save_samples):
-            raise ConfigError("--output and --save-samples are for one guidance scale, found --guidance-scales "
-                              + " ".join(f"{scale:g}" for scale in self.guidance_scales))
+            raise ConfigError(
+                "--output and --save-samples are for one guidance scale, found --guidance-scales "
+                + " ".join(f"{scale:g}" for scale in self.guidance_scales)
+            )
         if self.save_samples and pathlib.Path(self.save_samples).suffix != ".npz":
             raise ConfigError(f"--save-samples must end in .npz, found {self.save_samples!r}")
 
 
 def evaluate_run(flags: RunFlags, config: Config, step: int) -> list[dict[str, Any]]:
-    """Scores the checkpoint of `step` at each guidance scale; returns the results, which are also printed and written.
-    """
+    """Scores the checkpoint of `step` at each guidance scale; returns the results, also printed and written."""
     # --- what can be wrong is found first
     if config.data.latents and not flags.vae:
         raise ConfigError("a run on latents needs --vae to decode what it draws, found none")
@@ -71,8 +72,10 @@ def evaluate_run(flags: RunFlags, config: Config, step: int) -> list[dict[str, A
         raise ConfigError(f"--save-samples is for a single process, found {jax.process_count()}")
     mesh = sharding.make_mesh(flags.mesh)
     scales = flags.guidance_scales or (flags.sampler.guidance_scale,)
-    configs = [dataclasses.replace(config, sampler=dataclasses.replace(flags.sampler, guidance_scale=scale))
-               for scale in scales]
+    configs = [
+        dataclasses.replace(config, sampler=dataclasses.replace(flags.sampler, guidance_scale=scale))
+        for scale in scales
+    ]
     vae = load_autoencoder(flags.vae, config, flags.image_size)
     scorer = Scorer(flags, mesh)
     folder = pathlib.Path(flags.run) / "evaluation"
@@ -82,16 +85,30 @@ def evaluate_run(flags: RunFlags, config: Config, step: int) -> list[dict[str, A
     results = []
     for number, config in enumerate(configs):
         of = f" {number + 1} of {len(configs)}" if len(configs) > 1 else ""
-        drawing = Drawing(flags.run, step, config, mesh, total=flags.num_samples, batch_size=scorer.batch_size,
-                          ema=flags.ema, image_size=flags.image_size, vae=vae,
-                          description=f"guidance {config.sampler.guidance_scale:g}{of}")
-        about = drawing.settings() | {"labels": flags.labels, "seed": flags.seed,
-                                      "vae_sha256": sha256_of(flags.vae) if flags.vae else None}
+        drawing = Drawing(
+            flags.run,
+            step,
+            config,
+            mesh,
+            total=flags.num_samples,
+            batch_size=scorer.batch_size,
+            ema=flags.ema,
+            image_size=flags.image_size,
+            vae=vae,
+            description=f"guidance {config.sampler.guidance_scale:g}{of}",
+        )
+        about = drawing.settings() | {
+            "labels": flags.labels,
+            "seed": flags.seed,
+            "vae_sha256": sha256_of(flags.vae) if flags.vae else None,
+        }
         result = None if flags.output or flags.save_samples else _finished(folder, flags, about, scorer)
         if result is None:
             result = _evaluate(flags, config, drawing, about, scorer)
-            name = (f"step_{step:07d}_{sampler_name(config.sampler, config.diffusion)}{config.sampler.steps}_guidance_"
-                    f"{config.sampler.guidance_scale:g}_{flags.num_samples}.json")
+            name = (
+                f"step_{step:07d}_{sampler_name(config.sampler, config.diffusion)}{config.sampler.steps}_guidance_"
+                f"{config.sampler.guidance_scale:g}_{flags.num_samples}.json"
+            )
             finish(result, pathlib.Path(flags.output) if flags.output else report.free_path(folder / name))
         results.append(result)
     if len(results) > 1 and jax.process_index() == 0:
@@ -99,32 +116,50 @@ def evaluate_run(flags: RunFlags, config: Config, step: int) -> list[dict[str, A
     return results
 
 
-def _evaluate(flags: RunFlags, config: Config, drawing: Drawing, about: dict[str, Any],
-              scorer: Scorer) -> dict[str, Any]:
+def _evaluate(
+    flags: RunFlags, config: Config, drawing: Drawing, about: dict[str, Any], scorer: Scorer
+) -> dict[str, Any]:
     """Draws and scores; `about` tells how images are made, and goes into a file of samples as well."""
     labels = draw_labels(flags.labels, flags.num_samples, config.data.num_classes, flags.seed)
     seeds = flags.seed + np.arange(flags.num_samples)
     start = time.perf_counter()
     scorer.prepare()
     with drawing:
-        said = {"warnings": _uneven(flags, config),
-                "samples": about | {"source": str(flags.run), "count": flags.num_samples}}
+        said = {
+            "warnings": _uneven(flags, config),
+            "samples": about | {"source": str(flags.run), "count": flags.num_samples},
+        }
         if flags.save_samples:
-            write_npz(pathlib.Path(flags.save_samples), drawing, labels, seeds, shape=drawing.shape,
-                      batch_size=drawing.batch_size, settings=about, done=drawing.done)
+            write_npz(
+                pathlib.Path(flags.save_samples),
+                drawing,
+                labels,
+                seeds,
+                shape=drawing.shape,
+                batch_size=drawing.batch_size,
+                settings=about,
+                done=drawing.done,
+            )
             images = StoredImages(flags.save_samples, "--save-samples").batches(drawing.batch_size)
             result = scorer.score(images, labels=labels, **said)
         else:
-            result = scorer.score_drawn(lambda *which: to_rgb(drawing(*which)), labels, seeds, done=drawing.done,
-                                        **said)
+            result = scorer.score_drawn(
+                lambda *which: to_rgb(drawing(*which)), labels, seeds, done=drawing.done, **said
+            )
     result["environment"]["seconds"] = time.perf_counter() - start
     return result
 
 
 def _uneven(flags: RunFlags, config: Config) -> list[str]:
     left = flags.num_samples % config.data.num_classes
-    return [f"{flags.num_samples:,} balanced labels of {config.data.num_classes:,} classes give {left:,} of them one "
-            "image more than the others"] if flags.labels == "balanced" and left else []
+    return (
+        [
+            f"{flags.num_samples:,} balanced labels of {config.data.num_classes:,} classes give {left:,} of them one "
+            "image more than the others"
+        ]
+        if flags.labels == "balanced" and left
+        else []
+    )
 
 
 def _finished(folder: pathlib.Path, flags: RunFlags, about: dict[str, Any], scorer: Scorer) -> dict[str, Any] | None:

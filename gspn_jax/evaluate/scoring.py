@@ -52,16 +52,14 @@ class ScoreFlags:
         if self.output:
             path = pathlib.Path(self.output)
             if path.suffix != ".json" or not path.parent.is_dir() or path.exists():
-                raise ConfigError("--output must be a new .json file in a folder that exists, found "
-                                  f"{self.output!r}")
+                raise ConfigError(f"--output must be a new .json file in a folder that exists, found {self.output!r}")
 
 
 class Scorer:
     """Reads weights and reference once, and scores any number of sets of images against them."""
 
     def __init__(self, flags: ScoreFlags, mesh: Mesh):
-        """Raises ConfigError or WeightsError for what is missing or does not go together, before any work on a device.
-        """
+        """Raises ConfigError or WeightsError for what is missing or does not go together, before device work."""
         path = inception.require(flags.inception, "--inception")
         self._reference = read_reference(flags.reference, "--reference") if flags.reference else None
         self.names = flags.metrics or (self._reference.allowed if self._reference else ("is",))
@@ -86,14 +84,21 @@ class Scorer:
         if self._reference is None:
             return None
         images = self._reference.images
-        return {"path": self._reference.path, "sha256": self._reference.sha256,
-                "num_images": self._reference.num_images, "image_size": list(images.shape[1:3]) if images else None}
+        return {
+            "path": self._reference.path,
+            "sha256": self._reference.sha256,
+            "num_images": self._reference.num_images,
+            "image_size": list(images.shape[1:3]) if images else None,
+        }
 
     def settings(self) -> dict[str, Any]:
         """What decides a result beside the samples."""
         reference = self.reference
-        return {"reference_sha256": reference and reference["sha256"], "float16": self._flags.float16,
-                "inception_tensors_sha256": self.inception["tensors_sha256"]}
+        return {
+            "reference_sha256": reference and reference["sha256"],
+            "float16": self._flags.float16,
+            "inception_tensors_sha256": self.inception["tensors_sha256"],
+        }
 
     def prepare(self) -> None:
         """Puts the network onto the devices and computes what the reference has as images only, both once."""
@@ -102,8 +107,14 @@ class Scorer:
             if self._reference:
                 self._reference = self._reference.complete(self.names, self._extractor, self._extractor.batch_size)
 
-    def score(self, images: Iterable[UInt8[np.ndarray, "n H W 3"]], *, samples: dict[str, Any],
-              labels: Int[np.ndarray, " N"] | None = None, warnings: Iterable[str] = ()) -> dict[str, Any]:
+    def score(
+        self,
+        images: Iterable[UInt8[np.ndarray, "n H W 3"]],
+        *,
+        samples: dict[str, Any],
+        labels: Int[np.ndarray, " N"] | None = None,
+        warnings: Iterable[str] = (),
+    ) -> dict[str, Any]:
         """The result, as JSON values, of images that come in chunks of any size.
 
         `samples` tells what they are, with "count" and "image_size"; `labels` are their classes, where known.
@@ -116,24 +127,50 @@ class Scorer:
                 predicted.append(on_host(features.logits.argmax(1))[on_host(mask)])
         return self._result(collector, np.concatenate(predicted) if predicted else labels, samples, warnings)
 
-    def score_drawn(self, draw: Draw, labels: Int[np.ndarray, " N"], seeds: Int[np.ndarray, " N"], *,
-                    samples: dict[str, Any], warnings: Iterable[str] = (),
-                    done: Callable[[int], None] = lambda count: None) -> dict[str, Any]:
+    def score_drawn(
+        self,
+        draw: Draw,
+        labels: Int[np.ndarray, " N"],
+        seeds: Int[np.ndarray, " N"],
+        *,
+        samples: dict[str, Any],
+        warnings: Iterable[str] = (),
+        done: Callable[[int], None] = lambda count: None,
+    ) -> dict[str, Any]:
         """The result of images that `draw` makes of labels and seeds, `batch_size` at a time, as `score` gives it."""
         self.prepare()
         collector = Collector(self.names, float16=self._flags.float16)
         draw_and_score(draw, labels, seeds, self._extractor, collector.add, done=done)
         return self._result(collector, labels, samples, warnings)
 
-    def _result(self, collector: Collector, classes: Int[np.ndarray, " N"] | None, samples: dict[str, Any],
-                warnings: Iterable[str]) -> dict[str, Any]:
+    def _result(
+        self,
+        collector: Collector,
+        classes: Int[np.ndarray, " N"] | None,
+        samples: dict[str, Any],
+        warnings: Iterable[str],
+    ) -> dict[str, Any]:
         log.info("%s images are scored; computing %s", f"{collector.count:,}", ", ".join(self.names))
         reference = self.reference
-        said = [*warnings, *report.unfair(self.names, collector.count, tuple(samples["image_size"]),
-                                          reference and reference["image_size"], classes)]
-        return {"metrics": collector.scores(self._reference), "samples": samples, "reference": reference,
-                "inception": self.inception, "settings": self.settings(), "warnings": said,
-                "environment": report.environment()}
+        said = [
+            *warnings,
+            *report.unfair(
+                self.names,
+                collector.count,
+                tuple(samples["image_size"]),
+                reference and reference["image_size"],
+                classes,
+            ),
+        ]
+        return {
+            "metrics": collector.scores(self._reference),
+            "samples": samples,
+            "reference": reference,
+            "inception": self.inception,
+            "settings": self.settings(),
+            "warnings": said,
+            "environment": report.environment(),
+        }
 
 
 def finish(result: dict[str, Any], path: pathlib.Path) -> None:

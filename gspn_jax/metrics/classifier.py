@@ -62,8 +62,15 @@ class ClassifierScore:
 class ClassifierJudge:
     """Trained when it is made, by AdamW with a one-cycle schedule; with `flip` on images of which half are mirrored."""
 
-    def __init__(self, images: UInt8[np.ndarray, "N H W C"], labels: Int[np.ndarray, " N"], *, steps: int,
-                 flip: bool, seed: int = 0):
+    def __init__(
+        self,
+        images: UInt8[np.ndarray, "N H W C"],
+        labels: Int[np.ndarray, " N"],
+        *,
+        steps: int,
+        flip: bool,
+        seed: int = 0,
+    ):
         classes = int(labels.max()) + 1
         self._graph, params = nnx.split(_Network(images.shape[-1], classes, nnx.Rngs(seed)))
         optimizer = optax.adamw(optax.cosine_onecycle_schedule(steps, 2e-3, pct_start=0.2), weight_decay=0.05)
@@ -95,28 +102,36 @@ class ClassifierJudge:
         """Features and the class that each image is given."""
         features, classes = [], []
         for start in range(0, len(images), BATCH):
-            batch = images[start:start + BATCH]
+            batch = images[start : start + BATCH]
             padded = np.pad(batch, ((0, BATCH - len(batch)), (0, 0), (0, 0), (0, 0)))  # one shape, compiled once
             found, logits = self._forward(self._params, padded)
-            features.append(np.asarray(found)[:len(batch)])
-            classes.append(np.asarray(logits.argmax(-1))[:len(batch)])
+            features.append(np.asarray(found)[: len(batch)])
+            classes.append(np.asarray(logits.argmax(-1))[: len(batch)])
         return np.concatenate(features), np.concatenate(classes)
 
-    def score(self, samples: UInt8[np.ndarray, "N H W C"], wanted: Int[np.ndarray, " N"],
-              held_out: UInt8[np.ndarray, "M H W C"], labels: Int[np.ndarray, " M"]) -> ClassifierScore:
+    def score(
+        self,
+        samples: UInt8[np.ndarray, "N H W C"],
+        wanted: Int[np.ndarray, " N"],
+        held_out: UInt8[np.ndarray, "M H W C"],
+        labels: Int[np.ndarray, " M"],
+    ) -> ClassifierScore:
         """Judges samples asked for as `wanted`, beside real images that it was not trained on.
 
         For the floor, as many of those are taken as there are samples: the distance grows as images get fewer. Raises
         ValueError when there are not so many.
         """
         if len(samples) > len(held_out):
-            raise ValueError(f"at most as many samples as held-out images ({len(held_out)}) can be judged, found "
-                             f"{len(samples)}")
+            raise ValueError(
+                f"at most as many samples as held-out images ({len(held_out)}) can be judged, found {len(samples)}"
+            )
         features, classes = self._apply(samples)
         real, given = self._apply(held_out)
-        chosen = np.random.default_rng(0).permutation(len(real))[:len(samples)]
+        chosen = np.random.default_rng(0).permutation(len(real))[: len(samples)]
         return ClassifierScore(
             conditional_accuracy=float(np.mean(classes == wanted)),
             frechet=frechet_distance(*moments(features), *self._real),
             frechet_floor=frechet_distance(*moments(real[chosen]), *self._real),
-            classifier_accuracy=float(np.mean(given == labels)), num_samples=len(samples))
+            classifier_accuracy=float(np.mean(given == labels)),
+            num_samples=len(samples),
+        )

@@ -30,8 +30,9 @@ class DigitsJudge:
 
     def __init__(self, images: UInt8[np.ndarray, "N 8 8 1"], labels: Int[np.ndarray, " N"]):
         self._images, self._labels = images, labels
-        train_x, test_x, train_y, test_y = train_test_split(self._pixels(images), labels, test_size=0.2, random_state=0,
-                                                            stratify=labels)
+        train_x, test_x, train_y, test_y = train_test_split(
+            self._pixels(images), labels, test_size=0.2, random_state=0, stratify=labels
+        )
         self._classifier = MLPClassifier((64,), alpha=0.01, learning_rate_init=3e-3, random_state=0)
         order = np.random.default_rng(0)
         for _ in range(EPOCHS):  # a fixed number of epochs; fit() would warn that it did not wait for convergence
@@ -54,11 +55,12 @@ class DigitsJudge:
         order = np.random.default_rng(0).permutation(len(self._images))
         half = len(order) // 2
         real = moments(self.features(self._images[order[:half]]))
-        other = moments(self.features(self._images[order[half:2 * half]]))
+        other = moments(self.features(self._images[order[half : 2 * half]]))
         # equally many samples as real digits: the distance is biased by the number of images
         drawn = moments(self.features(images[np.random.default_rng(0).permutation(len(images))[:half]]))
         return DigitsScore(
             conditional_accuracy=float(np.mean(self._classifier.predict(self._pixels(images)) == labels)),
-            frechet=frechet_distance(*drawn, *real), frechet_floor=frechet_distance(*other, *real),
-            classifier_accuracy=self.accuracy)
-
+            frechet=frechet_distance(*drawn, *real),
+            frechet_floor=frechet_distance(*other, *real),
+            classifier_accuracy=self.accuracy,
+        )

@@ -18,8 +18,9 @@ class Extractor:
     The features of an image depend neither on its batch nor on the number of devices, to float32 rounding.
     """
 
-    def __init__(self, params: Mapping[str, Float32[np.ndarray, "..."]], *, batch_size: int = 64,
-                 mesh: Mesh | None = None):
+    def __init__(
+        self, params: Mapping[str, Float32[np.ndarray, "..."]], *, batch_size: int = 64, mesh: Mesh | None = None
+    ):
         """`params` are those of `inception.load`. A batch is split over all devices of `mesh` (all local ones by
         default), so its size is rounded up to a multiple of their number. Raises ValueError for a size below 1.
 
@@ -65,7 +66,7 @@ class Extractor:
             images = np.concatenate(waiting)
             whole = len(images) - len(images) % self.batch_size
             for start in range(0, whole, self.batch_size):
-                yield self(images[start:start + self.batch_size])
+                yield self(images[start : start + self.batch_size])
             waiting = [images[whole:]] if whole < len(images) else []
         if waiting:
             yield self(np.concatenate(waiting))

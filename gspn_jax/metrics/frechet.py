@@ -22,8 +22,9 @@ class Gaussian:
 
     def __post_init__(self) -> None:
         if self.mean.ndim != 1 or self.cov.shape != (*self.mean.shape, *self.mean.shape):
-            raise ValueError(f"mean and covariance must be [D] and [D, D], found {list(self.mean.shape)} and "
-                             f"{list(self.cov.shape)}")
+            raise ValueError(
+                f"mean and covariance must be [D] and [D, D], found {list(self.mean.shape)} and {list(self.cov.shape)}"
+            )
 
     @property
     def rank(self) -> int:
@@ -44,10 +45,12 @@ class Gaussian:
         eigenvalue problems in place of a general matrix root, which also exist when a covariance is singular.
         """
         if self.mean.shape != other.mean.shape:
-            raise ValueError("both sides must have the same number of features, found "
-                             f"{self.mean.shape[0]} and {other.mean.shape[0]}")
+            raise ValueError(
+                "both sides must have the same number of features, found "
+                f"{self.mean.shape[0]} and {other.mean.shape[0]}"
+            )
         values = np.linalg.eigvalsh(self.root.T @ other.cov.astype(np.float64) @ self.root)
-        cross = np.sqrt(values[max(0, len(values) - other.rank):].clip(0)).sum()
+        cross = np.sqrt(values[max(0, len(values) - other.rank) :].clip(0)).sum()
         difference = self.mean.astype(np.float64) - other.mean
         distance = difference @ difference + np.trace(self.cov) + np.trace(other.cov) - 2 * cross
         return float(max(distance, 0.0))
@@ -61,7 +64,11 @@ def moments(features: Float[np.ndarray, "N D"]) -> tuple[Float[np.ndarray, " D"]
     return features.mean(0), np.cov(features, rowvar=False, ddof=1).reshape(features.shape[1], -1)
 
 
-def frechet_distance(mean1: Float[np.ndarray, " D"], cov1: Float[np.ndarray, "D D"],
-                     mean2: Float[np.ndarray, " D"], cov2: Float[np.ndarray, "D D"]) -> float:
+def frechet_distance(
+    mean1: Float[np.ndarray, " D"],
+    cov1: Float[np.ndarray, "D D"],
+    mean2: Float[np.ndarray, " D"],
+    cov2: Float[np.ndarray, "D D"],
+) -> float:
     """`Gaussian.distance` of one pair."""
     return Gaussian(mean1, cov1).distance(Gaussian(mean2, cov2))

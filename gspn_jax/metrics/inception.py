@@ -83,12 +83,25 @@ def network(params: Params, x: Float32[Array, "N 299 299 3"]) -> Features:
     return Features(pool, spatial, logits)
 
 
-def _conv(params: Params, name: str, x: Float[Array, "B H W C"], width: int, kernel: tuple[int, int], *, stride: int,
-          padding: str) -> Float[Array, "B h w D"]:
+def _conv(
+    params: Params,
+    name: str,
+    x: Float[Array, "B H W C"],
+    width: int,
+    kernel: tuple[int, int],
+    *,
+    stride: int,
+    padding: str,
+) -> Float[Array, "B h w D"]:
     """`width` and `kernel` are those of the weights; `expected_shapes` reads them here."""
     y = jax.lax.conv_general_dilated(
-        x, params[f"{name}.kernel"], (stride, stride), padding, dimension_numbers=("NHWC", "HWIO", "NHWC"),
-        precision=jax.lax.Precision.HIGHEST)
+        x,
+        params[f"{name}.kernel"],
+        (stride, stride),
+        padding,
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        precision=jax.lax.Precision.HIGHEST,
+    )
     return jax.nn.relu(y + params[f"{name}.bias"])
 
 
@@ -116,8 +129,16 @@ def _trunk(conv: Conv, x: Float[Array, "B 299 299 3"]) -> tuple[Float[Array, "B 
     return spatial, x.mean((1, 2))
 
 
-def _layer(conv: Conv, name: str, x: jax.Array, width: int, kernel: int | tuple[int, int], *, stride: int = 1,
-           padding: str | None = None) -> jax.Array:
+def _layer(
+    conv: Conv,
+    name: str,
+    x: jax.Array,
+    width: int,
+    kernel: int | tuple[int, int],
+    *,
+    stride: int = 1,
+    padding: str | None = None,
+) -> jax.Array:
     """Strided layers are not padded; the others are unless they say so."""
     kernel = (kernel, kernel) if isinstance(kernel, int) else kernel
     return conv(name, x, width, kernel, stride=stride, padding=padding or ("SAME" if stride == 1 else "VALID"))
@@ -136,31 +157,36 @@ def _concatenate(*branches: jax.Array) -> jax.Array:
 
 
 def _block_a(chain: Callable, x: jax.Array, pooled: int) -> jax.Array:
-    return _concatenate(chain(x, "branch1x1", (64, 1)),
-                        chain(x, "branch5x5", (48, 1), (64, 5)),
-                        chain(x, "branch3x3dbl", (64, 1), (96, 3), (96, 3)),
-                        chain(_average_pool(x), "branch_pool", (pooled, 1)))
+    return _concatenate(
+        chain(x, "branch1x1", (64, 1)),
+        chain(x, "branch5x5", (48, 1), (64, 5)),
+        chain(x, "branch3x3dbl", (64, 1), (96, 3), (96, 3)),
+        chain(_average_pool(x), "branch_pool", (pooled, 1)),
+    )
 
 
 def _block_b(chain: Callable, x: jax.Array) -> jax.Array:
-    return _concatenate(chain(x, "branch3x3", (384, 3, 2)),
-                        chain(x, "branch3x3dbl", (64, 1), (96, 3), (96, 3, 2)),
-                        _max_pool(x))
+    return _concatenate(
+        chain(x, "branch3x3", (384, 3, 2)), chain(x, "branch3x3dbl", (64, 1), (96, 3), (96, 3, 2)), _max_pool(x)
+    )
 
 
 def _block_c(chain: Callable, x: jax.Array, width: int) -> jax.Array:
     row, column = (1, 7), (7, 1)
-    return _concatenate(chain(x, "branch1x1", (192, 1)),
-                        chain(x, "branch7x7", (width, 1), (width, row), (192, column)),
-                        chain(x, "branch7x7dbl", (width, 1), (width, column), (width, row), (width, column),
-                              (192, row)),
-                        chain(_average_pool(x), "branch_pool", (192, 1)))
+    return _concatenate(
+        chain(x, "branch1x1", (192, 1)),
+        chain(x, "branch7x7", (width, 1), (width, row), (192, column)),
+        chain(x, "branch7x7dbl", (width, 1), (width, column), (width, row), (width, column), (192, row)),
+        chain(_average_pool(x), "branch_pool", (192, 1)),
+    )
 
 
 def _block_d(chain: Callable, x: jax.Array) -> jax.Array:
-    return _concatenate(chain(x, "branch3x3", (192, 1), (320, 3, 2)),
-                        chain(x, "branch7x7x3", (192, 1), (192, (1, 7)), (192, (7, 1)), (192, 3, 2)),
-                        _max_pool(x))
+    return _concatenate(
+        chain(x, "branch3x3", (192, 1), (320, 3, 2)),
+        chain(x, "branch7x7x3", (192, 1), (192, (1, 7)), (192, (7, 1)), (192, 3, 2)),
+        _max_pool(x),
+    )
 
 
 def _block_e(chain: Callable, x: jax.Array, pool: Callable) -> jax.Array:
@@ -168,10 +194,14 @@ def _block_e(chain: Callable, x: jax.Array, pool: Callable) -> jax.Array:
     row, column = (1, 3), (3, 1)
     middle = chain(x, "branch3x3_1", (384, 1))
     double = chain(chain(x, "branch3x3dbl_1", (448, 1)), "branch3x3dbl_2", (384, 3))
-    return _concatenate(chain(x, "branch1x1", (320, 1)),
-                        chain(middle, "branch3x3_2a", (384, row)), chain(middle, "branch3x3_2b", (384, column)),
-                        chain(double, "branch3x3dbl_3a", (384, row)), chain(double, "branch3x3dbl_3b", (384, column)),
-                        chain(pool(x), "branch_pool", (192, 1)))
+    return _concatenate(
+        chain(x, "branch1x1", (320, 1)),
+        chain(middle, "branch3x3_2a", (384, row)),
+        chain(middle, "branch3x3_2b", (384, column)),
+        chain(double, "branch3x3dbl_3a", (384, row)),
+        chain(double, "branch3x3dbl_3b", (384, column)),
+        chain(pool(x), "branch_pool", (192, 1)),
+    )
 
 
 def _max_pool(x: Float[Array, "B H W C"], *, stride: int = 2, padding: str = "VALID") -> Float[Array, "B h w C"]:
@@ -180,8 +210,10 @@ def _max_pool(x: Float[Array, "B H W C"], *, stride: int = 2, padding: str = "VA
 
 def _average_pool(x: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
     """3x3 with stride 1; at the border the mean is over the pixels that exist."""
+
     def total(values: jax.Array) -> jax.Array:
         return jax.lax.reduce_window(values, 0.0, jax.lax.add, (1, 3, 3, 1), (1, 1, 1, 1), "SAME")
+
     return total(x) / total(jnp.ones((1, *x.shape[1:3], 1), x.dtype))
 
 
@@ -193,8 +225,13 @@ def expected_shapes() -> dict[str, tuple[int, ...]]:
     def note(name: str, x: jax.Array, width: int, kernel: tuple[int, int], *, stride: int, padding: str) -> jax.Array:
         shapes[f"{name}.conv.weight"] = (width, x.shape[-1], *kernel)
         shapes.update({f"{name}.{part}": (width,) for part in _CONV_PARTS[1:]})
-        return jax.lax.conv_general_dilated(x, jnp.zeros((*kernel, x.shape[-1], width)), (stride, stride), padding,
-                                            dimension_numbers=("NHWC", "HWIO", "NHWC"))
+        return jax.lax.conv_general_dilated(
+            x,
+            jnp.zeros((*kernel, x.shape[-1], width)),
+            (stride, stride),
+            padding,
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        )
 
     jax.eval_shape(functools.partial(_trunk, note), jax.ShapeDtypeStruct((1, SIZE, SIZE, 3), jnp.float32))
     return shapes | {"fc.weight": (LOGITS, POOL), "fc.bias": (LOGITS,)}
@@ -203,8 +240,10 @@ def expected_shapes() -> dict[str, tuple[int, ...]]:
 def require(path: str | None, flag: str) -> str:
     """`path` if it is a file; else ConfigError says which weights `flag` needs and where they are."""
     if path is None or not pathlib.Path(path).is_file():
-        raise ConfigError(f"{flag} must be the Inception-v3 weights of 2015-12-05 (95 MB, download {PUBLISHED}), found "
-                          + (f"nothing at {path}" if path else f"no {flag}"))
+        raise ConfigError(
+            f"{flag} must be the Inception-v3 weights of 2015-12-05 (95 MB, download {PUBLISHED}), found "
+            + (f"nothing at {path}" if path else f"no {flag}")
+        )
     return path
 
 
@@ -219,8 +258,9 @@ def load(path: str | pathlib.Path) -> dict[str, Float32[np.ndarray, "..."]]:
 def read(path: str | pathlib.Path) -> dict[str, Float32[np.ndarray, "..."]]:
     """The tensors of a file of weights by their PyTorch names, checked; raises as `load`."""
     try:
-        state_dict = {name: value for name, value in read_state_dict(path).items()
-                      if not name.endswith(".num_batches_tracked")}
+        state_dict = {
+            name: value for name, value in read_state_dict(path).items() if not name.endswith(".num_batches_tracked")
+        }
         check(state_dict)
     except WeightsError as error:
         where = "" if str(path) in str(error) else f"{path}: "
@@ -234,11 +274,14 @@ def check(state_dict: Mapping[str, np.ndarray]) -> None:
     expected = expected_shapes()
     missing, unknown = sorted(expected.keys() - state_dict.keys()), sorted(state_dict.keys() - expected.keys())
     if missing:
-        raise WeightsError(f"the weights of the Inception-v3 of 2015 must have {missing[0]!r}, found "
-                           f"{len(state_dict)} tensors without it" + _others(missing))
+        raise WeightsError(
+            f"the weights of the Inception-v3 of 2015 must have {missing[0]!r}, found "
+            f"{len(state_dict)} tensors without it" + _others(missing)
+        )
     if unknown:
-        raise WeightsError(f"every tensor must belong to the Inception-v3 of 2015, found {unknown[0]!r}"
-                           + _others(unknown))
+        raise WeightsError(
+            f"every tensor must belong to the Inception-v3 of 2015, found {unknown[0]!r}" + _others(unknown)
+        )
     for name, value in state_dict.items():
         if value.shape != expected[name]:
             hint = "; torchvision's Inception-v3 is another network" if name.startswith("fc.") else ""
@@ -262,8 +305,9 @@ def from_state_dict(state_dict: Mapping[str, np.ndarray]) -> dict[str, Float32[n
         if not name.endswith(_CONV_PARTS[0]):
             continue
         layer = name.removesuffix("." + _CONV_PARTS[0])
-        kernel, gain, shift, mean, variance = (np.asarray(state_dict[f"{layer}.{part}"], np.float64)
-                                               for part in _CONV_PARTS)
+        kernel, gain, shift, mean, variance = (
+            np.asarray(state_dict[f"{layer}.{part}"], np.float64) for part in _CONV_PARTS
+        )
         scale = gain / np.sqrt(variance + _EPSILON)
         params[f"{layer}.kernel"] = np.ascontiguousarray((kernel.transpose(2, 3, 1, 0) * scale).astype(np.float32))
         params[f"{layer}.bias"] = (shift - mean * scale).astype(np.float32)
@@ -301,8 +345,13 @@ def random_state_dict(seed: int) -> dict[str, Float32[np.ndarray, "..."]]:
         unit = (bits.random_raw(math.prod(shape)) >> np.uint64(40)).astype(np.float64) / 2**24
         return (low + (high - low) * unit).astype(np.float32).reshape(shape)
 
-    ranges = {"bn.weight": (0.8, 1.2), "bn.bias": (-0.2, 0.2), "bn.running_mean": (-0.2, 0.2),
-              "bn.running_var": (0.8, 1.2), "fc.bias": (-1.0, 1.0)}
+    ranges = {
+        "bn.weight": (0.8, 1.2),
+        "bn.bias": (-0.2, 0.2),
+        "bn.running_mean": (-0.2, 0.2),
+        "bn.running_var": (0.8, 1.2),
+        "fc.bias": (-1.0, 1.0),
+    }
     state_dict = {}
     for name, shape in expected_shapes().items():
         bound = math.sqrt(6 / math.prod(shape[1:]))  # He et al. 2015: keeps the variance through a ReLU

@@ -7,8 +7,14 @@ SUBSETS, SUBSET_SIZE, SEED = 100, 1000, 2020
 """torch-fidelity's defaults."""
 
 
-def kernel_distance(samples: Float32[np.ndarray, "N D"], reference: Float32[np.ndarray, "M D"], *,
-                    subsets: int = SUBSETS, subset_size: int = SUBSET_SIZE, seed: int = SEED) -> float:
+def kernel_distance(
+    samples: Float32[np.ndarray, "N D"],
+    reference: Float32[np.ndarray, "M D"],
+    *,
+    subsets: int = SUBSETS,
+    subset_size: int = SUBSET_SIZE,
+    seed: int = SEED,
+) -> float:
     """The mean over random subsets of the unbiased MMD^2 with the kernel (x.y / D + 1)^3.
 
     The subsets are those that torch-fidelity draws with the same seed; sums are float64, where it has float32. Subsets
@@ -16,16 +22,26 @@ def kernel_distance(samples: Float32[np.ndarray, "N D"], reference: Float32[np.n
     Raises ValueError for fewer than two rows, and for sides that differ in the number of features.
     """
     if samples.shape[1] != reference.shape[1]:
-        raise ValueError("both sides must have the same number of features, found "
-                         f"{samples.shape[1]} and {reference.shape[1]}")
+        raise ValueError(
+            f"both sides must have the same number of features, found {samples.shape[1]} and {reference.shape[1]}"
+        )
     size = min(subset_size, len(samples), len(reference))
     if size < 2:
-        raise ValueError("the kernel distance needs at least 2 images a side, found "
-                         f"{len(samples)} and {len(reference)}")
+        raise ValueError(
+            f"the kernel distance needs at least 2 images a side, found {len(samples)} and {len(reference)}"
+        )
     rng = np.random.RandomState(seed)  # the generator of torch-fidelity
-    return float(np.mean([_mmd2(samples[rng.choice(len(samples), size, replace=False)],
-                                reference[rng.choice(len(reference), size, replace=False)])
-                          for _ in range(subsets)]))
+    return float(
+        np.mean(
+            [
+                _mmd2(
+                    samples[rng.choice(len(samples), size, replace=False)],
+                    reference[rng.choice(len(reference), size, replace=False)],
+                )
+                for _ in range(subsets)
+            ]
+        )
+    )
 
 
 def _mmd2(x: Float32[np.ndarray, "n D"], y: Float32[np.ndarray, "n D"]) -> float:

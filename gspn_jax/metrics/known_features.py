@@ -5,11 +5,12 @@ STRIDE = 128
 
 KNOWN_FILES = {
     "6726825d": "pt_inception-2015-12-05-6726825d.pth of pytorch-fid (weights-inception-2015-12-05-6726825d.pth of "
-                "torch-fidelity), whose name has them",
+    "torch-fidelity), whose name has them"
 }
 """First 8 hex digits of a file's SHA-256 -> which file that is. Its name is all that says so: the file itself was not
 at hand when this was written, so no features of it are stored."""
 
+# fmt: off
 # by tests/metrics/torch_inception.py; tests/metrics/test_self_test.py computes them again
 KNOWN_FEATURES: dict[str, dict[str, tuple[tuple[float, ...], ...]]] = {
     "6a2bd6f7a22a6a361b91854d71a59f965c07283f89597310845384a32a542bfe": {  # inception.random_state_dict(0)

@@ -94,8 +94,11 @@ class Moments:
             raise ValueError(f"a covariance needs at least 2 rows, found {self.count}")
         count, first, second = self._total
         offset = first / count
-        return Gaussian(np.asarray(self._shift, np.float64) + offset,
-                        (second - count * np.outer(offset, offset)) / (count - 1), self.count)
+        return Gaussian(
+            np.asarray(self._shift, np.float64) + offset,
+            (second - count * np.outer(offset, offset)) / (count - 1),
+            self.count,
+        )
 
     def merge(self, state: dict[str, np.ndarray]) -> None:
         """Adds the rows of another one, by its `state`, in float64."""

@@ -14,9 +14,14 @@ BLOCK, TILE = 10_000, 1000
 distances of TILE rows are in memory at a time."""
 
 
-def precision_recall(reference: Float32[np.ndarray, "M D"], samples: Float32[np.ndarray, "N D"], *,
-                     reference_radii: Float32[np.ndarray, " M"] | None = None, neighbours: int = NEIGHBOURS,
-                     float16: bool = False) -> tuple[float, float]:
+def precision_recall(
+    reference: Float32[np.ndarray, "M D"],
+    samples: Float32[np.ndarray, "N D"],
+    *,
+    reference_radii: Float32[np.ndarray, " M"] | None = None,
+    neighbours: int = NEIGHBOURS,
+    float16: bool = False,
+) -> tuple[float, float]:
     """(share of samples among the reference, share of the reference among the samples), each 0..1.
 
     A point is among the others when it is no further from one of them than that one's radius (`radii`, which gives
@@ -25,24 +30,33 @@ def precision_recall(reference: Float32[np.ndarray, "M D"], samples: Float32[np.
     Raises ValueError for no more rows than neighbours on a side, or sides that differ in the number of features.
     """
     if reference.shape[1] != samples.shape[1]:
-        raise ValueError("both sides must have the same number of features, found "
-                         f"{reference.shape[1]} and {samples.shape[1]}")
+        raise ValueError(
+            f"both sides must have the same number of features, found {reference.shape[1]} and {samples.shape[1]}"
+        )
     if reference_radii is None:
         reference_radii = radii(reference, neighbours=neighbours, float16=float16)
     sample_radii = radii(samples, neighbours=neighbours, float16=float16)
     among_reference, among_samples = np.zeros(len(samples), bool), np.zeros(len(reference), bool)
     for rows in _blocks(len(reference)):
         for columns in _blocks(len(samples)):
-            in_rows, in_columns = _in_float16_or_32(functools.partial(
-                _memberships, _tiles(reference[rows]), _tiles(reference_radii[rows]), samples[columns],
-                sample_radii[columns]), float16)
-            among_samples[rows] |= in_columns[:len(reference[rows])]
+            in_rows, in_columns = _in_float16_or_32(
+                functools.partial(
+                    _memberships,
+                    _tiles(reference[rows]),
+                    _tiles(reference_radii[rows]),
+                    samples[columns],
+                    sample_radii[columns],
+                ),
+                float16,
+            )
+            among_samples[rows] |= in_columns[: len(reference[rows])]
             among_reference[columns] |= in_rows
     return float(among_reference.mean()), float(among_samples.mean())
 
 
-def radii(features: Float32[np.ndarray, "N D"], *, neighbours: int = NEIGHBOURS,
-          float16: bool = False) -> Float32[np.ndarray, " N"]:
+def radii(
+    features: Float32[np.ndarray, "N D"], *, neighbours: int = NEIGHBOURS, float16: bool = False
+) -> Float32[np.ndarray, " N"]:
     """The squared distance of each row from its nearest neighbour but two, itself not counted (`neighbours` 3).
 
     Raises ValueError for no more rows than neighbours.
@@ -54,8 +68,11 @@ def radii(features: Float32[np.ndarray, "N D"], *, neighbours: int = NEIGHBOURS,
         tiles, nearest = _tiles(features[rows]), []
         for columns in _blocks(len(features)):
             count = min(neighbours + 1, len(features[columns]))  # one is the row itself
-            nearest.append(_in_float16_or_32(functools.partial(_nearest, tiles, features[columns], count=count),
-                                             float16)[:len(features[rows])])
+            nearest.append(
+                _in_float16_or_32(functools.partial(_nearest, tiles, features[columns], count=count), float16)[
+                    : len(features[rows])
+                ]
+            )
         found.append(np.sort(np.concatenate(nearest, axis=1), axis=1)[:, neighbours])
     return np.concatenate(found)
 
@@ -81,9 +98,11 @@ def _in_float16_or_32(work: Callable, float16: bool):
 
 
 @functools.partial(jax.jit, static_argnames=("count", "float16"))
-def _nearest(tiles: Float32[Array, "T t D"], columns: Float32[Array, "m D"], *, count: int,
-             float16: bool) -> tuple[Bool[Array, ""], Float32[Array, "n count"]]:
+def _nearest(
+    tiles: Float32[Array, "T t D"], columns: Float32[Array, "m D"], *, count: int, float16: bool
+) -> tuple[Bool[Array, ""], Float32[Array, "n count"]]:
     """Whether all distances are finite, and the `count` smallest of each row."""
+
     def one(rows):
         distances = _distances(rows, columns, float16)
         return jnp.isfinite(distances).all(), -jax.lax.top_k(-distances, count)[0]
@@ -93,15 +112,24 @@ def _nearest(tiles: Float32[Array, "T t D"], columns: Float32[Array, "m D"], *, 
 
 
 @functools.partial(jax.jit, static_argnames="float16")
-def _memberships(tiles: Float32[Array, "T t D"], tile_radii: Float32[Array, "T t"], columns: Float32[Array, "m D"],
-                 column_radii: Float32[Array, " m"], *, float16: bool) -> tuple[
-                     Bool[Array, ""], tuple[Bool[Array, " m"], Bool[Array, " n"]]]:
+def _memberships(
+    tiles: Float32[Array, "T t D"],
+    tile_radii: Float32[Array, "T t"],
+    columns: Float32[Array, "m D"],
+    column_radii: Float32[Array, " m"],
+    *,
+    float16: bool,
+) -> tuple[Bool[Array, ""], tuple[Bool[Array, " m"], Bool[Array, " n"]]]:
     """Whether all distances are finite; which columns are among the rows, and which rows among the columns."""
+
     def one(tile):
         rows, row_radii = tile
         distances = _distances(rows, columns, float16)
-        return (jnp.isfinite(distances).all(), (distances <= row_radii[:, None]).any(0),
-                (distances <= column_radii).any(1))
+        return (
+            jnp.isfinite(distances).all(),
+            (distances <= row_radii[:, None]).any(0),
+            (distances <= column_radii).any(1),
+        )
 
     finite, in_rows, in_columns = jax.lax.map(one, (tiles, tile_radii))
     return finite.all(), (in_rows.any(0), in_columns.reshape(-1))

@@ -15,8 +15,21 @@ from jaxtyping import UInt8
 from gspn_jax.config import ConfigError
 from gspn_jax.pixels import to_rgb
 
-_DAMAGE = (zipfile.BadZipFile, zlib.error, lzma.LZMAError, struct.error, tokenize.TokenError, SyntaxError, ValueError,
-           OverflowError, MemoryError, EOFError, OSError, NotImplementedError, RuntimeError)
+_DAMAGE = (
+    zipfile.BadZipFile,
+    zlib.error,
+    lzma.LZMAError,
+    struct.error,
+    tokenize.TokenError,
+    SyntaxError,
+    ValueError,
+    OverflowError,
+    MemoryError,
+    EOFError,
+    OSError,
+    NotImplementedError,
+    RuntimeError,
+)
 """What zipfile and NumPy raise for files that others wrote, found by tests/test_fuzz.py."""
 
 
@@ -56,8 +69,9 @@ class StoredImages:
         with self._open() as file:
             self.shape, fortran, dtype = self._header(file)
         if len(self.shape) != 4 or self.shape[3] not in (1, 3) or dtype != np.uint8 or fortran or min(self.shape) < 1:
-            raise ConfigError(f"{what} must have images as uint8 [N, H, W, 3], found {dtype} {list(self.shape)} in "
-                              f"{key!r} of {path}")
+            raise ConfigError(
+                f"{what} must have images as uint8 [N, H, W, 3], found {dtype} {list(self.shape)} in {key!r} of {path}"
+            )
 
     def __len__(self) -> int:
         return self.shape[0]
@@ -89,8 +103,9 @@ class StoredImages:
     def _header(self, file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:
         try:
             version = np.lib.format.read_magic(file)
-            read_header = (np.lib.format.read_array_header_1_0 if version == (1, 0)
-                           else np.lib.format.read_array_header_2_0)
+            read_header = (
+                np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+            )
             return read_header(file)
         except _DAMAGE as error:
             raise ConfigError(f"{self._key!r} in {self.path} cannot be read: {error}") from error

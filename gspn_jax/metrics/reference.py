@@ -31,10 +31,15 @@ NEEDS = {"fid": "pool", "sfid": "spatial", "kid": "features", "precision": "feat
 """What a metric needs of the reference."""
 
 _SIZES = {"pool": 2048, "spatial": 2023}
-_DIALECTS = {"pool": (("mu", "sigma"), ("ref_mu", "ref_sigma")),
-             "spatial": (("mu_s", "sigma_s"), ("ref_mu_s", "ref_sigma_s"))}
-_MISSING = {"pool": "mu and sigma (or ref_mu and ref_sigma)", "spatial": "mu_s and sigma_s",
-            "features": "arr_0 (images) or features"}
+_DIALECTS = {
+    "pool": (("mu", "sigma"), ("ref_mu", "ref_sigma")),
+    "spatial": (("mu_s", "sigma_s"), ("ref_mu_s", "ref_sigma_s")),
+}
+_MISSING = {
+    "pool": "mu and sigma (or ref_mu and ref_sigma)",
+    "spatial": "mu_s and sigma_s",
+    "features": "arr_0 (images) or features",
+}
 
 Extract = Callable[[UInt8[np.ndarray, "n H W 3"]], "tuple[Features, Bool[Array, ' m']]"]
 
@@ -70,16 +75,21 @@ class Reference:
         lacking = [name for name in names if name not in self.allowed]
         if lacking:
             parts = dict.fromkeys(NEEDS[name] for name in lacking)
-            wanted = [f"{_MISSING[part]} for {_listed(name for name in lacking if NEEDS[name] == part)}"
-                      for part in parts]
-            raise ConfigError(f"the reference {self.path} must have {', and '.join(wanted)}; found what allows "
-                              f"{_listed(self.allowed)} only")
+            wanted = [
+                f"{_MISSING[part]} for {_listed(name for name in lacking if NEEDS[name] == part)}" for part in parts
+            ]
+            raise ConfigError(
+                f"the reference {self.path} must have {', and '.join(wanted)}; found what allows "
+                f"{_listed(self.allowed)} only"
+            )
 
     def check_inception(self, sha256: str) -> None:
         """Raises ConfigError when the file says that its statistics come from other weights than these."""
         if self.inception_sha256 not in (None, sha256):
-            raise ConfigError(f"the reference {self.path} must be of the Inception weights in use ({sha256[:12]}...), "
-                              f"found statistics of {self.inception_sha256[:12]}...")
+            raise ConfigError(
+                f"the reference {self.path} must be of the Inception weights in use ({sha256[:12]}...), "
+                f"found statistics of {self.inception_sha256[:12]}..."
+            )
 
     def complete(self, names: Sequence[str], extract: Extract, batch_size: int) -> "Reference":
         """With what the metrics `names` need computed from the images, `batch_size` at a time, where the file has no
@@ -91,8 +101,13 @@ class Reference:
         from tqdm import tqdm
 
         moments, features = {"pool": Moments(), "spatial": Moments()}, []
-        with tqdm(total=len(self.images), unit="image", desc="reference images", dynamic_ncols=True,
-                  disable=jax.process_index() > 0) as bar:
+        with tqdm(
+            total=len(self.images),
+            unit="image",
+            desc="reference images",
+            dynamic_ncols=True,
+            disable=jax.process_index() > 0,
+        ) as bar:
             for images in self.images.batches(batch_size):
                 found, mask = extract(images)
                 for part in missing & moments.keys():
@@ -111,8 +126,9 @@ class Reference:
             self._radii[float16] = radii(self.features, float16=float16)
         return self._radii[float16]
 
-    def write(self, path: str | pathlib.Path, *, source: str,
-              images: UInt8[np.ndarray, "M H W 3"] | None = None) -> None:
+    def write(
+        self, path: str | pathlib.Path, *, source: str, images: UInt8[np.ndarray, "M H W 3"] | None = None
+    ) -> None:
         """Writes everything but `images`, of which those given take the place, in ADM's names; whole or not at all."""
         arrays = {"num_images": np.array(self.num_images), "source": np.array(source)}
         if self.inception_sha256:
@@ -139,14 +155,17 @@ def read_reference(path: str | pathlib.Path, what: str = "the reference") -> Ref
     if "features" in found:
         features = npz.read(path, "features")
         if features.ndim != 2 or features.shape[1] != _SIZES["pool"] or not np.isfinite(features).all():
-            raise ConfigError(f"'features' in {path} must be finite [N, {_SIZES['pool']}], found "
-                              f"{list(features.shape)}")
+            raise ConfigError(
+                f"'features' in {path} must be finite [N, {_SIZES['pool']}], found {list(features.shape)}"
+            )
         parts["features"] = features.astype(np.float32)
     if "arr_0" in found:
         parts["images"] = npz.StoredImages(path, what)
     if not any(value is not None for name, value in parts.items() if name != "num_images"):
-        raise ConfigError(f"{what} must have mu and sigma, ref_mu and ref_sigma, or images as arr_0, found "
-                          f"{', '.join(found) or 'nothing'} in {path}")
+        raise ConfigError(
+            f"{what} must have mu and sigma, ref_mu and ref_sigma, or images as arr_0, found "
+            f"{', '.join(found) or 'nothing'} in {path}"
+        )
     if "inception_sha256" in found:
         parts["inception_sha256"] = str(npz.read(path, "inception_sha256"))
     return Reference(str(path), sha256_of(path), **parts)
@@ -163,8 +182,10 @@ def _gaussian(path: str | pathlib.Path, found: Sequence[str], part: str, count: 
             mean, cov = (npz.read(path, name) for name in (mean_name, cov_name))
             size = _SIZES[part]
             if mean.shape != (size,) or cov.shape != (size, size):
-                raise ConfigError(f"{mean_name!r} and {cov_name!r} in {path} must be of {size} features, found "
-                                  f"{list(mean.shape)} and {list(cov.shape)}")
+                raise ConfigError(
+                    f"{mean_name!r} and {cov_name!r} in {path} must be of {size} features, found "
+                    f"{list(mean.shape)} and {list(cov.shape)}"
+                )
             if not (np.isfinite(mean).all() and np.isfinite(cov).all()):
                 raise ConfigError(f"{mean_name!r} and {cov_name!r} in {path} must be finite, found NaN or infinity")
             return Gaussian(mean.astype(np.float64), cov.astype(np.float64), count)

@@ -22,8 +22,9 @@ __all__ = ["METRICS", "Collector", "check_names"]
 def check_names(names: Sequence[str], field: str) -> None:
     """Raises ConfigError, naming `field`, for a metric that does not exist, one named twice, or none at all."""
     if not names or len(set(names)) != len(names) or not set(names) <= set(METRICS):
-        raise ConfigError(f"{field} must be some of {', '.join(METRICS)}, each once, found "
-                          f"{', '.join(names) or 'none'}")
+        raise ConfigError(
+            f"{field} must be some of {', '.join(METRICS)}, each once, found {', '.join(names) or 'none'}"
+        )
 
 
 class Collector:
@@ -65,8 +66,9 @@ class Collector:
         if reference is not None:
             reference.check(self.names)
         elif any(name in NEEDS for name in self.names):
-            raise ConfigError(f"{', '.join(name for name in self.names if name in NEEDS)} must have a reference, "
-                              "found none")
+            raise ConfigError(
+                f"{', '.join(name for name in self.names if name in NEEDS)} must have a reference, found none"
+            )
         if self._pool:
             found["fid"] = reference.pool.distance(self._pool.gaussian())
         if self._spatial:
@@ -79,6 +81,9 @@ class Collector:
                 found["kid"] = kernel_distance(features, reference.features)
             if "precision" in self.names or "recall" in self.names:
                 found["precision"], found["recall"] = precision_recall(
-                    reference.features, features, reference_radii=reference.radii(float16=self._float16),
-                    float16=self._float16)
+                    reference.features,
+                    features,
+                    reference_radii=reference.radii(float16=self._float16),
+                    float16=self._float16,
+                )
         return {name: found[name] for name in self.names}

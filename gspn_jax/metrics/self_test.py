@@ -37,19 +37,25 @@ class Check(NamedTuple):
 
 def fixed_images() -> list[UInt8[np.ndarray, "1 H W 3"]]:
     """Three images of integer formulas, the same everywhere: noise 32x32, slopes with edges 64x96, rings 256x256."""
+
     def pixels(height: int, width: int, formula: Callable) -> np.ndarray:
         y, x, c = np.meshgrid(np.arange(height), np.arange(width), np.arange(3), indexing="ij")
         return (formula(y, x, c) % 256).astype(np.uint8)[None]
-    return [pixels(32, 32, lambda y, x, c: (7 * y + 13 * x + 29 * c) ** 2 // 5),
-            pixels(64, 96, lambda y, x, c: 4 * y * (c + 1) + 2 * x + 90 * (x // 24)),
-            pixels(256, 256, lambda y, x, c: ((y - 100) ** 2 + (x - 128 + 20 * c) ** 2) // 32)]
+
+    return [
+        pixels(32, 32, lambda y, x, c: (7 * y + 13 * x + 29 * c) ** 2 // 5),
+        pixels(64, 96, lambda y, x, c: 4 * y * (c + 1) + 2 * x + 90 * (x // 24)),
+        pixels(256, 256, lambda y, x, c: ((y - 100) ** 2 + (x - 128 + 20 * c) ** 2) // 32),
+    ]
 
 
 def extract(extractor: Extractor, images: list[np.ndarray]) -> dict[str, Float[np.ndarray, "N D"]]:
     """Features by name, one row an image."""
     found = [extractor(image) for image in images]
-    return {name: np.concatenate([np.asarray(getattr(features, name))[np.asarray(mask)] for features, mask in found])
-            for name in Features._fields}
+    return {
+        name: np.concatenate([np.asarray(getattr(features, name))[np.asarray(mask)] for features, mask in found])
+        for name in Features._fields
+    }
 
 
 def distance(found: np.ndarray, truth: np.ndarray) -> float:
@@ -68,15 +74,20 @@ def check_machine() -> Check:
 def compare_known(found: dict[str, np.ndarray], digest: str, what: str) -> Check:
     """Against the features in `known_features`; a note where there are none of these weights."""
     if digest not in KNOWN_FEATURES:
-        return Check(None, f"no features of {what} are stored in this program: that their values are right cannot be "
-                           "vouched for; the published self-check in docs/evaluation.md can")
-    errors = {name: distance(found[name][:, ::STRIDE], np.array(values))
-              for name, values in KNOWN_FEATURES[digest].items()}
+        return Check(
+            None,
+            f"no features of {what} are stored in this program: that their values are right cannot be "
+            "vouched for; the published self-check in docs/evaluation.md can",
+        )
+    errors = {
+        name: distance(found[name][:, ::STRIDE], np.array(values)) for name, values in KNOWN_FEATURES[digest].items()
+    }
     return _compared(errors, f"features of {what} against stored ones")
 
 
-def check_file(path: str | pathlib.Path, *, record: str | pathlib.Path | None = None,
-               compare: str | pathlib.Path | None = None) -> Iterator[Check]:
+def check_file(
+    path: str | pathlib.Path, *, record: str | pathlib.Path | None = None, compare: str | pathlib.Path | None = None
+) -> Iterator[Check]:
     """Is `path` a file of usable weights, is it the published one, and are its features those of `compare`?
 
     `record` writes its features to an .npz that `compare` takes, on another machine or with another version.
@@ -87,8 +98,9 @@ def check_file(path: str | pathlib.Path, *, record: str | pathlib.Path | None = 
     recorded = _read_record(compare) if compare is not None else None
     state_dict = inception.read(path)
     values = sum(value.size for value in state_dict.values())
-    yield Check(values == inception.VALUES, f"{len(state_dict)} tensors, {values:,} values, all of the right shape "
-                                            "and finite")
+    yield Check(
+        values == inception.VALUES, f"{len(state_dict)} tensors, {values:,} values, all of the right shape and finite"
+    )
     variances = np.concatenate([value for name, value in state_dict.items() if name.endswith("running_var")])
     yield Check(bool((variances > 0).all()), f"variances positive, the smallest {variances.min():.3g}")
 
@@ -104,16 +116,20 @@ def check_file(path: str | pathlib.Path, *, record: str | pathlib.Path | None = 
     yield Check(apart > 0.01, f"features tell the images apart: relative L2 at least {apart:.2g}")
     spread = Extractor(params, batch_size=2)
     beside = extract(spread, [np.resize(np.concatenate([images[0], 255 - images[0]]), (spread.batch_size, 32, 32, 3))])
-    yield _compared({name: distance(beside[name][:1], found[name][:1]) for name in found},
-                    f"an image alone on one device against among others on {jax.local_device_count()}")
+    yield _compared(
+        {name: distance(beside[name][:1], found[name][:1]) for name in found},
+        f"an image alone on one device against among others on {jax.local_device_count()}",
+    )
     changed = distance(extract(extractor, [_half_pixel(images[0])])["pool"], found["pool"][:1])
     yield Check(changed > 10 * TOLERANCE, f"another resize (half-pixel centres) would show: relative L2 {changed:.2g}")
 
     yield compare_known(found, digest, "these weights")
     if recorded is not None:
         yield Check(recorded["tensors_sha256"] == digest, f"the weights are those of {compare}")
-        yield _compared({name: distance(found[name], recorded[name]) for name in found},
-                        f"features against {compare} ({recorded['made_by']})")
+        yield _compared(
+            {name: distance(found[name], recorded[name]) for name in found},
+            f"features against {compare} ({recorded['made_by']})",
+        )
     if record is not None:
         made_by = f"JAX {jax.__version__}, {jax.devices()[0].device_kind}"
         with replacing(pathlib.Path(record)) as temporary, open(temporary, "wb") as file:
@@ -140,17 +156,26 @@ def _known_file(path: str | pathlib.Path, sha256: str) -> Check:
         with safe_open(path, "np") as file:
             source = (file.metadata() or {}).get("source_sha256", "")
         if name := KNOWN_FILES.get(source[:8]):
-            return Check(None, f"the file says that it was converted from {name}, which is not "
-                               "proof: run --self-test on that file too")
-    return Check(None, "this is no file that this program knows: whether these are the weights behind published FIDs "
-                       "cannot be vouched for")
+            return Check(
+                None,
+                f"the file says that it was converted from {name}, which is not "
+                "proof: run --self-test on that file too",
+            )
+    return Check(
+        None,
+        "this is no file that this program knows: whether these are the weights behind published FIDs "
+        "cannot be vouched for",
+    )
 
 
 def _half_pixel(images: UInt8[np.ndarray, "N H W 3"]) -> UInt8[np.ndarray, "N 299 299 3"]:
     """Wrongly resized, to the size that the network takes as it is."""
     shape = (len(images), inception.SIZE, inception.SIZE, 3)
-    return np.asarray(jax.image.resize(images.astype(np.float32), shape, "bilinear", antialias=False)).round(
-        ).astype(np.uint8)
+    return (
+        np.asarray(jax.image.resize(images.astype(np.float32), shape, "bilinear", antialias=False))
+        .round()
+        .astype(np.uint8)
+    )
 
 
 def _read_record(path: str | pathlib.Path) -> dict[str, np.ndarray | str]:

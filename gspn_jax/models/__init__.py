@@ -37,10 +37,16 @@ def create(config: Config, *, rngs: nnx.Rngs) -> Denoiser:
 def _arguments(config: Config) -> dict[str, Any]:
     arch = resolve(config.model)
     if config.data.image_size % arch.patch:
-        raise ConfigError(f"model.patch must be a divisor of data.image_size ({config.data.image_size}), "
-                          f"found {arch.patch}")
-    return {"arch": arch, "channels": config.data.channels, "num_classes": config.data.num_classes,
-            "learn_sigma": learns_sigma(config), "dtype": config.train.compute}
+        raise ConfigError(
+            f"model.patch must be a divisor of data.image_size ({config.data.image_size}), found {arch.patch}"
+        )
+    return {
+        "arch": arch,
+        "channels": config.data.channels,
+        "num_classes": config.data.num_classes,
+        "learn_sigma": learns_sigma(config),
+        "dtype": config.train.compute,
+    }
 
 
 def split(model: nnx.Module) -> tuple[nnx.GraphDef, Params]:
@@ -63,8 +69,10 @@ def prepared(config: Config, params: Params) -> Params:
     Of those that are split over devices (`blocks.Machine.runner`) a block still has more to do.
     """
     arguments = _arguments(config)
-    trunk = {name: blocks.prepared_stack(stack, arguments["arch"], arguments["dtype"])
-             if name.endswith("blocks") else stack for name, stack in params["trunk"].items()}
+    trunk = {
+        name: blocks.prepared_stack(stack, arguments["arch"], arguments["dtype"]) if name.endswith("blocks") else stack
+        for name, stack in params["trunk"].items()
+    }
     return params | {"trunk": trunk}
 
 

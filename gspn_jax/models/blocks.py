@@ -80,8 +80,10 @@ class DropPath(NamedTuple):
     def draw(self, batch: int) -> "Drawn":
         """What it does to every branch of one block."""
         keep = 1 - self.rate
-        kept = [jax.random.bernoulli(jax.random.fold_in(self.key, index), keep, (batch, 1, 1, 1))
-                for index in range(BRANCHES)]
+        kept = [
+            jax.random.bernoulli(jax.random.fold_in(self.key, index), keep, (batch, 1, 1, 1))
+            for index in range(BRANCHES)
+        ]
         return Drawn(jnp.where(jnp.stack(kept, axis=1), 1 / keep, 0.0))
 
 
@@ -151,10 +153,7 @@ class DiTBlock(nnx.Module):
         chunk: int | None, drop_path: DropPath | None = None, long_skip: None = None,
     ) -> Float[Array, "B H W D"]:  # fmt: skip
         shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(condition)
-        branches = (
-            (lambda h: self.mixer(h, chunk=chunk), shift1, scale1, gate1),
-            (self.mlp, shift2, scale2, gate2),
-        )
+        branches = ((lambda h: self.mixer(h, chunk=chunk), shift1, scale1, gate1), (self.mlp, shift2, scale2, gate2))
         for index, (branch, shift, scale, gate) in enumerate(branches):
             y = gate[:, None, None] * branch(modulate(layer_norm(x), shift, scale))
             x = x + (y if drop_path is None else drop_path(y, index))
@@ -208,7 +207,8 @@ def prepared_stack(params: Any, arch: Architecture, dtype: DTypeLike) -> Any:
 
 def _cast(params: Any, dtype: DTypeLike) -> Any:
     return jax.tree_util.tree_map_with_path(
-        lambda path, leaf: leaf if path[-1].key in FLOAT32 else leaf.astype(dtype), params)
+        lambda path, leaf: leaf if path[-1].key in FLOAT32 else leaf.astype(dtype), params
+    )
 
 
 def stack(make: Callable[[nnx.Rngs], nnx.Module], count: int, rngs: nnx.Rngs) -> nnx.Module:
@@ -298,10 +298,12 @@ _put.defvjp(_put_forward, _put_backward)
 
 def _forward(step: Callable, carry: Any, layers: Any, start: int, stop: int) -> Any:
     """The carry of `jax.lax.scan(step, carry, layers[start:stop])`, without a copy of that part of `layers`."""
+
     def turn(state):
         index, carry = state
         layer = jax.tree.map(
-            lambda a: jax.lax.dynamic_index_in_dim(a, index, keepdims=False, allow_negative_indices=False), layers)
+            lambda a: jax.lax.dynamic_index_in_dim(a, index, keepdims=False, allow_negative_indices=False), layers
+        )
         return index + 1, step(carry, layer)[0]
 
     return jax.lax.while_loop(lambda state: state[0] < stop, turn, (jnp.int32(start), carry))[1]

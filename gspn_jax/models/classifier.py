@@ -36,8 +36,9 @@ from them: they have 31.3M, 50.0M and 92.5M parameters (with `skip` 31.5M, 50.8M
 """
 
 
-def preset(name: str, *, skip: bool = False, released: bool = False, groups: int | None = None,
-           drop_path: float | None = None) -> Hierarchy:
+def preset(
+    name: str, *, skip: bool = False, released: bool = False, groups: int | None = None, drop_path: float | None = None
+) -> Hierarchy:
     """The hierarchy of a name in PRESETS, with choices of `ScanOptions` for all of its blocks.
 
     `released` is the released code's start, and its skip term with it. `drop_path` None is the preset's.
@@ -46,10 +47,15 @@ def preset(name: str, *, skip: bool = False, released: bool = False, groups: int
     if name not in PRESETS:
         raise ValueError(f"The preset must be one of {', '.join(PRESETS)}, found {name!r}")
     hierarchy = PRESETS[name]
-    stages = tuple(dataclasses.replace(stage, mixer=dataclasses.replace(
-        stage.mixer, skip=skip or released, released=released, groups=groups)) for stage in hierarchy.stages)
-    return dataclasses.replace(hierarchy, stages=stages,
-                               drop_path=hierarchy.drop_path if drop_path is None else drop_path)
+    stages = tuple(
+        dataclasses.replace(
+            stage, mixer=dataclasses.replace(stage.mixer, skip=skip or released, released=released, groups=groups)
+        )
+        for stage in hierarchy.stages
+    )
+    return dataclasses.replace(
+        hierarchy, stages=stages, drop_path=hierarchy.drop_path if drop_path is None else drop_path
+    )
 
 
 class Head(nnx.Module):
@@ -70,8 +76,15 @@ class Classifier(nnx.Module):
     `dtype` is that of the computation; parameters, norms, scan states, head and result are float32.
     """
 
-    def __init__(self, hierarchy: Hierarchy, *, num_classes: int, channels: int = 3, dtype: DTypeLike = jnp.float32,
-                 rngs: nnx.Rngs):
+    def __init__(
+        self,
+        hierarchy: Hierarchy,
+        *,
+        num_classes: int,
+        channels: int = 3,
+        dtype: DTypeLike = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
         self.backbone = Backbone(hierarchy, channels=channels, dtype=dtype, rngs=rngs)
         self.head = Head(hierarchy.stages[-1].width, num_classes, rngs=rngs)
 
@@ -98,7 +111,8 @@ def count_parameters(hierarchy: Hierarchy, *, num_classes: int, channels: int = 
     return dict(counts)
 
 
-def count_multiply_adds(hierarchy: Hierarchy, *, num_classes: int, height: int, width: int,
-                        channels: int = 3) -> dict[str, int]:
+def count_multiply_adds(
+    hierarchy: Hierarchy, *, num_classes: int, height: int, width: int, channels: int = 3
+) -> dict[str, int]:
     """Multiply-adds of one image by part, those of `hierarchy.multiply_adds` and "head"."""
     return multiply_adds(hierarchy, channels, height, width) | {"head": hierarchy.stages[-1].width * num_classes}

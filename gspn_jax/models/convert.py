@@ -39,8 +39,9 @@ def dit_from_torch(state_dict: Mapping[str, np.ndarray], config: Config) -> dict
     for name in sorted(expected - set(state_dict)):
         raise ValueError(f"the state_dict must have {name!r}, found {len(state_dict)} other keys")
     for name in sorted(set(state_dict) - expected - {_POSITIONS}):
-        raise ValueError(f"every key of the state_dict must belong to a DiT of depth "
-                         f"{resolve(config.model).depth}, found {name!r}")
+        raise ValueError(
+            f"every key of the state_dict must belong to a DiT of depth {resolve(config.model).depth}, found {name!r}"
+        )
     if _POSITIONS in state_dict:
         _check_positions(np.asarray(state_dict[_POSITIONS]), resolve(config.model).hidden)
 
@@ -73,8 +74,10 @@ def _targets(config: Config) -> dict[str, tuple[list[str], tuple[int, ...]]]:
     """Our path -> (the original's names, one a block; the shape of one of them here)."""
     arch = resolve(config.model)
     if arch.layout != "dit" or arch.mixer != "attention":
-        raise ConfigError(f"model.preset must be a DiT with attention to take the weights of the original, "
-                          f"found layout {arch.layout!r} with mixer {arch.mixer!r}")
+        raise ConfigError(
+            f"model.preset must be a DiT with attention to take the weights of the original, "
+            f"found layout {arch.layout!r} with mixer {arch.mixer!r}"
+        )
     targets = {}
     for path, leaf in _flatten(models.abstract(config)[1]).items():
         module, _, kind = path.rpartition("/")

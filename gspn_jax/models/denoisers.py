@@ -45,8 +45,16 @@ class DiTTrunk(nnx.Module):
             x = x + sincos_positions(*x.shape[1:]).astype(x.dtype)
             if remat == "none" and jax.default_backend() == "cpu":
                 remat = "dots"  # a CPU computes what is elementwise as fast as it reads it, in a third of the memory
-        x, _ = run_stack(self.blocks, x, condition, name="trunk/blocks", chunks=self.arch.chunks, remat=remat,
-                         drop_path=drop_path, prepare=functools.partial(prepared, arch=self.arch, dtype=self.dtype))
+        x, _ = run_stack(
+            self.blocks,
+            x,
+            condition,
+            name="trunk/blocks",
+            chunks=self.arch.chunks,
+            remat=remat,
+            drop_path=drop_path,
+            prepare=functools.partial(prepared, arch=self.arch, dtype=self.dtype),
+        )
         return x
 
 
@@ -76,10 +84,26 @@ class GSPNTrunk(nnx.Module):
         if tensor_cores():
             x = pad_tokens(x, widths(arch)["hidden"])
         prepare = functools.partial(prepared, arch=arch, dtype=self.dtype)
-        x, kept = run_stack(self.in_blocks, x, name="trunk/in_blocks", chunks=arch.chunks[: half + 1], remat=arch.remat,
-                            drop_path=drop_in, keep=True, prepare=prepare)
-        x, _ = run_stack(self.out_blocks, x, name="trunk/out_blocks", chunks=arch.chunks[half + 1 :], remat=arch.remat,
-                         drop_path=drop_out, long_skips=kept, prepare=prepare)
+        x, kept = run_stack(
+            self.in_blocks,
+            x,
+            name="trunk/in_blocks",
+            chunks=arch.chunks[: half + 1],
+            remat=arch.remat,
+            drop_path=drop_in,
+            keep=True,
+            prepare=prepare,
+        )
+        x, _ = run_stack(
+            self.out_blocks,
+            x,
+            name="trunk/out_blocks",
+            chunks=arch.chunks[half + 1 :],
+            remat=arch.remat,
+            drop_path=drop_out,
+            long_skips=kept,
+            prepare=prepare,
+        )
         return x[..., : arch.hidden]
 
 

@@ -24,8 +24,9 @@ def patchify(x: Float[Array, "B H W C"], patch: int) -> Float[Array, "B h w P"]:
     """
     batch, height, width, channels = x.shape
     if height % patch or width % patch:
-        raise ValueError(f"the image's height and width must be multiples of the patch size {patch}, "
-                         f"found {height}x{width}")
+        raise ValueError(
+            f"the image's height and width must be multiples of the patch size {patch}, found {height}x{width}"
+        )
     x = x.reshape(batch, height // patch, patch, width // patch, patch, channels)
     return x.transpose(0, 1, 3, 2, 4, 5).reshape(batch, height // patch, width // patch, patch * patch * channels)
 

@@ -53,11 +53,15 @@ class Hierarchy:
 
     def __post_init__(self):
         if not self.stages or not all(stage.chunks for stage in self.stages):
-            raise ValueError("stages must have at least one entry, each of at least one block, "
-                             f"found {[len(stage.chunks) for stage in self.stages]} blocks")
+            raise ValueError(
+                "stages must have at least one entry, each of at least one block, "
+                f"found {[len(stage.chunks) for stage in self.stages]} blocks"
+            )
         if self.stages[0].width % 2:
-            raise ValueError(f"the width of the first stage must be even, for its stem passes through half of it, "
-                             f"found {self.stages[0].width}")
+            raise ValueError(
+                f"the width of the first stage must be even, for its stem passes through half of it, "
+                f"found {self.stages[0].width}"
+            )
         if not 0 <= self.drop_path < 1:
             raise ValueError(f"drop_path must be at least 0 and below 1, found {self.drop_path}")
 
@@ -74,8 +78,9 @@ def map_sizes(hierarchy: Hierarchy, height: int, width: int) -> list[tuple[int, 
 
 def convolution(inputs: int, features: int, *, dtype: DTypeLike, rngs: nnx.Rngs) -> nnx.Conv:
     """3x3, stride 2, padding 1; kernel and bias start uniform in +-1/sqrt(9 inputs), PyTorch's default."""
-    conv = nnx.Conv(inputs, features, (KERNEL, KERNEL), STRIDE, padding=1, kernel_init=CONVOLUTION, dtype=dtype,
-                    rngs=rngs)
+    conv = nnx.Conv(
+        inputs, features, (KERNEL, KERNEL), STRIDE, padding=1, kernel_init=CONVOLUTION, dtype=dtype, rngs=rngs
+    )
     bound = (KERNEL**2 * inputs) ** -0.5
     conv.bias[...] = jax.random.uniform(rngs.params(), (features,), jnp.float32, -bound, bound)
     return conv
@@ -147,15 +152,23 @@ class StageOfBlocks(nnx.Module):
         self.blocks = stack(lambda rngs: Block(stage, dtype=dtype, rngs=rngs), len(stage.chunks), rngs)
 
     def __call__(self, x: Float[Array, "B H W D"], drop_path: DropPath | None) -> Float[Array, "B h w E"]:
-        x, _ = run_stack(self.blocks, self.down(x), name=self.name, chunks=self.chunks, remat=self.remat,
-                         drop_path=drop_path, prepare=functools.partial(_cast_kernels, dtype=self.dtype))
+        x, _ = run_stack(
+            self.blocks,
+            self.down(x),
+            name=self.name,
+            chunks=self.chunks,
+            remat=self.remat,
+            drop_path=drop_path,
+            prepare=functools.partial(_cast_kernels, dtype=self.dtype),
+        )
         return x
 
 
 def _cast_kernels(params: Any, dtype: DTypeLike) -> Any:
     """Weights of products in the type they are computed in; norms and merge weights stay float32."""
     return jax.tree_util.tree_map_with_path(
-        lambda path, leaf: leaf.astype(dtype) if path[-1].key == "kernel" else leaf, params)
+        lambda path, leaf: leaf.astype(dtype) if path[-1].key == "kernel" else leaf, params
+    )
 
 
 class Backbone(nnx.Module):
@@ -165,8 +178,11 @@ class Backbone(nnx.Module):
         self.hierarchy, self.channels, self.dtype = hierarchy, channels, dtype
         widths = [channels, *(stage.width for stage in hierarchy.stages)]
         for number, (stage, inputs) in enumerate(zip(hierarchy.stages, widths, strict=False), start=1):
-            setattr(self, f"stage{number}", StageOfBlocks(stage, inputs, number=number, remat=hierarchy.remat,
-                                                          dtype=dtype, rngs=rngs))
+            setattr(
+                self,
+                f"stage{number}",
+                StageOfBlocks(stage, inputs, number=number, remat=hierarchy.remat, dtype=dtype, rngs=rngs),
+            )
 
     def __call__(
         self, images: Float[Array, "B H W C"], *, drop_path_key: Key[Array, ""] | None = None
@@ -178,8 +194,9 @@ class Backbone(nnx.Module):
         Raises ValueError for images of another rank or number of channels.
         """
         if images.ndim != 4 or images.shape[3] != self.channels or 0 in images.shape:
-            raise ValueError(f"images must have shape [B, H, W, {self.channels}] with no empty axis, "
-                             f"found {list(images.shape)}")
+            raise ValueError(
+                f"images must have shape [B, H, W, {self.channels}] with no empty axis, found {list(images.shape)}"
+            )
         x, maps, start = images.astype(self.dtype), [], 0
         drop_path = self._drop_path(drop_path_key)
         for i, stage in enumerate(self.hierarchy.stages):
@@ -204,8 +221,9 @@ def multiply_adds(hierarchy: Hierarchy, channels: int, height: int, width: int) 
     neighbours are left out.
     """
     counts, inputs, scans = {}, channels, 0
-    for i, (stage, (rows, columns)) in enumerate(zip(hierarchy.stages, map_sizes(hierarchy, height, width),
-                                                     strict=True)):
+    for i, (stage, (rows, columns)) in enumerate(
+        zip(hierarchy.stages, map_sizes(hierarchy, height, width), strict=True)
+    ):
         tokens, d = rows * columns, stage.width
         if i == 0:
             half = -(-height // STRIDE) * -(-width // STRIDE)

@@ -89,8 +89,12 @@ def resolve(model: ModelConfig) -> Architecture:
         _check(model.chunk in ("preset", None), "model.chunk", "'preset' with model.mixer='attention'", model.chunk)
         _check(model.groups is None, "model.groups", "None with model.mixer='attention'", model.groups)
     backends = available_backends()
-    _check(model.backend in (None, *backends), "model.backend", f"None or one of {', '.join(map(repr, backends))} here",
-           model.backend)
+    _check(
+        model.backend in (None, *backends),
+        "model.backend",
+        f"None or one of {', '.join(map(repr, backends))} here",
+        model.backend,
+    )
     groups = hidden if model.groups is None else model.groups
     _check(hidden % groups == 0, "model.groups", f"a divisor of model.hidden ({hidden})", groups)
     _check(model.proxy_ratio <= hidden, "model.proxy_ratio", f"at most model.hidden ({hidden})", model.proxy_ratio)
@@ -112,8 +116,12 @@ def _chunks(chunk: int | str | tuple[int | None, ...] | None, layout: Layout, bl
         return (LOCAL_CHUNK,) * local + (None,) * (blocks - local)
     pattern = tuple(chunk) if isinstance(chunk, tuple | list) else (chunk,) * blocks
     _check(len(pattern) == blocks, "model.chunk", f"'preset', None, an int, or {blocks} entries, one a block", chunk)
-    _check(all(lines is None or lines > 0 for lines in pattern), "model.chunk",
-           "None (global) or 1 or more lines in every block", chunk)
+    _check(
+        all(lines is None or lines > 0 for lines in pattern),
+        "model.chunk",
+        "None (global) or 1 or more lines in every block",
+        chunk,
+    )
     return pattern
 
 

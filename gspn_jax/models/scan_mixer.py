@@ -108,8 +108,9 @@ class ScanMixer(nnx.Module):
             return nnx.Linear(inputs, features, use_bias=False, kernel_init=init, dtype=dtype, rngs=rngs)
 
         def expand(*shape: int) -> nnx.LinearGeneral:
-            return nnx.LinearGeneral(options.proxy, shape, use_bias=False, kernel_init=CONVOLUTION, dtype=dtype,
-                                     rngs=rngs)
+            return nnx.LinearGeneral(
+                options.proxy, shape, use_bias=False, kernel_init=CONVOLUTION, dtype=dtype, rngs=rngs
+            )
 
         self.in_proj = linear(width, channels, NORMAL)
         self.conv = DepthwiseConv(options.kernel, channels, dtype=dtype, rngs=rngs)
@@ -118,8 +119,11 @@ class ScanMixer(nnx.Module):
         self.lam = expand(DIRECTIONS, channels)
         self.out_gate = expand(DIRECTIONS, channels)
         self.skip = expand(DIRECTIONS, channels) if options.skip else None
-        self.merge = nnx.Param(CONVOLUTION(rngs.params(), (DIRECTIONS, 1), jnp.float32)[:, 0] if options.released
-                               else jnp.full((DIRECTIONS,), 1 / DIRECTIONS, jnp.float32))
+        self.merge = nnx.Param(
+            CONVOLUTION(rngs.params(), (DIRECTIONS, 1), jnp.float32)[:, 0]
+            if options.released
+            else jnp.full((DIRECTIONS,), 1 / DIRECTIONS, jnp.float32)
+        )
         self.norm = LayerNorm(channels, rngs=rngs)
         self.grn = GlobalResponseNorm(channels, rngs=rngs)
         self.out_proj = linear(channels, width, NORMAL)
@@ -139,5 +143,6 @@ class ScanMixer(nnx.Module):
         if not self.options.released:
             return propagate_low_rank(x, proxy, gates, lam, out_gate, self.merge[...], skip=skip, chunk=chunk)
         gates, lam, out_gate, skip = (
-            None if factor is None else jnp.tensordot(proxy, factor, 1) for factor in (gates, lam, out_gate, skip))
+            None if factor is None else jnp.tensordot(proxy, factor, 1) for factor in (gates, lam, out_gate, skip)
+        )
         return propagate(x, gates, lam, out_gate, self.merge[...], skip=skip, chunk=chunk)

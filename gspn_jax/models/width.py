@@ -37,8 +37,10 @@ _AXES = (
 def widths(arch: Architecture) -> dict[str, int]:
     """{"hidden", "proxy"} as they are computed. Groups of channels that share weights would not stay together."""
     kept = () if arch.groups in (1, arch.hidden) else ("hidden",)
-    return {name: size if name in kept or size % ALIGNED == 0 else -(-size // QUANTA[name]) * QUANTA[name]
-            for name, size in (("hidden", arch.hidden), ("proxy", arch.proxy))}
+    return {
+        name: size if name in kept or size % ALIGNED == 0 else -(-size // QUANTA[name]) * QUANTA[name]
+        for name, size in (("hidden", arch.hidden), ("proxy", arch.proxy))
+    }
 
 
 def pad_tokens(array: Array, width: int) -> Array:

@@ -40,8 +40,7 @@ def sharded_blocks(shapes: Any, mesh: Mesh, compute: DTypeLike, *, forward_only:
     tensor_cores = uses_tensor_cores(mesh)
     if mesh.shape["fsdp"] == 1:
         machine = blocks.Machine(tensor_cores=tensor_cores, forward_only=forward_only)
-        with (blocks.run_blocks_on(machine),
-              kernels.sharded(mesh, batch=sharding.BATCH_AXES, channels=("tensor",))):
+        with blocks.run_blocks_on(machine), kernels.sharded(mesh, batch=sharding.BATCH_AXES, channels=("tensor",)):
             yield
         return
     with blocks.run_blocks_on(blocks.Machine(_runner(shapes, mesh, compute), tensor_cores, forward_only)):
@@ -63,6 +62,7 @@ def outside_blocks(config: Config, mesh: Mesh, params: Any) -> Any:
 
 def gathered_outside_blocks(shapes: Any, mesh: Mesh, params: Any) -> Any:
     """`outside_blocks` for a network whose parameters have these shapes, over a mesh with "fsdp"."""
+
     def one(path, leaf, shape):
         name = _name(path)
         if sharding.STACK.search(name):
@@ -106,9 +106,16 @@ def _runner(shapes: Any, mesh: Mesh, compute: DTypeLike):
 
         def run(params, *arrays):
             where = jax.tree_util.tree_map_with_path(
-                lambda path, _: _over_fsdp(layers[f"{stack}/{_name(path)}"][0]), params)
-            return jax.shard_map(local, mesh=mesh, in_specs=(where, *(by_image,) * len(arrays)), out_specs=by_image,
-                                 axis_names=manual, check_vma=False)(params, *arrays)
+                lambda path, _: _over_fsdp(layers[f"{stack}/{_name(path)}"][0]), params
+            )
+            return jax.shard_map(
+                local,
+                mesh=mesh,
+                in_specs=(where, *(by_image,) * len(arrays)),
+                out_specs=by_image,
+                axis_names=manual,
+                check_vma=False,
+            )(params, *arrays)
 
         return run
 

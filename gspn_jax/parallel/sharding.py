@@ -46,8 +46,10 @@ def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Me
     fixed = config.fsdp * config.tensor
     data = len(devices) // fixed if config.data == -1 else config.data
     if data * fixed != len(devices) or data == 0:
-        raise ConfigError(f"mesh.data x mesh.fsdp x mesh.tensor must be the {len(devices)} devices there are, "
-                          f"found {config.data} x {config.fsdp} x {config.tensor}")
+        raise ConfigError(
+            f"mesh.data x mesh.fsdp x mesh.tensor must be the {len(devices)} devices there are, "
+            f"found {config.data} x {config.fsdp} x {config.tensor}"
+        )
     return jax.make_mesh((data, config.fsdp, config.tensor), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
 
 
@@ -55,8 +57,10 @@ def check_batch(config: Config, mesh: Mesh) -> None:
     """Raises ConfigError unless each device gets the same number of images of each micro-batch."""
     parts = mesh.shape["data"] * mesh.shape["fsdp"] * config.train.accumulate
     if config.train.batch_size % parts:
-        raise ConfigError(f"train.batch_size must be a multiple of {parts} (mesh.data x mesh.fsdp x train.accumulate), "
-                          f"found {config.train.batch_size}")
+        raise ConfigError(
+            f"train.batch_size must be a multiple of {parts} (mesh.data x mesh.fsdp x train.accumulate), "
+            f"found {config.train.batch_size}"
+        )
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
@@ -85,8 +89,12 @@ def partition_spec(path: str, shape: tuple[int, ...], mesh: Mesh | AbstractMesh)
     axes: list[str | None] = [None] * len(shape)
     offset, first = len(shape) - len(logical), 1 if STACK.search(path) else 0
     for i, name in enumerate(logical, start=offset):
-        if offset >= first and MESH_AXIS[name] == "tensor" and mesh.shape["tensor"] > 1 \
-                and shape[i] % mesh.shape["tensor"] == 0:
+        if (
+            offset >= first
+            and MESH_AXIS[name] == "tensor"
+            and mesh.shape["tensor"] > 1
+            and shape[i] % mesh.shape["tensor"] == 0
+        ):
             axes[i] = "tensor"
     fsdp = mesh.shape["fsdp"]
     free = [i for i in range(first, len(shape)) if axes[i] is None]
@@ -97,7 +105,8 @@ def partition_spec(path: str, shape: tuple[int, ...], mesh: Mesh | AbstractMesh)
             axes[best] = "fsdp"
         else:
             logging.getLogger(__name__).warning(
-                "no axis of %s %s can be split by mesh.fsdp=%d: it is kept whole on every device", path, shape, fsdp)
+                "no axis of %s %s can be split by mesh.fsdp=%d: it is kept whole on every device", path, shape, fsdp
+            )
     return PartitionSpec(*axes)
 
 
@@ -110,17 +119,20 @@ def stored_shape(shape: tuple[int, ...], spec: PartitionSpec, mesh: Mesh | Abstr
 
     What is added is zero, and stays so: its gradient is zero, and AdamW and averages then leave it alone.
     """
-    return tuple(_padded(size, mesh.shape["fsdp"]) if axis == "fsdp" else size
-                 for size, axis in zip(shape, spec, strict=True))
+    return tuple(
+        _padded(size, mesh.shape["fsdp"]) if axis == "fsdp" else size for size, axis in zip(shape, spec, strict=True)
+    )
 
 
 def stored(params: Any, mesh: Mesh | AbstractMesh) -> Any:
     """What `params` (arrays or ShapeDtypeStructs in their own shapes) are on the devices: a tree of ShapeDtypeStruct
     with padded shapes and shardings."""
+
     def one(path, leaf):
         spec = partition_spec(jax.tree_util.keystr(path, simple=True, separator="/"), leaf.shape, mesh)
         shape = stored_shape(leaf.shape, spec, mesh)
         return jax.ShapeDtypeStruct(shape, leaf.dtype, sharding=NamedSharding(mesh, spec))
+
     return jax.tree_util.tree_map_with_path(one, params)
 
 
@@ -131,6 +143,8 @@ def param_shardings(params: Any, mesh: Mesh | AbstractMesh) -> Any:
 
 def pad(params: Any, mesh: Mesh | AbstractMesh) -> Any:
     """Parameters in their own shapes -> as they are stored."""
+
     def one(leaf, target):
         return jnp.pad(leaf, [(0, to - size) for size, to in zip(leaf.shape, target.shape, strict=True)])
+
     return jax.tree.map(one, params, stored(params, mesh))

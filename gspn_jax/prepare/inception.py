@@ -19,12 +19,15 @@ class Inception:
     def __post_init__(self) -> None:
         path = pathlib.Path(self.output)
         if path.suffix != ".safetensors" or not path.parent.is_dir() or path.exists():
-            raise ConfigError("--output must be a new .safetensors file in a folder that exists, found "
-                              f"{self.output!r}")
+            raise ConfigError(
+                f"--output must be a new .safetensors file in a folder that exists, found {self.output!r}"
+            )
 
 
 def prepare_inception(arguments: Inception) -> None:
     """Raises ConfigError, WeightsError or ImportError with one sentence for weights that cannot be used."""
     inception.convert(inception.require(arguments.weights, "--weights"), arguments.output)
-    print(f"{inception.TENSORS} tensors in {arguments.output}; check them: "
-          f"python -m gspn_jax.evaluate --self-test --inception {arguments.output}")
+    print(
+        f"{inception.TENSORS} tensors in {arguments.output}; check them: "
+        f"python -m gspn_jax.evaluate --self-test --inception {arguments.output}"
+    )

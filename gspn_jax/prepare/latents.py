@@ -69,20 +69,30 @@ def prepare_latents(arguments: Latents) -> None:
     output = pathlib.Path(arguments.output)
     weights, config = autoencoder.load(arguments.vae)
     if config.image_channels != CHANNELS or arguments.image_size % config.factor:
-        raise ConfigError(f"--image-size must be a multiple of {config.factor} and the autoencoder one of RGB images, "
-                          f"found {arguments.image_size} and {config.image_channels} channels")
+        raise ConfigError(
+            f"--image-size must be a multiple of {config.factor} and the autoencoder one of RGB images, "
+            f"found {arguments.image_size} and {config.image_channels} channels"
+        )
     source = arguments.source(arguments.image_size)
     with open(arguments.vae, "rb") as file:
         vae_sha256 = hashlib.file_digest(file, "sha256").hexdigest()
     output.mkdir(parents=True, exist_ok=True)
-    settings = {"vae_sha256": vae_sha256, "images": source.fingerprint, "image_size": arguments.image_size,
-                "flips": arguments.flips, "bad_images": arguments.bad_images, "shard_size": arguments.shard_size,
-                "batch_size": arguments.batch_size}
+    settings = {
+        "vae_sha256": vae_sha256,
+        "images": source.fingerprint,
+        "image_size": arguments.image_size,
+        "flips": arguments.flips,
+        "bad_images": arguments.bad_images,
+        "shard_size": arguments.shard_size,
+        "batch_size": arguments.batch_size,
+    }
     if (output / METADATA).exists():
         found = LatentMetadata.read(output)
         if (found.vae_sha256, found.image_size, found.flips) != (vae_sha256, arguments.image_size, arguments.flips):
-            raise ConfigError(f"{output} holds latents of other weights, another size or other flips: choose another "
-                              "--output, or delete it")
+            raise ConfigError(
+                f"{output} holds latents of other weights, another size or other flips: choose another "
+                "--output, or delete it"
+            )
         _remove_notes(output)  # unless a kill came between the metadata and this
         print(f"{output} is complete: {found.count:,} latents of {len(found.class_names)} classes")
         return
@@ -91,8 +101,10 @@ def prepare_latents(arguments: Latents) -> None:
     # --- this host's shards that are not there yet
     side = arguments.image_size // config.factor
     latent_shape = (side, side, config.latent_channels)
-    parts = [range(start, min(start + arguments.shard_size, len(source)))
-             for start in range(0, len(source), arguments.shard_size)]
+    parts = [
+        range(start, min(start + arguments.shard_size, len(source)))
+        for start in range(0, len(source), arguments.shard_size)
+    ]
     paths = [output / shard_name(number, len(parts)) for number in range(len(parts))]
     mine = [number for number in range(arguments.host, len(parts), arguments.num_hosts) if not paths[number].exists()]
     _check_disk(output, [len(parts[number]) for number in mine], latent_shape, arguments.flips)
@@ -110,12 +122,30 @@ def prepare_latents(arguments: Latents) -> None:
         wait_until(lambda: all(path.exists() for path in paths), "the shards of other hosts")
     missing = sum(not path.exists() for path in paths)
     if arguments.host or missing:
-        print(f"host {arguments.host} is done" + (f"; {missing} of {len(paths)} shards of other hosts are missing: "
-              "run the command of host 0 again when they are there" if missing else ""))
+        print(
+            f"host {arguments.host} is done"
+            + (
+                f"; {missing} of {len(paths)} shards of other hosts are missing: "
+                "run the command of host 0 again when they are there"
+                if missing
+                else ""
+            )
+        )
         return
-    _finish(output, paths, LatentMetadata(
-        vae_sha256=vae_sha256, image_size=arguments.image_size, latent_shape=latent_shape, flips=arguments.flips,
-        scaling_factor=autoencoder.LATENT_SCALE, class_names=source.class_names, class_counts=(), shards=()))
+    _finish(
+        output,
+        paths,
+        LatentMetadata(
+            vae_sha256=vae_sha256,
+            image_size=arguments.image_size,
+            latent_shape=latent_shape,
+            flips=arguments.flips,
+            scaling_factor=autoencoder.LATENT_SCALE,
+            class_names=source.class_names,
+            class_counts=(),
+            shards=(),
+        ),
+    )
 
 
 def _settings_path(output: pathlib.Path, host: int | str) -> pathlib.Path:
@@ -132,8 +162,10 @@ def _check_settings(output: pathlib.Path, settings: dict) -> None:
         before = json.loads(path.read_text())
         changed = [name for name in settings if before.get(name) != settings[name]]
         if changed:
-            raise ConfigError(f"{output} was begun with other settings ({', '.join(changed)}): repeat them, choose "
-                              "another --output, or delete it")
+            raise ConfigError(
+                f"{output} was begun with other settings ({', '.join(changed)}): repeat them, choose "
+                "another --output, or delete it"
+            )
 
 
 def _check_disk(output: pathlib.Path, records: list[int], latent_shape: tuple[int, int, int], flips: bool) -> None:
@@ -143,8 +175,10 @@ def _check_disk(output: pathlib.Path, records: list[int], latent_shape: tuple[in
     needed = int(_SPARE_RATIO * sum(records) * record_type(latent_shape, flips).itemsize) + _SPARE_BYTES * len(records)
     free = shutil.disk_usage(output).free
     if free < needed:
-        raise ConfigError(f"the latents of {sum(records):,} images need {needed / 1e9:.1f} GB in {output}, found "
-                          f"{free / 1e9:.1f} GB free")
+        raise ConfigError(
+            f"the latents of {sum(records):,} images need {needed / 1e9:.1f} GB in {output}, found "
+            f"{free / 1e9:.1f} GB free"
+        )
 
 
 def _encode_shards(arguments: Latents, source, vae, shards: dict[pathlib.Path, range]) -> None:
@@ -157,14 +191,16 @@ def _encode_shards(arguments: Latents, source, vae, shards: dict[pathlib.Path, r
     waited, start, done = 0.0, time.perf_counter(), 0
     indices = [index for part in shards.values() for index in part]
     ahead = 4 * max(arguments.batch_size, arguments.threads)
-    with (tqdm(total=len(indices), unit="image", dynamic_ncols=True, desc="encoding") as bar,
-          concurrent.futures.ThreadPoolExecutor(arguments.threads) as pool,
-          contextlib.closing(read_ahead(pool, source, indices, ahead)) as decoded):
+    with (
+        tqdm(total=len(indices), unit="image", dynamic_ncols=True, desc="encoding") as bar,
+        concurrent.futures.ThreadPoolExecutor(arguments.threads) as pool,
+        contextlib.closing(read_ahead(pool, source, indices, ahead)) as decoded,
+    ):
         for path, part in shards.items():
             moments, labels, skipped = [], [], 0
             for first in range(0, len(part), arguments.batch_size):
                 images = []
-                for _ in part[first:first + arguments.batch_size]:
+                for _ in part[first : first + arguments.batch_size]:
                     before = time.perf_counter()
                     try:
                         record = next(decoded)()
@@ -191,8 +227,10 @@ def _encode_shards(arguments: Latents, source, vae, shards: dict[pathlib.Path, r
             write_shard(path, np.array(labels, np.int32), np.concatenate(moments))
     if done:
         seconds = time.perf_counter() - start
-        print(f"{done:,} images in {seconds:.0f} s, {done / seconds:.1f} images/s, {waited / seconds:.0%} of the time "
-              "waiting for decoding")
+        print(
+            f"{done:,} images in {seconds:.0f} s, {done / seconds:.1f} images/s, {waited / seconds:.0%} of the time "
+            "waiting for decoding"
+        )
 
 
 def _views(vae, images: np.ndarray, flips: bool) -> np.ndarray:
@@ -207,15 +245,18 @@ def _finish(output: pathlib.Path, paths: list[pathlib.Path], metadata) -> None:
     from gspn_jax.data.latents import Shard
 
     parts = [json.loads(_counts_path(path).read_text()) for path in paths]
-    shards = tuple(Shard(path.name, sum(part["classes"]), path.stat().st_size)
-                   for path, part in zip(paths, parts, strict=True))
+    shards = tuple(
+        Shard(path.name, sum(part["classes"]), path.stat().st_size) for path, part in zip(paths, parts, strict=True)
+    )
     counts = np.sum([part["classes"] for part in parts], axis=0)
     metadata = dataclasses.replace(metadata, shards=shards, class_counts=tuple(counts.tolist()))
     metadata.write(output)
     _remove_notes(output)
     skipped = sum(part["skipped"] for part in parts)
-    print(f"{metadata.count:,} latents of {len(counts)} classes in {output}"
-          + (f"; bad images left out: {skipped:,}" if skipped else ""))
+    print(
+        f"{metadata.count:,} latents of {len(counts)} classes in {output}"
+        + (f"; bad images left out: {skipped:,}" if skipped else "")
+    )
 
 
 def _remove_notes(output: pathlib.Path) -> None:

@@ -60,8 +60,10 @@ class Stats(ImageFlags):
         if self.keep < 0:
             raise ConfigError(f"--keep must be 0 or more, found {self.keep}")
         if bool(self.npz) == (self.image_size is not None):
-            raise ConfigError("--image-size must be given, as the size of the samples, unless the images are those of "
-                              f"--npz, found --image-size {self.image_size}")
+            raise ConfigError(
+                "--image-size must be given, as the size of the samples, unless the images are those of "
+                f"--npz, found --image-size {self.image_size}"
+            )
         if self.image_size is not None:
             self.check_positive("image_size")
         if pathlib.Path(self.output).suffix != ".npz":
@@ -107,8 +109,10 @@ class _Set:
                 start += len(batch)
             return
         ahead = 4 * max(arguments.batch_size, arguments.threads)
-        with (concurrent.futures.ThreadPoolExecutor(arguments.threads) as pool,
-              contextlib.closing(read_ahead(pool, self._source, indices, ahead)) as records):
+        with (
+            concurrent.futures.ThreadPoolExecutor(arguments.threads) as pool,
+            contextlib.closing(read_ahead(pool, self._source, indices, ahead)) as records,
+        ):
             for record in records:
                 try:
                     yield record()["image"]
@@ -147,27 +151,41 @@ def prepare_stats(arguments: Stats) -> None:
     kept_bytes = len(chosen) * (3 * 4 * 2048 + arguments.keep_images * 3 * int(np.prod(images.side)))
     needed = (3 + jax.process_count()) * _STATE_BYTES + kept_bytes
     if (free := shutil.disk_usage(output.parent).free) < needed:
-        raise ConfigError(f"the statistics need {needed / 1e9:.1f} GB in {output.parent}, found {free / 1e9:.1f} GB "
-                          "free")
+        raise ConfigError(
+            f"the statistics need {needed / 1e9:.1f} GB in {output.parent}, found {free / 1e9:.1f} GB free"
+        )
     extractor = Extractor(inception.from_state_dict(weights), batch_size=arguments.batch_size)
-    settings = {"inception_sha256": sha256, "images": images.fingerprint, "image_size": list(images.side),
-                "keep": len(chosen), "bad_images": arguments.bad_images, "batch_size": extractor.batch_size,
-                "save_every": arguments.save_every}
+    settings = {
+        "inception_sha256": sha256,
+        "images": images.fingerprint,
+        "image_size": list(images.side),
+        "keep": len(chosen),
+        "bad_images": arguments.bad_images,
+        "batch_size": extractor.batch_size,
+        "save_every": arguments.save_every,
+    }
 
     # --- this host's parts that are not there yet
     progress = _Progress(output.with_name(output.name + ".partial"), settings)
-    parts = [range(start, min(start + arguments.save_every, images.size))
-             for start in range(0, images.size, arguments.save_every)]
-    mine = [number for number in range(jax.process_index(), len(parts), jax.process_count())
-            if not progress.has(number)]
+    parts = [
+        range(start, min(start + arguments.save_every, images.size))
+        for start in range(0, images.size, arguments.save_every)
+    ]
+    mine = [
+        number for number in range(jax.process_index(), len(parts), jax.process_count()) if not progress.has(number)
+    ]
     first_host = jax.process_index() == 0
     meet("statistics")
-    with tqdm(total=sum(len(parts[number]) for number in mine), unit="image", desc="features",
-              dynamic_ncols=True) as bar:
+    with tqdm(
+        total=sum(len(parts[number]) for number in mine), unit="image", desc="features", dynamic_ncols=True
+    ) as bar:
         for number in mine:
             before, computed = bar.n, _Sums()
-            usable = ((index, image) for index, image in zip(parts[number], images.read(parts[number]), strict=True)
-                      if image is not None)
+            usable = (
+                (index, image)
+                for index, image in zip(parts[number], images.read(parts[number]), strict=True)
+                if image is not None
+            )
             for batch in _batches(usable, extractor.batch_size):
                 indices = [index for index, _ in batch]
                 computed.add(*extractor(np.stack([image for _, image in batch])), np.isin(indices, chosen))
@@ -186,17 +204,25 @@ def prepare_stats(arguments: Stats) -> None:
     count = sums.moments["pool"].count
     if count < 2:
         raise ConfigError(f"statistics need at least 2 images that can be used, found {count} of {images.size}")
-    reference = Reference(str(output), "", *(sums.moments[part].gaussian() for part in _PARTS),
-                          features=sums.features() if len(chosen) else None, num_images=count, inception_sha256=sha256)
+    reference = Reference(
+        str(output),
+        "",
+        *(sums.moments[part].gaussian() for part in _PARTS),
+        features=sums.features() if len(chosen) else None,
+        num_images=count,
+        inception_sha256=sha256,
+    )
     kept = None
     if arguments.keep_images and len(chosen):
         kept = np.stack([image for image in images.read(chosen) if image is not None])
     reference.write(output, source=images.name, images=kept)
     shutil.rmtree(progress.folder)
     left_out = images.size - count
-    print(f"statistics of {count:,} images of {images.side[0]}x{images.side[1]} in {output}"
-          + (f"; bad images left out: {left_out:,}" if left_out else "")
-          + f"; they allow {', '.join(reference.allowed)}")
+    print(
+        f"statistics of {count:,} images of {images.side[0]}x{images.side[1]} in {output}"
+        + (f"; bad images left out: {left_out:,}" if left_out else "")
+        + f"; they allow {', '.join(reference.allowed)}"
+    )
 
 
 def _batches(items: Iterator, size: int) -> Iterator[list]:
@@ -224,7 +250,7 @@ class _Sums:
         for part, moments in self.moments.items():
             moments.add(getattr(features, part), mask)
         if chosen.any():
-            self._features.append(np.asarray(features.pool)[:len(chosen)][chosen])
+            self._features.append(np.asarray(features.pool)[: len(chosen)][chosen])
 
     def merge(self, path: pathlib.Path) -> None:
         """Adds the sums that were written to `path`."""
@@ -232,15 +258,17 @@ class _Sums:
             if len(found["features"]):
                 self._features.append(found["features"])
             for part, moments in self.moments.items():
-                moments.merge({name.removeprefix(f"{part}."): found[name] for name in found.files
-                               if name.startswith(f"{part}.")})
+                moments.merge(
+                    {name.removeprefix(f"{part}."): found[name] for name in found.files if name.startswith(f"{part}.")}
+                )
 
     def features(self) -> np.ndarray:
         return np.concatenate(self._features) if self._features else np.zeros((0, 0), np.float32)
 
     def write(self, path: pathlib.Path, **about) -> None:
-        arrays = {f"{part}.{name}": array for part, moments in self.moments.items()
-                  for name, array in moments.state().items()}
+        arrays = {
+            f"{part}.{name}": array for part, moments in self.moments.items() for name, array in moments.state().items()
+        }
         with replacing(path) as temporary, open(temporary, "wb") as file:
             np.savez(file, features=self.features(), **about, **arrays)
 
@@ -258,8 +286,10 @@ class _Progress:
                 before = json.loads(str(found["settings"]))
             changed = [name for name in settings if before.get(name) != settings[name]]
             if changed:
-                raise ConfigError(f"{folder} was begun with other settings ({', '.join(changed)}): repeat them, choose "
-                                  "another --output, or delete it")
+                raise ConfigError(
+                    f"{folder} was begun with other settings ({', '.join(changed)}): repeat them, choose "
+                    "another --output, or delete it"
+                )
         if self._state.exists():
             self.sums.merge(self._state)
             with np.load(self._state, allow_pickle=False) as state:

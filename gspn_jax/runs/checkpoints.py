@@ -37,8 +37,9 @@ def steps(run_dir: str | pathlib.Path) -> list[int]:
     return sorted(int(p.name) for p in where.iterdir() if p.name.isdigit()) if where.is_dir() else []
 
 
-def newest_whole(run_dir: str | pathlib.Path, wanted: Callable[[str], bool] = lambda item: True
-                 ) -> tuple[int, dict[int, str]] | None:
+def newest_whole(
+    run_dir: str | pathlib.Path, wanted: Callable[[str], bool] = lambda item: True
+) -> tuple[int, dict[int, str]] | None:
     """(the newest step whose files are those of its manifest, {newer step: what is wrong with it}).
 
     None for a run without checkpoints. Only the items that are `wanted` are verified. Logs a line for each step that
@@ -53,8 +54,10 @@ def newest_whole(run_dir: str | pathlib.Path, wanted: Callable[[str], bool] = la
         wrong[step] = problem
     if found:
         said = "; ".join(f"step {step}: {problem}" for step, problem in wrong.items())
-        raise CheckpointError(f"{folder(run_dir)} must hold a whole checkpoint, found none ({said}): put back a copy, "
-                              "or choose another run_dir to start anew")
+        raise CheckpointError(
+            f"{folder(run_dir)} must hold a whole checkpoint, found none ({said}): put back a copy, "
+            "or choose another run_dir to start anew"
+        )
     return None
 
 
@@ -67,8 +70,9 @@ def read_meta(run_dir: str | pathlib.Path, step: int | None = None) -> tuple[int
     if step is None:
         newest = newest_whole(run_dir, lambda item: item != "opt_state")
         if newest is None:
-            raise CheckpointError(f"no checkpoint in {folder(run_dir)}: expected a run directory written by "
-                                  "train_dit.py")
+            raise CheckpointError(
+                f"no checkpoint in {folder(run_dir)}: expected a run directory written by train_dit.py"
+            )
         step = newest[0]
     elif step not in steps(run_dir):
         raise CheckpointError(f"no checkpoint of step {step} in {folder(run_dir)}, found steps {steps(run_dir)}")
@@ -90,8 +94,9 @@ def read_config(run_dir: str | pathlib.Path, step: int | None = None) -> tuple[i
     return step, from_dict(meta["config"])
 
 
-def restore_params(run_dir: str | pathlib.Path, step: int, config: Config, mesh: Mesh, *,
-                   ema_decay: float | None = None) -> Any:
+def restore_params(
+    run_dir: str | pathlib.Path, step: int, config: Config, mesh: Mesh, *, ema_decay: float | None = None
+) -> Any:
     """The averaged parameters of a checkpoint, as `sharding.stored` on `mesh`; `ema_decay` None is the config's first.
 
     A decay of 0 gives the parameters themselves. Raises CheckpointError for a decay that was not kept, and for files
@@ -99,8 +104,10 @@ def restore_params(run_dir: str | pathlib.Path, step: int, config: Config, mesh:
     """
     decays = config.train.ema_decays
     if ema_decay is not None and ema_decay not in (0.0, *decays):
-        raise CheckpointError(f"the EMA decay must be one that the run kept ({', '.join(map(str, decays))}), or 0 for "
-                              f"the parameters themselves, found {ema_decay}")
+        raise CheckpointError(
+            f"the EMA decay must be one that the run kept ({', '.join(map(str, decays))}), or 0 for "
+            f"the parameters themselves, found {ema_decay}"
+        )
     decay = decays[0] if ema_decay is None else ema_decay
     where = folder(run_dir) / str(step)
     item = "params" if decay == 0.0 and 0.0 not in decays else stored_name(where, averages.item(decay))
@@ -123,8 +130,9 @@ def _verify(run_dir: str | pathlib.Path, step: int, item: str) -> None:
         return
     problem = manifest.problem(folder(run_dir) / str(step), lambda name: name == item)
     if problem:
-        raise CheckpointError(f"the checkpoint of step {step} in {folder(run_dir)} must be as it was saved, but "
-                              f"{problem}")
+        raise CheckpointError(
+            f"the checkpoint of step {step} in {folder(run_dir)} must be as it was saved, but {problem}"
+        )
 
 
 def read_items(where: pathlib.Path, targets: dict[str, Any]) -> dict[str, Any]:
@@ -133,6 +141,10 @@ def read_items(where: pathlib.Path, targets: dict[str, Any]) -> dict[str, Any]:
     Not strict: meshes pad weights differently (`sharding.stored`), and orbax drops or adds zeros at the end of an axis.
     """
     with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as reader:
-        read = reader.restore(where, args=ocp.args.Composite(
-            **{name: ocp.args.StandardRestore(target, strict=False) for name, target in targets.items()}))
+        read = reader.restore(
+            where,
+            args=ocp.args.Composite(
+                **{name: ocp.args.StandardRestore(target, strict=False) for name, target in targets.items()}
+            ),
+        )
     return {name: read[name] for name in targets}

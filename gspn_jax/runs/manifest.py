@@ -31,8 +31,10 @@ def write(folder: pathlib.Path) -> None:
     paths = sorted(path for path in folder.rglob("*") if path.is_file() and path not in skipped)
     with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
         hashes = list(pool.map(_sha256, paths))
-    files = {path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": digest}
-             for path, digest in zip(paths, hashes, strict=True)}
+    files = {
+        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": digest}
+        for path, digest in zip(paths, hashes, strict=True)
+    }
     with replacing(folder / NAME) as temporary:
         temporary.write_text(json.dumps({"version": 1, "files": files}, indent=1) + "\n")
 

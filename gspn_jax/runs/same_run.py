@@ -32,17 +32,22 @@ def check_same_run(meta: dict[str, Any], config: Config, fingerprint: str) -> No
             continue
         asked = next((a for a in CHANGEABLE if name not in SHAPES and f"{name}.".startswith(f"{a}.")), None)
         if asked is None or asked not in allowed:
-            raise CheckpointError(f"the run in {config.run_dir} was started with {change}; choose another run_dir to "
-                                  "start a new run"
-                                  + (f", or go on all the same with --train.allow-change {asked}" if asked else ""))
+            raise CheckpointError(
+                f"the run in {config.run_dir} was started with {change}; choose another run_dir to "
+                "start a new run" + (f", or go on all the same with --train.allow-change {asked}" if asked else "")
+            )
     if changes:
         log.info("going on with other settings than before: was %s", "; was ".join(changes.values()))
     if meta["fingerprint"] != fingerprint:
-        said = (f"the run in {config.run_dir} was started on data with fingerprint {meta['fingerprint']}, found "
-                f"{fingerprint}: the data set has changed")
+        said = (
+            f"the run in {config.run_dir} was started on data with fingerprint {meta['fingerprint']}, found "
+            f"{fingerprint}: the data set has changed"
+        )
         if "data" not in allowed:
-            raise CheckpointError(f"{said}; choose another run_dir to start a new run, or go on all the same with "
-                                  "--train.allow-change data")
+            raise CheckpointError(
+                f"{said}; choose another run_dir to start a new run, or go on all the same with "
+                "--train.allow-change data"
+            )
         log.warning("%s, as --train.allow-change asks", said)
 
 

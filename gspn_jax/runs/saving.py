@@ -63,14 +63,16 @@ class Checkpoints:
                 fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
                 self._lock.close()
-                raise CheckpointError(f"another process is training in {config.run_dir}: wait for it, or choose "
-                                      "another run_dir") from error
+                raise CheckpointError(
+                    f"another process is training in {config.run_dir}: wait for it, or choose another run_dir"
+                ) from error
             self._sweep()
         self.evaluations = Evaluations(config.run_dir)
         self._saving: pathlib.Path | None = None
         self._writer = ocp.AsyncCheckpointer(
             ocp.CompositeCheckpointHandler(),
-            async_options=ocp.options.AsyncOptions(post_finalization_callback=self._write_manifest))
+            async_options=ocp.options.AsyncOptions(post_finalization_callback=self._write_manifest),
+        )
         self._pool = concurrent.futures.ThreadPoolExecutor(1, "checkpoint")
         self._commit: concurrent.futures.Future | None = None
 
@@ -104,17 +106,23 @@ class Checkpoints:
         needed = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(items))
         free = shutil.disk_usage(self._folder).free
         if self._first_host and free < needed:
-            raise CheckpointError(f"the checkpoint of step {step} needs {needed / 1e9:.2f} GB in {self._folder}, found "
-                                  f"{free / 1e9:.2f} GB free; {self._last_whole()}")
+            raise CheckpointError(
+                f"the checkpoint of step {step} needs {needed / 1e9:.2f} GB in {self._folder}, found "
+                f"{free / 1e9:.2f} GB free; {self._last_whole()}"
+            )
         self._saving = self._folder / str(step)
         failure = None
         try:
             if self._first_host:
                 with tempfile.TemporaryFile(dir=self._folder):
                     pass  # a folder that cannot be written is found before orbax's threads find it, one by one
-            self._writer.save(self._saving, args=ocp.args.Composite(
-                **{name: ocp.args.StandardSave(item) for name, item in items.items()},
-                meta=ocp.args.JsonSave(self._meta | {"notes": self.notes})))
+            self._writer.save(
+                self._saving,
+                args=ocp.args.Composite(
+                    **{name: ocp.args.StandardSave(item) for name, item in items.items()},
+                    meta=ocp.args.JsonSave(self._meta | {"notes": self.notes}),
+                ),
+            )
         except (OSError, ValueError, RuntimeError) as error:
             failure = self._failure(error)
         if failure:
@@ -156,13 +164,20 @@ class Checkpoints:
         stored = {name: checkpoints.stored_name(where, name) for name in items}
         missing = [name for name in items if not (where / stored[name]).is_dir()]
         if missing:
-            raise CheckpointError(f"the checkpoint of step {step} in {self._folder} must have {', '.join(items)} to "
-                                  f"train on from it, and has no {', '.join(missing)}: weights that were imported can "
-                                  "be sampled, evaluated and exported")
+            raise CheckpointError(
+                f"the checkpoint of step {step} in {self._folder} must have {', '.join(items)} to "
+                f"train on from it, and has no {', '.join(missing)}: weights that were imported can "
+                "be sampled, evaluated and exported"
+            )
         read = checkpoints.read_items(where, {stored[name]: item for name, item in items.items()})
         state = jax.block_until_ready(target.of_items(step, {name: read[stored[name]] for name in items}))
-        log.info("restored step %d: %.2f GB verified in %.1f s and read in %.1f s", step, manifest.size(where) / 1e9,
-                 verified - start, time.perf_counter() - verified)
+        log.info(
+            "restored step %d: %.2f GB verified in %.1f s and read in %.1f s",
+            step,
+            manifest.size(where) / 1e9,
+            verified - start,
+            time.perf_counter() - verified,
+        )
         return step, state
 
     def _agree_on_step(self) -> int | None:
@@ -196,7 +211,7 @@ class Checkpoints:
 
     def _write_manifest(self) -> None:
         """Called by orbax on the first host when all hosts have written and nothing is committed yet."""
-        written, = self._folder.glob(f"{self._saving.name}.orbax-checkpoint-tmp*")
+        (written,) = self._folder.glob(f"{self._saving.name}.orbax-checkpoint-tmp*")
         manifest.write(written)
 
     def _finish(self) -> None:
@@ -228,10 +243,14 @@ class Checkpoints:
             return jax.errors.JaxRuntimeError(said)
         if self._first_host:
             self._sweep()
-        return CheckpointError(f"the checkpoint of step {self._saving.name} could not be written ({said}); "
-                               f"{self._last_whole()}")
+        return CheckpointError(
+            f"the checkpoint of step {self._saving.name} could not be written ({said}); {self._last_whole()}"
+        )
 
     def _last_whole(self) -> str:
         found = steps(self._config.run_dir)
-        return (f"the last one is of step {found[-1]}, from which the same command goes on" if found
-                else "the run has none yet")
+        return (
+            f"the last one is of step {found[-1]}, from which the same command goes on"
+            if found
+            else "the run has none yet"
+        )

@@ -22,13 +22,16 @@ def load_weights(path: str, flag: str, config: Config) -> tuple[dict[str, np.nda
     """
     weights, sizes = autoencoder.load(path)
     if sizes.latent_channels != config.data.channels:
-        raise ConfigError(f"{flag} must be of {config.data.channels} latent channels, as the run is, found "
-                          f"{sizes.latent_channels} in {path}")
+        raise ConfigError(
+            f"{flag} must be of {config.data.channels} latent channels, as the run is, found "
+            f"{sizes.latent_channels} in {path}"
+        )
     return weights, sizes
 
 
-def load_autoencoder(path: str | None, config: Config,
-                     image_size: tuple[int, int] | None = None) -> autoencoder.Autoencoder | None:
+def load_autoencoder(
+    path: str | None, config: Config, image_size: tuple[int, int] | None = None
+) -> autoencoder.Autoencoder | None:
     """The decoder for latents of `image_size` (that of the run by default); None for a run on pixels or without `path`.
 
     Raises ConfigError for weights that the run has no use for, and as `autoencoder.load`.
@@ -53,8 +56,9 @@ def rgb_on(config: Config, mesh: Mesh, vae: str | None) -> tuple[Callable[[jax.A
     if vae is None:
         return jax.jit(to_rgb, out_shardings=split), side
     weights, sizes = load_weights(vae, "eval.vae", config)
-    weights = {name: jax.make_array_from_callback(value.shape, whole, lambda index, value=value: value[index])
-               for name, value in weights.items()}
-    decode = jax.jit(lambda weights, latents: autoencoder.decode_to_uint8(weights, sizes, latents),
-                     out_shardings=split)
+    weights = {
+        name: jax.make_array_from_callback(value.shape, whole, lambda index, value=value: value[index])
+        for name, value in weights.items()
+    }
+    decode = jax.jit(lambda weights, latents: autoencoder.decode_to_uint8(weights, sizes, latents), out_shardings=split)
     return lambda latents: decode(weights, latents), side * sizes.factor

@@ -33,9 +33,20 @@ class Drawing:
     An image is its seed and label, whatever the batch or the mesh (see `sampling.Sampler`).
     """
 
-    def __init__(self, run: str | pathlib.Path, step: int, config: Config, mesh: Mesh, *, total: int, batch_size: int,
-                 ema: float | None = None, image_size: tuple[int, int] | None = None,
-                 vae: autoencoder.Autoencoder | None = None, description: str = "sampling"):
+    def __init__(
+        self,
+        run: str | pathlib.Path,
+        step: int,
+        config: Config,
+        mesh: Mesh,
+        *,
+        total: int,
+        batch_size: int,
+        ema: float | None = None,
+        image_size: tuple[int, int] | None = None,
+        vae: autoencoder.Autoencoder | None = None,
+        description: str = "sampling",
+    ):
         """`total` images will be drawn, `batch_size` at a time; `ema` and `image_size` None are the run's own.
 
         Raises ConfigError or CheckpointError for what cannot be drawn.
@@ -46,25 +57,34 @@ class Drawing:
         self.batch_size = batch_size
         self._run, self._step, self._config = run, step, config
         self._ema = config.train.ema_decays[0] if ema is None else ema
-        self._sampler = Sampler(config, mesh, image_size=(height, width), progress=self._progress,
-                                decode=vae.decode if vae else None)
+        self._sampler = Sampler(
+            config, mesh, image_size=(height, width), progress=self._progress, decode=vae.decode if vae else None
+        )
         trained = config.data.image_size
         if models.resolve(config.model).mixer == "attention" and (height, width) != (trained, trained):
-            raise ConfigError(f"--image-size must be the one that a model with attention was trained on, {trained} "
-                              f"{trained}, whose positions it knows, found {height} {width}: GSPN takes any")
+            raise ConfigError(
+                f"--image-size must be the one that a model with attention was trained on, {trained} "
+                f"{trained}, whose positions it knows, found {height} {width}: GSPN takes any"
+            )
         try:
             self._params = checkpoints.restore_params(run, step, config, mesh, ema_decay=self._ema)
         except KeyError as error:  # an item that is not there
-            raise checkpoints.CheckpointError(f"the checkpoint of step {step} in {run} must hold the parameters asked "
-                                              f"for (--ema {self._ema:g}), found none: it was imported, without those"
-                                              ) from error
+            raise checkpoints.CheckpointError(
+                f"the checkpoint of step {step} in {run} must hold the parameters asked "
+                f"for (--ema {self._ema:g}), found none: it was imported, without those"
+            ) from error
         self._batches = 0
         self._evaluations = self._sampler.evaluations * -(-total // self.batch_size)
         self._description = description
 
     def __enter__(self) -> "Drawing":
-        self._bar = tqdm(unit="evaluation", desc=self._description, dynamic_ncols=True, total=self._evaluations,
-                         disable=jax.process_index() > 0)
+        self._bar = tqdm(
+            unit="evaluation",
+            desc=self._description,
+            dynamic_ncols=True,
+            total=self._evaluations,
+            disable=jax.process_index() > 0,
+        )
         return self
 
     def __exit__(self, *_) -> None:
@@ -73,7 +93,7 @@ class Drawing:
     def __call__(self, labels: Int[np.ndarray, " N"], seeds: Int[np.ndarray, " N"]) -> UInt8[np.ndarray, "N H W C"]:
         """Up to `batch_size` images. Every batch has the same shape, so that the sampler is compiled once."""
         padded = [np.resize(a, self.batch_size) for a in (labels, seeds)]
-        return self._sampler(self._params, *padded)[:len(labels)]
+        return self._sampler(self._params, *padded)[: len(labels)]
 
     def done(self, count: int) -> None:
         """Moves the bar to `count` images in all."""
@@ -86,8 +106,17 @@ class Drawing:
     def settings(self) -> dict[str, Any]:
         """What an image depends on beside its seed and label, as JSON values; `images_seen` in training."""
         config = self._config
-        sampler = dataclasses.asdict(config.sampler) | {"name": sampler_name(config.sampler, config.diffusion),
-                                                        "guidance_interval": list(config.sampler.guidance_interval)}
-        return {"run": str(self._run), "model": config.model.preset, "step": self._step,
-                "images_seen": self._step * config.train.batch_size, "ema_decay": self._ema, "sampler": sampler,
-                "parameters_sha256": digest_of(self._params, config), "image_size": list(self.shape[:2])}
+        sampler = dataclasses.asdict(config.sampler) | {
+            "name": sampler_name(config.sampler, config.diffusion),
+            "guidance_interval": list(config.sampler.guidance_interval),
+        }
+        return {
+            "run": str(self._run),
+            "model": config.model.preset,
+            "step": self._step,
+            "images_seen": self._step * config.train.batch_size,
+            "ema_decay": self._ema,
+            "sampler": sampler,
+            "parameters_sha256": digest_of(self._params, config),
+            "image_size": list(self.shape[:2]),
+        }

@@ -16,9 +16,17 @@ from gspn_jax.files import replacing
 Draw = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
 
-def write_npz(path: pathlib.Path, draw: Draw, labels: Int[np.ndarray, " N"], seeds: Int[np.ndarray, " N"], *,
-              shape: tuple[int, int, int], batch_size: int, settings: dict[str, Any],
-              done: Callable[[int], None] = lambda count: None) -> None:
+def write_npz(
+    path: pathlib.Path,
+    draw: Draw,
+    labels: Int[np.ndarray, " N"],
+    seeds: Int[np.ndarray, " N"],
+    *,
+    shape: tuple[int, int, int],
+    batch_size: int,
+    settings: dict[str, Any],
+    done: Callable[[int], None] = lambda count: None,
+) -> None:
     """Draws N images batch by batch into `path`: `arr_0` uint8 [N, H, W, C], `arr_1` int64 labels [N], and `settings`
     as JSON text, which say how the images were made.
 
@@ -36,13 +44,17 @@ def write_npz(path: pathlib.Path, draw: Draw, labels: Int[np.ndarray, " N"], see
         saved = json.loads(state.read_text())
         if saved["settings"] != settings:
             changed = [k for k in settings if saved["settings"].get(k) != settings[k]]
-            raise ConfigError(f"{partial} was begun with other settings ({', '.join(changed)}): repeat them, choose "
-                              "another output, or delete it")
+            raise ConfigError(
+                f"{partial} was begun with other settings ({', '.join(changed)}): repeat them, choose "
+                "another output, or delete it"
+            )
         count = saved["images"]
     free, needed = shutil.disk_usage(path.parent).free, (2 * total - count) * image_bytes
     if free < needed:
-        raise ConfigError(f"{total} images of {'x'.join(map(str, shape))} need {needed / 1e9:.2f} GB on the disk of "
-                          f"{path.parent} while they are written, found {free / 1e9:.2f} GB free")
+        raise ConfigError(
+            f"{total} images of {'x'.join(map(str, shape))} need {needed / 1e9:.2f} GB on the disk of "
+            f"{path.parent} while they are written, found {free / 1e9:.2f} GB free"
+        )
     partial.mkdir(exist_ok=True)
     done(count)
     with open(pixels, "r+b" if pixels.exists() else "w+b") as file:

@@ -12,16 +12,18 @@ _MARGIN = 4
 _FONT_SIZE = 14
 
 
-def grid(images: UInt8[np.ndarray, "N H W C"], labels: Sequence[object] | None = None,
-         columns: int = 10) -> Image.Image:
+def grid(
+    images: UInt8[np.ndarray, "N H W C"], labels: Sequence[object] | None = None, columns: int = 10
+) -> Image.Image:
     """Images (C = 1 or 3) row by row on white; small ones are enlarged, in whole steps, to at least 64 pixels.
 
     `labels` has one entry an image, written above it, or one entry a row of the grid, written at its left.
     """
     images = np.asarray(images)
     if images.ndim != 4 or images.dtype != np.uint8 or images.shape[-1] not in (1, 3) or not len(images):
-        raise ValueError(f"images must be uint8 [N, H, W, C] with N >= 1 and C 1 or 3, found {images.dtype} "
-                         f"{list(images.shape)}")
+        raise ValueError(
+            f"images must be uint8 [N, H, W, C] with N >= 1 and C 1 or 3, found {images.dtype} {list(images.shape)}"
+        )
     if columns < 1:
         raise ValueError(f"columns must be 1 or more, found {columns}")
     count, height, width, channels = images.shape
@@ -49,8 +51,9 @@ def grid(images: UInt8[np.ndarray, "N H W C"], labels: Sequence[object] | None =
         canvas.paste(picture.resize((width * zoom, height * zoom), Image.Resampling.NEAREST), (x, y + above))
     if per_row:
         for row, text in enumerate(texts):
-            draw.text((_MARGIN, _MARGIN + row * cell_height + height * zoom // 2), text, fill="black", font=font,
-                      anchor="lm")
+            draw.text(
+                (_MARGIN, _MARGIN + row * cell_height + height * zoom // 2), text, fill="black", font=font, anchor="lm"
+            )
     return canvas
 
 

@@ -27,8 +27,15 @@ class Sampler:
     The image of a (seed, label) pair does not depend on what else is in the batch, or on the mesh.
     """
 
-    def __init__(self, config: Config, mesh: Mesh, *, image_size: int | tuple[int, int] | None = None,
-                 progress: Progress | None = None, decode: Decode | None = None):
+    def __init__(
+        self,
+        config: Config,
+        mesh: Mesh,
+        *,
+        image_size: int | tuple[int, int] | None = None,
+        progress: Progress | None = None,
+        decode: Decode | None = None,
+    ):
         """`image_size` None is the size trained on. `progress` is called with the network evaluations of a batch that
         are done and their total (`evaluations`). `decode` makes images of latents, in the scale they are trained on;
         without it the first three channels are shown."""
@@ -52,23 +59,34 @@ class Sampler:
                 def denoise(x, t, y):
                     return models.apply(graphdef, params, x, t, y)
 
-                x = samplers.sample(config.sampler, config.diffusion, denoise, shape, labels, keys,
-                                    null_class=config.data.num_classes, learn_sigma=learn_sigma, progress=progress)
+                x = samplers.sample(
+                    config.sampler,
+                    config.diffusion,
+                    denoise,
+                    shape,
+                    labels,
+                    keys,
+                    null_class=config.data.num_classes,
+                    learn_sigma=learn_sigma,
+                    progress=progress,
+                )
             if decode is not None:
                 return x
             return to_uint8(x[..., :3] / LATENT_RANGE if config.data.latents else x)
 
         split = sharding.batch_sharding(mesh)
-        self._draw = jax.jit(draw, in_shardings=(sharding.param_shardings(shapes, mesh), split, split),
-                             out_shardings=split)
+        self._draw = jax.jit(
+            draw, in_shardings=(sharding.param_shardings(shapes, mesh), split, split), out_shardings=split
+        )
         self._params = sharding.stored(shapes, mesh)
         self._gather = jax.jit(lambda images: images, out_shardings=sharding.replicated(mesh))
 
-    def __call__(self, params: Any, labels: Sequence[int] | Int[np.ndarray, " N"],
-                 seeds: Sequence[int] | Int[np.ndarray, " N"]) -> UInt8[np.ndarray, "N H W C"]:
+    def __call__(
+        self, params: Any, labels: Sequence[int] | Int[np.ndarray, " N"], seeds: Sequence[int] | Int[np.ndarray, " N"]
+    ) -> UInt8[np.ndarray, "N H W C"]:
         """One image per (label, seed), seeds 0 .. 2**32-1. Raises ConfigError for a label out of range."""
         images = self._gather(self.draw(params, labels, seeds))
-        images = np.asarray(images.addressable_data(0))[:len(labels)]
+        images = np.asarray(images.addressable_data(0))[: len(labels)]
         return images if self._decode is None else self._decode(images)
 
     def lower(self, count: int) -> jax.stages.Lowered:
@@ -76,8 +94,9 @@ class Sampler:
         integers = [jax.ShapeDtypeStruct((count,), dtype) for dtype in (np.int32, np.uint32)]
         return self._draw.lower(self._params, *integers)
 
-    def draw(self, params: Any, labels: Sequence[int] | Int[np.ndarray, " N"],
-             seeds: Sequence[int] | Int[np.ndarray, " N"]) -> UInt8[Array, "M H W C"] | Float[Array, "M h w C"]:
+    def draw(
+        self, params: Any, labels: Sequence[int] | Int[np.ndarray, " N"], seeds: Sequence[int] | Int[np.ndarray, " N"]
+    ) -> UInt8[Array, "M H W C"] | Float[Array, "M h w C"]:
         """What `__call__` makes, left on the devices, split over the mesh and not decoded: M is N, rounded up to a
         multiple of the devices that images are split over."""
         labels, seeds = np.asarray(labels, np.int32), np.asarray(seeds, np.uint32)
@@ -86,6 +105,8 @@ class Sampler:
             raise ConfigError(f"a class must be in 0..{self._config.data.num_classes - 1}, found {bad[0]}")
         padding = -len(labels) % self._devices
         split = sharding.batch_sharding(self._mesh)
-        padded = [jax.make_array_from_callback(a.shape, split, lambda index, a=a: a[index])
-                  for a in (np.pad(labels, (0, padding)), np.pad(seeds, (0, padding)))]
+        padded = [
+            jax.make_array_from_callback(a.shape, split, lambda index, a=a: a[index])
+            for a in (np.pad(labels, (0, padding)), np.pad(seeds, (0, padding)))
+        ]
         return self._draw(params, *padded)

@@ -13,9 +13,16 @@ Draw = Callable[[Int[np.ndarray, " N"], Int[np.ndarray, " N"]], UInt8[Array | np
 Add = Callable[[Features, Bool[Array | np.ndarray, " N"]], None]
 
 
-def draw_and_score(draw: Draw, labels: Int[np.ndarray, " N"], seeds: Int[np.ndarray, " N"], extractor: Extractor,
-                   add: Add, *, stop: Callable[[], str | None] = lambda: None,
-                   done: Callable[[int], None] = lambda count: None) -> str | None:
+def draw_and_score(
+    draw: Draw,
+    labels: Int[np.ndarray, " N"],
+    seeds: Int[np.ndarray, " N"],
+    extractor: Extractor,
+    add: Add,
+    *,
+    stop: Callable[[], str | None] = lambda: None,
+    done: Callable[[int], None] = lambda count: None,
+) -> str | None:
     """Gives `add` the features of one image a (label, seed), and a mask that is True for rows that count.
 
     Every batch has the extractor's size, so that all is compiled once: the last one is filled up with images that do

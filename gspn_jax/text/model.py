@@ -45,11 +45,13 @@ class TextConfig:
 
     def __post_init__(self):
         if self.width % self.heads:
-            raise ConfigError(f"the text tower's width must be a multiple of its heads, found {self.width} and "
-                              f"{self.heads}")
+            raise ConfigError(
+                f"the text tower's width must be a multiple of its heads, found {self.width} and {self.heads}"
+            )
         if self.activation not in _ACTIVATIONS:
-            raise ConfigError(f"the text tower's hidden_act must be one of {', '.join(_ACTIVATIONS)}, found "
-                              f"{self.activation!r}")
+            raise ConfigError(
+                f"the text tower's hidden_act must be one of {', '.join(_ACTIVATIONS)}, found {self.activation!r}"
+            )
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> "TextConfig":
@@ -60,8 +62,12 @@ class TextConfig:
         kind = (content.get("architectures") or ["CLIPTextModel"])[0]
         if kind not in ("CLIPTextModel", "CLIPTextModelWithProjection"):
             raise ConfigError(f"the text tower must be a CLIPTextModel or a CLIPTextModelWithProjection, found {kind}")
-        names = {"width": "hidden_size", "layers": "num_hidden_layers", "heads": "num_attention_heads",
-                 "hidden": "intermediate_size"}
+        names = {
+            "width": "hidden_size",
+            "layers": "num_hidden_layers",
+            "heads": "num_attention_heads",
+            "hidden": "intermediate_size",
+        }
         for name in names.values():
             if not isinstance(content.get(name), int):
                 raise ConfigError(f"the text tower's {name} must be an integer, found {content.get(name)!r}")
@@ -70,11 +76,13 @@ class TextConfig:
         if (end := content.get("eos_token_id", vocabulary - 1)) not in (2, vocabulary - 1):
             raise ConfigError(f"the text tower's eos_token_id must be its last id {vocabulary - 1}, found {end}")
         return cls(
-            **{ours: content[theirs] for ours, theirs in names.items()}, vocabulary=vocabulary,
+            **{ours: content[theirs] for ours, theirs in names.items()},
+            vocabulary=vocabulary,
             activation=content.get("hidden_act", cls.activation),
             projection=content.get("projection_dim", 512) if kind.endswith("WithProjection") else None,
             length=content.get("max_position_embeddings", cls.length),
-            epsilon=content.get("layer_norm_eps", cls.epsilon))
+            epsilon=content.get("layer_norm_eps", cls.epsilon),
+        )
 
 
 CLIP_L = TextConfig()
@@ -104,7 +112,7 @@ def encode(params: Params, config: TextConfig, ids: Int[Array, "B N"]) -> TextSt
     if ids.ndim != 2 or not 0 < ids.shape[1] <= config.length:
         raise ValueError(f"ids must be [B, N] with N from 1 to {config.length}, found {list(ids.shape)}")
     x = params["embeddings.token_embedding.weight"][ids]
-    x += params["embeddings.position_embedding.weight"][:ids.shape[1]].astype(x.dtype)
+    x += params["embeddings.position_embedding.weight"][: ids.shape[1]].astype(x.dtype)
     for layer in range(config.layers):
         before = x
         x = _layer(params, f"encoder.layers.{layer}", config, x)
@@ -123,8 +131,7 @@ def _layer(params: Params, name: str, config: TextConfig, x: Float[Array, "B N D
     return x + _linear(params, f"{name}.mlp.fc2", active)
 
 
-def _causal_attention(params: Params, name: str, config: TextConfig,
-                      x: Float[Array, "B N D"]) -> Float[Array, "B N D"]:
+def _causal_attention(params: Params, name: str, config: TextConfig, x: Float[Array, "B N D"]) -> Float[Array, "B N D"]:
     shape = (*x.shape[:2], config.heads, config.width // config.heads)
     q, k, v = (_linear(params, f"{name}.{part}_proj", x).reshape(shape) for part in "qkv")
     scores = jnp.einsum("bnhd,bmhd->bhnm", q, k, precision=_HIGHEST, preferred_element_type=jnp.float32)

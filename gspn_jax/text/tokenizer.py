@@ -36,8 +36,15 @@ class Tokenizer:
     `pad` is the word that fills up to `length`. Raises ConfigError for a vocabulary without one of these words.
     """
 
-    def __init__(self, vocabulary: Mapping[str, int], merges: Sequence[tuple[str, str]], *,
-                 special: Mapping[str, bool] | None = None, pad: str = END, length: int = LENGTH):
+    def __init__(
+        self,
+        vocabulary: Mapping[str, int],
+        merges: Sequence[tuple[str, str]],
+        *,
+        special: Mapping[str, bool] | None = None,
+        pad: str = END,
+        length: int = LENGTH,
+    ):
         import tokenizers
         from tokenizers import AddedToken, Regex, normalizers, pre_tokenizers
 
@@ -50,18 +57,24 @@ class Tokenizer:
         self.length, self.vocabulary = length, len(vocabulary)
         self._start, self._end, self._pad = vocabulary[START], vocabulary[END], vocabulary[pad]
         try:
-            model = tokenizers.models.BPE(dict(vocabulary), list(merges), unk_token=END, end_of_word_suffix="</w>",
-                                          continuing_subword_prefix="")
+            model = tokenizers.models.BPE(
+                dict(vocabulary), list(merges), unk_token=END, end_of_word_suffix="</w>", continuing_subword_prefix=""
+            )
         except Exception as error:  # the library has no type of its own
             raise ConfigError(f"the tokenizer's merges must join words of its vocabulary: {error}") from error
         self._split = tokenizers.Tokenizer(model)
         self._split.normalizer = normalizers.Sequence(
-            [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()])
+            [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
+        )
         self._split.pre_tokenizer = pre_tokenizers.Sequence(
-            [pre_tokenizers.Split(Regex(_PIECES), behavior="removed", invert=True),
-             pre_tokenizers.ByteLevel(add_prefix_space=False)])
+            [
+                pre_tokenizers.Split(Regex(_PIECES), behavior="removed", invert=True),
+                pre_tokenizers.ByteLevel(add_prefix_space=False),
+            ]
+        )
         self._split.add_special_tokens(
-            [AddedToken(word, normalized=normalized, special=True) for word, normalized in special.items()])
+            [AddedToken(word, normalized=normalized, special=True) for word, normalized in special.items()]
+        )
 
     def __call__(self, prompts: Sequence[str]) -> Tokens:
         """Ids with start and end, padded to `length`; a longer prompt loses its end, which is returned beside them.
@@ -76,9 +89,9 @@ class Tokenizer:
             except UnicodeEncodeError as error:
                 raise ConfigError(f"a prompt must be valid Unicode, found {prompt!r}: {error.reason}") from error
             found = self._split.encode(prompt)
-            kept = found.ids[:self.length - 2]
-            row[:len(kept) + 2] = [self._start, *kept, self._end]
-            cut.append(prompt[found.offsets[len(kept)][0]:] if len(kept) < len(found.ids) else "")
+            kept = found.ids[: self.length - 2]
+            row[: len(kept) + 2] = [self._start, *kept, self._end]
+            cut.append(prompt[found.offsets[len(kept)][0] :] if len(kept) < len(found.ids) else "")
         return Tokens(ids, tuple(cut))
 
 
@@ -96,8 +109,10 @@ def load_tokenizer(path: str | pathlib.Path, *, length: int = LENGTH) -> Tokeniz
     elif (path / "tokenizer.json").is_file():
         vocabulary, merges = _from_tokenizer_json(path / "tokenizer.json")
     else:
-        raise FileNotFoundError(f"the tokenizer must be a folder with vocab.json and merges.txt, one with "
-                                f"tokenizer.json, or a file of merges, found none of them at {path}")
+        raise FileNotFoundError(
+            f"the tokenizer must be a folder with vocab.json and merges.txt, one with "
+            f"tokenizer.json, or a file of merges, found none of them at {path}"
+        )
     special, pad = _special_words(path)
     return Tokenizer(vocabulary, merges, special=special, pad=pad, length=length)
 

@@ -15,8 +15,9 @@ _POSITION_IDS = "embeddings.position_ids"
 """0 .. 76, which older files hold beside the weights."""
 
 
-def load_tower(folder: str | pathlib.Path,
-               dtype: DTypeLike | None = None) -> tuple[dict[str, Float[np.ndarray, "..."]], TextConfig]:
+def load_tower(
+    folder: str | pathlib.Path, dtype: DTypeLike | None = None
+) -> tuple[dict[str, Float[np.ndarray, "..."]], TextConfig]:
     """Reads a folder such as `text_encoder`: `config.json` beside `model.safetensors` (or .fp16, or shards).
 
     `dtype` None keeps the file's types. Raises FileNotFoundError, ConfigError and WeightsError.
@@ -24,14 +25,21 @@ def load_tower(folder: str | pathlib.Path,
     return load_network(folder, "model", TextConfig.from_json, from_state_dict, dtype)
 
 
-def from_state_dict(tensors: Mapping[str, np.ndarray], config: TextConfig,
-                    dtype: DTypeLike | None = None) -> dict[str, Float[np.ndarray, "..."]]:
+def from_state_dict(
+    tensors: Mapping[str, np.ndarray], config: TextConfig, dtype: DTypeLike | None = None
+) -> dict[str, Float[np.ndarray, "..."]]:
     """The weights for `model.encode`, from names with or without the prefix `text_model.`; position_ids are dropped.
 
     Raises WeightsError naming the tensor that is missing, unknown, of another shape, or not finite.
     """
-    return arrange(tensors, expected_shapes(config), "the text tower", dtype=dtype, rename=_without_prefix,
-                   as_stored=lambda name: "_embedding." in name)
+    return arrange(
+        tensors,
+        expected_shapes(config),
+        "the text tower",
+        dtype=dtype,
+        rename=_without_prefix,
+        as_stored=lambda name: "_embedding." in name,
+    )
 
 
 def expected_shapes(config: TextConfig) -> dict[str, tuple[int, ...]]:
@@ -39,9 +47,15 @@ def expected_shapes(config: TextConfig) -> dict[str, tuple[int, ...]]:
     width, hidden = config.width, config.hidden
     shapes: dict[str, tuple[int, ...]] = {
         "embeddings.token_embedding.weight": (config.vocabulary, width),
-        "embeddings.position_embedding.weight": (config.length, width)}
-    layers = {"layer_norm1": (width,), **{f"self_attn.{part}_proj": (width, width) for part in ("q", "k", "v", "out")},
-              "layer_norm2": (width,), "mlp.fc1": (hidden, width), "mlp.fc2": (width, hidden)}
+        "embeddings.position_embedding.weight": (config.length, width),
+    }
+    layers = {
+        "layer_norm1": (width,),
+        **{f"self_attn.{part}_proj": (width, width) for part in ("q", "k", "v", "out")},
+        "layer_norm2": (width,),
+        "mlp.fc1": (hidden, width),
+        "mlp.fc2": (width, hidden),
+    }
     names = {f"encoder.layers.{i}.{name}": shape for i in range(config.layers) for name, shape in layers.items()}
     for name, shape in (names | {"final_layer_norm": (width,)}).items():
         shapes |= {f"{name}.weight": shape, f"{name}.bias": shape[:1]}

@@ -68,8 +68,16 @@ def load_folder(folder: str | pathlib.Path, dtype: DTypeLike | None = None) -> M
         tokenizer = text.load_tokenizer(folder / words)
         towers.append(TextPart(*text.load_tower(folder / encoder, dtype), tokenizer))
     vae, vae_config, scale = _read_autoencoder(folder / "vae")
-    model = Model(*unet.load_unet(folder / "unet", dtype), tuple(towers), vae, vae_config, scale, prediction, scheduler,
-                  empty_is_zero=bool(index.get("force_zeros_for_empty_prompt", len(texts) == 2)))
+    model = Model(
+        *unet.load_unet(folder / "unet", dtype),
+        tuple(towers),
+        vae,
+        vae_config,
+        scale,
+        prediction,
+        scheduler,
+        empty_is_zero=bool(index.get("force_zeros_for_empty_prompt", len(texts) == 2)),
+    )
     with errors_name(folder):
         _check_fit(model)
     return model
@@ -79,8 +87,9 @@ def _read_scheduler(path: pathlib.Path) -> tuple[dict[str, Any], Prediction]:
     scheduler = read_json(path)
     prediction = scheduler.get("prediction_type", "epsilon")
     if prediction not in get_args(Prediction):
-        raise ConfigError(f"{path}: prediction_type must be one of {', '.join(get_args(Prediction))}, found "
-                          f"{prediction!r}")
+        raise ConfigError(
+            f"{path}: prediction_type must be one of {', '.join(get_args(Prediction))}, found {prediction!r}"
+        )
     return scheduler, prediction
 
 
@@ -102,16 +111,21 @@ def _check_fit(model: Model) -> None:
     """Raises ConfigError for parts that are of different models."""
     for part in model.texts:
         if part.config.vocabulary != part.tokenizer.vocabulary or part.config.length < part.tokenizer.length:
-            raise ConfigError(f"a tokenizer must fit its text tower of {part.config.vocabulary} words and "
-                              f"{part.config.length} positions, found {part.tokenizer.vocabulary} words and "
-                              f"{part.tokenizer.length} tokens")
+            raise ConfigError(
+                f"a tokenizer must fit its text tower of {part.config.vocabulary} words and "
+                f"{part.config.length} positions, found {part.tokenizer.vocabulary} words and "
+                f"{part.tokenizer.length} tokens"
+            )
     config, channels = model.unet_config, model.autoencoder_config.latent_channels
     if (width := sum(part.config.width for part in model.texts)) != config.context_width:
-        raise ConfigError(f"the U-Net must take text states as wide as the text towers give, {width}, found "
-                          f"{config.context_width}")
+        raise ConfigError(
+            f"the U-Net must take text states as wide as the text towers give, {width}, found {config.context_width}"
+        )
     pooled = (model.texts[-1].config.projection or 0) if len(model.texts) == 2 else 0
     if pooled != config.pooled_width:
         raise ConfigError(f"the U-Net must take a pooled text of width {pooled}, found {config.pooled_width}")
     if (config.in_channels, config.out_channels) != (channels, channels):
-        raise ConfigError(f"the U-Net must take and give the autoencoder's {channels} latent channels, found "
-                          f"{config.in_channels} and {config.out_channels} (inpainting models are not supported)")
+        raise ConfigError(
+            f"the U-Net must take and give the autoencoder's {channels} latent channels, found "
+            f"{config.in_channels} and {config.out_channels} (inpainting models are not supported)"
+        )

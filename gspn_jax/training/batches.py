@@ -21,8 +21,14 @@ class Batches:
         """Goes on, or back, to the batch after `step` of the stream of `seed`."""
         self.close()
         loader = data.make_loader(
-            self._config.data, self._source, batch_size=self._config.train.batch_size, seed=seed, start_step=step,
-            num_hosts=jax.process_count(), host=jax.process_index())
+            self._config.data,
+            self._source,
+            batch_size=self._config.train.batch_size,
+            seed=seed,
+            start_step=step,
+            num_hosts=jax.process_count(),
+            host=jax.process_index(),
+        )
         self._batches = data.prefetch_to_device(loader, self._split)
 
     def close(self) -> None:

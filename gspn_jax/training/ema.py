@@ -20,6 +20,7 @@ def update(ema: Mapping[str, Any], params: Any, step: Int[Array, ""]) -> dict[st
 
     The bound lets a young average forget the initial weights; at decay 0.9999 it ends after 90,000 steps.
     """
+
     def one(decay: float, average: Any) -> Any:
         d = jnp.minimum(decay, (1.0 + step) / (10.0 + step)).astype(jnp.float32)
         return jax.tree.map(lambda a, p: a + (1.0 - d) * (p - a), average, params)

@@ -39,26 +39,38 @@ class Evaluation:
         weights = inception.read(inception.require(settings.inception, "--eval.inception"))
         self._reference = _reference(config, inception.digest(weights))
         sampler = dataclasses.replace(
-            config.sampler, steps=settings.steps or config.sampler.steps,
-            guidance_scale=(config.sampler.guidance_scale if settings.guidance_scale is None
-                            else settings.guidance_scale))
+            config.sampler,
+            steps=settings.steps or config.sampler.steps,
+            guidance_scale=(
+                config.sampler.guidance_scale if settings.guidance_scale is None else settings.guidance_scale
+            ),
+        )
         self._to_rgb, side = rgb_on(config, mesh, settings.vae)
         images = self._reference and self._reference.images
         if images and images.shape[1:3] != (side, side):
-            log.warning("the images of the reference %s are of %dx%d, samples of %dx%d: metrics are not those of "
-                        "images of one size", settings.reference, *images.shape[1:3], side, side)
-        self._sampler = Sampler(dataclasses.replace(config, sampler=sampler), mesh,
-                                decode=np.asarray if settings.vae else None)  # latents are left as they are
-        self._extractor = Extractor(inception.from_state_dict(weights), mesh=mesh,
-                                    batch_size=min(settings.batch_size, settings.num_samples))
+            log.warning(
+                "the images of the reference %s are of %dx%d, samples of %dx%d: metrics are not those of "
+                "images of one size",
+                settings.reference,
+                *images.shape[1:3],
+                side,
+                side,
+            )
+        self._sampler = Sampler(
+            dataclasses.replace(config, sampler=sampler), mesh, decode=np.asarray if settings.vae else None
+        )  # latents are left as they are
+        self._extractor = Extractor(
+            inception.from_state_dict(weights), mesh=mesh, batch_size=min(settings.batch_size, settings.num_samples)
+        )
         self._labels = draw_labels(settings.labels, settings.num_samples, config.data.num_classes, settings.seed)
         self._seeds = settings.seed + np.arange(settings.num_samples)
         decay = config.train.ema_decays[0] if settings.ema is None else settings.ema
         self._average = averages.name(decay) if decay or 0.0 in config.train.ema_decays else None
         self.stopped_by: str | None = None
 
-    def __call__(self, step: int, state: TrainState, asked: Callable[[], str | None] = lambda: None
-                 ) -> dict[str, float] | None:
+    def __call__(
+        self, step: int, state: TrainState, asked: Callable[[], str | None] = lambda: None
+    ) -> dict[str, float] | None:
         """The metrics of `step`, by name, and the seconds they took, the same on all hosts; None when `asked` names a
         signal, which is then `stopped_by`."""
         start = time.perf_counter()
@@ -67,11 +79,23 @@ class Evaluation:
             self._reference = self._reference.complete(self._names, extractor, extractor.batch_size)
         params = state.params if self._average is None else state.ema[self._average]
         collector = Collector(self._names)
-        with tqdm(total=len(self._labels), unit="image", desc=f"evaluating step {step}", leave=False,
-                  dynamic_ncols=True, disable=jax.process_index() > 0) as bar:
+        with tqdm(
+            total=len(self._labels),
+            unit="image",
+            desc=f"evaluating step {step}",
+            leave=False,
+            dynamic_ncols=True,
+            disable=jax.process_index() > 0,
+        ) as bar:
             self.stopped_by = draw_and_score(
-                lambda labels, seeds: self._to_rgb(self._sampler.draw(params, labels, seeds)), self._labels,
-                self._seeds, extractor, collector.add, stop=asked, done=lambda count: bar.update(count - bar.n))
+                lambda labels, seeds: self._to_rgb(self._sampler.draw(params, labels, seeds)),
+                self._labels,
+                self._seeds,
+                extractor,
+                collector.add,
+                stop=asked,
+                done=lambda count: bar.update(count - bar.n),
+            )
         if self.stopped_by:
             return None
         scores = collector.scores(self._reference)

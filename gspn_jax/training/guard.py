@@ -67,10 +67,15 @@ class Guard:
             return Verdict("stop", self._not_finite(good_step + 1, window[bad]), good_step)
         self.skipped += len(window) - len(finite)
         if self.skipped > self._config.nonfinite_limit:
-            return Verdict("stop", DivergedError(
-                f"{self.skipped} steps up to step {step} were not finite and left out, more than guard.nonfinite_limit "
-                f"({self._config.nonfinite_limit}) allows: try a lower optimizer.learning_rate or train.precision "
-                "'params=float32,compute=float32'"))
+            return Verdict(
+                "stop",
+                DivergedError(
+                    f"{self.skipped} steps up to step {step} were not finite and left out, more than "
+                    f"guard.nonfinite_limit ({self._config.nonfinite_limit}) allows: "
+                    "try a lower optimizer.learning_rate or train.precision "
+                    "'params=float32,compute=float32'"
+                ),
+            )
         if not self._config.spike_factor:
             return Verdict("continue")
         seen = self.see(metrics["loss"] for metrics in finite)
@@ -78,10 +83,14 @@ class Guard:
         if np.isnan(loss) or not saved:
             return Verdict("continue")
         if len(self.rollbacks) >= self._config.max_rollbacks:
-            return Verdict("stop", DivergedError(
-                f"the loss rose to {loss:.4g} before step {step} again after {len(self.rollbacks)} rollbacks, all that "
-                f"guard.max_rollbacks allows (the checkpoint of step {saved} is kept): try a lower "
-                "optimizer.learning_rate, or a larger guard.spike_factor if the loss is only noisy"))
+            return Verdict(
+                "stop",
+                DivergedError(
+                    f"the loss rose to {loss:.4g} before step {step} again after {len(self.rollbacks)} rollbacks, "
+                    f"all that guard.max_rollbacks allows (the checkpoint of step {saved} is kept): try a lower "
+                    "optimizer.learning_rate, or a larger guard.spike_factor if the loss is only noisy"
+                ),
+            )
         return Verdict("roll back", loss=loss)
 
     def see(self, losses: Iterable[float]) -> float | None:
@@ -94,7 +103,7 @@ class Guard:
             return None
         window, count = self._config.spike_window, self._config.spike_steps
         for loss in losses:
-            self._losses = [*self._losses, float(loss)][-(window + count):]
+            self._losses = [*self._losses, float(loss)][-(window + count) :]
             before, last = self._losses[:-count], self._losses[-count:]
             if len(before) < window // 2:
                 continue
@@ -112,12 +121,15 @@ class Guard:
     def _not_finite(self, step: int, metrics: Mapping[str, np.ndarray]) -> NonFiniteError:
         return NonFiniteError(
             f"step {step} gave a loss of {metrics['loss']} and a gradient norm of {metrics['grad_norm']}; it was not "
-            f"applied and the state of step {step - 1} is saved: try {self._advice}")
+            f"applied and the state of step {step - 1} is saved: try {self._advice}"
+        )
 
 
 def advice(config: Config) -> str:
     """What to change when a step is not finite."""
     optimizer = config.optimizer
-    return (f"a lower optimizer.learning_rate (now {optimizer.learning_rate:g}), a smaller optimizer.clip_norm (now "
-            f"{optimizer.clip_norm:g}), more optimizer.warmup_steps, or train.precision "
-            "'params=float32,compute=float32'")
+    return (
+        f"a lower optimizer.learning_rate (now {optimizer.learning_rate:g}), a smaller optimizer.clip_norm (now "
+        f"{optimizer.clip_norm:g}), more optimizer.warmup_steps, or train.precision "
+        "'params=float32,compute=float32'"
+    )

@@ -75,8 +75,11 @@ class Log:
     def __call__(self, run: Run, window: Sequence[Mapping[str, np.ndarray]]) -> None:
         """`window`: the metrics of each step since the last call; those that are not finite are left out."""
         finite = [metrics for metrics in window if metrics["finite"]]
-        means = {name: float(np.mean([metrics[name] for metrics in finite]))
-                 for name in window[0] if name != "finite" and finite}
+        means = {
+            name: float(np.mean([metrics[name] for metrics in finite]))
+            for name in window[0]
+            if name != "finite" and finite
+        }
         skipped = {"skipped": self._guard.skipped} if self._guard.skipped else {}
         self._run_log.metrics(run.step, means | self._meter.read() | skipped)
 

@@ -66,8 +66,11 @@ class RunLog:
         for name, value in values.items() if self._events else ():
             self._events.add_scalar(name, value, step)
         if "loss" in values:
-            shown = {"loss": f"{values['loss']:.4f}", "img/s": f"{values['images_per_second']:.1f}",
-                     "mfu": f"{values['mfu']:.1%}" if "mfu" in values else "n/a"}
+            shown = {
+                "loss": f"{values['loss']:.4f}",
+                "img/s": f"{values['images_per_second']:.1f}",
+                "mfu": f"{values['mfu']:.1%}" if "mfu" in values else "n/a",
+            }
             self._bar.set_postfix(shown, refresh=False)
 
     def image(self, step: int, name: str, image: Image.Image) -> None:

@@ -105,5 +105,9 @@ class Loop:
         self.batches.open(run.step, self.guard.data_seed(self.seed))
         self.run_log.rewind(run.step)
         self.checkpoints.evaluations.rewind(run.step)
-        logger.warning("the loss rose to %.4g before step %d: back to step %d, and on with another order of the data",
-                       verdict.loss, spiked, run.step)
+        logger.warning(
+            "the loss rose to %.4g before step %d: back to step %d, and on with another order of the data",
+            verdict.loss,
+            spiked,
+            run.step,
+        )

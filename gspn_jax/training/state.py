@@ -33,14 +33,22 @@ class TrainState:
     def items(self) -> dict[str, Any]:
         """The items of a checkpoint, by name: each average apart, so that sampling reads only one."""
         return {"params": self.params, "opt_state": self.opt_state} | {
-            averages.item_of(name): average for name, average in self.ema.items()}
+            averages.item_of(name): average for name, average in self.ema.items()
+        }
 
     def of_items(self, step: int, items: dict[str, Any]) -> "TrainState":
         """The state at `step` of `items` that were read from a checkpoint; this one has its shapes and shardings."""
-        number, halted = jax.jit(lambda: (jnp.asarray(step, jnp.int32), jnp.zeros((), jnp.bool_)),
-                                 out_shardings=(self.step.sharding, self.halted.sharding))()
-        return TrainState(step=number, params=items["params"], opt_state=items["opt_state"],
-                          ema={name: items[averages.item_of(name)] for name in self.ema}, halted=halted)
+        number, halted = jax.jit(
+            lambda: (jnp.asarray(step, jnp.int32), jnp.zeros((), jnp.bool_)),
+            out_shardings=(self.step.sharding, self.halted.sharding),
+        )()
+        return TrainState(
+            step=number,
+            params=items["params"],
+            opt_state=items["opt_state"],
+            ema={name: items[averages.item_of(name)] for name in self.ema},
+            halted=halted,
+        )
 
 
 def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
@@ -48,8 +56,12 @@ def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
     if config.warmup_steps >= steps:  # nothing is left to decay over
         return optax.linear_schedule(0.0, config.learning_rate, config.warmup_steps)
     return optax.warmup_cosine_decay_schedule(
-        0.0 if config.warmup_steps else config.learning_rate, config.learning_rate, config.warmup_steps, steps,
-        config.final_learning_rate)
+        0.0 if config.warmup_steps else config.learning_rate,
+        config.learning_rate,
+        config.warmup_steps,
+        steps,
+        config.final_learning_rate,
+    )
 
 
 def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
@@ -63,8 +75,13 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
 def _build(config: Config, mesh: Mesh | AbstractMesh, key: jax.Array) -> TrainState:
     params = sharding.pad(models.init(config, key), mesh)
     optimizer = make_optimizer(config.optimizer, config.train.steps)
-    return TrainState(step=jnp.zeros((), jnp.int32), params=params, opt_state=optimizer.init(params),
-                      ema=ema.init(params, config.train.ema_decays), halted=jnp.zeros((), jnp.bool_))
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=params,
+        opt_state=optimizer.init(params),
+        ema=ema.init(params, config.train.ema_decays),
+        halted=jnp.zeros((), jnp.bool_),
+    )
 
 
 def abstract_state(config: Config, mesh: Mesh | AbstractMesh) -> TrainState:
@@ -74,9 +91,11 @@ def abstract_state(config: Config, mesh: Mesh | AbstractMesh) -> TrainState:
     everywhere = sharding.replicated(mesh)
     optimizer = make_optimizer(config.optimizer, config.train.steps)
     opt_state = optax.tree_utils.tree_map_params(
-        optimizer, lambda _, s: s, shapes.opt_state, params, transform_non_params=lambda _: everywhere)
-    shardings = TrainState(step=everywhere, params=params, opt_state=opt_state,
-                           ema=dict.fromkeys(shapes.ema, params), halted=everywhere)
+        optimizer, lambda _, s: s, shapes.opt_state, params, transform_non_params=lambda _: everywhere
+    )
+    shardings = TrainState(
+        step=everywhere, params=params, opt_state=opt_state, ema=dict.fromkeys(shapes.ema, params), halted=everywhere
+    )
     return jax.tree.map(lambda s, where: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where), shapes, shardings)
 
 

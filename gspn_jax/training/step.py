@@ -89,17 +89,30 @@ def make_step(config: Config, mesh: Mesh) -> Step:
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        new = TrainState(step=state.step + 1, params=params, opt_state=opt_state,
-                         ema=ema.update(state.ema, params, state.step), halted=jnp.zeros((), jnp.bool_))
+        new = TrainState(
+            step=state.step + 1,
+            params=params,
+            opt_state=opt_state,
+            ema=ema.update(state.ema, params, state.step),
+            halted=jnp.zeros((), jnp.bool_),
+        )
         good = finite & ~state.halted
         new = jax.tree.map(lambda n, o: jnp.where(good, n, o), new, state)
         new = dataclasses.replace(new, halted=~good)
         if config.guard.nonfinite == "skip":
             new = dataclasses.replace(new, step=state.step + 1, halted=jnp.zeros((), jnp.bool_))
-        metrics |= {"loss": loss, "grad_norm": grad_norm, "learning_rate": jnp.asarray(schedule(state.step)),
-                    "finite": finite}
+        metrics |= {
+            "loss": loss,
+            "grad_norm": grad_norm,
+            "learning_rate": jnp.asarray(schedule(state.step)),
+            "finite": finite,
+        }
         return new, metrics
 
     state_shardings = jax.tree.map(lambda s: s.sharding, abstract_state(config, mesh))
-    return jax.jit(step, donate_argnums=0, in_shardings=(state_shardings, sharding.batch_sharding(mesh)),
-                   out_shardings=(state_shardings, sharding.replicated(mesh)))
+    return jax.jit(
+        step,
+        donate_argnums=0,
+        in_shardings=(state_shardings, sharding.batch_sharding(mesh)),
+        out_shardings=(state_shardings, sharding.replicated(mesh)),
+    )

@@ -5,8 +5,18 @@ import time
 from collections.abc import Iterator
 
 PEAK_FLOPS = {
-    "A100": 312e12, "H100": 989e12, "H200": 989e12, "GH200": 989e12, "B200": 2250e12, "GB200": 2250e12,
-    "L4": 121e12, "L40S": 362e12, "A10": 125e12, "V100": 125e12, "RTX 4090": 165e12, "RTX 3090": 71e12,
+    "A100": 312e12,
+    "H100": 989e12,
+    "H200": 989e12,
+    "GH200": 989e12,
+    "B200": 2250e12,
+    "GB200": 2250e12,
+    "L4": 121e12,
+    "L40S": 362e12,
+    "A10": 125e12,
+    "V100": 125e12,
+    "RTX 4090": 165e12,
+    "RTX 3090": 71e12,
 }
 """Dense bfloat16 (V100: float16) operations per second, from NVIDIA's data sheets."""
 

@@ -47,9 +47,12 @@ def train(config: Config) -> pathlib.Path:
         checkpoints.evaluations.rewind(first_step)
         guard = Guard(config.guard, checkpoints.notes, advice=advice(config))
 
-        with (RunLog(run_dir, start_step=first_step, steps=config.train.steps,
-                     enabled=jax.process_index() == 0) as run_log,
-              Batches(config, source, mesh) as batches):
+        with (
+            RunLog(
+                run_dir, start_step=first_step, steps=config.train.steps, enabled=jax.process_index() == 0
+            ) as run_log,
+            Batches(config, source, mesh) as batches,
+        ):
             batches.open(first_step, guard.data_seed(config.train.seed))
             run_log.say(_opening(config, mesh, len(source), first_step))
 
@@ -57,7 +60,8 @@ def train(config: Config) -> pathlib.Path:
             evaluate = evaluation and hooks.Evaluate(config.eval.every, evaluation, checkpoints, run_log, stop)
             save = hooks.Save(config.train.save_every, checkpoints, guard, evaluate)
             grids = config.train.sample_every and hooks.Grid(
-                config.train.sample_every, Sampler(config, mesh), config, source.class_names, run_log)
+                config.train.sample_every, Sampler(config, mesh), config, source.class_names, run_log
+            )
             bounds = config.profile.bounds
             profile = bounds and hooks.Profile(*bounds, run_dir / "profile")
             called = [hook for hook in (profile, grids, save, evaluate) if hook]
@@ -65,10 +69,20 @@ def train(config: Config) -> pathlib.Path:
             # --- loop
             meter = _meter(config)
             loop = Loop(
-                train_step=make_step(config, mesh), target=target, batches=batches, guard=guard,
-                batch_size=config.train.batch_size, seed=config.train.seed, checkpoints=checkpoints, stop=stop,
-                meter=meter, run_log=run_log, save=save, hooks=called,
-                log=hooks.Log(config.train.log_every, called, run_log, meter, guard))
+                train_step=make_step(config, mesh),
+                target=target,
+                batches=batches,
+                guard=guard,
+                batch_size=config.train.batch_size,
+                seed=config.train.seed,
+                checkpoints=checkpoints,
+                stop=stop,
+                meter=meter,
+                run_log=run_log,
+                save=save,
+                hooks=called,
+                log=hooks.Log(config.train.log_every, called, run_log, meter, guard),
+            )
             loop(Run(step=first_step, steps=config.train.steps, state=state, saved=first_step))
     return run_dir
 
@@ -83,6 +97,8 @@ def _meter(config: Config) -> Throughput:
 def _opening(config: Config, mesh: Mesh, images: int, first_step: int) -> str:
     shape = " x ".join(f"{name} {size}" for name, size in mesh.shape.items())
     start = f"going on from step {first_step}" if first_step else "starting"
-    return (f"{config.model.preset} ({models.count_parameters(config) / 1e6:.1f}M parameters) on "
-            f"{images:,} images of {config.data.num_classes} classes; {jax.device_count()} "
-            f"{jax.devices()[0].device_kind} ({shape}); {start} in {config.run_dir}")
+    return (
+        f"{config.model.preset} ({models.count_parameters(config) / 1e6:.1f}M parameters) on "
+        f"{images:,} images of {config.data.num_classes} classes; {jax.device_count()} "
+        f"{jax.devices()[0].device_kind} ({shape}); {start} in {config.run_dir}"
+    )

@@ -5,5 +5,18 @@ from gspn_jax.unet.model import Added, apply, attention, self_attention
 from gspn_jax.unet.prediction import Prediction, split_prediction
 from gspn_jax.unet.weights import expected_shapes, from_state_dict, load_unet
 
-__all__ = ["SDXL", "STABLE_DIFFUSION_1", "STABLE_DIFFUSION_2", "Added", "Prediction", "UNetConfig", "apply",
-           "attention", "expected_shapes", "from_state_dict", "load_unet", "self_attention", "split_prediction"]
+__all__ = [
+    "SDXL",
+    "STABLE_DIFFUSION_1",
+    "STABLE_DIFFUSION_2",
+    "Added",
+    "Prediction",
+    "UNetConfig",
+    "apply",
+    "attention",
+    "expected_shapes",
+    "from_state_dict",
+    "load_unet",
+    "self_attention",
+    "split_prediction",
+]

@@ -7,15 +7,39 @@ from typing import Any
 from gspn_jax.config import ConfigError
 
 _FIXED = {
-    "act_fn": "silu", "attention_type": "default", "center_input_sample": False, "conv_in_kernel": 3,
-    "conv_out_kernel": 3, "downsample_padding": 1, "flip_sin_to_cos": True, "freq_shift": 0,
-    "mid_block_scale_factor": 1, "mid_block_type": "UNetMidBlock2DCrossAttn", "norm_eps": 1e-5,
-    "resnet_out_scale_factor": 1.0, "resnet_time_scale_shift": "default", "time_embedding_type": "positional"}
+    "act_fn": "silu",
+    "attention_type": "default",
+    "center_input_sample": False,
+    "conv_in_kernel": 3,
+    "conv_out_kernel": 3,
+    "downsample_padding": 1,
+    "flip_sin_to_cos": True,
+    "freq_shift": 0,
+    "mid_block_scale_factor": 1,
+    "mid_block_type": "UNetMidBlock2DCrossAttn",
+    "norm_eps": 1e-5,
+    "resnet_out_scale_factor": 1.0,
+    "resnet_time_scale_shift": "default",
+    "time_embedding_type": "positional",
+}
 """Options of diffusers' that Stable Diffusion leaves at one value, which is all that is built here."""
 
-_READ = ("block_out_channels", "down_block_types", "up_block_types", "layers_per_block", "attention_head_dim",
-         "transformer_layers_per_block", "cross_attention_dim", "use_linear_projection", "in_channels", "out_channels",
-         "norm_num_groups", "addition_embed_type", "addition_time_embed_dim", "projection_class_embeddings_input_dim")
+_READ = (
+    "block_out_channels",
+    "down_block_types",
+    "up_block_types",
+    "layers_per_block",
+    "attention_head_dim",
+    "transformer_layers_per_block",
+    "cross_attention_dim",
+    "use_linear_projection",
+    "in_channels",
+    "out_channels",
+    "norm_num_groups",
+    "addition_embed_type",
+    "addition_time_embed_dim",
+    "projection_class_embeddings_input_dim",
+)
 _WITHOUT_EFFECT = ("sample_size", "dropout", "upcast_attention", "addition_embed_type_num_heads")
 """The size trained at, of training alone, softmax in float32 (always so here), and of another embedding."""
 
@@ -52,16 +76,21 @@ class UNetConfig:
     def __post_init__(self):
         levels = len(self.channels)
         if not levels or len(self.depths) != levels or len(self.heads) != levels:
-            raise ConfigError(f"the U-Net's channels, depths and heads must have an entry for each level, found "
-                              f"{self.channels}, {self.depths} and {self.heads}")
+            raise ConfigError(
+                f"the U-Net's channels, depths and heads must have an entry for each level, found "
+                f"{self.channels}, {self.depths} and {self.heads}"
+            )
         for width, heads in zip(self.channels, self.heads, strict=True):
             for name, parts in (("groups", self.groups), ("heads", heads)):
                 if width % parts:
-                    raise ConfigError(f"the U-Net's channels must be multiples of its {name}, found {width} and "
-                                      f"{parts}")
+                    raise ConfigError(
+                        f"the U-Net's channels must be multiples of its {name}, found {width} and {parts}"
+                    )
         if self.added_width is not None and self.pooled_width <= 0:
-            raise ConfigError(f"the U-Net's projection_class_embeddings_input_dim must be greater than the "
-                              f"{6 * self.added_size_width} numbers of the sizes, found {self.added_width}")
+            raise ConfigError(
+                f"the U-Net's projection_class_embeddings_input_dim must be greater than the "
+                f"{6 * self.added_size_width} numbers of the sizes, found {self.added_width}"
+            )
 
     @property
     def pooled_width(self) -> int:
@@ -81,19 +110,31 @@ class UNetConfig:
         count = len(channels)
         blocks = _levels(content, "transformer_layers_per_block", count, 1)
         return cls(
-            channels=channels, layers=_same(content, "layers_per_block", count, 2),
+            channels=channels,
+            layers=_same(content, "layers_per_block", count, 2),
             heads=_levels(content, "attention_head_dim", count, 8),
             depths=tuple(depth if has else 0 for depth, has in zip(blocks, _with_transformers(content), strict=True)),
-            middle_depth=blocks[-1], context_width=_same(content, "cross_attention_dim", count),
+            middle_depth=blocks[-1],
+            context_width=_same(content, "cross_attention_dim", count),
             linear_projection=bool(content.get("use_linear_projection", False)),
-            in_channels=content.get("in_channels", 4), out_channels=content.get("out_channels", 4),
-            groups=content.get("norm_num_groups", 32), **_added(content))
+            in_channels=content.get("in_channels", 4),
+            out_channels=content.get("out_channels", 4),
+            groups=content.get("norm_num_groups", 32),
+            **_added(content),
+        )
 
 
 STABLE_DIFFUSION_1 = UNetConfig()
 STABLE_DIFFUSION_2 = UNetConfig(heads=(5, 10, 20, 20), context_width=1024, linear_projection=True)
-SDXL = UNetConfig(channels=(320, 640, 1280), depths=(0, 2, 10), middle_depth=10, heads=(5, 10, 20), context_width=2048,
-                  linear_projection=True, added_width=2816)
+SDXL = UNetConfig(
+    channels=(320, 640, 1280),
+    depths=(0, 2, 10),
+    middle_depth=10,
+    heads=(5, 10, 20),
+    context_width=2048,
+    linear_projection=True,
+    added_width=2816,
+)
 
 
 def _refuse_other_options(content: Mapping[str, Any]) -> None:
@@ -147,6 +188,8 @@ def _with_transformers(content: Mapping[str, Any]) -> list[bool]:
             raise ConfigError(f"the U-Net's {name} must be of {', '.join(kinds)}, found {unknown[0]!r}")
         found.append([kinds[kind] for kind in names])
     if found[0] != found[1][::-1] or len(found[0]) != len(content["block_out_channels"]):
-        raise ConfigError("the U-Net's down_block_types and up_block_types must mirror each other, one for each level, "
-                          f"found {content['down_block_types']} and {content['up_block_types']}")
+        raise ConfigError(
+            "the U-Net's down_block_types and up_block_types must mirror each other, one for each level, "
+            f"found {content['down_block_types']} and {content['up_block_types']}"
+        )
     return found[0]

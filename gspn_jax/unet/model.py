@@ -54,9 +54,15 @@ def attention(
 
 
 def apply(
-    params: Params, config: UNetConfig, x: Float[Array, "B H W C"], timesteps: Num[Array, "#B"],
-    context: Float[Array, "B N D"], added: Added | None = None, *, attend: Attend = attention,
-    mixer: Mixer | None = None
+    params: Params,
+    config: UNetConfig,
+    x: Float[Array, "B H W C"],
+    timesteps: Num[Array, "#B"],
+    context: Float[Array, "B N D"],
+    added: Added | None = None,
+    *,
+    attend: Attend = attention,
+    mixer: Mixer | None = None,
 ) -> Float[Array, "B H W C"]:
     """Predicts the noise, or v where the model was trained so, of noised latents `x` at `timesteps` 0 .. 999.
 
@@ -64,8 +70,9 @@ def apply(
     `mixer` takes the place of the self-attentions. Raises ValueError for shapes that do not fit the config.
     """
     _check(config, x, context, added)
-    call = _Call(params, config.groups, _embed(params, config, x, timesteps, added), context.astype(x.dtype), attend,
-                 mixer)
+    call = _Call(
+        params, config.groups, _embed(params, config, x, timesteps, added), context.astype(x.dtype), attend, mixer
+    )
     last = len(config.channels) - 1
     x = _conv(params, "conv_in", x)
     skips = [x]
@@ -100,18 +107,28 @@ def _check(config: UNetConfig, x: Array, context: Array, added: Added | None) ->
     if context.ndim != 3 or context.shape[0] != x.shape[0] or context.shape[2] != config.context_width:
         raise ValueError(f"text states must be [{x.shape[0]}, N, {config.context_width}], found {list(context.shape)}")
     if (added is None) != (config.added_width is None):
-        raise ValueError("this U-Net takes " + ("no pooled text and sizes, found some" if config.added_width is None
-                                                else "pooled text and sizes, found none"))
+        raise ValueError(
+            "this U-Net takes "
+            + (
+                "no pooled text and sizes, found some"
+                if config.added_width is None
+                else "pooled text and sizes, found none"
+            )
+        )
     if added is not None:
         expected = (x.shape[0], config.pooled_width), (x.shape[0], 6)
         if (found := (added.pooled.shape, added.sizes.shape)) != expected:
-            raise ValueError(f"pooled text and sizes must be {list(expected[0])} and {list(expected[1])}, found "
-                             f"{list(found[0])} and {list(found[1])}")
+            raise ValueError(
+                f"pooled text and sizes must be {list(expected[0])} and {list(expected[1])}, found "
+                f"{list(found[0])} and {list(found[1])}"
+            )
 
 
-def _embed(params: Params, config: UNetConfig, x: Float[Array, "B H W C"], timesteps: Num[Array, "#B"],
-           added: Added | None) -> Float[Array, "B T"]:
+def _embed(
+    params: Params, config: UNetConfig, x: Float[Array, "B H W C"], timesteps: Num[Array, "#B"], added: Added | None
+) -> Float[Array, "B T"]:
     """The time, and what is added to it, as every residual block sees them."""
+
     def embedded(name: str, values: Float[Array, "B D"]) -> Float[Array, "B T"]:
         hidden = jax.nn.silu(_linear(params, f"{name}.linear_1", values.astype(x.dtype)))
         return _linear(params, f"{name}.linear_2", hidden)
@@ -132,8 +149,9 @@ def _sinusoids(values: Num[Array, "*B"], width: int) -> Float[Array, "*B W"]:
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
 
 
-def _layer(call: _Call, block: str, layer: int, x: Float[Array, "B H W C"], depth: int,
-           heads: int) -> Float[Array, "B H W D"]:
+def _layer(
+    call: _Call, block: str, layer: int, x: Float[Array, "B H W C"], depth: int, heads: int
+) -> Float[Array, "B H W D"]:
     x = _residual(call, f"{block}.resnets.{layer}", x)
     return _transformer(call, f"{block}.attentions.{layer}", x, depth, heads) if depth else x
 
@@ -146,8 +164,7 @@ def _residual(call: _Call, name: str, x: Float[Array, "B H W C"]) -> Float[Array
     return y + (_conv(params, f"{name}.conv_shortcut", x) if f"{name}.conv_shortcut.weight" in params else x)
 
 
-def _transformer(call: _Call, name: str, x: Float[Array, "B H W D"], depth: int,
-                 heads: int) -> Float[Array, "B H W D"]:
+def _transformer(call: _Call, name: str, x: Float[Array, "B H W D"], depth: int, heads: int) -> Float[Array, "B H W D"]:
     params = call.params
     normal = _group_norm(params, f"{name}.norm", x, call.groups, epsilon=1e-6)
     y = _linear(params, f"{name}.proj_in", normal.astype(x.dtype))
@@ -164,14 +181,16 @@ def _transformer(call: _Call, name: str, x: Float[Array, "B H W D"], depth: int,
     return x + _linear(params, f"{name}.proj_out", y)
 
 
-def self_attention(params: Params, name: str, x: Float[Array, "B H W D"], heads: int,
-                   attend: Attend = attention) -> Float[Array, "B H W D"]:
+def self_attention(
+    params: Params, name: str, x: Float[Array, "B H W D"], heads: int, attend: Attend = attention
+) -> Float[Array, "B H W D"]:
     """Attention of every pixel to every other, as layer `name` ("...attn1") computes it."""
     return _attention(params, name, x, x.reshape(x.shape[0], -1, x.shape[-1]), heads, attend)
 
 
-def _attention(params: Params, name: str, x: Float[Array, "B H W D"], context: Float[Array, "B N E"], heads: int,
-               attend: Attend) -> Float[Array, "B H W D"]:
+def _attention(
+    params: Params, name: str, x: Float[Array, "B H W D"], context: Float[Array, "B N E"], heads: int, attend: Attend
+) -> Float[Array, "B H W D"]:
     def split(part: str, tokens: Float[Array, "B M E"]) -> Float[Array, "B M heads d"]:
         made = jnp.matmul(tokens, params[f"{name}.{part}.weight"].astype(x.dtype), precision=_HIGHEST)
         return made.reshape(*made.shape[:2], heads, -1)
@@ -191,8 +210,13 @@ def _conv(params: Params, name: str, x: Float[Array, "B H W C"], *, stride: int 
     kernel = params[f"{name}.weight"].astype(x.dtype)
     half = kernel.shape[0] // 2
     out = jax.lax.conv_general_dilated(
-        x, kernel, window_strides=(stride, stride), padding=((half, half), (half, half)),
-        dimension_numbers=("NHWC", "HWIO", "NHWC"), precision=_HIGHEST)
+        x,
+        kernel,
+        window_strides=(stride, stride),
+        padding=((half, half), (half, half)),
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        precision=_HIGHEST,
+    )
     return out + params[f"{name}.bias"].astype(x.dtype)
 
 
@@ -207,8 +231,9 @@ def _norm_silu(params: Params, name: str, x: Float[Array, "B H W C"], groups: in
     return jax.nn.silu(_group_norm(params, name, x, groups, epsilon=1e-5)).astype(x.dtype)
 
 
-def _group_norm(params: Params, name: str, x: Float[Array, "B H W C"], groups: int, *,
-                epsilon: float) -> Float32[Array, "B H W C"]:
+def _group_norm(
+    params: Params, name: str, x: Float[Array, "B H W C"], groups: int, *, epsilon: float
+) -> Float32[Array, "B H W C"]:
     split = x.astype(jnp.float32).reshape(x.shape[0], -1, groups, x.shape[-1] // groups)
     centred = split - split.mean((1, 3), keepdims=True)
     normal = centred * jax.lax.rsqrt(jnp.square(centred).mean((1, 3), keepdims=True) + epsilon)

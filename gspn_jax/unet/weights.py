@@ -13,8 +13,9 @@ from gspn_jax.unet.config import UNetConfig
 _BIASLESS = ("to_q", "to_k", "to_v")
 
 
-def load_unet(folder: str | pathlib.Path,
-              dtype: DTypeLike | None = None) -> tuple[dict[str, Float[np.ndarray, "..."]], UNetConfig]:
+def load_unet(
+    folder: str | pathlib.Path, dtype: DTypeLike | None = None
+) -> tuple[dict[str, Float[np.ndarray, "..."]], UNetConfig]:
     """Reads a folder such as `unet`: `config.json` beside `diffusion_pytorch_model.safetensors` (or .fp16, or shards).
 
     `dtype` None keeps the file's types. Raises FileNotFoundError, ConfigError and WeightsError.
@@ -22,8 +23,9 @@ def load_unet(folder: str | pathlib.Path,
     return load_network(folder, "diffusion_pytorch_model", UNetConfig.from_json, from_state_dict, dtype)
 
 
-def from_state_dict(tensors: Mapping[str, np.ndarray], config: UNetConfig,
-                    dtype: DTypeLike | None = None) -> dict[str, Float[np.ndarray, "..."]]:
+def from_state_dict(
+    tensors: Mapping[str, np.ndarray], config: UNetConfig, dtype: DTypeLike | None = None
+) -> dict[str, Float[np.ndarray, "..."]]:
     """The weights for `model.apply`, each read once. Raises WeightsError naming the tensor that is wrong."""
     return arrange(tensors, expected_shapes(config), "the U-Net", dtype=dtype)
 

@@ -2,9 +2,7 @@
 
 import jax
 import numpy as np
-import numpy_vae
 import pytest
-from numpy_vae import TINY, random_state_dict
 from safetensors.numpy import save_file
 
 from gspn_jax.autoencoder import (
@@ -18,6 +16,8 @@ from gspn_jax.autoencoder import (
     load,
 )
 from gspn_jax.state_dict import WeightsError
+from tests.autoencoder import numpy_vae
+from tests.autoencoder.numpy_vae import TINY, random_state_dict
 
 TOLERANCE = 1e-4  # largest error over the largest output, float32 against float64
 OLD_NAMES = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
@@ -64,9 +64,11 @@ def rename_attention(weights, *, convolutions: bool):
     return renamed
 
 
-@pytest.mark.parametrize("dialect", [lambda w: w, lambda w: rename_attention(w, convolutions=False),
-                                     lambda w: rename_attention(w, convolutions=True)],
-                         ids=["new", "old", "old convolutions"])
+@pytest.mark.parametrize(
+    "dialect",
+    [lambda w: w, lambda w: rename_attention(w, convolutions=False), lambda w: rename_attention(w, convolutions=True)],
+    ids=["new", "old", "old convolutions"],
+)
 def test_files_of_every_dialect_load(tmp_path, dialect):
     weights = random_state_dict()
     save_file(dialect(weights), tmp_path / "vae.safetensors")
@@ -78,19 +80,32 @@ def test_files_of_every_dialect_load(tmp_path, dialect):
         np.testing.assert_array_equal(value, expected[name], err_msg=name)
 
 
-@pytest.mark.parametrize(("change", "message"), [
-    (lambda w: {k: v for k, v in w.items() if k != "decoder.up_blocks.0.resnets.1.conv2.bias"},
-     r"vae\.safetensors: the weights of the autoencoder must have 'decoder\.up_blocks\.0\.resnets\.1\.conv2\.bias', "
-     r"found \d+ other tensors"),
-    (lambda w: w | {"decoder.extra.weight": np.ones(3, np.float32)},
-     r"every tensor must belong to an autoencoder of channels \(32, 64\), found 'decoder\.extra\.weight'"),
-    (lambda w: w | {"encoder.conv_norm_out.weight": np.ones(3, np.float32)},
-     r"'encoder\.conv_norm_out\.weight' must have shape \(64,\), found \(3,\)"),
-    (lambda w: w | {"quant_conv.bias": np.full(8, np.nan, np.float32)},
-     r"'quant_conv\.bias' must be finite, found NaN"),
-    (lambda w: {"conv.weight": np.ones(3, np.float32)},
-     r"must be those of an AutoencoderKL .*, found 1 tensors named conv\.weight"),
-])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda w: {k: v for k, v in w.items() if k != "decoder.up_blocks.0.resnets.1.conv2.bias"},
+            r"vae\.safetensors: the weights of the autoencoder must have "
+            r"'decoder\.up_blocks\.0\.resnets\.1\.conv2\.bias', found \d+ other tensors",
+        ),
+        (
+            lambda w: w | {"decoder.extra.weight": np.ones(3, np.float32)},
+            r"every tensor must belong to an autoencoder of channels \(32, 64\), found 'decoder\.extra\.weight'",
+        ),
+        (
+            lambda w: w | {"encoder.conv_norm_out.weight": np.ones(3, np.float32)},
+            r"'encoder\.conv_norm_out\.weight' must have shape \(64,\), found \(3,\)",
+        ),
+        (
+            lambda w: w | {"quant_conv.bias": np.full(8, np.nan, np.float32)},
+            r"'quant_conv\.bias' must be finite, found NaN",
+        ),
+        (
+            lambda w: {"conv.weight": np.ones(3, np.float32)},
+            r"must be those of an AutoencoderKL .*, found 1 tensors named conv\.weight",
+        ),
+    ],
+)
 def test_other_weights_get_a_sentence(tmp_path, change, message):
     save_file(change(random_state_dict()), tmp_path / "vae.safetensors")
     with pytest.raises(WeightsError, match=message):

@@ -3,12 +3,14 @@
 import jax
 import numpy as np
 import pytest
-from numpy_vae import TINY, random_state_dict
 
 from gspn_jax.autoencoder import AutoencoderConfig, decode, encode, from_state_dict, load, model
+from tests.autoencoder.numpy_vae import TINY, random_state_dict
 
-pytestmark = [pytest.mark.torch,
-              pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")]
+pytestmark = [
+    pytest.mark.torch,
+    pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning"),
+]
 
 TOLERANCE = 1e-4  # largest error over the largest output, float32 against float32
 
@@ -19,14 +21,21 @@ def diffusers_autoencoder(config: AutoencoderConfig, weights):
 
     levels = len(config.channels)
     theirs = diffusers.AutoencoderKL(
-        block_out_channels=config.channels, layers_per_block=config.layers, latent_channels=config.latent_channels,
-        down_block_types=("DownEncoderBlock2D",) * levels, up_block_types=("UpDecoderBlock2D",) * levels)
+        block_out_channels=config.channels,
+        layers_per_block=config.layers,
+        latent_channels=config.latent_channels,
+        down_block_types=("DownEncoderBlock2D",) * levels,
+        up_block_types=("UpDecoderBlock2D",) * levels,
+    )
     theirs.load_state_dict({name: torch.tensor(value) for name, value in weights.items()})
     return theirs.eval()
 
 
-SIZES = pytest.mark.parametrize(("config", "side"), [
-    (TINY, 8), pytest.param(AutoencoderConfig(), 64, marks=pytest.mark.slow)], ids=["tiny", "full size"])
+SIZES = pytest.mark.parametrize(
+    ("config", "side"),
+    [(TINY, 8), pytest.param(AutoencoderConfig(), 64, marks=pytest.mark.slow)],
+    ids=["tiny", "full size"],
+)
 
 
 @SIZES
@@ -42,8 +51,10 @@ def test_moments_and_images_are_those_of_diffusers(config, side, tmp_path):
     with torch.no_grad():
         moments = theirs.encode(torch.tensor(images.transpose(0, 3, 1, 2))).latent_dist.parameters
         decoded = theirs.decode(torch.tensor(latents.transpose(0, 3, 1, 2))).sample
-    for ours, truth in ((jax.jit(encode, static_argnums=1)(params, config, images), moments),
-                        (jax.jit(decode, static_argnums=1)(params, config, latents), decoded)):
+    for ours, truth in (
+        (jax.jit(encode, static_argnums=1)(params, config, images), moments),
+        (jax.jit(decode, static_argnums=1)(params, config, latents), decoded),
+    ):
         truth = truth.numpy().transpose(0, 2, 3, 1)
         assert ours.shape == truth.shape
         assert np.abs(np.asarray(ours) - truth).max() < TOLERANCE * np.abs(truth).max()
@@ -64,6 +75,7 @@ def test_every_layer_and_block_gives_what_that_of_diffusers_gives(config, side, 
         def record(params, name, *rest, **options):
             ours[name] = out = function(params, name, *rest, **options)
             return out
+
         return record
 
     for name in ("_conv", "_linear", "_group_norm", "_residual", "_middle", "_attention"):

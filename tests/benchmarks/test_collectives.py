@@ -12,21 +12,34 @@ from gspn_jax.parallel import sharding
 
 
 def found(function, shape, data, fsdp):
-    mesh = sharding.make_mesh(MeshConfig(data, fsdp), jax.devices()[:data * fsdp])
+    mesh = sharding.make_mesh(MeshConfig(data, fsdp), jax.devices()[: data * fsdp])
     sharded = jax.shard_map(function, mesh=mesh, in_specs=P("fsdp"), out_specs=P(), check_vma=False)
     text = jax.jit(sharded).lower(jax.ShapeDtypeStruct(shape, jnp.float32)).compile().as_text()
     return list(collectives(text, data * fsdp))
 
 
-@pytest.mark.parametrize(("function", "kind", "shape", "group", "sent"), [
-    (lambda x: lax.all_gather(x, "fsdp", tiled=True), "all-gather", (8, 3), 4, 8 * 3 * 4 * 3 / 4),
-    (lambda x: lax.psum_scatter(x, "fsdp", scatter_dimension=1, tiled=True), "reduce-scatter", (2, 1), 4,
-     2 * 4 * 4 * 3 / 4),
-    (lambda x: lax.psum(x, "fsdp"), "all-reduce", (2, 3), 4, 2 * 2 * 3 * 4 * 3 / 4),
-    (lambda x: lax.psum(x, ("data", "fsdp")), "all-reduce", (2, 3), 8, 2 * 2 * 3 * 4 * 7 / 8),
-    (lambda x: lax.ppermute(x, "fsdp", [(i, (i + 1) % 4) for i in range(4)]), "collective-permute", (2, 3), 8,
-     2 * 3 * 4),
-])
+@pytest.mark.parametrize(
+    ("function", "kind", "shape", "group", "sent"),
+    [
+        (lambda x: lax.all_gather(x, "fsdp", tiled=True), "all-gather", (8, 3), 4, 8 * 3 * 4 * 3 / 4),
+        (
+            lambda x: lax.psum_scatter(x, "fsdp", scatter_dimension=1, tiled=True),
+            "reduce-scatter",
+            (2, 1),
+            4,
+            2 * 4 * 4 * 3 / 4,
+        ),
+        (lambda x: lax.psum(x, "fsdp"), "all-reduce", (2, 3), 4, 2 * 2 * 3 * 4 * 3 / 4),
+        (lambda x: lax.psum(x, ("data", "fsdp")), "all-reduce", (2, 3), 8, 2 * 2 * 3 * 4 * 7 / 8),
+        (
+            lambda x: lax.ppermute(x, "fsdp", [(i, (i + 1) % 4) for i in range(4)]),
+            "collective-permute",
+            (2, 3),
+            8,
+            2 * 3 * 4,
+        ),
+    ],
+)
 def test_a_collective_is_found_with_its_group_and_what_a_ring_sends(function, kind, shape, group, sent):
     whole = (8, 4 if kind == "reduce-scatter" else 3)
     (one,) = found(function, whole, 2, 4)

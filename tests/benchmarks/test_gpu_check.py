@@ -15,19 +15,33 @@ gpu_table = scripts.load("gpu_table")
 
 SCRIPT = scripts.FOLDER / "gpu_check.sh"
 STEPS = ("doctor", "values", "speed", "training", "sampling", "run")
-FILES = {"table.txt", "values.json", "speed.json", "training.json", "sampling.json", "run.json", "samples.png",
-         "logs.tar.gz"}
+FILES = {
+    "table.txt",
+    "values.json",
+    "speed.json",
+    "training.json",
+    "sampling.json",
+    "run.json",
+    "samples.png",
+    "logs.tar.gz",
+}
 
 
 def check(out, *flags, **environment):
-    return subprocess.run(["bash", str(SCRIPT), *flags], text=True, capture_output=True, timeout=1800,
-                          env=os.environ | {"OUT": str(out), "PYTHON": sys.executable} | environment)
+    return subprocess.run(
+        ["bash", str(SCRIPT), *flags],
+        text=True,
+        capture_output=True,
+        timeout=1800,
+        env=os.environ | {"OUT": str(out), "PYTHON": sys.executable} | environment,
+    )
 
 
 def logs(out):
     with tarfile.open(out / "logs.tar.gz") as tar:
-        return {os.path.basename(member.name): tar.extractfile(member).read().decode() for member in tar
-                if member.isfile()}
+        return {
+            os.path.basename(member.name): tar.extractfile(member).read().decode() for member in tar if member.isfile()
+        }
 
 
 def outcomes(out):
@@ -105,45 +119,102 @@ def shown(folder, monkeypatch, capsys):
 def test_the_table_says_what_was_found(tmp_path, monkeypatch, capsys):
     about = {"device": "1 x NVIDIA H200", "jax": "0.11.2", "date": "2026-12-01"}
     right = {"case": "propagate 1", "correct": True, "errors": {"forward": 1e-7}}
-    model = {"parameters": 692e6, "remat": "full", "scans": "mosaic_gpu", "attention": None, "train_ms": 188.0,
-             "images_per_second": 340.4, "mfu": 0.361, "peak_bytes": 48.3e9, "train_kernels": [
-                 {"kernel": kernel, "ms": ms} for kernel, ms in [
-                     ("line_scan_forward_mosaic_gpu_kernel", 90.0), ("loop_add_fusion", 7.5), ("nvjet_sm90_tss", 20.5),
-                     ("nvjet_sm90_tst_128x160", 60.0), ("conv2d_c1_k1_nhwc_specialized", 9.0),
-                     ("loop_convert_fusion", 1.0), ("MemcpyD2D", 0.5)]]}
-    write(tmp_path, [("doctor", "0", "9", "60"), ("values", "0", "50", "100"), ("training", "0", "90", "170"),
-                     ("run", "0", "100", "120")],
-          values=about | {"cases": [right, right]},
-          training=about | {"results": {"GSPN-XL/2": model, "DiT-XL/2": model | {"attention": "cudnn"}}},
-          run=about | {"model": "GSPN-S/2", "parameters": 18.9e6, "steps": 900, "images_seen": 230400,
-                       "last_loss": 0.1234, "images_per_second": 4321.0, "mfu": 0.1, "judge": {
-                           "num_samples": 2000, "conditional_accuracy": 0.5, "classifier_accuracy": 0.8,
-                           "frechet": 12.0, "frechet_floor": 0.3}})
+    model = {
+        "parameters": 692e6,
+        "remat": "full",
+        "scans": "mosaic_gpu",
+        "attention": None,
+        "train_ms": 188.0,
+        "images_per_second": 340.4,
+        "mfu": 0.361,
+        "peak_bytes": 48.3e9,
+        "train_kernels": [
+            {"kernel": kernel, "ms": ms}
+            for kernel, ms in [
+                ("line_scan_forward_mosaic_gpu_kernel", 90.0),
+                ("loop_add_fusion", 7.5),
+                ("nvjet_sm90_tss", 20.5),
+                ("nvjet_sm90_tst_128x160", 60.0),
+                ("conv2d_c1_k1_nhwc_specialized", 9.0),
+                ("loop_convert_fusion", 1.0),
+                ("MemcpyD2D", 0.5),
+            ]
+        ],
+    }
+    write(
+        tmp_path,
+        [
+            ("doctor", "0", "9", "60"),
+            ("values", "0", "50", "100"),
+            ("training", "0", "90", "170"),
+            ("run", "0", "100", "120"),
+        ],
+        values=about | {"cases": [right, right]},
+        training=about | {"results": {"GSPN-XL/2": model, "DiT-XL/2": model | {"attention": "cudnn"}}},
+        run=about
+        | {
+            "model": "GSPN-S/2",
+            "parameters": 18.9e6,
+            "steps": 900,
+            "images_seen": 230400,
+            "last_loss": 0.1234,
+            "images_per_second": 4321.0,
+            "mfu": 0.1,
+            "judge": {
+                "num_samples": 2000,
+                "conditional_accuracy": 0.5,
+                "classifier_accuracy": 0.8,
+                "frechet": 12.0,
+                "frechet_floor": 0.3,
+            },
+        },
+    )
     code, text = shown(tmp_path, monkeypatch, capsys)
     assert code == 0
-    for said in ("values     ok           50 s of 100", "on 1 x NVIDIA H200, jax 0.11.2, 2026-12-01",
-                 "2 of 2 variants of the kernel agree with float64",
-                 "GSPN-XL/2 (692M, remat full, scans by mosaic_gpu), 188 ms a step, 340.4 images/s, 36.1% MFU, 48.3 GB",
-                 "DiT-XL/2 (692M, remat full, scans by mosaic_gpu), attention by cudnn, 188 ms",
-                 "a step, by kind: scans 90 ms, products 80.5 ms, convolutions 9 ms, the rest 8.5 ms, copies 0.5 ms",
-                 "GSPN-S/2 (18.9M): 900 steps, 230,400 images, loss 0.1234, 4321 images/s, MFU 10.0%",
-                 "2000 samples: the class asked for 0.500", "Frechet distance 12 (held-out images 0.3)"):
+    for said in (
+        "values     ok           50 s of 100",
+        "on 1 x NVIDIA H200, jax 0.11.2, 2026-12-01",
+        "2 of 2 variants of the kernel agree with float64",
+        "GSPN-XL/2 (692M, remat full, scans by mosaic_gpu), 188 ms a step, 340.4 images/s, 36.1% MFU, 48.3 GB",
+        "DiT-XL/2 (692M, remat full, scans by mosaic_gpu), attention by cudnn, 188 ms",
+        "a step, by kind: scans 90 ms, products 80.5 ms, convolutions 9 ms, the rest 8.5 ms, copies 0.5 ms",
+        "GSPN-S/2 (18.9M): 900 steps, 230,400 images, loss 0.1234, 4321 images/s, MFU 10.0%",
+        "2000 samples: the class asked for 0.500",
+        "Frechet distance 12 (held-out images 0.3)",
+    ):
         assert said in text
     assert text.count("1 x NVIDIA H200") == 1
 
 
 def test_the_table_says_what_is_wrong_or_missing(tmp_path, monkeypatch, capsys):
     wrong = {"case": "propagate 2", "correct": False, "errors": {"forward": 1.1}}
-    write(tmp_path, [("values", "1", "50", "100"), ("speed", "124", "110", "110"), ("training", "1", "3", "170"),
-                     ("sampling", "137", "90", "90"), ("run", "no images were named", "0", "0")],
-          values={"cases": [wrong, {"case": "propagate 3", "correct": None}]},
-          speed={"values": "0 of 2 right", "blocks_error": "Traceback ...\nRuntimeError: out of memory\n"},
-          training='{"results": {', sampling={"results": {"DiT-XL/2": {"error": "no answer in 50 s"}}})
+    write(
+        tmp_path,
+        [
+            ("values", "1", "50", "100"),
+            ("speed", "124", "110", "110"),
+            ("training", "1", "3", "170"),
+            ("sampling", "137", "90", "90"),
+            ("run", "no images were named", "0", "0"),
+        ],
+        values={"cases": [wrong, {"case": "propagate 3", "correct": None}]},
+        speed={"values": "0 of 2 right", "blocks_error": "Traceback ...\nRuntimeError: out of memory\n"},
+        training='{"results": {',
+        sampling={"results": {"DiT-XL/2": {"error": "no answer in 50 s"}}},
+    )
     code, text = shown(tmp_path, monkeypatch, capsys)
     assert code == 1
-    for said in ("values     FAILED (1)", "0 of 2 variants", "NOT RIGHT propagate 2: forward 1.1e+00",
-                 "NOT RIGHT propagate 3: no answer", "speed      OUT OF TIME  110 s of 110",
-                 "values of the kernel that is timed: 0 of 2 right", "ERROR in blocks: RuntimeError: out of memory",
-                 "training.json cannot be read: JSONDecodeError", "DiT-XL/2: no answer in 50 s",
-                 "run        NOT RUN (no images were named)", "no results"):
+    for said in (
+        "values     FAILED (1)",
+        "0 of 2 variants",
+        "NOT RIGHT propagate 2: forward 1.1e+00",
+        "NOT RIGHT propagate 3: no answer",
+        "speed      OUT OF TIME  110 s of 110",
+        "values of the kernel that is timed: 0 of 2 right",
+        "ERROR in blocks: RuntimeError: out of memory",
+        "training.json cannot be read: JSONDecodeError",
+        "DiT-XL/2: no answer in 50 s",
+        "run        NOT RUN (no images were named)",
+        "no results",
+    ):
         assert said in text

@@ -70,7 +70,13 @@ backend_config={"known_trip_count":{"n":"10"}}
 def test_bytes_operations_and_turns_are_those_counted_by_hand():
     found = {kernel.instruction.name: kernel for kernel in roofline.kernels(hlo.Program(HLO))}
     assert {name: kernel.times for name, kernel in found.items()} == {
-        "stack": 1, "slice": 10, "start": 10, "product": 10, "done": 10, "write": 10}
+        "stack": 1,
+        "slice": 10,
+        "start": 10,
+        "product": 10,
+        "done": 10,
+        "write": 10,
+    }
     assert (found["slice"].read, found["slice"].written) == (400 + 4, 200)  # one row of ten, and its number
     assert (found["write"].read, found["write"].written) == (200 + 4, 200)  # in place
     assert found["product"].operations == 2 * 64 * 64 * 32
@@ -81,7 +87,7 @@ def test_bytes_operations_and_turns_are_those_counted_by_hand():
 
 
 def test_what_runs_beside_an_exchange_is_what_is_scheduled_between_its_ends():
-    exchange, = roofline.exchanges(hlo.Program(HLO), "h100")
+    (exchange,) = roofline.exchanges(hlo.Program(HLO), "h100")
     assert (exchange.kind, exchange.times, exchange.asynchronous, exchange.types) == ("all-reduce", 10, True, ("bf16",))
     moved = 2 * 2 * 64 * 32 + 2 * 64 * 64
     assert exchange.overlapped_us == pytest.approx(1e6 * moved / (3.35e12 * 0.85)) and exchange.megabytes == 2e-4

@@ -35,9 +35,21 @@ def test_every_table_is_filled(tmp_path, monkeypatch):
     record = json.loads(out.read_text())
     assert record["values"] == "all right"
     assert {name: len(record[name]) for name in gpu_operator.TABLES} == {
-        "copy": 1, "products": 2, "convolutions": 5, "operator": 2, "low_rank": 2, "attention": 4, "blocks": 2}
-    assert all(value > 0 for name in gpu_operator.TABLES for row in record[name] for key, value in row.items()
-               if key.endswith("ms") or key in ("ratio", "share_of_copy"))
+        "copy": 1,
+        "products": 2,
+        "convolutions": 5,
+        "operator": 2,
+        "low_rank": 2,
+        "attention": 4,
+        "blocks": 2,
+    }
+    assert all(
+        value > 0
+        for name in gpu_operator.TABLES
+        for row in record[name]
+        for key, value in row.items()
+        if key.endswith("ms") or key in ("ratio", "share_of_copy")
+    )
 
 
 def test_nothing_is_timed_where_the_kernel_is_wrong(tmp_path, monkeypatch):
@@ -63,8 +75,11 @@ def test_a_table_that_fails_does_not_stop_the_next(tmp_path, monkeypatch):
     assert record["copy_error"].strip().endswith("RuntimeError: out of memory")
 
 
-QUICK = [case for case in gpu_values.cases() if max(case.shape[1:3]) <= 20 and case.shape[3] <= 128
-         and (case.operator != "propagate" or case.dtype == "float32")]
+QUICK = [
+    case
+    for case in gpu_values.cases()
+    if max(case.shape[1:3]) <= 20 and case.shape[3] <= 128 and (case.operator != "propagate" or case.dtype == "float32")
+]
 
 
 @pytest.mark.parametrize("case", QUICK, ids=str)
@@ -72,8 +87,9 @@ def test_the_truth_of_every_operator_is_that_of_the_scan(case, monkeypatch):
     """The scan stands in for the kernel, so that no kernel is interpreted."""
     for name in ("propagate", "propagate_low_rank", "line_scan"):
         operator = getattr(gpu_values, name)
-        monkeypatch.setattr(gpu_values, name, lambda *a, operator=operator, **options: operator(
-            *a, **options | {"backend": "scan"}))
+        monkeypatch.setattr(
+            gpu_values, name, lambda *a, operator=operator, **options: operator(*a, **options | {"backend": "scan"})
+        )
     found = gpu_values.check(case)
     assert found["correct"] and set(found["errors"]) == {"forward", "saving", "backward"}
 

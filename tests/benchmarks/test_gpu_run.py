@@ -28,10 +28,26 @@ def test_a_run_that_the_clock_stops_is_sampled_and_judged(tmp_path, monkeypatch)
 
     monkeypatch.setattr(gpu_run, "make_config", endless)
     monkeypatch.setattr(gpu_run, "SHORTEST", 5.0)
-    monkeypatch.setattr(sys, "argv", [
-        "gpu_run.py", "--rehearse", "--images", str(tmp_path / "cifar.tar.gz"), "--seconds", "0", "--samples", "20",
-        "--grid", str(tmp_path / "samples.png"), "--out", str(tmp_path / "run.json"),
-        "--run-dir", str(tmp_path / "run")])
+    monkeypatch.setattr(
+        sys,
+        "argv",
+        [
+            "gpu_run.py",
+            "--rehearse",
+            "--images",
+            str(tmp_path / "cifar.tar.gz"),
+            "--seconds",
+            "0",
+            "--samples",
+            "20",
+            "--grid",
+            str(tmp_path / "samples.png"),
+            "--out",
+            str(tmp_path / "run.json"),
+            "--run-dir",
+            str(tmp_path / "run"),
+        ],
+    )
     gpu_run.main()
     found = json.loads((tmp_path / "run.json").read_text())
     assert found["steps"] >= 1 and f"stopped by SIGTERM and saved at step {found['steps']}" in found["ended"]
@@ -43,8 +59,10 @@ def test_a_run_that_the_clock_stops_is_sampled_and_judged(tmp_path, monkeypatch)
 
 def test_a_folder_without_test_images_gets_a_sentence(tmp_path):
     (tmp_path / "train").mkdir()
-    with pytest.raises(ConfigError, match=r"must hold the folders train and test, found no test in "), \
-            gpu_run.unpacked(tmp_path):
+    with (
+        pytest.raises(ConfigError, match=r"must hold the folders train and test, found no test in "),
+        gpu_run.unpacked(tmp_path),
+    ):
         pass
 
 

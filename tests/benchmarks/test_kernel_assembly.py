@@ -21,8 +21,14 @@ def script(monkeypatch, tmp_path):
 
 
 def kernel(case, **numbers):
-    return {"case": str(case), "kernel": "k", "registers": 100, "spilled_bytes": 0, "shared_bytes": 2**16,
-            "shared_bytes_there_are": 2**17} | numbers
+    return {
+        "case": str(case),
+        "kernel": "k",
+        "registers": 100,
+        "spilled_bytes": 0,
+        "shared_bytes": 2**16,
+        "shared_bytes_there_are": 2**17,
+    } | numbers
 
 
 def test_the_table_replaces_the_one_before_and_says_what_is_wrong(script, tmp_path):
@@ -45,7 +51,8 @@ def test_the_table_replaces_the_one_before_and_says_what_is_wrong(script, tmp_pa
     assert "1. The kernel has no room: 'scan' runs.\n2. The kernel needs more: XLA expands." in text
 
 
-@pytest.mark.parametrize(("change", "wrong"), [
-    ({}, False), ({"spilled_bytes": 4}, True), ({"shared_bytes": 2**17 + 1}, True)])
+@pytest.mark.parametrize(
+    ("change", "wrong"), [({}, False), ({"spilled_bytes": 4}, True), ({"shared_bytes": 2**17 + 1}, True)]
+)
 def test_a_kernel_that_spills_or_does_not_fit_is_wrong(script, change, wrong):
     assert script.wrong(kernel(script.CASES[0], **change)) == wrong

@@ -59,8 +59,10 @@ def test_a_config_file_is_the_model_that_it_trains():
 
 def test_on_a_gpu_there_is_no_ratio_to_attention_that_is_not_flash_attention():
     with attention.traced_for(Device()):
-        dit, gspn = ({"images_per_second": rate, **train_step.attention_of(model, ARGUMENTS, "bfloat16")}
-                     for model, rate in ((DIT, 50.0), (GSPN, 100.0)))
+        dit, gspn = (
+            {"images_per_second": rate, **train_step.attention_of(model, ARGUMENTS, "bfloat16")}
+            for model, rate in ((DIT, 50.0), (GSPN, 100.0))
+        )
     assert dit["attention"] == "xla" and "found Tesla T4" in dit["no_ratio"]
     assert train_step.ratio(gspn, dit, "images_per_second") is None  # neither to it
     assert train_step.ratio(dit, gspn, "images_per_second") is None  # nor of it
@@ -68,7 +70,9 @@ def test_on_a_gpu_there_is_no_ratio_to_attention_that_is_not_flash_attention():
 
 
 def test_on_a_cpu_attention_has_nothing_better_and_is_compared_with():
-    dit, gspn = ({"images_per_second": rate, **train_step.attention_of(model, ARGUMENTS, "float32")}
-                 for model, rate in ((DIT, 50.0), (GSPN, 100.0)))
+    dit, gspn = (
+        {"images_per_second": rate, **train_step.attention_of(model, ARGUMENTS, "float32")}
+        for model, rate in ((DIT, 50.0), (GSPN, 100.0))
+    )
     assert (dit["attention"], gspn["attention"]) == ("xla", None)
     assert train_step.ratio(gspn, dit, "images_per_second") == 2

@@ -13,22 +13,31 @@ MADVISE = "always [madvise] never\n"
 ROOT = pathlib.Path(__file__).parents[2]
 
 
-@pytest.mark.parametrize(("environment", "accelerators", "value"), [
-    ({}, [], "glibc.malloc.hugetlb=1"),
-    ({"JAX_PLATFORMS": "cpu"}, ["/dev/nvidiactl"], "glibc.malloc.hugetlb=1"),
-    ({"GLIBC_TUNABLES": "glibc.malloc.arena_max=1"}, [], "glibc.malloc.arena_max=1:glibc.malloc.hugetlb=1"),
-    ({}, ["/dev/nvidiactl"], None),
-    ({"JAX_PLATFORMS": "cuda,cpu"}, [], None),
-    ({"GLIBC_TUNABLES": "glibc.malloc.hugetlb=0"}, [], None),
-])
+@pytest.mark.parametrize(
+    ("environment", "accelerators", "value"),
+    [
+        ({}, [], "glibc.malloc.hugetlb=1"),
+        ({"JAX_PLATFORMS": "cpu"}, ["/dev/nvidiactl"], "glibc.malloc.hugetlb=1"),
+        ({"GLIBC_TUNABLES": "glibc.malloc.arena_max=1"}, [], "glibc.malloc.arena_max=1:glibc.malloc.hugetlb=1"),
+        ({}, ["/dev/nvidiactl"], None),
+        ({"JAX_PLATFORMS": "cuda,cpu"}, [], None),
+        ({"GLIBC_TUNABLES": "glibc.malloc.hugetlb=0"}, [], None),
+    ],
+)
 def test_the_variable_is_set_for_a_cpu_and_never_against_somebodys_choice(environment, accelerators, value):
     assert huge_pages.tunables(environment, MADVISE, (2, 36), accelerators) == value
 
 
-@pytest.mark.parametrize(("setting", "glibc"), [
-    ("[always] madvise never\n", (2, 36)), ("always madvise [never]\n", (2, 36)), ("", (2, 36)), (MADVISE, (2, 31)),
-    (MADVISE, ()),
-])
+@pytest.mark.parametrize(
+    ("setting", "glibc"),
+    [
+        ("[always] madvise never\n", (2, 36)),
+        ("always madvise [never]\n", (2, 36)),
+        ("", (2, 36)),
+        (MADVISE, (2, 31)),
+        (MADVISE, ()),
+    ],
+)
 def test_it_is_left_alone_where_it_would_not_help(setting, glibc):
     assert huge_pages.tunables({}, setting, glibc, []) is None
 
@@ -45,11 +54,13 @@ def run(tmp_path, folder, *argv):
         "huge_pages._glibc, huge_pages.ACCELERATORS = (lambda: (2, 36)), ()\n"
         "print('started', flush=True)\n"
         "huge_pages.restart_with_them()\n"
-        "print(sys.argv[1:], os.environ.get('GLIBC_TUNABLES'))\n")
+        "print(sys.argv[1:], os.environ.get('GLIBC_TUNABLES'))\n"
+    )
     environment = {name: value for name, value in os.environ.items() if name != "GLIBC_TUNABLES"}
     environment |= {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
-    done = subprocess.run([sys.executable, str(script), *argv], capture_output=True, text=True, check=True,
-                          cwd=tmp_path, env=environment)
+    done = subprocess.run(
+        [sys.executable, str(script), *argv], capture_output=True, text=True, check=True, cwd=tmp_path, env=environment
+    )
     return done.stdout.splitlines()
 
 

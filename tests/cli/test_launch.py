@@ -26,14 +26,21 @@ def commands(tmp_path):
     return tmp_path
 
 
-@pytest.mark.parametrize(("code", "restarts", "requeued"), [
-    (0, "0", False), (1, "0", False), (2, "0", False), (75, "0", True), (75, "999", True), (75, "1000", False),
-])
+@pytest.mark.parametrize(
+    ("code", "restarts", "requeued"),
+    [(0, "0", False), (1, "0", False), (2, "0", False), (75, "0", True), (75, "999", True), (75, "1000", False)],
+)
 def test_the_slurm_script_starts_the_run_and_queues_it_again_when_it_was_stopped(commands, code, restarts, requeued):
-    env = os.environ | {"PATH": f"{commands}:{os.environ['PATH']}", "CODE": str(code), "SLURM_JOB_ID": "77",
-                        "SLURM_RESTART_COUNT": restarts, "PYTHON": "python"}
-    done = subprocess.run(["bash", LAUNCH / "slurm.sh", "--config", "configs/gspn_xl_2.py", "--data.path", "my data"],
-                          env=env, timeout=20)
+    env = os.environ | {
+        "PATH": f"{commands}:{os.environ['PATH']}",
+        "CODE": str(code),
+        "SLURM_JOB_ID": "77",
+        "SLURM_RESTART_COUNT": restarts,
+        "PYTHON": "python",
+    }
+    done = subprocess.run(
+        ["bash", LAUNCH / "slurm.sh", "--config", "configs/gspn_xl_2.py", "--data.path", "my data"], env=env, timeout=20
+    )
     assert done.returncode == code
     called = (commands / "called").read_text().splitlines()
     assert called[0] == "srun python train_dit.py --config configs/gspn_xl_2.py --data.path my data"
@@ -49,7 +56,7 @@ def test_the_slurm_script_asks_for_a_task_a_host_and_a_signal_before_the_end():
 def test_the_kubernetes_job_starts_the_run_on_every_host():
     service, job = yaml.safe_load_all((LAUNCH / "kubernetes.yaml").read_text())
     pod = job["spec"]["template"]["spec"]
-    container, = pod["containers"]
+    (container,) = pod["containers"]
     assert container["command"] == ["python", "train_dit.py"]
     config = cli.parse_config(container["args"], program="train_dit.py", description="")
     assert config.run_dir == "/runs/xl" and config.data.path == "/data/latents"
@@ -59,18 +66,28 @@ def test_the_kubernetes_job_starts_the_run_on_every_host():
     name = job["metadata"]["name"]
     assert env["JAX_COORDINATOR_ADDRESS"]["value"] == f"{name}-0.{pod['subdomain']}:1234"
     assert service["metadata"]["name"] == pod["subdomain"] and service["spec"]["selector"] == {"job-name": name}
-    ignored = [code for rule in job["spec"]["podFailurePolicy"]["rules"] if rule["action"] == "Ignore"
-               for code in rule["onExitCodes"]["values"]]
+    ignored = [
+        code
+        for rule in job["spec"]["podFailurePolicy"]["rules"]
+        if rule["action"] == "Ignore"
+        for code in rule["onExitCodes"]["values"]
+    ]
     assert ignored == [cli.INTERRUPTED]
 
 
-@pytest.mark.parametrize(("flags", "said"), [
-    (["--coordinator", "a:1"], "found no --num-processes or JAX_NUM_PROCESSES"),
-    (["--num-processes", "2", "--process-id", "0"], "found no --coordinator or JAX_COORDINATOR_ADDRESS"),
-    (["--coordinator", "a:1", "--num-processes", "2", "--process-id", "2"], "must be a number below --num-processes"),
-    (["--coordinator", "a:1", "--num-processes", "two", "--process-id", "0"], "found '0' of 'two'"),
-    (["--coordinator", "a", "--num-processes", "2", "--process-id", "0"], "must be HOST:PORT, found 'a'"),
-])
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--coordinator", "a:1"], "found no --num-processes or JAX_NUM_PROCESSES"),
+        (["--num-processes", "2", "--process-id", "0"], "found no --coordinator or JAX_COORDINATOR_ADDRESS"),
+        (
+            ["--coordinator", "a:1", "--num-processes", "2", "--process-id", "2"],
+            "must be a number below --num-processes",
+        ),
+        (["--coordinator", "a:1", "--num-processes", "two", "--process-id", "0"], "found '0' of 'two'"),
+        (["--coordinator", "a", "--num-processes", "2", "--process-id", "0"], "must be HOST:PORT, found 'a'"),
+    ],
+)
 def test_half_of_a_place_among_the_hosts_is_refused(flags, said):
     with pytest.raises(ConfigError, match=said):
         cli.join_other_hosts(flags)
@@ -95,17 +112,32 @@ exec(sys.argv[1])
 
 def one_of_two(tmp_path, script):
     env = os.environ | {"JAX_PROCESS_ID": "0", "PYTHONPATH": str(LAUNCH.parents[2])}
-    return subprocess.Popen([sys.executable, "-c", CHILD, script], env=env, cwd=tmp_path, text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    return subprocess.Popen(
+        [sys.executable, "-c", CHILD, script],
+        env=env,
+        cwd=tmp_path,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
 
 
-@pytest.mark.parametrize(("script", "code", "said"), [
-    ("os.abort()", 75, "another host, or the connection to it, was lost (JAX ended this process, see above); the same "
-     "command on all hosts goes on from the newest checkpoint\n"),
-    ("sys.exit(0)", 0, ""), ("sys.exit('error: x')", 1, "error: x\n"), ("os._exit(2)", 2, ""),
-    ("os.kill(os.getpid(), signal.SIGKILL)", -signal.SIGKILL, ""),
-    ("os.kill(os.getpid(), signal.SIGTERM)", -signal.SIGTERM, ""),
-])
+@pytest.mark.parametrize(
+    ("script", "code", "said"),
+    [
+        (
+            "os.abort()",
+            75,
+            "another host, or the connection to it, was lost (JAX ended this process, see above); the same "
+            "command on all hosts goes on from the newest checkpoint\n",
+        ),
+        ("sys.exit(0)", 0, ""),
+        ("sys.exit('error: x')", 1, "error: x\n"),
+        ("os._exit(2)", 2, ""),
+        ("os.kill(os.getpid(), signal.SIGKILL)", -signal.SIGKILL, ""),
+        ("os.kill(os.getpid(), signal.SIGTERM)", -signal.SIGTERM, ""),
+    ],
+)
 def test_one_of_several_hosts_ends_as_its_child_does_but_for_an_abort(tmp_path, script, code, said):
     process = one_of_two(tmp_path, script)
     output, errors = process.communicate(timeout=60)
@@ -133,18 +165,34 @@ print(jax.process_index(), jax.process_count(), jax.config.values["jax_cuda_visi
 """
 
 
-@pytest.mark.parametrize(("hosts", "more", "devices"), [
-    ("2", {}, ["all", "all"]),  # one task a host, as in slurm.sh
-    ("1", {}, ["0", "1"]),  # two tasks on one host
-    ("2", {"JAX_LOCAL_DEVICE_IDS": "2,3"}, ["2,3", "2,3"]),
-])
+@pytest.mark.parametrize(
+    ("hosts", "more", "devices"),
+    [
+        ("2", {}, ["all", "all"]),  # one task a host, as in slurm.sh
+        ("1", {}, ["0", "1"]),  # two tasks on one host
+        ("2", {"JAX_LOCAL_DEVICE_IDS": "2,3"}, ["2,3", "2,3"]),
+    ],
+)
 def test_tasks_of_slurm_find_one_another_and_their_devices(hosts, more, devices):
-    job = {"SLURM_JOB_ID": str(os.getpid()), "SLURM_NTASKS": "2", "SLURM_STEP_NUM_NODES": hosts,
-           "SLURM_STEP_NODELIST": "localhost"}
-    tasks = [subprocess.Popen(
-        [sys.executable, "-c", JOINED], text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        env=os.environ | job | more | {"PYTHONPATH": str(LAUNCH.parents[2]), "SLURM_PROCID": str(i),
-                                       "SLURM_LOCALID": str(i), "XLA_FLAGS": ""}) for i in range(2)]
+    job = {
+        "SLURM_JOB_ID": str(os.getpid()),
+        "SLURM_NTASKS": "2",
+        "SLURM_STEP_NUM_NODES": hosts,
+        "SLURM_STEP_NODELIST": "localhost",
+    }
+    tasks = [
+        subprocess.Popen(
+            [sys.executable, "-c", JOINED],
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            env=os.environ
+            | job
+            | more
+            | {"PYTHONPATH": str(LAUNCH.parents[2]), "SLURM_PROCID": str(i), "SLURM_LOCALID": str(i), "XLA_FLAGS": ""},
+        )
+        for i in range(2)
+    ]
     said = [task.communicate(timeout=60) for task in tasks]
     assert [output.split() for output, _ in said] == [[str(i), "2", devices[i]] for i in range(2)], said
 

@@ -139,7 +139,8 @@ def resizes(image, height, width):
     down, across = cubic_weights(image.shape[0], height), cubic_weights(image.shape[1], width)
     vertically, horizontally = (
         lambda a: np.clip(np.floor(np.einsum("ij,jwc->iwc", down, a) + 0.5), 0, 255),
-        lambda a: np.clip(np.floor(np.einsum("ij,hjc->hic", across, a) + 0.5), 0, 255))
+        lambda a: np.clip(np.floor(np.einsum("ij,hjc->hic", across, a) + 0.5), 0, 255),
+    )
     return vertically(horizontally(image)), horizontally(vertically(image))
 
 
@@ -182,8 +183,12 @@ def mixed(images, targets, lam, centre=None):
     box = (0, 0, 0, 0)
     if centre is not None:
         h, w = int(height * math.sqrt(1 - lam)), int(width * math.sqrt(1 - lam))
-        box = (max(centre[0] - h // 2, 0), min(centre[0] + (h + 1) // 2, height),
-               max(centre[1] - w // 2, 0), min(centre[1] + (w + 1) // 2, width))
+        box = (
+            max(centre[0] - h // 2, 0),
+            min(centre[0] + (h + 1) // 2, height),
+            max(centre[1] - w // 2, 0),
+            min(centre[1] + (w + 1) // 2, width),
+        )
     for i in range(count):
         other = images[count - 1 - i]
         result[i] = images[i] if centre is not None else lam * images[i] + (1 - lam) * other

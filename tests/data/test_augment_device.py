@@ -111,7 +111,8 @@ def test_a_batch_is_the_same_however_it_is_split_over_devices():
 def test_parts_can_be_left_out():
     images, labels = batch()
     x, targets = DeviceAugmentation(CLASSES, smoothing=0.0, erasing=None, mixing=None)(
-        jnp.asarray(images), jnp.asarray(labels), jax.random.key(0))
+        jnp.asarray(images), jnp.asarray(labels), jax.random.key(0)
+    )
     np.testing.assert_array_equal(x, normalise(jnp.asarray(images)))
     np.testing.assert_array_equal(targets, np.eye(CLASSES)[labels])
 

@@ -33,8 +33,10 @@ def test_each_operation_at_each_magnitude_is_that_of_numpy_to_the_bit(name):
 
 def test_operations_change_images_and_signs_turn_them():
     image = Image.fromarray(picture(17, 22))
-    one, other = ({name: np.asarray(apply_operation(image, name, 9.0, negative)) for name in OPERATIONS}
-                  for negative in (False, True))
+    one, other = (
+        {name: np.asarray(apply_operation(image, name, 9.0, negative)) for name in OPERATIONS}
+        for negative in (False, True)
+    )
     same = {name for name in OPERATIONS if (one[name] == other[name]).all()}
     assert same == {"AutoContrast", "Equalize", "Invert", "Posterize", "Solarize", "SolarizeAdd"}
     assert len(OPERATIONS) == 15

@@ -31,8 +31,10 @@ def resample(line: np.ndarray, size: int, kernel, support: float) -> np.ndarray:
     out = np.zeros((size, *line.shape[1:]))
     for i in range(size):
         center = (i + 0.5) * scale
-        positions = np.arange(max(0, math.floor(center - support * stretch + 0.5)),
-                              min(len(line), math.floor(center + support * stretch + 0.5)))
+        positions = np.arange(
+            max(0, math.floor(center - support * stretch + 0.5)),
+            min(len(line), math.floor(center + support * stretch + 0.5)),
+        )
         weights = np.array([kernel((p + 0.5 - center) / stretch) for p in positions])
         out[i] = np.tensordot(weights / weights.sum(), line[positions], 1)
     return out
@@ -65,7 +67,7 @@ def test_crop_is_adms(width, height):
     scale = size / min(expected.shape[:2])
     expected = resize(expected, round(expected.shape[0] * scale), round(expected.shape[1] * scale), bicubic, 2.0)
     top, left = (expected.shape[0] - size) // 2, (expected.shape[1] - size) // 2
-    expected = expected[top:top + size, left:left + size]
+    expected = expected[top : top + size, left : left + size]
     # Pillow rounds to uint8 after each of up to six passes.
     np.testing.assert_allclose(fit_image(image, size, 3), expected, atol=2.5)
 
@@ -87,22 +89,42 @@ def palette_image() -> Image.Image:
     return image
 
 
-@pytest.mark.parametrize("encoded, expected", [
-    (encode(solid("L", 77)), (77, 77, 77)),
-    (encode(solid("1", 1)), (255, 255, 255)),
-    (encode(palette_image()), (200, 100, 50)),
-    (encode(palette_image(), transparency=1), (255, 255, 255)),
-    (encode(palette_image(), transparency=0), (200, 100, 50)),
-    (encode(solid("RGBA", (200, 100, 50, 255))), (200, 100, 50)),
-    (encode(solid("RGBA", (200, 100, 50, 0))), (255, 255, 255)),
-    (encode(solid("RGBA", (255, 55, 155, 51))), (255, 215, 235)),  # 0.2 of the colour, 0.8 of white
-    (encode(solid("LA", (55, 51))), (215, 215, 215)),
-    (encode(solid("RGB", (9, 8, 7)), transparency=(9, 8, 7)), (255, 255, 255)),
-    (encode(Image.fromarray(np.full((8, 8), 77 * 257, np.uint16))), (77, 77, 77)),
-    (encode(Image.fromarray(np.full((8, 8), 77 * 257, np.int32)), "TIFF"), (77, 77, 77)),
-    (encode(solid("CMYK", (0, 255, 255, 0)), "JPEG", quality=100), (255, 0, 0)),  # no cyan, all magenta and yellow: red
-], ids=["grey", "bilevel", "palette", "palette-transparent", "palette-opaque", "alpha-opaque", "alpha-transparent",
-        "alpha-half", "grey-alpha", "colour-key", "16-bit", "32-bit", "cmyk"])
+@pytest.mark.parametrize(
+    "encoded, expected",
+    [
+        (encode(solid("L", 77)), (77, 77, 77)),
+        (encode(solid("1", 1)), (255, 255, 255)),
+        (encode(palette_image()), (200, 100, 50)),
+        (encode(palette_image(), transparency=1), (255, 255, 255)),
+        (encode(palette_image(), transparency=0), (200, 100, 50)),
+        (encode(solid("RGBA", (200, 100, 50, 255))), (200, 100, 50)),
+        (encode(solid("RGBA", (200, 100, 50, 0))), (255, 255, 255)),
+        (encode(solid("RGBA", (255, 55, 155, 51))), (255, 215, 235)),  # 0.2 of the colour, 0.8 of white
+        (encode(solid("LA", (55, 51))), (215, 215, 215)),
+        (encode(solid("RGB", (9, 8, 7)), transparency=(9, 8, 7)), (255, 255, 255)),
+        (encode(Image.fromarray(np.full((8, 8), 77 * 257, np.uint16))), (77, 77, 77)),
+        (encode(Image.fromarray(np.full((8, 8), 77 * 257, np.int32)), "TIFF"), (77, 77, 77)),
+        (
+            encode(solid("CMYK", (0, 255, 255, 0)), "JPEG", quality=100),
+            (255, 0, 0),
+        ),  # no cyan, all magenta and yellow: red
+    ],
+    ids=[
+        "grey",
+        "bilevel",
+        "palette",
+        "palette-transparent",
+        "palette-opaque",
+        "alpha-opaque",
+        "alpha-transparent",
+        "alpha-half",
+        "grey-alpha",
+        "colour-key",
+        "16-bit",
+        "32-bit",
+        "cmyk",
+    ],
+)
 def test_every_pixel_format_becomes_the_colour_one_sees(encoded, expected):
     # 1 level: rounding of alpha and of the CMYK conversion
     np.testing.assert_allclose(decode_image(encoded, "x", 8, 3), np.broadcast_to(expected, (8, 8, 3)), atol=1)
@@ -126,16 +148,20 @@ NOISE = encode(Image.fromarray(np.random.default_rng(0).integers(0, 256, (200, 2
 LAST_DATA = NOISE.rindex(b"IDAT")  # of several
 
 
-@pytest.mark.parametrize("encoded, reason", [
-    (b"", "empty"),
-    (b"<html>404 not found</html>", "not recognised"),
-    (JPEG[:20], "not recognised"),
-    (JPEG[:-200], "truncated"),
-    (PNG[:-200], "truncated"),
-    (PNG[:60] + bytes(40) + PNG[100:], "not a usable image"),
-    (NOISE[:LAST_DATA] + bytes(4) + NOISE[LAST_DATA + 4:], "broken PNG file"),
-    (encode(solid("F", 0.5), "TIFF"), "floating-point"),
-], ids=["empty", "text", "header-only", "truncated-jpeg", "truncated-png", "damaged-png", "damaged-chunk", "float"])
+@pytest.mark.parametrize(
+    "encoded, reason",
+    [
+        (b"", "empty"),
+        (b"<html>404 not found</html>", "not recognised"),
+        (JPEG[:20], "not recognised"),
+        (JPEG[:-200], "truncated"),
+        (PNG[:-200], "truncated"),
+        (PNG[:60] + bytes(40) + PNG[100:], "not a usable image"),
+        (NOISE[:LAST_DATA] + bytes(4) + NOISE[LAST_DATA + 4 :], "broken PNG file"),
+        (encode(solid("F", 0.5), "TIFF"), "floating-point"),
+    ],
+    ids=["empty", "text", "header-only", "truncated-jpeg", "truncated-png", "damaged-png", "damaged-chunk", "float"],
+)
 def test_a_bad_image_is_named_with_the_reason(encoded, reason):
     with pytest.raises(DataError, match=rf"^class/file\.jpg .*{reason}"):
         decode_image(encoded, "class/file.jpg", 32, 3)

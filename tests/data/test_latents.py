@@ -24,8 +24,15 @@ def folder(tmp_path_factory) -> pathlib.Path:
 
 
 def config(folder: pathlib.Path, **changes) -> DataConfig:
-    values = {"source": "latents", "path": str(folder), "image_size": 4, "channels": 3, "num_classes": CLASSES,
-              "flip": True, **changes}
+    values = {
+        "source": "latents",
+        "path": str(folder),
+        "image_size": 4,
+        "channels": 3,
+        "num_classes": CLASSES,
+        "flip": True,
+        **changes,
+    }
     return DataConfig(**values)
 
 
@@ -45,9 +52,16 @@ def write_set(folder: pathlib.Path, moments: np.ndarray, labels: np.ndarray) -> 
     folder.mkdir(exist_ok=True)
     shard = write_shard(folder / shard_name(0, 1), labels, moments.astype(np.float16))
     _, views, height, width, channels = moments.shape
-    LatentMetadata(vae_sha256="", image_size=8 * height, latent_shape=(height, width, channels // 2),
-                   scaling_factor=0.5, class_names=tuple("abcde"), shards=(shard,), flips=views == 2,
-                   class_counts=tuple(map(int, np.bincount(labels, minlength=5)))).write(folder)
+    LatentMetadata(
+        vae_sha256="",
+        image_size=8 * height,
+        latent_shape=(height, width, channels // 2),
+        scaling_factor=0.5,
+        class_names=tuple("abcde"),
+        shards=(shard,),
+        flips=views == 2,
+        class_counts=tuple(map(int, np.bincount(labels, minlength=5))),
+    ).write(folder)
     return folder
 
 
@@ -126,8 +140,13 @@ def test_a_resumed_loader_continues_the_same_stream(folder, start_step):
 def test_hosts_and_workers_change_nothing(folder):
     single = take(6, config(folder))
     parts = [take(6, config(folder), num_hosts=2, host=host) for host in range(2)]
-    assert_same([{name: np.concatenate([part[step][name] for part in parts]) for name in ("image", "label")}
-                 for step in range(6)], single)
+    assert_same(
+        [
+            {name: np.concatenate([part[step][name] for part in parts]) for name in ("image", "label")}
+            for step in range(6)
+        ],
+        single,
+    )
     assert_same(take(6, config(folder, workers=1)), single)
 
 
@@ -137,13 +156,19 @@ def test_the_fingerprint_is_stable_and_notices_another_set(folder, tmp_path):
     assert make_source(config(folder)).fingerprint != make_source(config(tmp_path)).fingerprint
 
 
-@pytest.mark.parametrize(("changes", "message"), [
-    ({"image_size": 8}, r"data\.image_size and data\.channels ask for latents of 8x8x3, but those in .* are 4x4x3"),
-    ({"channels": 4}, r"ask for latents of 4x4x4, but those in .* are 4x4x3"),
-    ({"num_classes": 6}, r"data\.num_classes is 6, but the set of latents .* has 5 classes \(class 0, "),
-    ({"path": "/absent"}, r"data\.path must be a folder of latents written by `python -m gspn_jax\.prepare latents`, "
-                          r"found no metadata\.json in '/absent'"),
-])
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"image_size": 8}, r"data\.image_size and data\.channels ask for latents of 8x8x3, but those in .* are 4x4x3"),
+        ({"channels": 4}, r"ask for latents of 4x4x4, but those in .* are 4x4x3"),
+        ({"num_classes": 6}, r"data\.num_classes is 6, but the set of latents .* has 5 classes \(class 0, "),
+        (
+            {"path": "/absent"},
+            r"data\.path must be a folder of latents written by `python -m gspn_jax\.prepare latents`, "
+            r"found no metadata\.json in '/absent'",
+        ),
+    ],
+)
 def test_a_config_that_does_not_fit_gets_a_sentence(folder, changes, message):
     with pytest.raises(ConfigError, match=message):
         make_source(config(folder, **changes))
@@ -156,20 +181,37 @@ def test_flips_must_have_been_prepared(tmp_path):
     assert take(1, config(tmp_path, flip=False))[0]["image"].shape == (8, *SHAPE)
 
 
-@pytest.mark.parametrize(("damage", "message"), [
-    (lambda path, values: (path / shard_name(1, 2)).unlink(),
-     r"latents-00001-of-00002\.array_record must be a shard of \d+ bytes, found no such file"),
-    (lambda path, values: (path / shard_name(1, 2)).write_bytes(b"cut"),
-     r"must be a shard of \d+ bytes, found 3 bytes"),
-    (lambda path, values: (path / METADATA).write_text("{"),
-     r"metadata\.json must be the metadata of a set of latents"),
-    (lambda path, values: (path / METADATA).write_text(json.dumps(values | {"version": 9})),
-     r"metadata\.json must be of format version 1, found 9: prepare the latents again"),
-    (lambda path, values: (path / METADATA).write_text(json.dumps(values | {"count": 5})),
-     r"must count the same latents in all, in its shards and in its classes, found 5, 6 and 6"),
-    (lambda path, values: (path / METADATA).write_text(json.dumps({k: v for k, v in values.items() if k != "flips"})),
-     r"found a file that cannot be read as such \(KeyError: 'flips'\)"),
-])
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (
+            lambda path, values: (path / shard_name(1, 2)).unlink(),
+            r"latents-00001-of-00002\.array_record must be a shard of \d+ bytes, found no such file",
+        ),
+        (
+            lambda path, values: (path / shard_name(1, 2)).write_bytes(b"cut"),
+            r"must be a shard of \d+ bytes, found 3 bytes",
+        ),
+        (
+            lambda path, values: (path / METADATA).write_text("{"),
+            r"metadata\.json must be the metadata of a set of latents",
+        ),
+        (
+            lambda path, values: (path / METADATA).write_text(json.dumps(values | {"version": 9})),
+            r"metadata\.json must be of format version 1, found 9: prepare the latents again",
+        ),
+        (
+            lambda path, values: (path / METADATA).write_text(json.dumps(values | {"count": 5})),
+            r"must count the same latents in all, in its shards and in its classes, found 5, 6 and 6",
+        ),
+        (
+            lambda path, values: (path / METADATA).write_text(
+                json.dumps({k: v for k, v in values.items() if k != "flips"})
+            ),
+            r"found a file that cannot be read as such \(KeyError: 'flips'\)",
+        ),
+    ],
+)
 def test_a_damaged_set_gets_a_sentence(tmp_path, damage, message):
     write_synthetic(tmp_path, records=6, shards=2, latent_shape=SHAPE, num_classes=CLASSES)
     damage(tmp_path, json.loads((tmp_path / METADATA).read_text()))

@@ -101,16 +101,18 @@ def test_the_hosts_blocks_make_the_single_hosts_batch(hosts):
     source, data = NumberedSource(20), config(flip=True)
     single = take(6, source, data=data, start_step=2)
     parts = [take(6, source, data=data, start_step=2, num_hosts=hosts, host=host) for host in range(hosts)]
-    joined = [{name: np.concatenate([part[step][name] for part in parts]) for name in ("image", "label")}
-              for step in range(6)]
+    joined = [
+        {name: np.concatenate([part[step][name] for part in parts]) for name in ("image", "label")} for step in range(6)
+    ]
     assert_same(joined, single)
 
 
 def test_flips_are_fair_and_drawn_anew_each_epoch():
     batches = take(50, NumberedSource(200), data=config(flip=True))
     drawn = np.zeros((2, 200), bool)
-    for place, (number, mirror) in enumerate((n, m) for batch in batches for n, m in
-                                             zip(numbers(batch), flipped(batch), strict=True)):
+    for place, (number, mirror) in enumerate(
+        (n, m) for batch in batches for n, m in zip(numbers(batch), flipped(batch), strict=True)
+    ):
         drawn[place // 200, number] = mirror
     # 200 fair coins: 100 +- 5 standard deviations of 7.07
     assert abs(drawn[0].sum() - 100) < 36 and abs(drawn[1].sum() - 100) < 36
@@ -187,13 +189,15 @@ def test_a_bad_image_is_replaced_and_counted_once(folder, caplog):
         assert len(loader.bad_images) == 2
     for epoch in range(3):
         # the next good image stands in: 04 for 03, and 00 (the first) for 11 (the last)
-        assert sorted(levels(batches[3 * epoch:3 * epoch + 3])) == [0, 0, 10, 20, 40, 40, 50, 60, 70, 80, 90, 100]
+        assert sorted(levels(batches[3 * epoch : 3 * epoch + 3])) == [0, 0, 10, 20, 40, 40, 50, 60, 70, 80, 90, 100]
     labels = [label for batch in batches for label in batch["label"]]
     assert [int(level >= 60) for level in levels(batches)] == labels
     messages = [record.getMessage() for record in caplog.records]
     assert len(messages) == 2
     assert {name for name in ("cat/03.png", "dog/11.png") for text in messages if name in text} == {
-        "cat/03.png", "dog/11.png"}
+        "cat/03.png",
+        "dog/11.png",
+    }
     assert messages[0].endswith("(bad images so far: 1)") and messages[1].endswith("(bad images so far: 2)")
 
 
@@ -201,8 +205,10 @@ def test_a_set_of_bad_images_only_is_an_error_even_when_skipping(folder):
     for path in folder.glob("*/*.png"):
         path.write_bytes(b"broken")
     data = folder_config(folder, bad_images="skip")
-    with make_loader(data, make_source(data), batch_size=4, seed=3) as loader, \
-            pytest.raises(DataError, match=r"12 images in a row cannot be used; the first: .*\.png is not a usable"):
+    with (
+        make_loader(data, make_source(data), batch_size=4, seed=3) as loader,
+        pytest.raises(DataError, match=r"12 images in a row cannot be used; the first: .*\.png is not a usable"),
+    ):
         next(loader)
 
 
@@ -240,9 +246,14 @@ def start_script(folder: pathlib.Path, tmp_path: pathlib.Path, last: str, **opti
     script = tmp_path / "script.py"
     script.write_text(SCRIPT.replace("{last}", last))
     root = pathlib.Path(__file__).parents[2]
-    return subprocess.Popen([sys.executable, "-W", "always::ResourceWarning", str(script), str(folder)], text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=os.environ | {"PYTHONPATH": str(root)},
-                            **options)
+    return subprocess.Popen(
+        [sys.executable, "-W", "always::ResourceWarning", str(script), str(folder)],
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=os.environ | {"PYTHONPATH": str(root)},
+        **options,
+    )
 
 
 @pytest.mark.parametrize("last", ["batches.close()", "pass"], ids=["closed", "forgotten"])
@@ -256,9 +267,11 @@ def test_a_script_that_uses_workers_ends_quietly(folder, tmp_path, last):
 
 def test_workers_outlive_signals_to_the_job_but_not_their_main_process(folder, tmp_path):
     # Ctrl-C and a scheduler's SIGTERM reach every process; here the main one ignores them and takes more batches.
-    last = ("[signal.signal(kind, signal.SIG_IGN) for kind in (signal.SIGINT, signal.SIGTERM)]; "
-            "print('ready', flush=True); time.sleep(2); "
-            "[next(batches) for _ in range(30)]; print('went on', flush=True); time.sleep(60)")
+    last = (
+        "[signal.signal(kind, signal.SIG_IGN) for kind in (signal.SIGINT, signal.SIGTERM)]; "
+        "print('ready', flush=True); time.sleep(2); "
+        "[next(batches) for _ in range(30)]; print('went on', flush=True); time.sleep(60)"
+    )
     with start_script(folder, tmp_path, last, start_new_session=True) as script:
         for line in script.stdout:
             if line == "ready\n":
@@ -275,6 +288,9 @@ def test_workers_outlive_signals_to_the_job_but_not_their_main_process(folder, t
 def test_too_little_shared_memory_for_the_workers_gets_a_sentence(monkeypatch, tmp_path):
     monkeypatch.setattr(loader_module, "_SHARED_MEMORY", str(tmp_path))
     monkeypatch.setattr(shutil, "disk_usage", lambda path: types.SimpleNamespace(free=10_000_000))
-    with pytest.raises(ConfigError, match=r"data\.workers=4 needs 201 MB of shared memory for batches of 64 images, "
-                                          r"found 10 MB free in .*: use fewer workers"):
+    with pytest.raises(
+        ConfigError,
+        match=r"data\.workers=4 needs 201 MB of shared memory for batches of 64 images, "
+        r"found 10 MB free in .*: use fewer workers",
+    ):
         take(1, NumberedSource(5), data=config(image_size=256, channels=3, workers=4), batch_size=64)

@@ -43,6 +43,7 @@ def take(count: int, source, data: DataConfig, **options) -> list[dict]:
 
 def grain_stream(source, *, flip: bool = True, seed: int = 3) -> grain.MapDataset:
     """The stream in batches of 8, shuffled and flipped by Grain."""
+
     def random_flip(record: dict, rng: np.random.Generator) -> dict:
         return {**record, "image": record["image"][:, ::-1]} if rng.integers(2) else record
 
@@ -54,7 +55,8 @@ def assert_same(batches: list[dict], others: list[dict]) -> None:
     assert len(batches) == len(others) > 0
     for batch, other in zip(batches, others, strict=True):
         assert {name: (a.dtype, a.shape) for name, a in batch.items()} == {
-            name: (a.dtype, a.shape) for name, a in other.items()}
+            name: (a.dtype, a.shape) for name, a in other.items()
+        }
         for name in batch:
             np.testing.assert_array_equal(batch[name], other[name])
 
@@ -65,7 +67,7 @@ def assert_same(batches: list[dict], others: list[dict]) -> None:
 def test_several_epochs_are_grains(length, changes, in_memory):
     source, data = Numbered(length, changes.get("channels", 3)), config(in_memory=in_memory, **changes)
     for seed in (0, 3, 2**40 + 1):
-        wanted = grain_stream(source, flip=data.flip, seed=seed)[:3 * length // 8 + 3]
+        wanted = grain_stream(source, flip=data.flip, seed=seed)[: 3 * length // 8 + 3]
         assert_same(take(len(wanted), source, data, seed=seed), [*wanted])
 
 
@@ -74,8 +76,10 @@ def test_several_epochs_are_grains(length, changes, in_memory):
 def test_every_host_goes_on_at_any_step_as_grain_does(start_step, hosts):
     for host in range(hosts):
         place = {"start_step": start_step, "num_hosts": hosts, "host": host}
-        wanted = [{name: np.split(values, hosts)[host] for name, values in grain_stream(Numbered(20))[step].items()}
-                  for step in range(start_step, start_step + 5)]
+        wanted = [
+            {name: np.split(values, hosts)[host] for name, values in grain_stream(Numbered(20))[step].items()}
+            for step in range(start_step, start_step + 5)
+        ]
         for in_memory in (False, True):
             assert_same(take(5, Numbered(20), config(in_memory=in_memory), **place), wanted)
 
@@ -189,17 +193,23 @@ def test_a_set_that_does_not_fit_is_refused_before_it_is_decoded(monkeypatch):
 
     monkeypatch.setattr(memory, "free_memory", lambda: 59_000_000)
     data = config(in_memory=True, image_size=32)
-    with pytest.raises(ConfigError, match=r"data\.in_memory needs a set of at most 80% of the memory that is free "
-                                          r"\(0\.059 GB\), found one too large: 16,000 images of 32x32x3 take 0\.0492 "
-                                          r"GB of memory on each host; without it"):
+    with pytest.raises(
+        ConfigError,
+        match=r"data\.in_memory needs a set of at most 80% of the memory that is free "
+        r"\(0\.059 GB\), found one too large: 16,000 images of 32x32x3 take 0\.0492 "
+        r"GB of memory on each host; without it",
+    ):
         memory.MemorySource(Unread(16_000), data)
 
 
 def test_what_is_free_is_what_the_machine_and_the_container_leave(tmp_path, monkeypatch):
     (tmp_path / "meminfo").write_text("MemTotal:  100 kB\nMemFree: 3 kB\nMemAvailable:    50 kB\n")
     assert memory._of_machine(tmp_path / "meminfo") == 51_200 and memory._of_machine(tmp_path / "none") is None
-    for name, text in (("memory.max", "1000\n"), ("memory.current", "700\n"),
-                       ("memory.stat", "anon 600\ninactive_file 90\n")):
+    for name, text in (
+        ("memory.max", "1000\n"),
+        ("memory.current", "700\n"),
+        ("memory.stat", "anon 600\ninactive_file 90\n"),
+    ):
         (tmp_path / name).write_text(text)
     assert memory._of_container(tmp_path) == 390
     (tmp_path / "memory.max").write_text("max\n")

@@ -142,10 +142,14 @@ def tfds_dir(tmp_path_factory) -> pathlib.Path:
         name = "tiny_shapes"
 
         def _info(self):
-            features = {"image": tfds.features.Image(shape=(None, None, 3)), "id": tfds.features.Text(),
-                        "label": tfds.features.ClassLabel(names=["round", "square"])}
-            return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features),
-                                         supervised_keys=("image", "label"))
+            features = {
+                "image": tfds.features.Image(shape=(None, None, 3)),
+                "id": tfds.features.Text(),
+                "label": tfds.features.ClassLabel(names=["round", "square"]),
+            }
+            return tfds.core.DatasetInfo(
+                builder=self, features=tfds.features.FeaturesDict(features), supervised_keys=("image", "label")
+            )
 
         def _generate_examples(self):
             for i in range(6):
@@ -156,8 +160,9 @@ def tfds_dir(tmp_path_factory) -> pathlib.Path:
         name = "tiny_text"
 
         def _info(self):
-            return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(
-                {"text": tfds.features.Text()}))
+            return tfds.core.DatasetInfo(
+                builder=self, features=tfds.features.FeaturesDict({"text": tfds.features.Text()})
+            )
 
         def _generate_examples(self):
             yield 0, {"text": "no image"}
@@ -170,8 +175,15 @@ def tfds_dir(tmp_path_factory) -> pathlib.Path:
 
 
 def tfds_config(path: pathlib.Path, **changes) -> DataConfig:
-    values = {"source": "tfds", "name": "tiny_shapes", "path": str(path), "image_size": 8, "channels": 3,
-              "num_classes": 2, **changes}
+    values = {
+        "source": "tfds",
+        "name": "tiny_shapes",
+        "path": str(path),
+        "image_size": 8,
+        "channels": 3,
+        "num_classes": 2,
+        **changes,
+    }
     return DataConfig(**values)
 
 
@@ -214,24 +226,34 @@ def test_a_set_prepared_as_tfrecord_gets_the_command_that_converts_it(tfds_dir, 
         (target / file.name.replace("array_record", "tfrecord")).write_bytes(file.read_bytes())
     info = json.loads((source / "dataset_info.json").read_text())
     (target / "dataset_info.json").write_text(json.dumps({**info, "fileFormat": "tfrecord"}))
-    with pytest.raises(ConfigError, match=r"found tfrecord in .*convert_dataset\(dataset_version_dir='.*/tiny_shapes/"
-                                          r"1\.0\.0', out_dir=None, out_file_format='array_record'\)\"$"):
+    with pytest.raises(
+        ConfigError,
+        match=r"found tfrecord in .*convert_dataset\(dataset_version_dir='.*/tiny_shapes/"
+        r"1\.0\.0', out_dir=None, out_file_format='array_record'\)\"$",
+    ):
         make_source(tfds_config(tmp_path))
     # The command puts array_record files beside the others and says so in the metadata: then it is read.
     for file in source.glob("*array_record*"):
         (target / file.name).write_bytes(file.read_bytes())
     (target / "dataset_info.json").write_text(
-        json.dumps({**info, "fileFormat": "tfrecord", "alternativeFileFormats": ["array_record"]}))
+        json.dumps({**info, "fileFormat": "tfrecord", "alternativeFileFormats": ["array_record"]})
+    )
     assert len(make_source(tfds_config(tmp_path))) == 6
 
 
 def test_other_mistakes_with_tfds_get_a_sentence(tfds_dir, tmp_path):
-    with pytest.raises(ConfigError, match=r"'cifar10' is not prepared in .*: python -c \"import tensorflow_datasets as "
-                                          r"tfds; tfds\.builder\('cifar10', data_dir='.*', "
-                                          r"file_format='array_record'\)\.download_and_prepare\(\)\"$"):
+    with pytest.raises(
+        ConfigError,
+        match=r"'cifar10' is not prepared in .*: python -c \"import tensorflow_datasets as "
+        r"tfds; tfds\.builder\('cifar10', data_dir='.*', "
+        r"file_format='array_record'\)\.download_and_prepare\(\)\"$",
+    ):
         make_source(tfds_config(tmp_path, name="cifar10"))
-    with pytest.raises(ConfigError, match=r"'imagenet2012' is not prepared in .*; download its archives by hand into "
-                                          r"'.*downloads/manual', and prepare it once.*tfds\.builder\('imagenet2012'"):
+    with pytest.raises(
+        ConfigError,
+        match=r"'imagenet2012' is not prepared in .*; download its archives by hand into "
+        r"'.*downloads/manual', and prepare it once.*tfds\.builder\('imagenet2012'",
+    ):
         make_source(tfds_config(tmp_path, name="imagenet2012"))
     for name in ("no_such_set", "tiny_shapes/config", "not a name!"):
         with pytest.raises(ConfigError, match=rf"data\.name must be .*found '{name}'"):

@@ -48,8 +48,7 @@ def log_snr(timesteps: int) -> np.ndarray:
 
 
 def epsilon_denoiser(timesteps: int, means, std: float, ranges=None):
-    """The optimal epsilon; `means` [classes]; log SNR is linear between timesteps. `ranges` [timesteps] adds a channel.
-    """
+    """The optimal epsilon; `means` [classes]; log SNR is linear between timesteps. `ranges` [timesteps]: a channel."""
     levels = jnp.asarray(log_snr(timesteps), jnp.float32)
     means = jnp.asarray(means, jnp.float32)
 

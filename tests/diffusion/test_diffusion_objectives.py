@@ -37,9 +37,10 @@ def jitted_loss(denoise, x0, y, t, noise):
 def test_denoiser_sees_the_noisy_image_and_its_timestep():
     x0, noise, y = batch()
     seen = []
-    ddpm.training_loss(lambda *args: seen.append(args) or args[0], SCHEDULE, x0, y, t=jnp.array([0, 7, 50, 99]),
-                       noise=noise)
-    (x_t, time, labels), = seen
+    ddpm.training_loss(
+        lambda *args: seen.append(args) or args[0], SCHEDULE, x0, y, t=jnp.array([0, 7, 50, 99]), noise=noise
+    )
+    ((x_t, time, labels),) = seen
     signal = oracle.alphas_cumprod(T)[[0, 7, 50, 99], None, None, None]
     expected = np.sqrt(signal) * np.asarray(x0) + np.sqrt(1 - signal) * np.asarray(noise)
     np.testing.assert_allclose(x_t, expected, atol=1e-6)
@@ -133,8 +134,9 @@ def test_gradients_stay_finite_for_a_bad_prediction(t):
     x0 = jnp.array([-1.0, 1.0, 0.0, 0.2]).reshape(1, 2, 2, 1)
 
     def total(output):
-        return ddpm.training_loss(lambda *_: output, SCHEDULE, x0, jnp.zeros(1, jnp.int32), t=jnp.array([t]),
-                                  noise=jnp.ones_like(x0))[0].sum()
+        return ddpm.training_loss(
+            lambda *_: output, SCHEDULE, x0, jnp.zeros(1, jnp.int32), t=jnp.array([t]), noise=jnp.ones_like(x0)
+        )[0].sum()
 
     value, gradient = jax.jit(jax.value_and_grad(total))(jnp.full((1, 2, 2, 2), 3.0).at[0, 0].set(-5.0))
     assert np.isfinite(value) and np.all(np.isfinite(gradient))
@@ -215,8 +217,9 @@ def test_loss_at_the_optimum_is_the_conditional_variance(objective):
 def test_loss_does_not_depend_on_sharding(objective):
     config = DiffusionConfig(objective=objective, timesteps=T)
     x0, _, y = batch(0, (8, 4, 4, 1))
-    step = jax.jit(lambda x0, y, key: loss(config, lambda x, t, y: jnp.tanh(x) + 1e-3 * t[:, None, None, None], x0, y,
-                                           key)[0])
+    step = jax.jit(
+        lambda x0, y, key: loss(config, lambda x, t, y: jnp.tanh(x) + 1e-3 * t[:, None, None, None], x0, y, key)[0]
+    )
     mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     shard = jax.NamedSharding(mesh, jax.P("data"))
     alone = step(x0, y, jax.random.key(3))
@@ -225,8 +228,13 @@ def test_loss_does_not_depend_on_sharding(objective):
 
 
 def test_images_of_any_type_are_noised_in_float32():
-    value, _ = loss(DiffusionConfig(timesteps=T), lambda x, t, y: x.astype(jnp.bfloat16),
-                    jnp.zeros((2, 2, 2, 1), jnp.bfloat16), jnp.zeros(2, jnp.int32), jax.random.key(0))
+    value, _ = loss(
+        DiffusionConfig(timesteps=T),
+        lambda x, t, y: x.astype(jnp.bfloat16),
+        jnp.zeros((2, 2, 2, 1), jnp.bfloat16),
+        jnp.zeros(2, jnp.int32),
+        jax.random.key(0),
+    )
     assert value.dtype == jnp.float32
 
 
@@ -246,7 +254,20 @@ def test_default_schedule_is_that_of_the_config():
 
 
 def test_diffusion_needs_jax_and_numpy_only():
-    blocked = ["flax", "optax", "orbax", "grain", "tensorflow", "tensorflow_datasets", "tyro", "tqdm", "torch", "PIL",
-               "sklearn", "safetensors", "kernels"]
+    blocked = [
+        "flax",
+        "optax",
+        "orbax",
+        "grain",
+        "tensorflow",
+        "tensorflow_datasets",
+        "tyro",
+        "tqdm",
+        "torch",
+        "PIL",
+        "sklearn",
+        "safetensors",
+        "kernels",
+    ]
     code = f"import sys\nfor name in {blocked}: sys.modules[name] = None\nimport gspn_jax.diffusion"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -16,8 +16,11 @@ STD = 0.5
 def draw(config, diffusion, denoise, labels, shape=(4, 4, 1), learn_sigma=False):
     labels = jnp.asarray(labels, jnp.int32)
     keys = jax.random.split(jax.random.key(0), len(labels))
-    step = jax.jit(lambda labels, keys: sample(config, diffusion, denoise, shape, labels, keys, null_class=NULL,
-                                               learn_sigma=learn_sigma))
+    step = jax.jit(
+        lambda labels, keys: sample(
+            config, diffusion, denoise, shape, labels, keys, null_class=NULL, learn_sigma=learn_sigma
+        )
+    )
     return np.asarray(step(labels, keys))
 
 
@@ -37,9 +40,12 @@ def test_scale_moves_the_mean_of_a_gaussian_class_in_proportion(objective, scale
     diffusion = DiffusionConfig(objective=objective)
     name = "dpm++" if objective == "ddpm" else "heun"
     guided, expected = (
-        draw(SamplerConfig(name=name, steps=20, guidance_scale=w), diffusion,
-             oracle.epsilon_denoiser(1000, means, STD) if objective == "ddpm" else
-             oracle.velocity_denoiser(means, STD), labels)
+        draw(
+            SamplerConfig(name=name, steps=20, guidance_scale=w),
+            diffusion,
+            oracle.epsilon_denoiser(1000, means, STD) if objective == "ddpm" else oracle.velocity_denoiser(means, STD),
+            labels,
+        )
         for w, means in ((scale, MEANS), (1.0, moved))
     )
     np.testing.assert_allclose(guided, expected, atol=1e-4)
@@ -84,17 +90,24 @@ def test_ddpm_interval_is_a_fraction_of_the_trained_timesteps():
 
     both, lower = run((0.0, 1.0)), run((0.0, 0.5))
     assert np.abs(both - lower).max() > 0.1
-    np.testing.assert_array_equal(guided_steps(SamplerConfig(guidance_scale=3.0, guidance_interval=(0.5, 1.0)),
-                                               np.array([1.0, 0.5, 0.49, 0.0])), [True, True, False, False])
+    np.testing.assert_array_equal(
+        guided_steps(SamplerConfig(guidance_scale=3.0, guidance_interval=(0.5, 1.0)), np.array([1.0, 0.5, 0.49, 0.0])),
+        [True, True, False, False],
+    )
 
 
 def test_outside_the_interval_the_network_runs_on_the_plain_batch():
     """Batch sizes seen while tracing: both branches of the condition, and only the one needed where it is constant."""
+
     def sizes(**guidance):
         seen = set()
         denoise = oracle.velocity_denoiser(MEANS, STD)
-        draw(SamplerConfig(name="euler", steps=4, **guidance), DiffusionConfig(objective="flow"),
-             lambda x, t, y: seen.add(len(x)) or denoise(x, t, y), [0, 1, 2])
+        draw(
+            SamplerConfig(name="euler", steps=4, **guidance),
+            DiffusionConfig(objective="flow"),
+            lambda x, t, y: seen.add(len(x)) or denoise(x, t, y),
+            [0, 1, 2],
+        )
         return seen
 
     assert sizes() == {3}
@@ -136,6 +149,7 @@ def test_variance_comes_from_the_conditional_branch():
         def call(x, t, y):
             ranges = jnp.where(y == NULL, null_range, -1.0)[:, None, None, None]
             return jnp.concatenate([epsilon(x, t, y), jnp.broadcast_to(ranges, x.shape)], -1)
+
         return call
 
     config = SamplerConfig(steps=5, guidance_scale=2.0)

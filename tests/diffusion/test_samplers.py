@@ -15,8 +15,11 @@ SAMPLERS = [("ddpm", "ddpm"), ("ddpm", "ddim"), ("ddpm", "dpm++"), ("flow", "eul
 
 
 def sampler(config, diffusion, denoise, shape, learn_sigma=False, **options):
-    return jax.jit(lambda labels, keys: sample(config, diffusion, denoise, shape, labels, keys, null_class=NULL,
-                                               learn_sigma=learn_sigma, **options))
+    return jax.jit(
+        lambda labels, keys: sample(
+            config, diffusion, denoise, shape, labels, keys, null_class=NULL, learn_sigma=learn_sigma, **options
+        )
+    )
 
 
 def draw(config, diffusion, denoise, count, shape=(8, 8, 1), seed=0, **options):
@@ -52,8 +55,9 @@ def chain_moments(timesteps, steps, mean, std, noise_std):
         previous = cumulative[i - 1] if i else 1.0
         on_x0, on_xt, variance = oracle.bayes_posterior(cumulative[i], previous)
         signal, sigma = np.sqrt(cumulative[i]), np.sqrt(1 - cumulative[i])
-        slope = on_xt + on_x0 * (oracle.expected_x0(1.0, signal, sigma, mean, std)
-                                 - oracle.expected_x0(0.0, signal, sigma, mean, std))
+        slope = on_xt + on_x0 * (
+            oracle.expected_x0(1.0, signal, sigma, mean, std) - oracle.expected_x0(0.0, signal, sigma, mean, std)
+        )
         m = slope * m + on_x0 * oracle.expected_x0(0.0, signal, sigma, mean, std)
         v = slope**2 * v + (noise_std(variance, cumulative[i] / previous) ** 2 if i else 0.0)
     return m, np.sqrt(v)
@@ -84,7 +88,8 @@ def test_best_learned_variance_samples_a_gaussian_exactly_in_any_number_of_steps
         on_x0, _, posterior = oracle.bayes_posterior(cumulative[i], cumulative[i - 1])
         uncertain = STD**2 * (1 - cumulative[i]) / (cumulative[i] * STD**2 + 1 - cumulative[i])
         fraction = np.log((posterior + on_x0**2 * uncertain) / posterior) / np.log(
-            (1 - cumulative[i] / cumulative[i - 1]) / posterior)
+            (1 - cumulative[i] / cumulative[i - 1]) / posterior
+        )
         assert 0 <= fraction <= 1
         ranges[schedule.timesteps[i]] = 2 * fraction - 1
     denoise = oracle.epsilon_denoiser(100, [MEAN], STD, ranges)
@@ -94,9 +99,16 @@ def test_best_learned_variance_samples_a_gaussian_exactly_in_any_number_of_steps
     assert_moments(images, MEAN, last, discretisation=0.003)
 
 
-@pytest.mark.parametrize(("objective", "name", "steps", "tolerance"), [
-    ("ddpm", "ddpm", 250, 0.01), ("ddpm", "ddim", 100, 0.01), ("ddpm", "dpm++", 50, 0.003),
-    ("flow", "euler", 200, 0.01), ("flow", "heun", 25, 0.003)])
+@pytest.mark.parametrize(
+    ("objective", "name", "steps", "tolerance"),
+    [
+        ("ddpm", "ddpm", 250, 0.01),
+        ("ddpm", "ddim", 100, 0.01),
+        ("ddpm", "dpm++", 50, 0.003),
+        ("flow", "euler", 200, 0.01),
+        ("flow", "heun", 25, 0.003),
+    ],
+)
 def test_samples_have_the_moments_of_the_data(objective, name, steps, tolerance):
     images = draw(SamplerConfig(name=name, steps=steps), DiffusionConfig(objective=objective), gaussian(objective), 600)
     assert_moments(images, MEAN, STD, discretisation=tolerance)
@@ -120,8 +132,10 @@ def flow_error(objective, name, steps):
     return np.abs(found - exact).max()
 
 
-@pytest.mark.parametrize(("objective", "name", "order"), [
-    ("flow", "euler", 1), ("flow", "heun", 2), ("ddpm", "ddim", 1), ("ddpm", "dpm++", 2)])
+@pytest.mark.parametrize(
+    ("objective", "name", "order"),
+    [("flow", "euler", 1), ("flow", "heun", 2), ("ddpm", "ddim", 1), ("ddpm", "dpm++", 2)],
+)
 def test_error_to_the_flow_map_falls_with_the_order_of_the_method(objective, name, order):
     """Doubling the steps divides the error by 2^order, within 20 % (higher terms, rounding to whole timesteps)."""
     coarse, middle, fine = (flow_error(objective, name, steps) for steps in (32, 64, 128))
@@ -164,8 +178,12 @@ def test_denoiser_is_told_the_times_that_it_was_trained_on(objective, name):
 @pytest.mark.parametrize(("objective", "name"), SAMPLERS)
 def test_clipping_keeps_predictions_in_range(objective, name):
     """Data at 2, narrower than the last noise level: the last prediction is above 1 whatever x, and is returned."""
-    clipped = draw(SamplerConfig(name=name, steps=10, clip_denoised=True), DiffusionConfig(objective=objective),
-                   gaussian(objective, mean=2.0, std=0.003), 4)
+    clipped = draw(
+        SamplerConfig(name=name, steps=10, clip_denoised=True),
+        DiffusionConfig(objective=objective),
+        gaussian(objective, mean=2.0, std=0.003),
+        4,
+    )
     np.testing.assert_allclose(clipped, 1.0, atol=1e-5)
 
 
@@ -209,10 +227,16 @@ def test_an_image_depends_on_its_key_and_label_only(objective, name):
 @pytest.mark.parametrize(("objective", "name", "total"), [("ddpm", "ddim", 5), ("flow", "heun", 9)])
 def test_progress_reports_every_evaluation_once(objective, name, total, devices):
     calls = []
-    run = sampler(SamplerConfig(name=name, steps=5), DiffusionConfig(objective=objective), lambda x, t, y: 0.5 * x,
-                  (2, 2, 1), progress=lambda done, total: calls.append((done, total)))
-    mesh = jax.make_mesh((devices,), ("data",), axis_types=(jax.sharding.AxisType.Auto,),
-                         devices=jax.devices()[:devices])
+    run = sampler(
+        SamplerConfig(name=name, steps=5),
+        DiffusionConfig(objective=objective),
+        lambda x, t, y: 0.5 * x,
+        (2, 2, 1),
+        progress=lambda done, total: calls.append((done, total)),
+    )
+    mesh = jax.make_mesh(
+        (devices,), ("data",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:devices]
+    )
     shard = jax.NamedSharding(mesh, jax.P("data"))
     run(*jax.device_put((jnp.zeros(8, jnp.int32), jax.random.split(jax.random.key(0), 8)), shard))
     jax.effects_barrier()

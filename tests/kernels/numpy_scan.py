@@ -18,8 +18,10 @@ def visits(x, direction, chunk):
         starts = t == 0 or (chunk is not None and t % chunk == 0)
         for i in range(length):
             neighbours = [] if starts else [(j, i + j - 1) for j in range(3) if 0 <= i + j - 1 < length]
-            yield (pixel(direction, t, i, height, width),
-                   [(j, pixel(direction, t - 1, n, height, width)) for j, n in neighbours])
+            yield (
+                pixel(direction, t, i, height, width),
+                [(j, pixel(direction, t - 1, n, height, width)) for j, n in neighbours],
+            )
 
 
 def line_scan(x, left, center, right, direction, chunk=None):
@@ -83,7 +85,8 @@ def propagate_gradients(x, gates, lam, out_gate, merge, skip, chunk, cotangent):
         drive = lam[at] * x
         h = line_scan(drive, *weights, direction, chunk)
         by_drive, *by_weights = line_scan_gradients(
-            drive, *weights, direction, chunk, merge[k] * out_gate[at] * cotangent)
+            drive, *weights, direction, chunk, merge[k] * out_gate[at] * cotangent
+        )
         by_gates[at] = np.einsum("j...,ji...->...i", np.stack(by_weights), jacobian).swapaxes(-1, -2)
         by_lam[at], by_x = by_drive * x, by_x + by_drive * lam[at]
         by_out[at] = merge[k] * h * cotangent

@@ -4,10 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from numpy_depthwise import inputs, loop, squared_relu_loop
-from numpy_scan import relative_error
 
 from kernels import depthwise_conv
+from tests.kernels.numpy_depthwise import inputs, loop, squared_relu_loop
+from tests.kernels.numpy_scan import relative_error
 
 
 @pytest.fixture(params=["cpu", "gpu"])
@@ -16,9 +16,10 @@ def platform(request, monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: request.param)
 
 
-@pytest.mark.parametrize(("size", "kernel"), [
-    ((2, 5, 4, 3), (3, 3, 3)), ((1, 8, 9, 2), (7, 7, 2)), ((2, 2, 3, 1), (5, 7, 1)), ((1, 1, 1, 2), (1, 3, 2)),
-])
+@pytest.mark.parametrize(
+    ("size", "kernel"),
+    [((2, 5, 4, 3), (3, 3, 3)), ((1, 8, 9, 2), (7, 7, 2)), ((2, 2, 3, 1), (5, 7, 1)), ((1, 1, 1, 2), (1, 3, 2))],
+)
 @pytest.mark.usefixtures("platform")
 def test_values_and_gradients_are_those_of_the_float64_loop(size, kernel):
     x, kernel, bias, cotangent = inputs(size, kernel)
@@ -58,12 +59,21 @@ def test_a_cpu_does_not_run_xlas_grouped_convolution():
     assert "convolution(" not in jax.jit(gradient).lower(x, kernel, bias).compile().as_text()
 
 
-@pytest.mark.parametrize(("shapes", "sentence"), [
-    (((4, 4, 2), (3, 3, 2), (2,)), r"x must have shape \[B, H, W, C\], found \[4, 4, 2\]\."),
-    (((1, 4, 4, 2), (3, 3, 1), (2,)), r"kernel must have shape \[kh, kw, 2\] with odd kh and kw, found \[3, 3, 1\]\."),
-    (((1, 4, 4, 2), (4, 3, 2), (2,)), r"kernel must have shape \[kh, kw, 2\] with odd kh and kw, found \[4, 3, 2\]\."),
-    (((1, 4, 4, 2), (3, 3, 2), (1,)), r"bias must have shape \[2\], found \[1\]\."),
-])
+@pytest.mark.parametrize(
+    ("shapes", "sentence"),
+    [
+        (((4, 4, 2), (3, 3, 2), (2,)), r"x must have shape \[B, H, W, C\], found \[4, 4, 2\]\."),
+        (
+            ((1, 4, 4, 2), (3, 3, 1), (2,)),
+            r"kernel must have shape \[kh, kw, 2\] with odd kh and kw, found \[3, 3, 1\]\.",
+        ),
+        (
+            ((1, 4, 4, 2), (4, 3, 2), (2,)),
+            r"kernel must have shape \[kh, kw, 2\] with odd kh and kw, found \[4, 3, 2\]\.",
+        ),
+        (((1, 4, 4, 2), (3, 3, 2), (1,)), r"bias must have shape \[2\], found \[1\]\."),
+    ],
+)
 def test_wrong_arguments_get_one_sentence(shapes, sentence):
     with pytest.raises(ValueError, match=f"^{sentence}$"):
         depthwise_conv(*map(jnp.zeros, shapes))

@@ -9,11 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from mosaic import interpreted
-from numpy_depthwise import inputs, loop, squared_relu_loop
-from numpy_scan import relative_error
 
 from kernels import compat, depthwise, depthwise_conv, depthwise_gpu, devices, sharded
+from tests.kernels.mosaic import interpreted
+from tests.kernels.numpy_depthwise import inputs, loop, squared_relu_loop
+from tests.kernels.numpy_scan import relative_error
 
 TOLERANCE = {"float32": 1e-6, "bfloat16": 2**-8}
 
@@ -41,12 +41,15 @@ def arguments(size, kernel, dtype):
     return [jnp.asarray(array, dtype) for array in (x, kernel, cotangent)]
 
 
-@pytest.mark.parametrize(("size", "kernel", "dtype", "segment"), [
-    ((2, 5, 4, 128), (3, 3), "float32", 16),
-    ((1, 8, 3, 256), (7, 7), "bfloat16", 16),  # 2 channels a thread
-    ((1, 3, 8, 128), (5, 3), "float32", 4),  # two segments: a halo is inside or outside of the image
-    ((3, 17, 2, 256), (3, 5), "bfloat16", 16),  # three strips, the last one shorter
-])
+@pytest.mark.parametrize(
+    ("size", "kernel", "dtype", "segment"),
+    [
+        ((2, 5, 4, 128), (3, 3), "float32", 16),
+        ((1, 8, 3, 256), (7, 7), "bfloat16", 16),  # 2 channels a thread
+        ((1, 3, 8, 128), (5, 3), "float32", 4),  # two segments: a halo is inside or outside of the image
+        ((3, 17, 2, 256), (3, 5), "bfloat16", 16),  # three strips, the last one shorter
+    ],
+)
 def test_values_and_gradients_are_those_of_the_float64_loop(monkeypatch, size, kernel, dtype, segment):
     monkeypatch.setattr(depthwise_gpu, "SEGMENT", segment)
     arrays = arguments(size, kernel, dtype)
@@ -93,8 +96,9 @@ def test_the_gradient_of_the_kernel_is_the_same_every_time():
 
 def test_over_a_mesh_the_kernels_give_the_values_and_gradients_of_one_device():
     """Images and channels split; the parts of the gradient of the kernel are added up in float32."""
-    mesh = jax.make_mesh((2, 2), ("data", "tensor"), devices=jax.devices()[:4],
-                         axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    mesh = jax.make_mesh(
+        (2, 2), ("data", "tensor"), devices=jax.devices()[:4], axis_types=(jax.sharding.AxisType.Auto,) * 2
+    )
     arrays = arguments((2, 3, 3, 256), (3, 3), "float32")
 
     def run(*arrays):
@@ -113,8 +117,9 @@ def lowered(run, *shapes):
 
 
 def test_over_a_mesh_each_device_convolves_its_part():
-    mesh = jax.make_mesh((2, 2), ("data", "tensor"), devices=jax.devices()[:4],
-                         axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    mesh = jax.make_mesh(
+        (2, 2), ("data", "tensor"), devices=jax.devices()[:4], axis_types=(jax.sharding.AxisType.Auto,) * 2
+    )
 
     def run(*arrays):
         with sharded(mesh, batch=("data",), channels=("tensor",)):
@@ -136,13 +141,16 @@ def test_its_launches_and_nothing_of_xlas(squared_relu, launches):
     assert not re.search(r"stablehlo\.(convolution|maximum|multiply)", text)
 
 
-@pytest.mark.parametrize(("shape", "kernel", "dtype", "sentence"), [
-    ((1, 4, 4, 128), (9, 9), "float32", r"takes kernels of 3, 5, 7 rows and columns, not \[9, 9\]"),
-    ((1, 4, 4, 64), (3, 3), "float32", r"takes at least 128 channels and no empty axis, not \[1, 4, 4, 64\]"),
-    ((1, 4, 4, 128), (3, 3), "float16", "takes float32 and bfloat16, not float16"),
-    ((2**14, 1, 1, 1024), (3, 3), "float32", r"takes up to 65535 slabs .*, not those of \[16384, 1, 1, 1024\]"),
-    ((1, 1, 4097, 128), (3, 3), "float32", "takes images of up to 4096 columns, not 4097"),
-])
+@pytest.mark.parametrize(
+    ("shape", "kernel", "dtype", "sentence"),
+    [
+        ((1, 4, 4, 128), (9, 9), "float32", r"takes kernels of 3, 5, 7 rows and columns, not \[9, 9\]"),
+        ((1, 4, 4, 64), (3, 3), "float32", r"takes at least 128 channels and no empty axis, not \[1, 4, 4, 64\]"),
+        ((1, 4, 4, 128), (3, 3), "float16", "takes float32 and bfloat16, not float16"),
+        ((2**14, 1, 1, 1024), (3, 3), "float32", r"takes up to 65535 slabs .*, not those of \[16384, 1, 1, 1024\]"),
+        ((1, 1, 4097, 128), (3, 3), "float32", "takes images of up to 4096 columns, not 4097"),
+    ],
+)
 def test_what_it_does_not_take_is_xlas_with_a_reason_in_the_log(monkeypatch, caplog, shape, kernel, dtype, sentence):
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     depthwise._log_refusal.cache_clear()

@@ -47,8 +47,13 @@ def terms(size, channels, dtype=jnp.bfloat16):
 
 
 def low_rank_terms(size, channels, rank):
-    shapes = [(4, size, size, channels), (4, size, size, rank), (rank, 4, 3, channels), (rank, 4, channels),
-              (rank, 4, channels)]
+    shapes = [
+        (4, size, size, channels),
+        (4, size, size, rank),
+        (rank, 4, 3, channels),
+        (rank, 4, channels),
+        (rank, 4, channels),
+    ]
     return [*(jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in shapes), jax.ShapeDtypeStruct((4,), jnp.float32)]
 
 
@@ -69,8 +74,10 @@ def test_other_gpus_scan_and_a_sentence_says_so(monkeypatch, capability, caplog)
     arrays = terms(4, 8)
     with caplog.at_level(logging.INFO, logger="kernels.api"):
         jax.eval_shape(lambda *a: propagate(*a), *arrays)
-    sentence = (f"needs an NVIDIA GPU of compute capability 8.0, 8.6, 8.9, 9.0, 10.0, 10.3, 12.0, 12.1, and 'Some GPU' "
-                f"has {capability}")
+    sentence = (
+        f"needs an NVIDIA GPU of compute capability 8.0, 8.6, 8.9, 9.0, 10.0, 10.3, 12.0, 12.1, and 'Some GPU' "
+        f"has {capability}"
+    )
     assert caplog.messages == [f"Line scans run on the 'scan' backend. The 'mosaic_gpu' backend {sentence}."]
     with pytest.raises(ValueError, match=re.escape(f"'mosaic_gpu', which {sentence}; 'scan' runs everywhere")):
         jax.eval_shape(lambda *a: propagate(*a, backend="mosaic_gpu"), *arrays)
@@ -87,8 +94,11 @@ def test_gpus_of_several_kinds_scan_unless_one_is_chosen(monkeypatch):
 
 def test_it_is_the_mesh_that_counts(monkeypatch):
     machine(monkeypatch, gpu("9.0"), gpu("10.0"))
-    for found, reason in (([gpu("9.0")] * 2, None), ([gpu("10.0")] * 2, "found 9.0 and 10.0"),
-                          (jax.local_devices()[:2], "device is 'cpu'")):
+    for found, reason in (
+        ([gpu("9.0")] * 2, None),
+        ([gpu("10.0")] * 2, "found 9.0 and 10.0"),
+        (jax.local_devices()[:2], "device is 'cpu'"),
+    ):
         with sharded(MeshOf(*found), batch=("data",)):
             assert devices.missing() is None if reason is None else reason in devices.missing()
 
@@ -99,13 +109,19 @@ def test_only_compute_capability_9_0_expands_proxies_and_elsewhere_xla_does(capa
     with devices.for_device(capability), caplog.at_level(logging.INFO, logger="kernels.api"):
         if devices.missing():
             pytest.skip(devices.missing())
-        text = jax.jit(lambda *a: propagate_low_rank(*a)).trace(*low_rank_terms(16, 64, 32)).lower(
-            lowering_platforms=("cuda",)).as_text()
+        text = (
+            jax.jit(lambda *a: propagate_low_rank(*a))
+            .trace(*low_rank_terms(16, 64, 32))
+            .lower(lowering_platforms=("cuda",))
+            .as_text()
+        )
     assert text.count("custom_call @mosaic_gpu") == 1
     wide = "4x16x16x4x3x64xbf16" in text  # logits in device memory
     assert wide == (capability != "9.0")
-    line = (f"XLA expands the proxy, and the plain kernel scans: the one that does both needs wgmma to expand proxies, "
-            f"which compute capability {capability} does not have.")
+    line = (
+        f"XLA expands the proxy, and the plain kernel scans: the one that does both needs wgmma to expand proxies, "
+        f"which compute capability {capability} does not have."
+    )
     assert (line in caplog.messages) == wide
     with devices.for_device(capability):
         assert ("mosaic_gpu" in kernels.backend_caveats()) == wide
@@ -114,8 +130,12 @@ def test_only_compute_capability_9_0_expands_proxies_and_elsewhere_xla_does(capa
 def allocated(shapes):
     """Bytes of a block's shared memory in types of scratch memory; a barrier has 8."""
     leaves = jax.tree.leaves(shapes, is_leaf=lambda node: not isinstance(node, tuple))
-    return sum(np.prod(leaf.shape) * jnp.dtype(leaf.dtype).itemsize if hasattr(leaf, "shape")
-               else 8 * np.prod(leaf.num_barriers) for leaf in leaves)
+    return sum(
+        np.prod(leaf.shape) * jnp.dtype(leaf.dtype).itemsize
+        if hasattr(leaf, "shape")
+        else 8 * np.prod(leaf.num_barriers)
+        for leaf in leaves
+    )
 
 
 @pytest.mark.parametrize("capability", devices.DEVICES)
@@ -167,10 +187,14 @@ def test_a_device_that_is_not_there_is_named():
         devices.for_device("7.5").__enter__()
 
 
-@pytest.mark.parametrize(("break_it", "said"), [
-    ("import jax.experimental.pallas.mosaic_gpu as m; del m.ACC", "cannot import name 'ACC'"),
-    ("import sys; sys.modules['jax.experimental.pallas.mosaic_gpu'] = None", "pallas.mosaic_gpu halted"),
-], ids=["name", "module"])
+@pytest.mark.parametrize(
+    ("break_it", "said"),
+    [
+        ("import jax.experimental.pallas.mosaic_gpu as m; del m.ACC", "cannot import name 'ACC'"),
+        ("import sys; sys.modules['jax.experimental.pallas.mosaic_gpu'] = None", "pallas.mosaic_gpu halted"),
+    ],
+    ids=["name", "module"],
+)
 def test_a_jax_that_moves_a_name_of_pallas_costs_the_kernel_alone(break_it, said):
     program = f"""{break_it}
 import jax.numpy as jnp, kernels
@@ -184,8 +208,13 @@ try:
 except ValueError as error:
     print(error)
 """
-    shown = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True,
-                           cwd=pathlib.Path(__file__).parents[2]).stdout
+    shown = subprocess.run(
+        [sys.executable, "-c", program],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=pathlib.Path(__file__).parents[2],
+    ).stdout
     caveat, error = shown.splitlines()
     assert caveat.startswith(f"cannot be had from this JAX ({jax.__version__}: ") and said in caveat
     assert caveat.endswith("'scan' runs instead")

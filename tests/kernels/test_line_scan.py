@@ -29,9 +29,10 @@ def weigh(height, width, direction, groups=1, batch=1, seed=1):
 
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
-@pytest.mark.parametrize(("height", "width", "channels", "groups", "chunk"), [
-    (4, 5, 4, 4, None), (5, 3, 4, 2, 2), (1, 4, 3, 1, None), (4, 1, 2, 1, 3),
-])
+@pytest.mark.parametrize(
+    ("height", "width", "channels", "groups", "chunk"),
+    [(4, 5, 4, 4, None), (5, 3, 4, 2, 2), (1, 4, 3, 1, None), (4, 1, 2, 1, 3)],
+)
 def test_values_and_gradients_are_those_of_the_float64_loop(direction, height, width, channels, groups, chunk):
     arrays = inputs(height, width, channels, groups)
     cotangent = np.random.default_rng(5).normal(size=arrays[0].shape)
@@ -53,7 +54,7 @@ def test_a_scan_is_one_lower_triangular_matrix_product():
     blocks = matrix.reshape(lines, length, lines, length).swapaxes(1, 2)  # a view: [line out, line in, i out, i in]
     for t in range(lines):
         blocks[t, t] = np.eye(length)
-        tridiagonal = (np.diag(center[0, t, :, 0]) + np.diag(left[0, t, 1:, 0], -1) + np.diag(right[0, t, :-1, 0], 1))
+        tridiagonal = np.diag(center[0, t, :, 0]) + np.diag(left[0, t, 1:, 0], -1) + np.diag(right[0, t, :-1, 0], 1)
         for earlier in range(t):
             blocks[t, earlier] = tridiagonal @ blocks[t - 1, earlier]
     assert np.array_equal(matrix, np.tril(matrix))
@@ -63,9 +64,14 @@ def test_a_scan_is_one_lower_triangular_matrix_product():
     assert truth.relative_error(pull(jnp.asarray(x, jnp.float32))[0].ravel(), matrix.T @ x.ravel()) < TOLERANCE
 
 
-@pytest.mark.parametrize(("direction", "turn"), [
-    ("up", lambda a: a[:, ::-1]), ("right", lambda a: a.swapaxes(1, 2)), ("left", lambda a: a[:, ::-1].swapaxes(1, 2)),
-])
+@pytest.mark.parametrize(
+    ("direction", "turn"),
+    [
+        ("up", lambda a: a[:, ::-1]),
+        ("right", lambda a: a.swapaxes(1, 2)),
+        ("left", lambda a: a[:, ::-1].swapaxes(1, 2)),
+    ],
+)
 def test_turning_the_map_turns_the_direction(direction, turn):
     arrays = in_float32(inputs(5, 3, 2, 2))
     down = line_scan(*arrays, direction="down")
@@ -82,8 +88,9 @@ def test_mirroring_a_line_swaps_left_and_right():
 @pytest.mark.parametrize("direction", DIRECTIONS)
 def test_a_line_of_ones_stays_one_under_row_stochastic_weights(direction):
     height, width = 40, 40
-    row, column = (np.asarray(a) for a in zip(*(truth.pixel(direction, 0, i, height, width) for i in range(40)),
-                                              strict=True))
+    row, column = (
+        np.asarray(a) for a in zip(*(truth.pixel(direction, 0, i, height, width) for i in range(40)), strict=True)
+    )
     x = jnp.zeros((1, height, width, 1)).at[:, row, column].set(1.0)
     h = line_scan(x, *weigh(height, width, direction), direction=direction)
     assert np.abs(np.asarray(h) - 1.0).max() < 1e-5
@@ -123,15 +130,17 @@ def test_chunks_are_scans_of_their_own_counted_from_where_the_scan_starts(direct
 def test_a_chunk_of_all_lines_is_global():
     arrays = in_float32(inputs(4, 3, 2, 2))
     for chunk in (4, 9):
-        np.testing.assert_array_equal(line_scan(*arrays, direction="down", chunk=chunk),
-                                      line_scan(*arrays, direction="down"))
+        np.testing.assert_array_equal(
+            line_scan(*arrays, direction="down", chunk=chunk), line_scan(*arrays, direction="down")
+        )
 
 
 def test_groups_share_the_weights_of_consecutive_channels():
     x, *weights = in_float32(inputs(4, 4, 6, 2))
     per_channel = [jnp.repeat(weight, 3, axis=-1) for weight in weights]
-    np.testing.assert_allclose(line_scan(x, *weights, direction="left"), line_scan(x, *per_channel, direction="left"),
-                               rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(
+        line_scan(x, *weights, direction="left"), line_scan(x, *per_channel, direction="left"), rtol=1e-6, atol=1e-6
+    )
 
 
 def test_bfloat16_keeps_a_float32_state():
@@ -141,23 +150,27 @@ def test_bfloat16_keeps_a_float32_state():
     assert h[0, -1, 0, 0] == 512  # a bfloat16 sum of ones stops at 256
 
 
-@pytest.mark.parametrize(("change", "sentence"), [
-    ({"x": (2, 4, 4)}, r"x must have shape \[B, H, W, C\] with no empty axis, found \[2, 4, 4\]\."),
-    ({"x": (2, 0, 4, 6)}, r"x must have shape .* found \[2, 0, 4, 6\]\."),
-    ({"left": (2, 4, 4, 3)}, r"left must have shape \[2, 4, 4, 2\], found \[2, 4, 4, 3\]\."),
-    ({"center": (2, 4, 4)}, r"center must have shape \[B, H, W, G\], found \[2, 4, 4\]\."),
-    ({"center": (2, 4, 4, 4)}, r"The group count of center must divide the 6 channels of x, found 4\."),
-    ({"right": (1, 4, 4, 2)}, r"right must have shape \[2, 4, 4, 2\], found \[1, 4, 4, 2\]\."),
-    ({"direction": "north"}, r"direction must be one of 'down', 'up', 'right', 'left', found 'north'\."),
-    ({"chunk": 0}, r"chunk must be None or a whole number of lines from 1, found 0\."),
-    ({"chunk": 2.0}, r"chunk must be None or a whole number of lines from 1, found 2\.0\."),
-    ({"backend": "cuda"}, r"backend must be None or one of 'mosaic_gpu', 'scan', found 'cuda'\."),
-    ({"dtype": jnp.int32}, r"x must be float32, bfloat16 or float16, found int32\."),
-])
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"x": (2, 4, 4)}, r"x must have shape \[B, H, W, C\] with no empty axis, found \[2, 4, 4\]\."),
+        ({"x": (2, 0, 4, 6)}, r"x must have shape .* found \[2, 0, 4, 6\]\."),
+        ({"left": (2, 4, 4, 3)}, r"left must have shape \[2, 4, 4, 2\], found \[2, 4, 4, 3\]\."),
+        ({"center": (2, 4, 4)}, r"center must have shape \[B, H, W, G\], found \[2, 4, 4\]\."),
+        ({"center": (2, 4, 4, 4)}, r"The group count of center must divide the 6 channels of x, found 4\."),
+        ({"right": (1, 4, 4, 2)}, r"right must have shape \[2, 4, 4, 2\], found \[1, 4, 4, 2\]\."),
+        ({"direction": "north"}, r"direction must be one of 'down', 'up', 'right', 'left', found 'north'\."),
+        ({"chunk": 0}, r"chunk must be None or a whole number of lines from 1, found 0\."),
+        ({"chunk": 2.0}, r"chunk must be None or a whole number of lines from 1, found 2\.0\."),
+        ({"backend": "cuda"}, r"backend must be None or one of 'mosaic_gpu', 'scan', found 'cuda'\."),
+        ({"dtype": jnp.int32}, r"x must be float32, bfloat16 or float16, found int32\."),
+    ],
+)
 def test_wrong_arguments_get_one_sentence(change, sentence):
     shapes = {"x": (2, 4, 4, 6), "left": (2, 4, 4, 2), "center": (2, 4, 4, 2), "right": (2, 4, 4, 2)}
-    arrays = {name: jnp.zeros(change.get(name, shape), change.get("dtype", jnp.float32))
-              for name, shape in shapes.items()}
+    arrays = {
+        name: jnp.zeros(change.get(name, shape), change.get("dtype", jnp.float32)) for name, shape in shapes.items()
+    }
     options = {"direction": "down", **{k: v for k, v in change.items() if k in ("direction", "chunk", "backend")}}
     with pytest.raises(ValueError, match=f"^{sentence}$"):
         line_scan(**arrays, **options)

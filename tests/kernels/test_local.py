@@ -6,17 +6,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from mosaic import interpreted
-from test_low_rank import NAMES, arguments, error, value_and_gradients
 
 from kernels import compat, devices, local, mosaic_gpu
+from tests.kernels.mosaic import interpreted
+from tests.kernels.test_low_rank import NAMES, arguments, error, value_and_gradients
 
 
 @pytest.fixture
 def few_blocks():
     """A block walks over several images, as it does in training."""
-    with devices.for_device(dataclasses.replace(
-            devices.DEVICES["9.0"], expanding=devices.Expanding(multiprocessors=1))):
+    with devices.for_device(
+        dataclasses.replace(devices.DEVICES["9.0"], expanding=devices.Expanding(multiprocessors=1))
+    ):
         yield
 
 
@@ -73,13 +74,13 @@ def test_slabs_that_overlap():
 @pytest.mark.slow
 def test_a_map_that_is_not_square():
     square = arguments(1, 16, 16, 16)
-    assert_same_as_the_scan_in_float32({
-        name: array.reshape(1, 32, 8, -1) if name in ("x", "proxy") else array for name, array in square.items()})
+    assert_same_as_the_scan_in_float32(
+        {name: array.reshape(1, 32, 8, -1) if name in ("x", "proxy") else array for name, array in square.items()}
+    )
 
 
 @pytest.mark.skipif(not compat.RESHAPES_REFERENCES, reason="JAX 0.10 runs the kernel of every chunk")
-@pytest.mark.parametrize(("channels", "rank"), [
-    (1200, 75), pytest.param(1536, 93, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("channels", "rank"), [(1200, 75), pytest.param(1536, 93, marks=pytest.mark.slow)])
 def test_models_launch_it_once_each_way_and_keep_nothing_for_the_backward_pass(channels, rank):
     shapes = jax.eval_shape(lambda: arguments(4, 16, channels, rank))
 

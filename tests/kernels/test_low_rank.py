@@ -10,21 +10,28 @@ import jax.numpy as jnp
 import numpy as np
 import numpy_scan as truth
 import pytest
-from mosaic import interpreted
 
 from kernels import api, compat, devices, mosaic_gpu, propagate, propagate_low_rank, sharded, tiles
+from tests.kernels.mosaic import interpreted
 
 NAMES = ("x", "proxy", "gates", "lam", "out_gate", "merge", "skip")
 
 
 def arguments(batch, size, channels, rank, *, groups=None, skip=False, merge=(4,), dtype=jnp.bfloat16):
     rng = np.random.default_rng(0)
-    shapes = {"x": (batch, size, size, channels), "proxy": (batch, size, size, rank),
-              "gates": (rank, 4, 3, groups or channels), "lam": (rank, 4, channels), "out_gate": (rank, 4, channels)}
+    shapes = {
+        "x": (batch, size, size, channels),
+        "proxy": (batch, size, size, rank),
+        "gates": (rank, 4, 3, groups or channels),
+        "lam": (rank, 4, channels),
+        "out_gate": (rank, 4, channels),
+    }
     if skip:
         shapes["skip"] = (rank, 4, channels)
-    arrays = {name: jnp.asarray(rng.normal(size=shape) * (1 if shape[0] == batch else rank**-0.5), dtype)
-              for name, shape in shapes.items()}
+    arrays = {
+        name: jnp.asarray(rng.normal(size=shape) * (1 if shape[0] == batch else rank**-0.5), dtype)
+        for name, shape in shapes.items()
+    }
     return arrays | {"merge": jnp.asarray(rng.normal(size=merge), jnp.float32)}
 
 
@@ -91,8 +98,9 @@ def test_slabs_that_overlap(few_rows):
 @pytest.mark.slow
 def test_over_a_mesh(few_rows):
     """Two devices, each with half of the channels and the whole proxy, whose gradient is the sum of theirs."""
-    mesh = jax.make_mesh((1, 2), ("data", "tensor"), devices=jax.devices()[:2],
-                         axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    mesh = jax.make_mesh(
+        (1, 2), ("data", "tensor"), devices=jax.devices()[:2], axis_types=(jax.sharding.AxisType.Auto,) * 2
+    )
     with sharded(mesh, batch=("data",), channels=("tensor",)):
         assert_same_as_the_scan_in_float32(arguments(2, 4, 128, 16, merge=(4, 128)), races=False)
 
@@ -102,8 +110,10 @@ def test_at_full_size():
     assert_same_as_the_scan_in_float32(arguments(4, 16, 64, 32))
 
 
-@pytest.mark.parametrize(("size", "channels", "rank", "skip"), [
-    (16, 1500, 93, True), pytest.param(64, 368, 23, False, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("size", "channels", "rank", "skip"),
+    [(16, 1500, 93, True), pytest.param(64, 368, 23, False, marks=pytest.mark.slow)],
+)
 def test_it_lowers_for_cuda_and_the_terms_are_not_in_device_memory(size, channels, rank, skip):
     """Neither forward nor backward is anything of a pixel wider than what four directions write: 4 of the 20 C."""
     shapes = jax.eval_shape(lambda: arguments(4, size, channels, rank, skip=skip))
@@ -129,7 +139,8 @@ def test_what_it_computes():
     proxy = np.asarray(arrays["proxy"], np.float64)
     gates, lam, out_gate, skip = (
         jnp.asarray(np.tensordot(proxy, np.asarray(arrays[name], np.float64), 1), jnp.float32)
-        for name in ("gates", "lam", "out_gate", "skip"))
+        for name in ("gates", "lam", "out_gate", "skip")
+    )
     expected = propagate(arrays["x"], gates, 1 + lam, 1 + out_gate, arrays["merge"], skip=skip, chunk=2)
     assert truth.relative_error(propagate_low_rank(**arrays, chunk=2), expected) < 1e-6
 

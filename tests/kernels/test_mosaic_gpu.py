@@ -13,10 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 import numpy_scan as truth
 import pytest
-from mosaic import interpreted
 
 from kernels import bodies, compat, devices, launch, line_scan, mosaic_gpu, propagate, tiles, walk
 from kernels.sharding import over_shards, sharded
+from tests.kernels.mosaic import interpreted
 
 TOLERANCE = {"float32": 2e-6, "bfloat16": 6e-3}  # relative; the gradients go through states saved in bfloat16
 NAMES = ("y", "x", "gates", "lam", "out_gate", "merge", "skip")
@@ -94,8 +94,10 @@ def test_slabs_that_overlap_and_weights_of_small_groups():
     assert_same_as_the_scan(arguments(1, 4, 4, 72, groups=18, dtype=jnp.bfloat16), races=False)
 
 
-@pytest.mark.parametrize(("channels", "groups"), [
-    (64, 1), pytest.param(128, 2, marks=pytest.mark.slow), pytest.param(72, 1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("channels", "groups"),
+    [(64, 1), pytest.param(128, 2, marks=pytest.mark.slow), pytest.param(72, 1, marks=pytest.mark.slow)],
+)
 def test_weights_that_the_channels_of_a_block_share(channels, groups):
     """The kernel reads a number a pixel and spreads it. 72 channels overlap, as above."""
     assert_same_as_the_scan(arguments(1, 4, 4, channels, groups=groups, skip=True), chunk=3, races=channels != 72)
@@ -120,8 +122,13 @@ def test_a_slab_that_overlaps_another_has_no_race_of_its_own(monkeypatch, slab):
     expected = run_propagate("scan")(*arrays)
     monkeypatch.setattr(tiles.Plan, "slabs", 1)
     monkeypatch.setattr(launch, "_merge_cotangent", lambda partial, job, plan: jnp.zeros((4, 72)))  # of both slabs
-    monkeypatch.setattr(walk, "lax", SimpleNamespace(
-        **vars(jax.lax) | {"axis_index": lambda name: slab if name == "slab" else jax.lax.axis_index(name)}))
+    monkeypatch.setattr(
+        walk,
+        "lax",
+        SimpleNamespace(
+            **vars(jax.lax) | {"axis_index": lambda name: slab if name == "slab" else jax.lax.axis_index(name)}
+        ),
+    )
 
     def by_x(backend):
         return jax.jit(jax.grad(lambda x: run_propagate(backend)(x, *arrays[1:]).astype(jnp.float32).sum()))(arrays[0])
@@ -149,7 +156,8 @@ def test_one_direction_with_ready_weights(direction):
 
     def run(backend):
         return value_and_gradients(
-            lambda *a: line_scan(*a, direction=direction, chunk=3, backend=backend), (x, *weights))
+            lambda *a: line_scan(*a, direction=direction, chunk=3, backend=backend), (x, *weights)
+        )
 
     expected = run("scan")
     with interpreted():
@@ -201,8 +209,9 @@ def test_one_direction_lowers_for_cuda():
 
 
 def four_devices():
-    return jax.make_mesh((2, 2), ("data", "tensor"), devices=jax.devices()[:4],
-                         axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    return jax.make_mesh(
+        (2, 2), ("data", "tensor"), devices=jax.devices()[:4], axis_types=(jax.sharding.AxisType.Auto,) * 2
+    )
 
 
 def test_over_a_mesh_the_kernel_gives_the_values_and_gradients_of_one_device():
@@ -261,6 +270,7 @@ def test_a_program_that_calls_a_kernel_twice_has_it_once():
     def run(x, chunk):
         def scan(x):
             return mosaic_gpu.line_scan(x, x, x, x, "down", None)
+
         return scan(scan(x)) + mosaic_gpu.line_scan(x, x, x, x, "down", chunk)
 
     for chunk, kernels_of_program in ((None, 1), (2, 2)):

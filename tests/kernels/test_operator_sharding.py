@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from numpy_scan import relative_error
 
 from kernels import depthwise_conv, propagate, propagate_low_rank, scan, sharded
 from kernels.sharding import over_shards
+from tests.kernels.numpy_scan import relative_error
 
 COLLECTIVES = r"(all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)"
 BATCH, SIZE, CHANNELS = 4, 5, 8
@@ -26,8 +26,13 @@ def arrays(groups):
 
 def shardings(mesh, groups):
     over_groups = "tensor" if groups > 1 else None
-    specs = (P("data", None, None, "tensor"), P("data", None, None, None, None, over_groups),
-             P("data", None, None, None, "tensor"), P("data", None, None, None, "tensor"), P(None, "tensor"))
+    specs = (
+        P("data", None, None, "tensor"),
+        P("data", None, None, None, None, over_groups),
+        P("data", None, None, None, "tensor"),
+        P("data", None, None, None, "tensor"),
+        P(None, "tensor"),
+    )
     return tuple(NamedSharding(mesh, spec) for spec in specs)
 
 
@@ -50,8 +55,9 @@ def test_four_devices_give_the_values_and_gradients_of_one(groups):
 def test_it_runs_inside_shard_map():
     mesh = Mesh(np.asarray(jax.devices()[:4]).reshape(2, 2), ("data", "tensor"))
     one, specs = arrays(CHANNELS), tuple(sharding.spec for sharding in shardings(mesh, CHANNELS))
-    over_parts = jax.shard_map(gradients, mesh=mesh, in_specs=specs, out_specs=(*specs[:4], P("data", "tensor")),
-                               check_vma=False)
+    over_parts = jax.shard_map(
+        gradients, mesh=mesh, in_specs=specs, out_specs=(*specs[:4], P("data", "tensor")), check_vma=False
+    )
     *found, by_merge = jax.jit(over_parts)(*one)
     *expected, by_merge_expected = jax.jit(gradients)(*one)
     for a, b in zip(found, expected, strict=True):
@@ -64,8 +70,10 @@ def test_a_depthwise_convolution_needs_no_communication_and_its_gradient_one_sum
     rng = np.random.default_rng(0)
     shapes = (BATCH, SIZE, SIZE, CHANNELS), (3, 3, CHANNELS)
     one = tuple(jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in shapes)
-    four = tuple(jax.device_put(a, NamedSharding(mesh, spec))
-                 for a, spec in zip(one, (P("data", None, None, "tensor"), P(None, None, "tensor")), strict=True))
+    four = tuple(
+        jax.device_put(a, NamedSharding(mesh, spec))
+        for a, spec in zip(one, (P("data", None, None, "tensor"), P(None, None, "tensor")), strict=True)
+    )
     compiled = jax.jit(depthwise_conv).lower(*four).compile()
     assert not re.search(COLLECTIVES, compiled.as_text())
     assert relative_error(compiled(*four), depthwise_conv(*one)) < 1e-6
@@ -80,8 +88,9 @@ def test_a_depthwise_convolution_needs_no_communication_and_its_gradient_one_sum
 def test_what_a_kernel_is_given_inside_sharded(groups, merge, batch):
     """A kernel, for which the scan stands here, runs under shard_map: its parts make up the whole, and nothing is
     communicated but the sum of the gradients of what every device has. A batch of 3 is not split over 2 devices."""
-    mesh = jax.make_mesh((2, 2), ("data", "tensor"), devices=jax.devices()[:4],
-                         axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    mesh = jax.make_mesh(
+        (2, 2), ("data", "tensor"), devices=jax.devices()[:4], axis_types=(jax.sharding.AxisType.Auto,) * 2
+    )
     rng = np.random.default_rng(0)
     shapes = ((CHANNELS,), (4, 3, groups), (4, CHANNELS), (4, CHANNELS), (4, CHANNELS))
     *pixels, skip = [jnp.asarray(rng.normal(size=(batch, SIZE, SIZE, *shape)), jnp.float32) for shape in shapes]
@@ -112,11 +121,19 @@ def test_what_a_kernel_is_given_inside_sharded(groups, merge, batch):
 @pytest.mark.parametrize("groups", [CHANNELS, 1])
 def test_what_a_low_rank_kernel_is_given_inside_sharded(groups):
     """Every device has the proxy of its images and the factors of its channels; gradients are sums over the parts."""
-    mesh = jax.make_mesh((2, 2), ("data", "tensor"), devices=jax.devices()[:4],
-                         axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    mesh = jax.make_mesh(
+        (2, 2), ("data", "tensor"), devices=jax.devices()[:4], axis_types=(jax.sharding.AxisType.Auto,) * 2
+    )
     rng = np.random.default_rng(0)
-    shapes = ((BATCH, SIZE, SIZE, CHANNELS), (BATCH, SIZE, SIZE, 3), (3, 4, 3, groups), (3, 4, CHANNELS),
-              (3, 4, CHANNELS), (4,), (3, 4, CHANNELS))
+    shapes = (
+        (BATCH, SIZE, SIZE, CHANNELS),
+        (BATCH, SIZE, SIZE, 3),
+        (3, 4, 3, groups),
+        (3, 4, CHANNELS),
+        (3, 4, CHANNELS),
+        (4,),
+        (3, 4, CHANNELS),
+    )
     operands = tuple(jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in shapes)
     seen = []
 

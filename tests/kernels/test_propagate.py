@@ -40,7 +40,7 @@ def assert_matches_the_loop(arrays, found_value, found_gradients, cotangent, chu
     skip = arrays[5] if len(arrays) > 5 else None
     assert truth.relative_error(found_value, truth.propagate(*arrays[:5], skip, chunk)) < tolerance
     expected = truth.propagate_gradients(*arrays[:5], skip, chunk, cotangent)
-    for name, a, b in zip(NAMES[:len(arrays)], found_gradients, expected, strict=False):
+    for name, a, b in zip(NAMES[: len(arrays)], found_gradients, expected, strict=False):
         assert truth.relative_error(a, b) < tolerance, name
 
 
@@ -58,7 +58,7 @@ CASES = [
 
 @pytest.mark.parametrize(("height", "width", "channels", "groups", "merge", "skip", "chunk"), CASES)
 def test_values_and_gradients_are_those_of_the_float64_loop(height, width, channels, groups, merge, skip, chunk):
-    arrays = inputs(height, width, channels, groups, merge)[:6 if skip else 5]
+    arrays = inputs(height, width, channels, groups, merge)[: 6 if skip else 5]
     cotangent = np.random.default_rng(9).normal(size=arrays[0].shape)
     y, gradients = value_and_gradients(cast(arrays), cotangent, chunk=chunk)
     assert_matches_the_loop(arrays, y, gradients, cotangent, chunk, TOLERANCE)
@@ -71,7 +71,7 @@ def test_the_gradients_of_the_float64_loop_are_its_finite_differences():
     rng, step = np.random.default_rng(3), 1e-5
     for n, gradient in enumerate(gradients):
         toward = rng.normal(size=arrays[n].shape)
-        ends = [truth.propagate(*arrays[:n], arrays[n] + sign * step * toward, *arrays[n + 1:], 2) for sign in (1, -1)]
+        ends = [truth.propagate(*arrays[:n], arrays[n] + sign * step * toward, *arrays[n + 1 :], 2) for sign in (1, -1)]
         difference = ((ends[0] - ends[1]) * cotangent).sum() / (2 * step)
         assert abs(difference - (gradient * toward).sum()) < 1e-8 * (1 + abs(difference))
 
@@ -104,11 +104,14 @@ def test_it_is_four_line_scans_merged():
     assert truth.relative_error(propagate(x, gates, lam, out_gate, merge), expected) < 2e-6
 
 
-@pytest.mark.parametrize(("turn", "directions", "mirrored"), [
-    (lambda a: a[:, ::-1], (1, 0, 2, 3), (2, 3)),
-    (lambda a: a[:, :, ::-1], (0, 1, 3, 2), (0, 1)),
-    (lambda a: a.swapaxes(1, 2), (2, 3, 0, 1), ()),
-])
+@pytest.mark.parametrize(
+    ("turn", "directions", "mirrored"),
+    [
+        (lambda a: a[:, ::-1], (1, 0, 2, 3), (2, 3)),
+        (lambda a: a[:, :, ::-1], (0, 1, 3, 2), (0, 1)),
+        (lambda a: a.swapaxes(1, 2), (2, 3, 0, 1), ()),
+    ],
+)
 def test_turning_the_image_permutes_the_directions(turn, directions, mirrored):
     """`mirrored`: directions whose lines are reversed, so that left and right change places."""
     x, gates, lam, out_gate, merge, _ = cast(inputs(4, 3, 2, 2))
@@ -116,8 +119,9 @@ def test_turning_the_image_permutes_the_directions(turn, directions, mirrored):
     for k in mirrored:
         gates = gates.at[..., k, :, :].set(gates[..., k, ::-1, :])
     order = np.asarray(directions)
-    turned = propagate(turn(x), turn(gates)[..., order, :, :], turn(lam)[..., order, :], turn(out_gate)[..., order, :],
-                       merge[order])
+    turned = propagate(
+        turn(x), turn(gates)[..., order, :, :], turn(lam)[..., order, :], turn(out_gate)[..., order, :], merge[order]
+    )
     assert truth.relative_error(turned, turn(y)) < 1e-6
 
 
@@ -166,25 +170,35 @@ def test_the_best_backend_is_picked_and_logged_once(caplog):
         propagate(*arrays[:5])
     assert [record.getMessage() for record in caplog.records] == [
         f"Line scans run on the {available_backends()[0]!r} backend. The 'mosaic_gpu' backend needs an NVIDIA GPU, "
-        f"and this machine's device is 'cpu'."]
+        f"and this machine's device is 'cpu'."
+    ]
     np.testing.assert_array_equal(propagate(*arrays[:5], backend="scan"), propagate(*arrays[:5]))
 
 
-@pytest.mark.parametrize(("change", "sentence"), [
-    ({"x": (4, 4, 6)}, r"x must have shape \[B, H, W, C\] with no empty axis, found \[4, 4, 6\]\."),
-    ({"gates": (2, 4, 4, 12, 6)}, r"gates must have shape \[B, H, W, 4, 3, G\], found \[2, 4, 4, 12, 6\]\."),
-    ({"gates": (2, 4, 4, 3, 4, 6)}, r"gates must have shape \[2, 4, 4, 4, 3, 6\], found \[2, 4, 4, 3, 4, 6\]\."),
-    ({"gates": (2, 4, 4, 4, 3, 5)}, r"The group count of gates must divide the 6 channels of x, found 5\."),
-    ({"lam": (2, 4, 4, 6)}, r"lam must have shape \[2, 4, 4, 4, 6\], found \[2, 4, 4, 6\]\."),
-    ({"out_gate": (2, 4, 5, 4, 6)}, r"out_gate must have shape \[2, 4, 4, 4, 6\], found \[2, 4, 5, 4, 6\]\."),
-    ({"skip": (2, 4, 4, 4, 1)}, r"skip must have shape \[2, 4, 4, 4, 6\], found \[2, 4, 4, 4, 1\]\."),
-    ({"merge": (6,)}, r"merge must have shape \[4\] or \[4, 6\], found \[6\]\."),
-    ({"chunk": -1}, r"chunk must be None or a whole number of lines from 1, found -1\."),
-    ({"backend": "mosaic"}, r"backend must be None or one of 'mosaic_gpu', 'scan', found 'mosaic'\."),
-])
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"x": (4, 4, 6)}, r"x must have shape \[B, H, W, C\] with no empty axis, found \[4, 4, 6\]\."),
+        ({"gates": (2, 4, 4, 12, 6)}, r"gates must have shape \[B, H, W, 4, 3, G\], found \[2, 4, 4, 12, 6\]\."),
+        ({"gates": (2, 4, 4, 3, 4, 6)}, r"gates must have shape \[2, 4, 4, 4, 3, 6\], found \[2, 4, 4, 3, 4, 6\]\."),
+        ({"gates": (2, 4, 4, 4, 3, 5)}, r"The group count of gates must divide the 6 channels of x, found 5\."),
+        ({"lam": (2, 4, 4, 6)}, r"lam must have shape \[2, 4, 4, 4, 6\], found \[2, 4, 4, 6\]\."),
+        ({"out_gate": (2, 4, 5, 4, 6)}, r"out_gate must have shape \[2, 4, 4, 4, 6\], found \[2, 4, 5, 4, 6\]\."),
+        ({"skip": (2, 4, 4, 4, 1)}, r"skip must have shape \[2, 4, 4, 4, 6\], found \[2, 4, 4, 4, 1\]\."),
+        ({"merge": (6,)}, r"merge must have shape \[4\] or \[4, 6\], found \[6\]\."),
+        ({"chunk": -1}, r"chunk must be None or a whole number of lines from 1, found -1\."),
+        ({"backend": "mosaic"}, r"backend must be None or one of 'mosaic_gpu', 'scan', found 'mosaic'\."),
+    ],
+)
 def test_wrong_arguments_get_one_sentence(change, sentence):
-    shapes = {"x": (2, 4, 4, 6), "gates": (2, 4, 4, 4, 3, 6), "lam": (2, 4, 4, 4, 6), "out_gate": (2, 4, 4, 4, 6),
-              "merge": (4,), "skip": (2, 4, 4, 4, 6)}
+    shapes = {
+        "x": (2, 4, 4, 6),
+        "gates": (2, 4, 4, 4, 3, 6),
+        "lam": (2, 4, 4, 4, 6),
+        "out_gate": (2, 4, 4, 4, 6),
+        "merge": (4,),
+        "skip": (2, 4, 4, 4, 6),
+    }
     arrays = {name: jnp.zeros(change.get(name, shape)) for name, shape in shapes.items()}
     options = {k: v for k, v in change.items() if k in ("chunk", "backend")}
     with pytest.raises(ValueError, match=f"^{sentence}$"):

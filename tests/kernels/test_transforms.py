@@ -54,9 +54,14 @@ def lower_with_gradients(function, *shapes):
 def lower_propagate(side=16, channels=64):
     array = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.bfloat16)
     pixels = (1, side, side)
-    lower_with_gradients(lambda *a: mosaic_gpu.propagate(*a, None, None), array((*pixels, channels)),
-                         array((*pixels, 4, 3, channels)), array((*pixels, 4, channels)),
-                         array((*pixels, 4, channels)), array((4,), dtype=jnp.float32))
+    lower_with_gradients(
+        lambda *a: mosaic_gpu.propagate(*a, None, None),
+        array((*pixels, channels)),
+        array((*pixels, 4, 3, channels)),
+        array((*pixels, 4, channels)),
+        array((*pixels, 4, channels)),
+        array((4,), dtype=jnp.float32),
+    )
 
 
 def lower_line_scan():
@@ -67,9 +72,16 @@ def lower_line_scan():
 def lower_low_rank(rank=24, side=16, channels=68, chunk=None):
     array = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.bfloat16)
     pixels = (4, side, side)
-    lower_with_gradients(lambda *a: mosaic_gpu.propagate_low_rank(*a[:6], a[6], chunk), array((*pixels, channels)),
-                         array((*pixels, rank)), array((rank, 4, 3, channels)), array((rank, 4, channels)),
-                         array((rank, 4, channels)), array((4,), dtype=jnp.float32), array((rank, 4, channels)))
+    lower_with_gradients(
+        lambda *a: mosaic_gpu.propagate_low_rank(*a[:6], a[6], chunk),
+        array((*pixels, channels)),
+        array((*pixels, rank)),
+        array((rank, 4, 3, channels)),
+        array((rank, 4, channels)),
+        array((rank, 4, channels)),
+        array((4,), dtype=jnp.float32),
+        array((rank, 4, channels)),
+    )
 
 
 def lower_local():
@@ -104,6 +116,7 @@ def test_the_test_sees_a_buffer_left_to_jax(buffers, monkeypatch):
 
 def test_jax_refuses_a_swizzle_of_our_own_where_rows_are_shifted():
     """So that what has one, and lowers, is sliced at whole patterns only."""
+
     def body(x, y, shared):
         tile = compat.load(x, (slice(None), slice(None)), tiles.layout(64))
         shared[pl.ds(1, 16), :] = tile
@@ -113,9 +126,17 @@ def test_jax_refuses_a_swizzle_of_our_own_where_rows_are_shifted():
     x = jax.ShapeDtypeStruct((16, 64), jnp.float32)
 
     def kernel(x):
-        return compat.kernel(body, (), [x], out_type=jax.ShapeDtypeStruct(x.shape, x.dtype), grid=(1,),
-                             grid_names=("one",), num_threads=1, thread_name="warpgroup",
-                             scratch_types=[plgpu.SMEM((24, 64), jnp.float32, transforms=transforms)])
+        return compat.kernel(
+            body,
+            (),
+            [x],
+            out_type=jax.ShapeDtypeStruct(x.shape, x.dtype),
+            grid=(1,),
+            grid_names=("one",),
+            num_threads=1,
+            thread_name="warpgroup",
+            scratch_types=[plgpu.SMEM((24, 64), jnp.float32, transforms=transforms)],
+        )
 
     with pytest.raises(ValueError):
         jax.jit(kernel).trace(x).lower(lowering_platforms=("cuda",))

@@ -54,11 +54,14 @@ def test_bfloat16_logits_give_bfloat16_weights():
     assert truth.relative_error(jnp.stack(weights), exact) < 2**-8
 
 
-@pytest.mark.parametrize(("shape", "direction", "sentence"), [
-    ((2, 4, 4, 3), "down", r"gates must have shape \[B, H, W, 3, G\], found \[2, 4, 4, 3\]\."),
-    ((2, 4, 4, 4, 3), "down", r"gates must have shape \[B, H, W, 3, G\], found \[2, 4, 4, 4, 3\]\."),
-    ((2, 4, 4, 3, 1), "south", r"direction must be one of 'down', 'up', 'right', 'left', found 'south'\."),
-])
+@pytest.mark.parametrize(
+    ("shape", "direction", "sentence"),
+    [
+        ((2, 4, 4, 3), "down", r"gates must have shape \[B, H, W, 3, G\], found \[2, 4, 4, 3\]\."),
+        ((2, 4, 4, 4, 3), "down", r"gates must have shape \[B, H, W, 3, G\], found \[2, 4, 4, 4, 3\]\."),
+        ((2, 4, 4, 3, 1), "south", r"direction must be one of 'down', 'up', 'right', 'left', found 'south'\."),
+    ],
+)
 def test_wrong_arguments_get_one_sentence(shape, direction, sentence):
     with pytest.raises(ValueError, match=f"^{sentence}$"):
         stochastic_weights(jnp.zeros(shape), direction=direction)

@@ -16,7 +16,7 @@ def fid(a, b):
 def inception_score(logits, split):
     scores = []
     for start in range(0, len(logits), split):
-        p = scipy.special.softmax(logits[start:start + split].astype(np.float64), axis=1)
+        p = scipy.special.softmax(logits[start : start + split].astype(np.float64), axis=1)
         kl = (p * (np.log(p) - np.log(p.mean(0, keepdims=True)))).sum(1).mean()
         scores.append(np.exp(kl))
     return np.mean(scores)
@@ -24,6 +24,7 @@ def inception_score(logits, split):
 
 def _distances(u, v, dtype):
     """|u|^2 - 2 u.v + |v|^2 with each result rounded to `dtype`; sums of products are exact (float64) before that."""
+
     def rounded(x):
         with np.errstate(over="ignore"):
             return x.astype(dtype).astype(np.float64)
@@ -44,10 +45,16 @@ def _block(u, v, float16):
 
 def precision_recall(reference, samples, k=3, float16=False, block=10_000):
     """Distances block by block: a block with an overflow falls back to float32."""
+
     def pairwise(a, b):
-        return np.concatenate([np.concatenate([_block(a[i:i + block], b[j:j + block], float16)
-                                               for j in range(0, len(b), block)], axis=1)
-                               for i in range(0, len(a), block)])
+        return np.concatenate(
+            [
+                np.concatenate(
+                    [_block(a[i : i + block], b[j : j + block], float16) for j in range(0, len(b), block)], axis=1
+                )
+                for i in range(0, len(a), block)
+            ]
+        )
 
     radius = [np.partition(pairwise(x, x), k, axis=1)[:, k] for x in (reference, samples)]
     between = pairwise(reference, samples)

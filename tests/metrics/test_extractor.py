@@ -26,7 +26,7 @@ def images() -> np.ndarray:
 @functools.cache
 def one_by_one() -> inception.Features:
     network = jax.jit(inception.network)
-    each = [network(params(), inception.resize(images()[i:i + 1])) for i in range(3)]
+    each = [network(params(), inception.resize(images()[i : i + 1])) for i in range(3)]
     return inception.Features(*(np.concatenate(parts) for parts in zip(*each, strict=True)))
 
 
@@ -36,8 +36,9 @@ def check(batches, counts: list[int]) -> None:
     masks = [np.asarray(mask) for _, mask in batches]
     assert [int(mask.sum()) for mask in masks] == counts
     for name, truth in one_by_one()._asdict().items():
-        kept = np.concatenate([np.asarray(getattr(features, name))[mask]
-                               for (features, _), mask in zip(batches, masks, strict=True)])
+        kept = np.concatenate(
+            [np.asarray(getattr(features, name))[mask] for (features, _), mask in zip(batches, masks, strict=True)]
+        )
         assert kept.shape == truth.shape
         np.testing.assert_allclose(kept, truth, rtol=0, atol=TOLERANCE * np.abs(truth).max(), err_msg=name)
 

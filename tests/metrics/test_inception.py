@@ -48,8 +48,15 @@ def test_images_are_resized_as_by_tensorflow_1(size):
 def test_a_layer_is_convolution_normalisation_and_relu():
     name, (width, channels) = "Mixed_7c.branch3x3_2a", (384, 384)
     x = np.random.default_rng(0).normal(size=(1, 2, 4, channels))
-    found = inception._conv({k: jnp.asarray(v) for k, v in inception.from_state_dict(weights()).items()}, name,
-                            jnp.asarray(x, jnp.float32), width, (1, 3), stride=1, padding="SAME")
+    found = inception._conv(
+        {k: jnp.asarray(v) for k, v in inception.from_state_dict(weights()).items()},
+        name,
+        jnp.asarray(x, jnp.float32),
+        width,
+        (1, 3),
+        stride=1,
+        padding="SAME",
+    )
     w = {k.removeprefix(name + "."): v.astype(np.float64) for k, v in weights().items() if k.startswith(name + ".")}
     truth = np.zeros((1, 2, 4, width))
     for tap in range(3):
@@ -65,7 +72,7 @@ def test_pooling_at_the_border_counts_the_pixels_that_exist():
     average, largest = np.empty_like(x), np.empty_like(x)
     for i in range(4):
         for j in range(5):
-            window = x[:, max(i - 1, 0):i + 2, max(j - 1, 0):j + 2]
+            window = x[:, max(i - 1, 0) : i + 2, max(j - 1, 0) : j + 2]
             average[:, i, j], largest[:, i, j] = window.mean((1, 2)), window.max((1, 2))
     np.testing.assert_allclose(inception._average_pool(jnp.asarray(x)), average, rtol=0, atol=1e-6)
     np.testing.assert_array_equal(inception._max_pool(jnp.asarray(x), stride=1, padding="SAME"), largest)
@@ -80,8 +87,11 @@ def test_the_weights_are_as_many_as_in_the_published_file():
     assert shapes["Mixed_7c.branch_pool.bn.running_var"] == (192,)
 
 
-@pytest.mark.parametrize("images", [np.zeros((1, 8, 8, 3), np.float32), np.zeros((1, 8, 8, 1), np.uint8),
-                                    np.zeros((8, 8, 3), np.uint8)], ids=["float", "grey", "single"])
+@pytest.mark.parametrize(
+    "images",
+    [np.zeros((1, 8, 8, 3), np.float32), np.zeros((1, 8, 8, 1), np.uint8), np.zeros((8, 8, 3), np.uint8)],
+    ids=["float", "grey", "single"],
+)
 def test_only_uint8_colour_images_are_taken(images):
     with pytest.raises(ValueError, match=r"images must be uint8 \[N, H, W, 3\], found"):
         inception.resize(images)
@@ -91,17 +101,28 @@ def changed(**changes) -> dict[str, np.ndarray]:
     return {name: value for name, value in (weights() | changes).items() if value is not None}
 
 
-@pytest.mark.parametrize(("changes", "said"), [
-    ({"fc.bias": None}, "must have 'fc.bias', found 471 tensors without it"),
-    ({"fc.bias": None, "fc.weight": None}, "must have 'fc.bias', found 470 tensors without it (and 1 more such)"),
-    ({"AuxLogits.fc.bias": np.zeros(3, np.float32)}, "found 'AuxLogits.fc.bias'"),
-    ({"fc.weight": np.zeros((1000, 2048), np.float32)},
-     "'fc.weight' must have shape (1008, 2048), found (1000, 2048); torchvision's Inception-v3 is another network"),
-    ({"Mixed_5b.branch1x1.bn.bias": np.full(64, np.nan, np.float32)},
-     "'Mixed_5b.branch1x1.bn.bias' must be finite, found NaN or infinity"),
-    ({"Mixed_5b.branch1x1.bn.running_var": np.full(64, -1, np.float32)},
-     "'Mixed_5b.branch1x1.bn.running_var' must be 0 or more, found -1.0"),
-], ids=["missing", "two missing", "unknown", "shape", "NaN", "variance"])
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"fc.bias": None}, "must have 'fc.bias', found 471 tensors without it"),
+        ({"fc.bias": None, "fc.weight": None}, "must have 'fc.bias', found 470 tensors without it (and 1 more such)"),
+        ({"AuxLogits.fc.bias": np.zeros(3, np.float32)}, "found 'AuxLogits.fc.bias'"),
+        (
+            {"fc.weight": np.zeros((1000, 2048), np.float32)},
+            "'fc.weight' must have shape (1008, 2048), found (1000, 2048); "
+            "torchvision's Inception-v3 is another network",
+        ),
+        (
+            {"Mixed_5b.branch1x1.bn.bias": np.full(64, np.nan, np.float32)},
+            "'Mixed_5b.branch1x1.bn.bias' must be finite, found NaN or infinity",
+        ),
+        (
+            {"Mixed_5b.branch1x1.bn.running_var": np.full(64, -1, np.float32)},
+            "'Mixed_5b.branch1x1.bn.running_var' must be 0 or more, found -1.0",
+        ),
+    ],
+    ids=["missing", "two missing", "unknown", "shape", "NaN", "variance"],
+)
 def test_a_file_of_other_weights_is_named_with_what_is_wrong(changes, said, tmp_path):
     save_file(changed(**changes), tmp_path / "w.safetensors")
     with pytest.raises(WeightsError) as raised:

@@ -68,8 +68,11 @@ def test_each_known_mistake_would_be_caught(mistake):
 
 def test_a_pth_file_and_its_conversion_give_the_same_weights(tmp_path):
     tensors = {name: torch.tensor(value) for name, value in weights().items()}
-    tensors |= {f"{name.removesuffix('.weight')}.num_batches_tracked": torch.tensor(0)
-                for name in weights() if name.endswith("bn.weight")}
+    tensors |= {
+        f"{name.removesuffix('.weight')}.num_batches_tracked": torch.tensor(0)
+        for name in weights()
+        if name.endswith("bn.weight")
+    }
     torch.save(tensors, tmp_path / "w.pth")
     inception.convert(tmp_path / "w.pth", tmp_path / "w.safetensors")
     published, converted = (inception.load(tmp_path / f"w.{kind}") for kind in ("pth", "safetensors"))

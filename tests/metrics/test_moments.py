@@ -48,8 +48,9 @@ def test_parts_summed_apart_are_added_up_as_one():
 
 def test_rows_that_are_masked_count_for_nothing_on_any_mesh():
     x = activations(100)
-    padded = np.concatenate([x[:60], np.full((4, x.shape[1]), np.nan, np.float32),
-                             x[60:], np.full((24, x.shape[1]), 1e30, np.float32)])
+    padded = np.concatenate(
+        [x[:60], np.full((4, x.shape[1]), np.nan, np.float32), x[60:], np.full((24, x.shape[1]), 1e30, np.float32)]
+    )
     mask = np.concatenate([np.arange(64) < 60, np.arange(64) < 40])
     for devices in (1, 8):
         mesh = Mesh(np.array(jax.devices()[:devices]), ("data",))

@@ -23,19 +23,30 @@ def features_of(images):
     """A stand-in for Inception: numbers that tell the images apart, padded as an extractor does."""
     values = images.astype(np.float32).mean((1, 2, 3))[:, None] / 255
     padded = np.pad(values, ((0, 8 - len(images)), (0, 0)), constant_values=np.nan)
-    return (types.SimpleNamespace(pool=padded * np.linspace(1, 2, POOL, dtype=np.float32),
-                                  spatial=padded * np.linspace(2, 3, SPATIAL, dtype=np.float32)),
-            np.arange(8) < len(images))
+    return (
+        types.SimpleNamespace(
+            pool=padded * np.linspace(1, 2, POOL, dtype=np.float32),
+            spatial=padded * np.linspace(2, 3, SPATIAL, dtype=np.float32),
+        ),
+        np.arange(8) < len(images),
+    )
 
 
-@pytest.mark.parametrize(("arrays", "allowed"), [
-    (gaussian(POOL, ("mu", "sigma")) | gaussian(SPATIAL, ("mu_s", "sigma_s"), 2.0) | {"arr_0": IMAGES}, METRICS),
-    (gaussian(POOL, ("ref_mu", "ref_sigma")), ("fid", "is")),
-    (gaussian(POOL, ("mu", "sigma")), ("fid", "is")),
-    (gaussian(POOL, ("mu", "sigma")) | gaussian(SPATIAL, ("mu_s", "sigma_s")), ("fid", "sfid", "is")),
-    (gaussian(POOL, ("mu", "sigma")) | {"features": np.ones((5, POOL))}, ("fid", "is", "kid", "precision", "recall")),
-    ({"arr_0": IMAGES, "arr_1": np.arange(11)}, METRICS),
-], ids=["ADM", "ref_mu", "pytorch-fid", "both moments", "features", "images"])
+@pytest.mark.parametrize(
+    ("arrays", "allowed"),
+    [
+        (gaussian(POOL, ("mu", "sigma")) | gaussian(SPATIAL, ("mu_s", "sigma_s"), 2.0) | {"arr_0": IMAGES}, METRICS),
+        (gaussian(POOL, ("ref_mu", "ref_sigma")), ("fid", "is")),
+        (gaussian(POOL, ("mu", "sigma")), ("fid", "is")),
+        (gaussian(POOL, ("mu", "sigma")) | gaussian(SPATIAL, ("mu_s", "sigma_s")), ("fid", "sfid", "is")),
+        (
+            gaussian(POOL, ("mu", "sigma")) | {"features": np.ones((5, POOL))},
+            ("fid", "is", "kid", "precision", "recall"),
+        ),
+        ({"arr_0": IMAGES, "arr_1": np.arange(11)}, METRICS),
+    ],
+    ids=["ADM", "ref_mu", "pytorch-fid", "both moments", "features", "images"],
+)
 def test_each_dialect_is_read_and_says_what_it_allows(tmp_path, arrays, allowed):
     np.savez(tmp_path / "ref.npz", **arrays)
     found = read_reference(tmp_path / "ref.npz")
@@ -57,14 +68,15 @@ def test_the_sentence_for_what_is_missing(tmp_path):
         read_reference(tmp_path / "ref.npz").check(("fid", "sfid", "precision", "recall"))
     assert str(error.value) == (
         f"the reference {tmp_path / 'ref.npz'} must have mu_s and sigma_s for sfid, and arr_0 (images) or features for "
-        "precision and recall; found what allows fid and is only")
+        "precision and recall; found what allows fid and is only"
+    )
 
 
 def test_what_a_file_has_as_images_only_is_computed_once_and_the_rest_left_alone(tmp_path):
     np.savez(tmp_path / "ref.npz", arr_0=IMAGES, **gaussian(POOL, ("mu", "sigma")))
     found = read_reference(tmp_path / "ref.npz").complete(("fid", "sfid", "kid"), features_of, 8)
     np.testing.assert_array_equal(found.pool.mean, np.ones(POOL))  # of the full set, as the file has it
-    truth = [features_of(IMAGES[i:i + 1])[0] for i in range(len(IMAGES))]
+    truth = [features_of(IMAGES[i : i + 1])[0] for i in range(len(IMAGES))]
     np.testing.assert_allclose(found.features, [f.pool[0] for f in truth], rtol=1e-6)
     np.testing.assert_allclose(found.spatial.mean, np.mean([f.spatial[0] for f in truth], axis=0), rtol=1e-6)
     cov = np.cov(np.array([f.spatial[0] for f in truth], np.float64), rowvar=False)
@@ -104,28 +116,34 @@ def broken(path, kind):
         whole = path.read_bytes()
         path.write_bytes(whole[:5000] + bytes(1000) + whole[6000:])
     else:
-        np.savez(path, **{
-            "pickle": {"mu": np.array([Trap()], object), "sigma": np.eye(2)},
-            "pickled images": {"arr_0": np.array([Trap()], object)},
-            "names": {"mean": np.zeros(3)},
-            "sizes": gaussian(64, ("mu", "sigma")),
-            "nan": gaussian(POOL, ("mu", "sigma"), np.nan),
-            "float images": {"arr_0": IMAGES / 255},
-            "features": {"features": np.zeros((3, 64))},
-        }[kind])
+        np.savez(
+            path,
+            **{
+                "pickle": {"mu": np.array([Trap()], object), "sigma": np.eye(2)},
+                "pickled images": {"arr_0": np.array([Trap()], object)},
+                "names": {"mean": np.zeros(3)},
+                "sizes": gaussian(64, ("mu", "sigma")),
+                "nan": gaussian(POOL, ("mu", "sigma"), np.nan),
+                "float images": {"arr_0": IMAGES / 255},
+                "features": {"features": np.zeros((3, 64))},
+            }[kind],
+        )
 
 
-@pytest.mark.parametrize(("kind", "said"), [
-    ("nothing", "eval.reference must be an .npz file, found nothing at"),
-    ("text", "eval.reference must be an .npz file, found .*, which is none"),
-    ("pickle", "'mu' in .* cannot be read: Object arrays cannot be loaded when allow_pickle=False"),
-    ("pickled images", r"must have images as uint8 \[N, H, W, 3\], found object"),
-    ("names", "must have mu and sigma, ref_mu and ref_sigma, or images as arr_0, found mean in"),
-    ("sizes", r"'mu' and 'sigma' in .* must be of 2048 features, found \[64\] and \[64, 64\]"),
-    ("nan", "must be finite, found NaN or infinity"),
-    ("float images", r"must have images as uint8 \[N, H, W, 3\], found float64 \[11, 6, 5, 3\]"),
-    ("features", r"'features' in .* must be finite \[N, 2048\], found \[3, 64\]"),
-])
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [
+        ("nothing", "eval.reference must be an .npz file, found nothing at"),
+        ("text", "eval.reference must be an .npz file, found .*, which is none"),
+        ("pickle", "'mu' in .* cannot be read: Object arrays cannot be loaded when allow_pickle=False"),
+        ("pickled images", r"must have images as uint8 \[N, H, W, 3\], found object"),
+        ("names", "must have mu and sigma, ref_mu and ref_sigma, or images as arr_0, found mean in"),
+        ("sizes", r"'mu' and 'sigma' in .* must be of 2048 features, found \[64\] and \[64, 64\]"),
+        ("nan", "must be finite, found NaN or infinity"),
+        ("float images", r"must have images as uint8 \[N, H, W, 3\], found float64 \[11, 6, 5, 3\]"),
+        ("features", r"'features' in .* must be finite \[N, 2048\], found \[3, 64\]"),
+    ],
+)
 def test_a_file_that_cannot_be_used_gets_a_sentence(tmp_path, kind, said):
     broken(tmp_path / "ref.npz", kind)
     with pytest.raises(ConfigError, match=said):
@@ -145,6 +163,9 @@ def test_other_weights_than_the_references_are_refused(tmp_path):
     found = read_reference(tmp_path / "ref.npz")
     assert found.num_images == 50_000
     found.check_inception("abc")
-    with pytest.raises(ConfigError, match=r"must be of the Inception weights in use \(def\.\.\.\), found statistics of "
-                                          r"abc\.\.\."):
+    with pytest.raises(
+        ConfigError,
+        match=r"must be of the Inception weights in use \(def\.\.\.\), found statistics of "
+        r"abc\.\.\.",
+    ):
         found.check_inception("def")

@@ -2,7 +2,6 @@
 
 import types
 
-import adm
 import jax
 import numpy as np
 import pytest
@@ -16,6 +15,7 @@ from gspn_jax.metrics.kid import kernel_distance
 from gspn_jax.metrics.neighbours import precision_recall, radii
 from gspn_jax.metrics.reference import Reference
 from gspn_jax.metrics.scores import METRICS, Collector
+from tests.metrics import adm
 
 SIZE = 12
 
@@ -28,9 +28,12 @@ def dyadic(rng, count, size=SIZE, scale=8.0, shift=0.0):
 @pytest.fixture
 def features():
     rng = np.random.default_rng(0)
-    return types.SimpleNamespace(real=dyadic(rng, 130), samples=dyadic(rng, 170, shift=0.3),
-                                 spatial=rng.standard_normal((170, 7)).astype(np.float32),
-                                 logits=(4 * rng.standard_normal((170, 10))).astype(np.float32))
+    return types.SimpleNamespace(
+        real=dyadic(rng, 130),
+        samples=dyadic(rng, 170, shift=0.3),
+        spatial=rng.standard_normal((170, 7)).astype(np.float32),
+        logits=(4 * rng.standard_normal((170, 10))).astype(np.float32),
+    )
 
 
 def test_fid_from_streams_is_that_of_the_matrix_root(features):
@@ -109,15 +112,24 @@ def test_all_metrics_at_once_skip_padded_rows(features, devices):
     collector = Collector(METRICS)
     for start in range(0, 170, 64):
         rows = slice(start, min(start + 64, 170))
-        padded = [np.pad(a[rows], ((0, 64 - len(a[rows])), (0, 0)), constant_values=1e9)
-                  for a in (features.samples, features.spatial, features.logits)]
+        padded = [
+            np.pad(a[rows], ((0, 64 - len(a[rows])), (0, 0)), constant_values=1e9)
+            for a in (features.samples, features.spatial, features.logits)
+        ]
         pool, spatial, logits = (jax.device_put(a, split) for a in padded)
-        collector.add(types.SimpleNamespace(pool=pool, spatial=spatial, logits=logits),
-                      jax.device_put(np.arange(64) < len(features.samples[rows]), split))
+        collector.add(
+            types.SimpleNamespace(pool=pool, spatial=spatial, logits=logits),
+            jax.device_put(np.arange(64) < len(features.samples[rows]), split),
+        )
     assert collector.count == 170
     real, other = features.real.astype(np.float64), features.spatial.astype(np.float64) + 0.1
-    target = Reference("ref", "", pool=Gaussian(real.mean(0), np.cov(real, rowvar=False)), features=features.real,
-                       spatial=Gaussian(other.mean(0), np.cov(other, rowvar=False)))
+    target = Reference(
+        "ref",
+        "",
+        pool=Gaussian(real.mean(0), np.cov(real, rowvar=False)),
+        features=features.real,
+        spatial=Gaussian(other.mean(0), np.cov(other, rowvar=False)),
+    )
     scores = collector.scores(target)
     assert tuple(scores) == METRICS
     assert scores["fid"] == pytest.approx(adm.fid(features.real, features.samples), rel=1e-6)
@@ -125,7 +137,8 @@ def test_all_metrics_at_once_skip_padded_rows(features, devices):
     assert scores["is"] == pytest.approx(adm.inception_score(features.logits, 5000), rel=1e-10)
     assert (scores["precision"], scores["recall"]) == adm.precision_recall(features.real, features.samples)
     assert scores["kid"] == pytest.approx(
-        adm.kid(features.samples, features.real, subsets=100, size=130, seed=2020), rel=1e-10)
+        adm.kid(features.samples, features.real, subsets=100, size=130, seed=2020), rel=1e-10
+    )
 
 
 SIZE_SPATIAL = 7
@@ -138,8 +151,11 @@ def test_only_what_the_names_need_is_kept_and_asked_for(features):
     with pytest.raises(ConfigError, match="fid, recall must have a reference, found none"):
         Collector(("fid", "is", "recall")).scores()
     target = Reference("stats.npz", "", pool=Gaussian(np.zeros(2), np.eye(2)))
-    with pytest.raises(ConfigError, match=r"stats.npz must have mu_s and sigma_s for sfid, and arr_0 \(images\) or "
-                                          r"features for kid and recall; found what allows fid and is only"):
+    with pytest.raises(
+        ConfigError,
+        match=r"stats.npz must have mu_s and sigma_s for sfid, and arr_0 \(images\) or "
+        r"features for kid and recall; found what allows fid and is only",
+    ):
         Collector(("fid", "sfid", "kid", "recall")).scores(target)
 
 

@@ -65,8 +65,7 @@ def test_what_is_known_of_a_file_is_said_and_no_more(weights, tmp_path, monkeypa
     known = self_test._known_file(weights, sha256)
     assert known.passed and "first 8 digits are those of THE FILE" in known.text
     inception.convert(weights, tmp_path / "converted.safetensors")
-    converted = self_test._known_file(tmp_path / "converted.safetensors",
-                                      sha256_of(tmp_path / "converted.safetensors"))
+    converted = self_test._known_file(tmp_path / "converted.safetensors", sha256_of(tmp_path / "converted.safetensors"))
     assert converted.passed is None and "says that it was converted from THE FILE" in converted.text
 
 
@@ -81,7 +80,7 @@ def test_a_recording_is_not_overwritten_and_must_be_one(weights, tmp_path):
 
 @pytest.mark.torch
 def test_the_stored_features_are_those_of_the_independent_network():
-    import torch_inception
+    from tests.metrics import torch_inception
 
     weights = inception.random_state_dict(self_test.RANDOM_SEED)
     stored = KNOWN_FEATURES[inception.digest(weights)]

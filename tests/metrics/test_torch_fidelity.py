@@ -24,8 +24,11 @@ from tests.real_images import archive
 
 torch = pytest.importorskip("torch")
 
-pytestmark = [pytest.mark.torch, pytest.mark.slow, pytest.mark.filterwarnings(
-    "ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")]
+pytestmark = [
+    pytest.mark.torch,
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning"),
+]
 
 COUNT = int(os.environ.get("GSPN_TORCH_FIDELITY_IMAGES", 120))
 ANIMALS = ("bird", "cat", "deer", "dog", "frog", "horse")
@@ -39,6 +42,7 @@ root has rounding errors for eigenvalues; its KID is float32; precision and reca
 @pytest.fixture
 def torch_fidelity(monkeypatch):
     """It imports torchvision, of which these metrics use nothing and whose builds do not load beside every PyTorch."""
+
     def module(name, **contents):
         stub = types.ModuleType(name)
         vars(stub).update(contents)
@@ -60,7 +64,7 @@ def photographs():
     samples, real = [], []
     with tarfile.open(archive("cifar10_images.tar.gz")) as tar:
         for member in tar:
-            split, name, number = (pathlib.Path(member.name).parts[-3:] if member.isfile() else ("",) * 3)
+            split, name, number = pathlib.Path(member.name).parts[-3:] if member.isfile() else ("",) * 3
             index = int(number.partition(".")[0] or 0)
             if split == "test" and name in ANIMALS and len(samples) < COUNT and index <= COUNT // len(ANIMALS) + 1:
                 chosen = samples
@@ -86,19 +90,43 @@ class Pixels(torch.utils.data.Dataset):
 
 def theirs(torch_fidelity, weights, samples, real) -> dict[str, float]:
     found = torch_fidelity.calculate_metrics(
-        input1=Pixels(samples), input2=Pixels(real), cuda=False, isc=True, fid=True, kid=True, prc=True,
-        feature_extractor="inception-v3-compat", feature_extractor_weights_path=str(weights), isc_splits=1,
-        feature_layer_prc="2048", kid_subset_size=min(1000, COUNT), batch_size=20, cache=False, save_cpu_ram=True,
-        verbose=False)
-    names = ("frechet_inception_distance", "inception_score_mean", "kernel_inception_distance_mean", "precision",
-             "recall")
+        input1=Pixels(samples),
+        input2=Pixels(real),
+        cuda=False,
+        isc=True,
+        fid=True,
+        kid=True,
+        prc=True,
+        feature_extractor="inception-v3-compat",
+        feature_extractor_weights_path=str(weights),
+        isc_splits=1,
+        feature_layer_prc="2048",
+        kid_subset_size=min(1000, COUNT),
+        batch_size=20,
+        cache=False,
+        save_cpu_ram=True,
+        verbose=False,
+    )
+    names = (
+        "frechet_inception_distance",
+        "inception_score_mean",
+        "kernel_inception_distance_mean",
+        "precision",
+        "recall",
+    )
     return {metric: found[name] for metric, name in zip(METRICS, names, strict=True)}
 
 
 def features_of(extractor, images):
     batches = [(features, np.asarray(mask)) for features, mask in extractor.stream([images])]
-    return inception.Features(*(np.concatenate([np.asarray(part)[mask] for part, mask in zip(
-        parts, [mask for _, mask in batches], strict=True)]) for parts in zip(*[f for f, _ in batches], strict=True)))
+    return inception.Features(
+        *(
+            np.concatenate(
+                [np.asarray(part)[mask] for part, mask in zip(parts, [mask for _, mask in batches], strict=True)]
+            )
+            for parts in zip(*[f for f, _ in batches], strict=True)
+        )
+    )
 
 
 def test_metrics_are_those_of_torch_fidelity(torch_fidelity, photographs, tmp_path, capsys):
@@ -130,13 +158,16 @@ def test_metrics_are_those_of_torch_fidelity(torch_fidelity, photographs, tmp_pa
     score = isc_features_to_metric(torch.tensor(sampled.logits), splits=1)["inception_score_mean"]
     assert ours["is"] == pytest.approx(score, rel=1e-10)
     settings = {"kid_subset_size": COUNT // 2, "kid_subsets": 20, "verbose": False}
-    kid = kid_features_to_metric(torch.tensor(sampled.pool).double(), torch.tensor(target.pool).double(),
-                                 **settings)["kernel_inception_distance_mean"]
+    kid = kid_features_to_metric(torch.tensor(sampled.pool).double(), torch.tensor(target.pool).double(), **settings)[
+        "kernel_inception_distance_mean"
+    ]
     found = kernel_distance(sampled.pool, target.pool, subsets=20, subset_size=COUNT // 2)
     assert found == pytest.approx(kid, rel=1e-8)
     few = COUNT // 2  # features, so that covariances are regular
-    fid = fid_statistics_to_metric(*(fid_features_to_statistics(torch.tensor(part.pool[:, :few]).double())
-                                     for part in (sampled, target)), verbose=False)["frechet_inception_distance"]
+    fid = fid_statistics_to_metric(
+        *(fid_features_to_statistics(torch.tensor(part.pool[:, :few]).double()) for part in (sampled, target)),
+        verbose=False,
+    )["frechet_inception_distance"]
     found = frechet_distance(*moments(sampled.pool[:, :few]), *moments(target.pool[:, :few]))
     assert found == pytest.approx(fid, rel=1e-6)  # the small eigenvalues of a general matrix
     # tr (C1 C2)^(1/2) is the sum of the singular values of X1 X2^T, exact where there are fewer images than features

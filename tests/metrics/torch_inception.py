@@ -7,13 +7,25 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-MISTAKES = ("half-pixel resize", "divided by 127.5", "bfloat16 convolutions", "TF32 convolutions", "padding counted",
-            "average in 7c", "no resize", "logits with bias", "spatial in NCHW order", "spatial before ReLU",
-            "spatial of 6c", "epsilon of 1e-5")
+MISTAKES = (
+    "half-pixel resize",
+    "divided by 127.5",
+    "bfloat16 convolutions",
+    "TF32 convolutions",
+    "padding counted",
+    "average in 7c",
+    "no resize",
+    "logits with bias",
+    "spatial in NCHW order",
+    "spatial before ReLU",
+    "spatial of 6c",
+    "epsilon of 1e-5",
+)
 
 
 def resize(images: np.ndarray, *, half_pixel: bool = False) -> np.ndarray:
     """uint8 [N, H, W, 3] -> float64 [N, 299, 299, 3], a loop over rows and columns."""
+
     def along(x: np.ndarray, axis: int) -> np.ndarray:
         size, lines = x.shape[axis], []
         for i in range(299):
@@ -23,6 +35,7 @@ def resize(images: np.ndarray, *, half_pixel: bool = False) -> np.ndarray:
             high = min(low + 1, size - 1)
             lines.append((1 - (at - low)) * x.take(low, axis) + (at - low) * x.take(high, axis))
         return np.stack(lines, axis)
+
     return along(along(images.astype(np.float64), 1), 2)
 
 
@@ -45,8 +58,14 @@ def features(weights: dict[str, np.ndarray], images: np.ndarray, mistake: str | 
         if mistake == "TF32 convolutions":
             x, kernel = to_tf32(x), to_tf32(kernel)
         y = F.conv2d(x, kernel, stride=stride, padding=padding)
-        y = F.batch_norm(y, w[f"{name}.bn.running_mean"], w[f"{name}.bn.running_var"], w[f"{name}.bn.weight"],
-                         w[f"{name}.bn.bias"], eps=epsilon)
+        y = F.batch_norm(
+            y,
+            w[f"{name}.bn.running_mean"],
+            w[f"{name}.bn.running_var"],
+            w[f"{name}.bn.weight"],
+            w[f"{name}.bn.bias"],
+            eps=epsilon,
+        )
         return F.relu(y) if relu else y
 
     def average(x):
@@ -86,13 +105,18 @@ def features(weights: dict[str, np.ndarray], images: np.ndarray, mistake: str | 
         three = conv(f"{b}.branch3x3_1", x)
         three = [conv(f"{b}.branch3x3_2a", three, padding=(0, 1)), conv(f"{b}.branch3x3_2b", three, padding=(1, 0))]
         double = conv(f"{b}.branch3x3dbl_2", conv(f"{b}.branch3x3dbl_1", x), padding=1)
-        double = [conv(f"{b}.branch3x3dbl_3a", double, padding=(0, 1)),
-                  conv(f"{b}.branch3x3dbl_3b", double, padding=(1, 0))]
+        double = [
+            conv(f"{b}.branch3x3dbl_3a", double, padding=(0, 1)),
+            conv(f"{b}.branch3x3dbl_3b", double, padding=(1, 0)),
+        ]
         return torch.cat([conv(f"{b}.branch1x1", x), *three, *double, conv(f"{b}.branch_pool", pool(x))], 1)
 
     with torch.no_grad():
-        x = images.astype(np.float64) if mistake == "no resize" else resize(images,
-                                                                            half_pixel=mistake == "half-pixel resize")
+        x = (
+            images.astype(np.float64)
+            if mistake == "no resize"
+            else resize(images, half_pixel=mistake == "half-pixel resize")
+        )
         x = torch.tensor((x / 127.5 - 1) if mistake == "divided by 127.5" else (x - 128) / 128).permute(0, 3, 1, 2)
         x = conv("Conv2d_2a_3x3", conv("Conv2d_1a_3x3", x, stride=2))
         x = F.max_pool2d(conv("Conv2d_2b_3x3", x, padding=1), 3, 2)
@@ -101,15 +125,15 @@ def features(weights: dict[str, np.ndarray], images: np.ndarray, mistake: str | 
         b = inception_b("Mixed_6a", x)
         c = inception_c("Mixed_6c", inception_c("Mixed_6b", b))
         d = inception_c("Mixed_6d", c)
-        spatial = {"spatial of 6c": conv("Mixed_6c.branch1x1", inception_c("Mixed_6b", b)),
-                   "spatial before ReLU": conv("Mixed_6d.branch1x1", c, relu=False)}.get(
-                       mistake, conv("Mixed_6d.branch1x1", c))[:, :7]
+        spatial = {
+            "spatial of 6c": conv("Mixed_6c.branch1x1", inception_c("Mixed_6b", b)),
+            "spatial before ReLU": conv("Mixed_6d.branch1x1", c, relu=False),
+        }.get(mistake, conv("Mixed_6d.branch1x1", c))[:, :7]
         if mistake != "spatial in NCHW order":
             spatial = spatial.permute(0, 2, 3, 1)
         x = inception_d("Mixed_7a", inception_c("Mixed_6e", d))
         x = inception_e("Mixed_7b", x, average)
-        x = inception_e("Mixed_7c", x, average if mistake == "average in 7c"
-                        else lambda x: F.max_pool2d(x, 3, 1, 1))
+        x = inception_e("Mixed_7c", x, average if mistake == "average in 7c" else lambda x: F.max_pool2d(x, 3, 1, 1))
         pool = x.mean((2, 3))
         logits = pool @ w["fc.weight"].T
         if mistake == "logits with bias":

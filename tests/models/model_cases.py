@@ -14,10 +14,19 @@ DIT = ModelConfig(preset="DiT-S/2", hidden=16, depth=2, heads=2)
 DIT_GSPN = ModelConfig(preset="DiT-S/2", hidden=16, depth=2, mixer="gspn", proxy_ratio=4)
 
 
-def make_config(model: ModelConfig, *, precision: str = FLOAT32, channels: int = 3, num_classes: int = 5,
-                image_size: int = 8, objective: str = "ddpm") -> Config:
+def make_config(
+    model: ModelConfig,
+    *,
+    precision: str = FLOAT32,
+    channels: int = 3,
+    num_classes: int = 5,
+    image_size: int = 8,
+    objective: str = "ddpm",
+) -> Config:
     return Config(
-        run_dir="unused", model=model, train=TrainConfig(precision=precision),
+        run_dir="unused",
+        model=model,
+        train=TrainConfig(precision=precision),
         data=DataConfig(image_size=image_size, channels=channels, num_classes=num_classes),
         diffusion=DiffusionConfig(objective=objective),
     )

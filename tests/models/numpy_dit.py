@@ -5,17 +5,26 @@ import math
 import numpy as np
 
 
-def random_state_dict(*, hidden: int, depth: int, patch: int, channels: int, out_channels: int, num_classes: int,
-                      grid: int, seed: int = 0) -> dict[str, np.ndarray]:
+def random_state_dict(
+    *, hidden: int, depth: int, patch: int, channels: int, out_channels: int, num_classes: int, grid: int, seed: int = 0
+) -> dict[str, np.ndarray]:
     """Random weights under the original's names and in its shapes."""
     rng = np.random.default_rng(seed)
-    shapes = {"x_embedder.proj": (hidden, channels, patch, patch), "t_embedder.mlp.0": (hidden, 256),
-              "t_embedder.mlp.2": (hidden, hidden), "final_layer.adaLN_modulation.1": (2 * hidden, hidden),
-              "final_layer.linear": (patch * patch * out_channels, hidden)}
+    shapes = {
+        "x_embedder.proj": (hidden, channels, patch, patch),
+        "t_embedder.mlp.0": (hidden, 256),
+        "t_embedder.mlp.2": (hidden, hidden),
+        "final_layer.adaLN_modulation.1": (2 * hidden, hidden),
+        "final_layer.linear": (patch * patch * out_channels, hidden),
+    }
     for i in range(depth):
-        shapes |= {f"blocks.{i}.attn.qkv": (3 * hidden, hidden), f"blocks.{i}.attn.proj": (hidden, hidden),
-                   f"blocks.{i}.mlp.fc1": (4 * hidden, hidden), f"blocks.{i}.mlp.fc2": (hidden, 4 * hidden),
-                   f"blocks.{i}.adaLN_modulation.1": (6 * hidden, hidden)}
+        shapes |= {
+            f"blocks.{i}.attn.qkv": (3 * hidden, hidden),
+            f"blocks.{i}.attn.proj": (hidden, hidden),
+            f"blocks.{i}.mlp.fc1": (4 * hidden, hidden),
+            f"blocks.{i}.mlp.fc2": (hidden, 4 * hidden),
+            f"blocks.{i}.adaLN_modulation.1": (6 * hidden, hidden),
+        }
     state_dict = {}
     for name, shape in shapes.items():
         state_dict[f"{name}.weight"] = rng.standard_normal(shape) / math.sqrt(np.prod(shape[1:]))

@@ -59,7 +59,8 @@ def test_a_cpu_runs_xlas_and_a_log_line_says_so_once(caplog):
         attention.attention(q, q, q)
     assert [record.message for record in caplog.records] == [
         "Attention runs on the 'xla' implementation: cuDNN's flash attention needs an NVIDIA GPU of compute capability "
-        "8.0 or newer, found cpu."]
+        "8.0 or newer, found cpu."
+    ]
     assert attention.choose(q.shape, q.dtype).fair  # beside nothing better on a CPU
 
 

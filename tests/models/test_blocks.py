@@ -28,8 +28,9 @@ def test_blocks_run_in_order_each_with_its_own_parameters_chunk_and_skip(chunks,
     assert len(set(bias.tolist())) == 4
     skips = np.arange(4.0, dtype=np.float32).reshape(4, 1, 1, 1, 1)
     x = np.ones((1, 1, 1, 1), np.float32)
-    found, kept = run_stack(blocks, jnp.asarray(x), chunks=chunks, remat=remat, long_skips=jnp.asarray(skips),
-                            keep=True)
+    found, kept = run_stack(
+        blocks, jnp.asarray(x), chunks=chunks, remat=remat, long_skips=jnp.asarray(skips), keep=True
+    )
     expected = []
     for i in range(4):
         x = 2 * x + bias[i] + (chunks[i] or 0) + skips[i]

@@ -2,13 +2,13 @@
 
 import numpy as np
 import pytest
-from model_cases import DIT, PAPER, make_config, random_inputs, random_params, relative_error, run
-from numpy_dit import denoise, random_state_dict
 from safetensors.numpy import save_file
 
 from gspn_jax.config import ConfigError
 from gspn_jax.models.convert import dit_from_torch, dit_to_torch
 from gspn_jax.state_dict import read_state_dict
+from tests.models.model_cases import DIT, PAPER, make_config, random_inputs, random_params, relative_error, run
+from tests.models.numpy_dit import denoise, random_state_dict
 
 CONFIG = make_config(DIT)
 SIZES = {"hidden": 16, "depth": 2, "patch": 2, "channels": 3, "out_channels": 6, "num_classes": 5, "grid": 4}
@@ -20,8 +20,12 @@ def test_output_is_that_of_the_original(height, width):
     state_dict = random_state_dict(**SIZES)
     x, t, y = random_inputs(3, height, width)
     found = run(CONFIG, dit_from_torch(state_dict, CONFIG), x, t, y)
-    truth = np.stack([denoise(state_dict, image.transpose(2, 0, 1), time, label, heads=2, patch=2).transpose(1, 2, 0)
-                      for image, time, label in zip(x, t, y, strict=True)])
+    truth = np.stack(
+        [
+            denoise(state_dict, image.transpose(2, 0, 1), time, label, heads=2, patch=2).transpose(1, 2, 0)
+            for image, time, label in zip(x, t, y, strict=True)
+        ]
+    )
     assert relative_error(found, truth) < TOLERANCE
 
 
@@ -38,8 +42,9 @@ def test_safetensors_and_back(tmp_path):
 def test_parameters_survive_the_way_to_torch_and_back():
     params = random_params(CONFIG)
     back = dit_from_torch(dit_to_torch(params, CONFIG), CONFIG)
-    np.testing.assert_array_equal(params["trunk"]["blocks"]["mixer"]["qkv"]["kernel"],
-                                  back["trunk"]["blocks"]["mixer"]["qkv"]["kernel"])
+    np.testing.assert_array_equal(
+        params["trunk"]["blocks"]["mixer"]["qkv"]["kernel"], back["trunk"]["blocks"]["mixer"]["qkv"]["kernel"]
+    )
     np.testing.assert_array_equal(params["patch_embed"]["proj"]["kernel"], back["patch_embed"]["proj"]["kernel"])
 
 
@@ -47,24 +52,43 @@ def _without(state_dict, name):
     return {key: value for key, value in state_dict.items() if key != name}
 
 
-@pytest.mark.parametrize(("change", "message"), [
-    (lambda s: _without(s, "blocks.1.mlp.fc1.bias"),
-     r"the state_dict must have 'blocks.1.mlp.fc1.bias', found \d+ other keys"),
-    (lambda s: s | {"blocks.2.mlp.fc1.bias": s["blocks.1.mlp.fc1.bias"]},
-     r"every key of the state_dict must belong to a DiT of depth 2, found 'blocks.2.mlp.fc1.bias'"),
-    (lambda s: s | {"blocks.0.attn.qkv.weight": s["blocks.0.attn.proj.weight"]},
-     r"blocks.0.attn.qkv.weight must have shape \(48, 16\) for this config, found \(16, 16\)"),
-    (lambda s: s | {"x_embedder.proj.weight": s["x_embedder.proj.weight"][:, :2]},
-     r"x_embedder.proj.weight must have shape \(16, 3, 2, 2\) for this config, found \(16, 2, 2, 2\)"),
-    (lambda s: s | {"y_embedder.embedding_table.weight": s["y_embedder.embedding_table.weight"][:5]},
-     r"y_embedder.embedding_table.weight must have shape \(6, 16\) for this config, found \(5, 16\)"),
-    (lambda s: s | {"final_layer.linear.bias": np.full(24, np.nan, np.float32)},
-     r"final_layer.linear.bias must be finite, found NaN or infinity"),
-    (lambda s: s | {"pos_embed": s["pos_embed"][:, :, ::-1]},
-     r"pos_embed must be the fixed sine-cosine table of DiT, found one that is .* off"),
-    (lambda s: s | {"pos_embed": s["pos_embed"][:, :15]},
-     r"pos_embed must have shape \(1, rows \* rows, 16\), found \(1, 15, 16\)"),
-])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda s: _without(s, "blocks.1.mlp.fc1.bias"),
+            r"the state_dict must have 'blocks.1.mlp.fc1.bias', found \d+ other keys",
+        ),
+        (
+            lambda s: s | {"blocks.2.mlp.fc1.bias": s["blocks.1.mlp.fc1.bias"]},
+            r"every key of the state_dict must belong to a DiT of depth 2, found 'blocks.2.mlp.fc1.bias'",
+        ),
+        (
+            lambda s: s | {"blocks.0.attn.qkv.weight": s["blocks.0.attn.proj.weight"]},
+            r"blocks.0.attn.qkv.weight must have shape \(48, 16\) for this config, found \(16, 16\)",
+        ),
+        (
+            lambda s: s | {"x_embedder.proj.weight": s["x_embedder.proj.weight"][:, :2]},
+            r"x_embedder.proj.weight must have shape \(16, 3, 2, 2\) for this config, found \(16, 2, 2, 2\)",
+        ),
+        (
+            lambda s: s | {"y_embedder.embedding_table.weight": s["y_embedder.embedding_table.weight"][:5]},
+            r"y_embedder.embedding_table.weight must have shape \(6, 16\) for this config, found \(5, 16\)",
+        ),
+        (
+            lambda s: s | {"final_layer.linear.bias": np.full(24, np.nan, np.float32)},
+            r"final_layer.linear.bias must be finite, found NaN or infinity",
+        ),
+        (
+            lambda s: s | {"pos_embed": s["pos_embed"][:, :, ::-1]},
+            r"pos_embed must be the fixed sine-cosine table of DiT, found one that is .* off",
+        ),
+        (
+            lambda s: s | {"pos_embed": s["pos_embed"][:, :15]},
+            r"pos_embed must have shape \(1, rows \* rows, 16\), found \(1, 15, 16\)",
+        ),
+    ],
+)
 def test_a_wrong_state_dict_is_one_sentence_naming_the_key(change, message):
     with pytest.raises(ValueError, match=f"^{message}$"):
         dit_from_torch(change(random_state_dict(**SIZES)), CONFIG)

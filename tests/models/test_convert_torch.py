@@ -5,11 +5,11 @@ import math
 
 import numpy as np
 import pytest
-from model_cases import DIT, make_config, random_inputs, relative_error, run
-from numpy_dit import positions
 
 from gspn_jax.models.convert import dit_from_torch, dit_to_torch
 from gspn_jax.state_dict import read_state_dict
+from tests.models.model_cases import DIT, make_config, random_inputs, relative_error, run
+from tests.models.numpy_dit import positions
 
 pytestmark = pytest.mark.torch
 CONFIG = make_config(DIT)

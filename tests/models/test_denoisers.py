@@ -3,10 +3,14 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
-import numpy_gspn
 import pytest
 from flax import nnx
-from model_cases import (
+
+from gspn_jax import models
+from gspn_jax.config import ModelConfig
+from gspn_jax.models import resolve
+from tests.models import numpy_gspn
+from tests.models.model_cases import (
     BFLOAT16,
     DIT,
     DIT_GSPN,
@@ -17,10 +21,6 @@ from model_cases import (
     relative_error,
     run,
 )
-
-from gspn_jax import models
-from gspn_jax.config import ModelConfig
-from gspn_jax.models import resolve
 
 # Where the chunk pattern does not matter, two local blocks: the quickest to compile.
 QUICK_PAPER, QUICK_DIT_GSPN = dataclasses.replace(PAPER, depth=2, chunk=2), dataclasses.replace(DIT_GSPN, chunk=2)
@@ -35,8 +35,12 @@ SLOW_MODELS = pytest.mark.parametrize(
 def numpy_paper(config, params, inputs):
     arch = resolve(config.model)
     params = jax.tree.map(lambda a: np.asarray(a, np.float64), params)
-    return np.stack([numpy_gspn.denoise(params, *sample, patch=arch.patch, chunks=arch.chunks)
-                     for sample in zip(*inputs, strict=True)])
+    return np.stack(
+        [
+            numpy_gspn.denoise(params, *sample, patch=arch.patch, chunks=arch.chunks)
+            for sample in zip(*inputs, strict=True)
+        ]
+    )
 
 
 # The tolerance is 1e-5 of the largest output, float32 against float64. The sizes are those of the training images, then
@@ -48,18 +52,19 @@ def test_paper_layout_is_that_of_plain_loops_at_any_size(height, width):
     assert relative_error(run(config, params, *inputs), numpy_paper(config, params, inputs)) < 1e-5
 
 
-@pytest.mark.parametrize("change", [
-    {"groups": 4, "skip": True, "chunk": (3, 1, None)},
-    {"groups": 1, "patch": 1, "chunk": 2},
-])
+@pytest.mark.parametrize(
+    "change", [{"groups": 4, "skip": True, "chunk": (3, 1, None)}, {"groups": 1, "patch": 1, "chunk": 2}]
+)
 def test_groups_skip_patch_and_chunks_are_those_of_plain_loops(change):
     config = make_config(dataclasses.replace(PAPER, depth=2, **change), objective="flow")
     params, inputs = random_params(config), random_inputs(2, 8, 8)
     assert relative_error(run(config, params, *inputs), numpy_paper(config, params, inputs)) < 1e-5
 
 
-@pytest.mark.parametrize(("objective", "learn_sigma", "channels"),
-                         [("ddpm", None, 6), ("flow", None, 3), ("ddpm", False, 3), ("flow", True, 6)])
+@pytest.mark.parametrize(
+    ("objective", "learn_sigma", "channels"),
+    [("ddpm", None, 6), ("flow", None, 3), ("ddpm", False, 3), ("flow", True, 6)],
+)
 def test_output_channels_follow_the_objective_unless_set(objective, learn_sigma, channels):
     config = make_config(dataclasses.replace(PAPER, learn_sigma=learn_sigma), objective=objective)
     graphdef, params = models.abstract(config)
@@ -160,8 +165,10 @@ def test_drop_path_needs_a_key_and_a_rate(model):
     assert np.abs(first - plain).max() > 1e-3
 
     graphdef, _ = models.abstract(make_config(dataclasses.replace(model, drop_path=0.0)))
-    traced = [jax.make_jaxpr(lambda p, key=key: models.apply(graphdef, p, *inputs, drop_path_key=key))(params)
-              for key in (None, jax.random.key(0))]
+    traced = [
+        jax.make_jaxpr(lambda p, key=key: models.apply(graphdef, p, *inputs, drop_path_key=key))(params)
+        for key in (None, jax.random.key(0))
+    ]
     assert str(traced[0]) == str(traced[1])
 
 

@@ -2,11 +2,11 @@ import dataclasses
 
 import jax
 import pytest
-from model_cases import DIT, DIT_GSPN, PAPER, make_config, random_inputs
 
 from gspn_jax import models
 from gspn_jax.config import ModelConfig
 from gspn_jax.models import forward_flops, resolve
+from tests.models.model_cases import DIT, DIT_GSPN, PAPER, make_config, random_inputs
 
 
 def traced_products(jaxpr, times: int = 1) -> float:
@@ -56,8 +56,9 @@ def test_dit_is_what_xla_counts():
 
 # Multiply-adds at 256 px in 1e9: DiT-XL/2 118.6 (arXiv 2212.09748, table 4); GSPN about 177 and 114, counted
 # from the authors' code with its skip term.
-@pytest.mark.parametrize(("preset", "skip", "giga"),
-                         [("DiT-XL/2", False, 118.6), ("GSPN-XL/2", True, 177), ("GSPN-L/2", True, 114)])
+@pytest.mark.parametrize(
+    ("preset", "skip", "giga"), [("DiT-XL/2", False, 118.6), ("GSPN-XL/2", True, 177), ("GSPN-L/2", True, 114)]
+)
 def test_known_costs(preset, skip, giga):
     flops = forward_flops(resolve(ModelConfig(preset=preset, skip=skip)), 4, 32, 32)
     assert flops / 2e9 == pytest.approx(giga, rel=0.05 if skip else 1e-3)

@@ -5,7 +5,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from test_flops import traced_products
 
 from gspn_jax import models
 from gspn_jax.models.classifier import PRESETS, Classifier, count_multiply_adds, count_parameters, preset
@@ -13,6 +12,7 @@ from gspn_jax.models.hierarchy import Hierarchy, Stage, map_sizes
 from gspn_jax.models.scan_mixer import GlobalResponseNorm, ScanOptions
 from gspn_jax.parallel import fsdp, sharding
 from tests.models import numpy_classifier
+from tests.models.test_flops import traced_products
 
 CLASSES = 5
 
@@ -25,6 +25,7 @@ def tiny(*blocks: tuple[int | None, ...], drop_path=0.0, **options) -> Hierarchy
 
 def build(hierarchy, **settings):
     """(static part, parameters), drawn in one program, for drawing them one by one compiles many."""
+
     def make(seed):
         return Classifier(hierarchy, num_classes=CLASSES, rngs=nnx.Rngs(jax.random.key(seed)), **settings)
 
@@ -56,11 +57,15 @@ def error(found, expected):
     return np.abs(found - expected).max() / np.abs(expected).max()
 
 
-@pytest.mark.parametrize(("blocks", "options"), [
-    (((2, 2), (None, 2)), {}),
-    (((None, None),), {"skip": True, "groups": 1}),
-    (((None, None),), {"skip": True, "released": True}),
-], ids=["local and global", "skip and shared weights", "released"])
+@pytest.mark.parametrize(
+    ("blocks", "options"),
+    [
+        (((2, 2), (None, 2)), {}),
+        (((None, None),), {"skip": True, "groups": 1}),
+        (((None, None),), {"skip": True, "released": True}),
+    ],
+    ids=["local and global", "skip and shared weights", "released"],
+)
 def test_logits_maps_and_gradients_are_those_of_a_loop_in_float64(blocks, options):
     """A gradient by its product with a random direction in every parameter, from differences of the loop."""
     hierarchy = tiny(*blocks, **options)
@@ -93,7 +98,8 @@ def test_logits_maps_and_gradients_are_those_of_a_loop_in_float64(blocks, option
         direction = random.standard_normal(leaves[i].shape)
         ahead, behind = (
             loop(jax.tree.unflatten(tree, [*leaves[:i], leaves[i] + sign * step * direction, *leaves[i + 1 :]]))[0]
-            for sign in (1, -1))
+            for sign in (1, -1)
+        )
         slope = (ahead - behind) @ cotangent.astype(np.float64) / (2 * step)
         gradient = np.asarray(gradient, np.float64)
         assert abs((gradient * direction).sum() - slope) < 1e-5 * np.linalg.norm(gradient), name
@@ -113,16 +119,22 @@ def test_parts_have_the_parameters_of_the_closed_form(name, skip):
     expected |= {"stem": 4.5 * first**2 + 18 * first, "head": 16 * first + 8 * first * classes + classes}
     found = count_parameters(hierarchy, num_classes=classes)
     assert found == expected
-    totals = {"GSPN-T": (31_279_868, 31_510_268), "GSPN-S": (50_037_218, 50_773_346),
-              "GSPN-B": (92_462_068, 93_061_108)}
+    totals = {
+        "GSPN-T": (31_279_868, 31_510_268),
+        "GSPN-S": (50_037_218, 50_773_346),
+        "GSPN-B": (92_462_068, 93_061_108),
+    }
     assert sum(found.values()) == totals[name][skip]
 
 
-@pytest.mark.parametrize(("name", "total", "with_scans", "stages"), [
-    ("GSPN-T", 5.24, 5.30, (0.864, 0.750, 2.425, 0.664)),
-    ("GSPN-S", 11.89, 12.01, (3.16, 2.59, 4.60, 0.86)),
-    ("GSPN-B", 15.71, 15.85, (2.56, 2.27, 7.99, 2.06)),
-])
+@pytest.mark.parametrize(
+    ("name", "total", "with_scans", "stages"),
+    [
+        ("GSPN-T", 5.24, 5.30, (0.864, 0.750, 2.425, 0.664)),
+        ("GSPN-S", 11.89, 12.01, (3.16, 2.59, 4.60, 0.86)),
+        ("GSPN-B", 15.71, 15.85, (2.56, 2.27, 7.99, 2.06)),
+    ],
+)
 def test_work_is_that_of_the_released_configs(name, total, with_scans, stages):
     """In 1e9 multiply-adds at 224 px, of the reference's table: to 0.5 % or the last digit it prints."""
     counts = count_multiply_adds(preset(name, skip=True), num_classes=1000, height=224, width=224)
@@ -148,8 +160,11 @@ def test_any_image_size_gives_logits_features_and_the_maps_of_all_stages():
     hierarchy = tiny((2,), (None,), (2,))
     for classes, height, width in ((CLASSES, 33, 96), (0, 1, 7)):
         x = jax.ShapeDtypeStruct((2, height, width, 1), jnp.bfloat16)
-        model = nnx.eval_shape(lambda classes=classes: Classifier(
-            hierarchy, num_classes=classes, channels=1, dtype=jnp.bfloat16, rngs=nnx.Rngs(0)))
+        model = nnx.eval_shape(
+            lambda classes=classes: Classifier(
+                hierarchy, num_classes=classes, channels=1, dtype=jnp.bfloat16, rngs=nnx.Rngs(0)
+            )
+        )
         out, maps = jax.eval_shape(lambda model, x: (model(x), model(x, features=True)), model, x)
         assert (out.shape, out.dtype) == ((2, classes or 32), jnp.float32)
         expected = [(2, -(-height // r), -(-width // r), d) for r, d in ((4, 16), (8, 24), (16, 32))]
@@ -170,16 +185,19 @@ def test_last_blocks_are_dropped_most_and_the_first_never():
     graphdef, params = build(tiny((None, None), drop_path=0.999999))
     params = moved(params)
     alone = jax.tree_util.tree_map_with_path(
-        lambda path, a: a[:1] if "blocks" in jax.tree_util.keystr(path) else a, params)
+        lambda path, a: a[:1] if "blocks" in jax.tree_util.keystr(path) else a, params
+    )
     x, key = images(9, 9, batch=3), jax.random.key(0)
-    found, = jax.jit(lambda p: nnx.merge(graphdef, p)(x, features=True, drop_path_key=key))(params)
-    expected, = jax.jit(nnx.merge(build(tiny((None,)))[0], alone), static_argnames="features")(x, features=True)
+    (found,) = jax.jit(lambda p: nnx.merge(graphdef, p)(x, features=True, drop_path_key=key))(params)
+    (expected,) = jax.jit(nnx.merge(build(tiny((None,)))[0], alone), static_argnames="features")(x, features=True)
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_starts_of_ours_and_of_the_release():
-    ours, released = (build(tiny((None,), **options))[1]["backbone"]["stage1"]["blocks"]["mixer"]
-                      for options in ({}, {"skip": True, "released": True}))
+    ours, released = (
+        build(tiny((None,), **options))[1]["backbone"]["stage1"]["blocks"]["mixer"]
+        for options in ({}, {"skip": True, "released": True})
+    )
     np.testing.assert_array_equal(ours["merge"], np.full((1, 4), 0.25))
     assert "skip" not in ours and released["skip"]["kernel"].shape == (1, 4, 4, 24)
     assert 0.01 < np.abs(released["merge"]).max() <= 0.5 and np.unique(released["merge"]).size == 4
@@ -263,7 +281,9 @@ def test_rematerialisation_changes_no_gradient(remat):
 def test_bfloat16_stays_near_float32():
     hierarchy, x = tiny((2,), (None, None)), images(17, 22, batch=2)
     params = moved(build(hierarchy)[1])
-    exact, rounded = (np.asarray(jax.jit(nnx.merge(build(hierarchy, dtype=dtype)[0], params))(x))
-                      for dtype in (jnp.float32, jnp.bfloat16))
+    exact, rounded = (
+        np.asarray(jax.jit(nnx.merge(build(hierarchy, dtype=dtype)[0], params))(x))
+        for dtype in (jnp.float32, jnp.bfloat16)
+    )
     assert rounded.dtype == np.float32
     assert 1e-6 < error(rounded, exact) < 0.03

@@ -2,11 +2,11 @@ import dataclasses
 
 import jax
 import pytest
-from model_cases import make_config
 
 from gspn_jax import models
 from gspn_jax.config import ConfigError, ModelConfig
 from gspn_jax.models import PRESETS, resolve
+from tests.models.model_cases import make_config
 
 
 def imagenet(preset: str, **overrides):
@@ -32,8 +32,12 @@ def test_parameter_counts_are_the_published_ones_within_1_percent(preset, millio
 
 
 # Counts of the authors' code, without its per-pixel skip term and with it, in millions to the digits known.
-AUTHORS = {"GSPN-XL/2": (691.7, 723.5), "GSPN-L/2": (444.7, 465.2), "GSPN-B/2": (137.8, 144.0),
-           "GSPN-S/2": (19.3, 20.15)}
+AUTHORS = {
+    "GSPN-XL/2": (691.7, 723.5),
+    "GSPN-L/2": (444.7, 465.2),
+    "GSPN-B/2": (137.8, 144.0),
+    "GSPN-S/2": (19.3, 20.15),
+}
 
 
 @pytest.mark.parametrize(("preset", "millions"), AUTHORS.items())
@@ -62,32 +66,38 @@ def test_weights_are_per_channel_unless_grouped():
     assert per_channel - shared == 31 * 56 * 12 * 899  # blocks, proxy, 4 directions x 3 neighbours, channels
 
 
-@pytest.mark.parametrize(("model", "chunks"), [
-    (ModelConfig(preset="GSPN-S/2", depth=4), (2, 2, 2, None, None)),
-    (ModelConfig(preset="GSPN-S/2", depth=4, chunk=None), (None,) * 5),
-    (ModelConfig(preset="GSPN-S/2", depth=4, chunk=8), (8,) * 5),
-    (ModelConfig(preset="GSPN-S/2", depth=4, chunk=(1, 2, 3, None, 5)), (1, 2, 3, None, 5)),
-    (ModelConfig(preset="DiT-S/2", depth=3, mixer="gspn"), (None,) * 3),
-])
+@pytest.mark.parametrize(
+    ("model", "chunks"),
+    [
+        (ModelConfig(preset="GSPN-S/2", depth=4), (2, 2, 2, None, None)),
+        (ModelConfig(preset="GSPN-S/2", depth=4, chunk=None), (None,) * 5),
+        (ModelConfig(preset="GSPN-S/2", depth=4, chunk=8), (8,) * 5),
+        (ModelConfig(preset="GSPN-S/2", depth=4, chunk=(1, 2, 3, None, 5)), (1, 2, 3, None, 5)),
+        (ModelConfig(preset="DiT-S/2", depth=3, mixer="gspn"), (None,) * 3),
+    ],
+)
 def test_chunk_pattern(model, chunks):
     assert resolve(model).chunks == chunks
 
 
-@pytest.mark.parametrize(("overrides", "message"), [
-    ({"preset": "GSPN-M/2"}, r"model.preset must be one of GSPN-S/2, .*, found 'GSPN-M/2'"),
-    ({"depth": 5}, r"model.depth must be even with model.layout='paper', found 5"),
-    ({"mixer": "attention"}, r"model.mixer must be 'gspn' with model.layout='paper', found 'attention'"),
-    ({"groups": 7}, r"model.groups must be a divisor of model.hidden \(900\), found 7"),
-    ({"proxy_ratio": 1000}, r"model.proxy_ratio must be at most model.hidden \(900\), found 1000"),
-    ({"chunk": (2, 2)}, r"model.chunk must be 'preset', None, an int, or 31 entries, one a block, found \(2, 2\)"),
-    ({"chunk": -1}, r"model.chunk must be None \(global\) or 1 or more lines in every block, found -1"),
-    ({"chunk": 0}, r"model.chunk must be None \(global\) or 1 or more lines in every block, found 0"),
-    ({"layout": "dit", "mixer": "attention"}, r"model.heads must be a divisor of model.hidden \(900\), found None"),
-    ({"preset": "DiT-B/2", "heads": 7}, r"model.heads must be a divisor of model.hidden \(768\), found 7"),
-    ({"preset": "DiT-B/2", "hidden": 6, "heads": 1}, r"model.hidden must be a multiple of 4 .*, found 6"),
-    ({"preset": "DiT-B/2", "chunk": 2}, r"model.chunk must be 'preset' with model.mixer='attention', found 2"),
-    ({"preset": "DiT-B/2", "groups": 2}, r"model.groups must be None with model.mixer='attention', found 2"),
-])
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"preset": "GSPN-M/2"}, r"model.preset must be one of GSPN-S/2, .*, found 'GSPN-M/2'"),
+        ({"depth": 5}, r"model.depth must be even with model.layout='paper', found 5"),
+        ({"mixer": "attention"}, r"model.mixer must be 'gspn' with model.layout='paper', found 'attention'"),
+        ({"groups": 7}, r"model.groups must be a divisor of model.hidden \(900\), found 7"),
+        ({"proxy_ratio": 1000}, r"model.proxy_ratio must be at most model.hidden \(900\), found 1000"),
+        ({"chunk": (2, 2)}, r"model.chunk must be 'preset', None, an int, or 31 entries, one a block, found \(2, 2\)"),
+        ({"chunk": -1}, r"model.chunk must be None \(global\) or 1 or more lines in every block, found -1"),
+        ({"chunk": 0}, r"model.chunk must be None \(global\) or 1 or more lines in every block, found 0"),
+        ({"layout": "dit", "mixer": "attention"}, r"model.heads must be a divisor of model.hidden \(900\), found None"),
+        ({"preset": "DiT-B/2", "heads": 7}, r"model.heads must be a divisor of model.hidden \(768\), found 7"),
+        ({"preset": "DiT-B/2", "hidden": 6, "heads": 1}, r"model.hidden must be a multiple of 4 .*, found 6"),
+        ({"preset": "DiT-B/2", "chunk": 2}, r"model.chunk must be 'preset' with model.mixer='attention', found 2"),
+        ({"preset": "DiT-B/2", "groups": 2}, r"model.groups must be None with model.mixer='attention', found 2"),
+    ],
+)
 def test_settings_that_do_not_fit_are_one_sentence(overrides, message):
     model = dataclasses.replace(ModelConfig(preset="GSPN-B/2"), **overrides)
     with pytest.raises(ConfigError, match=f"^{message}$"):

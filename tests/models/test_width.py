@@ -7,20 +7,25 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from model_cases import BFLOAT16, PAPER, make_config, random_inputs, random_params, relative_error
 
 from gspn_jax import models
 from gspn_jax.config import ModelConfig
 from gspn_jax.models import blocks, resolve, width
+from tests.models.model_cases import BFLOAT16, PAPER, make_config, random_inputs, random_params, relative_error
 
 ODD = dataclasses.replace(PAPER, hidden=20, depth=2, proxy_ratio=4)
 """20 channels are computed as 64, a proxy of 5 as 32."""
 
 
-@pytest.mark.parametrize(("preset", "widths"), [
-    ("GSPN-XL/2", {"hidden": 1536, "proxy": 96}), ("GSPN-L/2", {"hidden": 1200, "proxy": 96}),
-    ("GSPN-B/2", {"hidden": 960, "proxy": 56}), ("GSPN-S/2", {"hidden": 368, "proxy": 32}),
-])
+@pytest.mark.parametrize(
+    ("preset", "widths"),
+    [
+        ("GSPN-XL/2", {"hidden": 1536, "proxy": 96}),
+        ("GSPN-L/2", {"hidden": 1200, "proxy": 96}),
+        ("GSPN-B/2", {"hidden": 960, "proxy": 56}),
+        ("GSPN-S/2", {"hidden": 368, "proxy": 32}),
+    ],
+)
 def test_widths_that_are_no_multiple_of_16_bytes_are_padded(preset, widths):
     assert width.widths(resolve(ModelConfig(preset=preset))) == widths
 
@@ -43,9 +48,11 @@ def loss_and_gradient(config, *, tensor_cores):
     return {"y": y, **gradient}
 
 
-@pytest.mark.parametrize("change", [
-    {}, pytest.param({"groups": 1, "skip": True, "remat": "names"}, marks=pytest.mark.slow),
-], ids=["plain", "shared_skip_names"])
+@pytest.mark.parametrize(
+    "change",
+    [{}, pytest.param({"groups": 1, "skip": True, "remat": "names"}, marks=pytest.mark.slow)],
+    ids=["plain", "shared_skip_names"],
+)
 def test_padding_changes_neither_outputs_nor_gradients(change):
     config = make_config(dataclasses.replace(ODD, **change))
     wanted, found = (loss_and_gradient(config, tensor_cores=on) for on in (False, True))

@@ -34,8 +34,15 @@ def test_two_hosts_have_the_numbers_of_the_first():
     with socket.socket() as free:
         free.bind(("localhost", 0))
         address = f"localhost:{free.getsockname()[1]}"
-    hosts = [subprocess.Popen([sys.executable, "-c", HOST.format(own=OWN.format(i=i)), address, str(i)], cwd=ROOT,
-                              text=True, stdout=subprocess.PIPE) for i in range(2)]
+    hosts = [
+        subprocess.Popen(
+            [sys.executable, "-c", HOST.format(own=OWN.format(i=i)), address, str(i)],
+            cwd=ROOT,
+            text=True,
+            stdout=subprocess.PIPE,
+        )
+        for i in range(2)
+    ]
     found = [json.loads(host.communicate(timeout=120)[0]) for host in hosts]
     for numbers in found:
         assert numbers[:2] == [0.1, -1] and isinstance(numbers[1], int)

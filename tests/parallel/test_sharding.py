@@ -55,9 +55,12 @@ def test_every_large_weight_is_split_over_fsdp_and_no_two_axes_share_one(gspn):
 def test_gspn_channels_are_split_over_tensor_from_first_to_last_projection():
     mesh = sharding.make_mesh(MeshConfig(tensor=2, fsdp=2))
     _, shapes = models.abstract(tiny.config(gspn=True))
-    specs = {jax.tree_util.keystr(path, simple=True, separator="/"): sharding.partition_spec(
-        jax.tree_util.keystr(path, simple=True, separator="/"), leaf.shape, mesh)
-        for path, leaf in jax.tree_util.tree_leaves_with_path(shapes)}
+    specs = {
+        jax.tree_util.keystr(path, simple=True, separator="/"): sharding.partition_spec(
+            jax.tree_util.keystr(path, simple=True, separator="/"), leaf.shape, mesh
+        )
+        for path, leaf in jax.tree_util.tree_leaves_with_path(shapes)
+    }
     assert specs["trunk/in_blocks/mixer/in_proj/kernel"] == P(None, "fsdp", "tensor")
     assert specs["trunk/in_blocks/mixer/conv/kernel"][-1] == "tensor"
     assert specs["trunk/in_blocks/mixer/gates/kernel"][-1] == "tensor"
@@ -101,8 +104,10 @@ def test_the_state_of_a_device_shrinks_as_one_over_the_devices(preset):
     """Parameters, moments and averages: 16 bytes a parameter, within 1 % to 16 devices and 7 % to 256: small biases
     are kept whole, and 1152 is padded to 1280."""
     config = dataclasses.replace(
-        tiny.config(ema_decays=(0.9999,)), model=ModelConfig(preset=preset),
-        data=DataConfig(source="latents", path="unused", image_size=32, channels=4, num_classes=1000))
+        tiny.config(ema_decays=(0.9999,)),
+        model=ModelConfig(preset=preset),
+        data=DataConfig(source="latents", path="unused", image_size=32, channels=4, num_classes=1000),
+    )
     _, shapes = models.abstract(config)
     whole = 4 * sum(math.prod(s.shape) for s in jax.tree.leaves(shapes))
     for devices in (1, 2, 4, 8, 16, 64, 256):
@@ -115,8 +120,9 @@ def test_the_state_of_a_device_shrinks_as_one_over_the_devices(preset):
 def test_weights_are_gathered_and_gradients_reduced_one_layer_at_a_time(remat):
     """In the compiled gradient of a GSPN of a width that does not divide, in the forward and the backward loops."""
     config = tiny.config(gspn=True, precision="params=float32,compute=bfloat16")
-    config = dataclasses.replace(config, model=dataclasses.replace(config.model, hidden=36, depth=4, chunk=2,
-                                                                   remat=remat))
+    config = dataclasses.replace(
+        config, model=dataclasses.replace(config.model, hidden=36, depth=4, chunk=2, remat=remat)
+    )
     mesh = sharding.make_mesh(MeshConfig(fsdp=8))
     graphdef, shapes = models.abstract(config)
     batch = {"image": jax.ShapeDtypeStruct((16, 8, 8, 1), jnp.uint8), "label": jax.ShapeDtypeStruct((16,), jnp.int32)}
@@ -126,8 +132,11 @@ def test_weights_are_gathered_and_gradients_reduced_one_layer_at_a_time(remat):
         with fsdp.sharded_model(config, mesh):
             return make_gradient(config, graphdef, mesh)(params, batch, jax.random.key(0))[1]
 
-    lowered = jax.jit(gradient, in_shardings=(sharding.param_shardings(shapes, mesh), sharding.batch_sharding(mesh)),
-                      out_shardings=sharding.param_shardings(shapes, mesh)).lower(params, batch)
+    lowered = jax.jit(
+        gradient,
+        in_shardings=(sharding.param_shardings(shapes, mesh), sharding.batch_sharding(mesh)),
+        out_shardings=sharding.param_shardings(shapes, mesh),
+    ).lower(params, batch)
     found = list(collectives(lowered.compile().as_text(), 8))
     assert {c.kind for c in found} == {"all-gather", "all-reduce", "reduce-scatter"}  # no activation changes place
     in_loops = [c for c in found if c.loops]

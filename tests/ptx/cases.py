@@ -1,6 +1,6 @@
 """What is emulated: sizes of the operator, its values and gradients by the kernel, by the scan and in float64.
 
-    python -m tests.ptx.cases 1x16x16x64-bfloat16 8.0       # one case for GPUs of compute capability 8.0
+python -m tests.ptx.cases 1x16x16x64-bfloat16 8.0       # one case for GPUs of compute capability 8.0
 """
 
 import dataclasses
@@ -44,8 +44,11 @@ class Case:
 
     def __str__(self) -> str:
         parts = [f"{self.batch}x{self.height}x{self.width}x{self.channels}", self.dtype]
-        parts += [f"{name}{value}" for name, value in (("d", self.rank), ("groups", self.groups), ("chunk", self.chunk))
-                  if value]
+        parts += [
+            f"{name}{value}"
+            for name, value in (("d", self.rank), ("groups", self.groups), ("chunk", self.chunk))
+            if value
+        ]
         return "-".join([*parts, "skip"] if self.skip else parts)
 
     @property
@@ -58,8 +61,13 @@ class Case:
         """The arguments by name; terms of low rank have factors [d, ...] instead of maps."""
         rng, pixels = np.random.default_rng(0), (self.batch, self.height, self.width)
         before = (self.rank,) if self.rank else pixels
-        shapes = {"x": (*pixels, self.channels), "gates": (*before, 4, 3, self.groups or self.channels),
-                  "lam": (*before, 4, self.channels), "out_gate": (*before, 4, self.channels), "merge": (4,)}
+        shapes = {
+            "x": (*pixels, self.channels),
+            "gates": (*before, 4, 3, self.groups or self.channels),
+            "lam": (*before, 4, self.channels),
+            "out_gate": (*before, 4, self.channels),
+            "merge": (4,),
+        }
         if self.skip:
             shapes["skip"] = shapes["lam"]
         if self.rank:
@@ -126,16 +134,24 @@ class Outcome:
 
     def wrong(self) -> list[str]:
         """Faults, and errors that are not of rounding."""
-        errors = [f"{self.case}: the norm error of {name} is {error:.1e}, of rounding {self.expected(name):.1e}"
-                  for name, error in self.kernel.items() if not error < ROUNDINGS * self.expected(name)]  # or NaN
+        errors = [
+            f"{self.case}: the norm error of {name} is {error:.1e}, of rounding {self.expected(name):.1e}"
+            for name, error in self.kernel.items()
+            if not error < ROUNDINGS * self.expected(name)
+        ]  # or NaN
         return self.faults + errors
 
     def save(self, capability: str = devices.DEFAULT) -> None:
         folder = RESULTS / capability
         folder.mkdir(parents=True, exist_ok=True)
-        found = {"case": str(self.case), "errors": self.kernel, "faults": self.faults, "launches": len(self.runs),
-                 "expected": {name: self.expected(name) for name in self.kernel},
-                 "instructions": sum(run.instructions for run in self.runs)}
+        found = {
+            "case": str(self.case),
+            "errors": self.kernel,
+            "faults": self.faults,
+            "launches": len(self.runs),
+            "expected": {name: self.expected(name) for name in self.kernel},
+            "instructions": sum(run.instructions for run in self.runs),
+        }
         (folder / f"{self.case}.json").write_text(json.dumps(found, indent=1))
 
 
@@ -179,6 +195,7 @@ def _values(function: Callable, arrays: dict[str, jax.Array], cotangent: np.ndar
 
 def _by_kernel(case: Case) -> Callable:
     """Without the checks of the machine that `propagate` makes."""
+
     def call(skip=None, **arrays):
         if case.rank:
             names = ("x", "proxy", "gates", "lam", "out_gate", "merge")
@@ -203,8 +220,7 @@ def _truth(case: Case, arrays: dict[str, np.ndarray], cotangent: np.ndarray) -> 
     gates = numpy_scan.spread(gates, case.channels)
     y = numpy_scan.propagate(x, gates, *others, chunk=case.chunk)
     yield "y", y, np.linalg.norm(y)
-    gradients = dict(zip(
-        NAMES, numpy_scan.propagate_gradients(x, gates, *others, case.chunk, cotangent), strict=True))
+    gradients = dict(zip(NAMES, numpy_scan.propagate_gradients(x, gates, *others, case.chunk, cotangent), strict=True))
     if case.groups:
         by_gates = gradients["gates"]
         gradients["gates"] = by_gates.reshape(*by_gates.shape[:-1], case.groups, -1).sum(-1)
@@ -230,7 +246,7 @@ def _low_rank_truth(case: Case, arrays: dict[str, np.ndarray], cotangent: np.nda
 
 
 def main(name: str, capability: str) -> None:
-    case, = (case for case in CASES if str(case) == name)
+    (case,) = (case for case in CASES if str(case) == name)
     with toolchain.for_device(capability):
         outcome = run(case)
     outcome.save(capability)

@@ -69,14 +69,20 @@ class Run:
     faults: list[Fault]
 
     def __str__(self) -> str:
-        said = (f"{self.program}: grid {self.grid}, {self.threads} threads, {self.shared_bytes} bytes shared, "
-                f"{self.registers} registers, {self.instructions} warp instructions in {self.seconds:.1f} s")
+        said = (
+            f"{self.program}: grid {self.grid}, {self.threads} threads, {self.shared_bytes} bytes shared, "
+            f"{self.registers} registers, {self.instructions} warp instructions in {self.seconds:.1f} s"
+        )
         return "\n  ".join([said, *map(str, self.faults)])
 
 
 class _Array(ctypes.Structure):
-    _fields_ = (("begin", ctypes.c_uint64), ("end", ctypes.c_uint64), ("writable", ctypes.c_int32),
-                ("number", ctypes.c_int32))
+    _fields_ = (
+        ("begin", ctypes.c_uint64),
+        ("end", ctypes.c_uint64),
+        ("writable", ctypes.c_int32),
+        ("number", ctypes.c_int32),
+    )
 
 
 class _Launch(ctypes.Structure):
@@ -85,11 +91,24 @@ class _Launch(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("code", "lists", "constants32", "constants64", "parameters", "arrays")),
         ("seed", ctypes.c_uint64),
-        *((name, ctypes.c_int32) for name in (
-            "code_length", "registers32", "registers64", "predicates", "constants32_length", "constants64_length",
-            "parameter_bytes", "array_count")),
-        ("grid", ctypes.c_int32 * 3), ("block", ctypes.c_int32 * 3), ("shared_bytes", ctypes.c_int32),
-        ("policy", ctypes.c_int32), ("noise", ctypes.c_int32),
+        *(
+            (name, ctypes.c_int32)
+            for name in (
+                "code_length",
+                "registers32",
+                "registers64",
+                "predicates",
+                "constants32_length",
+                "constants64_length",
+                "parameter_bytes",
+                "array_count",
+            )
+        ),
+        ("grid", ctypes.c_int32 * 3),
+        ("block", ctypes.c_int32 * 3),
+        ("shared_bytes", ctypes.c_int32),
+        ("policy", ctypes.c_int32),
+        ("noise", ctypes.c_int32),
     )
 
 
@@ -160,8 +179,10 @@ def emulate(
     start = time.perf_counter()
     instructions = _emulator()[0].emulate(ctypes.byref(launch), text, ctypes.c_uint64(REPORT_BYTES))
     seconds = time.perf_counter() - start
-    faults = [Fault(kind, int(line), int(times), detail) for kind, line, times, detail in (
-        row.split("\t") for row in text.value.decode().splitlines())]
+    faults = [
+        Fault(kind, int(line), int(times), detail)
+        for kind, line, times, detail in (row.split("\t") for row in text.value.decode().splitlines())
+    ]
     return Run(program.name, grid, threads, shared_bytes, registers, instructions, seconds, faults)
 
 
@@ -180,8 +201,19 @@ class Kernel:
         def on_launch(grid, threads, shared_bytes, sources):
             for parameter, source in zip(self.program.parameters, sources, strict=False):
                 ctypes.memmove(self.parameters.address + parameter.offset, source, parameter.size)
-            runs.append(emulate(self.program, self.parameters, arrays, outputs, grid=grid, threads=threads,
-                                shared_bytes=shared_bytes, registers=self.compiled.registers, **options))
+            runs.append(
+                emulate(
+                    self.program,
+                    self.parameters,
+                    arrays,
+                    outputs,
+                    grid=grid,
+                    threads=threads,
+                    shared_bytes=shared_bytes,
+                    registers=self.compiled.registers,
+                    **options,
+                )
+            )
 
         self.compiled.launch([array.ctypes.data for array in arrays], on_launch)
         return runs
@@ -191,15 +223,19 @@ _assembled: dict[bytes, toolchain.Assembled] = {}
 
 
 def call(
-    function: Callable, arrays: Sequence[jax.Array], outputs: Sequence[Any], *, edit: Callable[[str], str] = str,
-    **options: Any
+    function: Callable,
+    arrays: Sequence[jax.Array],
+    outputs: Sequence[Any],
+    *,
+    edit: Callable[[str], str] = str,
+    **options: Any,
 ) -> tuple[list[jax.Array], list[Run]]:
     """(results, what ran) of a function that is one kernel and gives arrays of the shapes and types of `outputs`.
 
     `edit` changes the PTX before it runs; `options` are those of `emulate`: seed, policy, noise. Results are NaN where
     nothing is stored.
     """
-    module, = toolchain.lower(function, *(jax.ShapeDtypeStruct(array.shape, array.dtype) for array in arrays))
+    (module,) = toolchain.lower(function, *(jax.ShapeDtypeStruct(array.shape, array.dtype) for array in arrays))
     if module not in _assembled:
         _assembled[module] = toolchain.assemble(module)
     inputs = [guarded(array.shape, array.dtype) for array in arrays]

@@ -25,8 +25,18 @@ COMPARED_TYPES = {"u32": 0, "b32": 0, "s32": 1, "f32": 2, "u64": 3, "b64": 3, "s
 COMPARISONS = {"eq": 0, "ne": 1, "lt": 2, "lo": 2, "le": 3, "ls": 3, "gt": 4, "hi": 4, "ge": 5, "hs": 5}
 COMBINATIONS = {"": 0, "and": 1, "or": 2, "xor": 3}
 
-IGNORED = ("prefetch", "fence.mbarrier_init", "fence.sc", "fence.acq_rel", "membar", "wgmma.fence", "griddepcontrol",
-           "setmaxnreg", "nanosleep", "discard")
+IGNORED = (
+    "prefetch",
+    "fence.mbarrier_init",
+    "fence.sc",
+    "fence.acq_rel",
+    "membar",
+    "wgmma.fence",
+    "griddepcontrol",
+    "setmaxnreg",
+    "nanosleep",
+    "discard",
+)
 """What changes neither values nor the order of accesses here: `bar.sync` and mbarriers order them."""
 PLAIN = {  # operation: (types of its operands: w 32 bits, d 64, p predicate; opcodes)
     "MOV32": ("ww", "mov.b32 mov.f32 mov.b16 mov.u32 mov.s32"),
@@ -104,13 +114,14 @@ def parse(source: str, operations: dict[str, int], parameters_at: int) -> Progra
     entry = re.search(r"\.visible \.entry (\w+)\((.*?)\)(.*?)\n\{", source, re.S)
     parameters = list(_parameters(entry[2]))
     addresses = {"__dynamic_shmem__0": SHARED_BASE} | {p.name: parameters_at + p.offset for p in parameters}
-    scanned = _scan(_statements(source[entry.end():], 1 + source[: entry.end()].count("\n")))
+    scanned = _scan(_statements(source[entry.end() :], 1 + source[: entry.end()].count("\n")))
     assembler = _Assembler(scanned, operations, addresses, {p.name: p.offset for p in parameters})
     code = assembler.assemble()
-    constants = {kind: np.array([*values] or [0], dtype)
-                 for (kind, values), dtype in zip(assembler.constants.items(), ("u4", "u8"), strict=True)}
-    return Program(entry[1], parameters, code, np.array(assembler.lists or [0], np.int32),
-                   scanned.registers, constants)
+    constants = {
+        kind: np.array([*values] or [0], dtype)
+        for (kind, values), dtype in zip(assembler.constants.items(), ("u4", "u8"), strict=True)
+    }
+    return Program(entry[1], parameters, code, np.array(assembler.lists or [0], np.int32), scanned.registers, constants)
 
 
 def _parameters(text: str) -> Iterator[Parameter]:
@@ -138,7 +149,7 @@ def _statements(body: str, first_line: int) -> Iterator[tuple[int, str]]:
         while line:
             if not pending and (match := re.match(r"(\{|\}|[$\w]+:)\s*", line)):
                 yield number, match[1]
-                line = line[match.end():]
+                line = line[match.end() :]
                 continue
             started = started if pending else number
             head, semicolon, line = line.partition(";")
@@ -241,7 +252,7 @@ class _Assembler:
             self.record["line"] = line
             if guard := re.match(r"@(!?)([%\w]+)\s+", text):
                 self.record["predicate"], self.record["negated"] = self.register(guard[2], "p"), bool(guard[1])
-                text = text[guard.end():]
+                text = text[guard.end() :]
             opcode, _, rest = re.sub(r"\s+", " ", text).partition(" ")
             self.instruction(opcode, _arguments(rest))
         return code
@@ -312,15 +323,22 @@ class _Assembler:
 
     def pack_or_unpack(self, target: str, source: str, *, wide: bool) -> None:
         """{low, high} on one side, a register that holds both on the other."""
-        operands = [number for text in (target, source)
-                    for number in self.registers(text, "d" if wide and "{" not in text else "w")]
+        operands = [
+            number
+            for text in (target, source)
+            for number in self.registers(text, "d" if wide and "{" not in text else "w")
+        ]
         self.put(("PACK" if "{" in source else "UNPACK") + ("64" if wide else ""), operands)
 
     def load_parameter(self, match, target, source):
         name, offset = re.match(r"\[(\w+)(?:\+(\d+))?\]", source).groups()
         wide = match[1] == "64"
-        self.put("PARAMETER", [self.register(target, "d" if wide else "w")], bytes=8 if wide else 4,
-                 immediate=self.offsets[name] + int(offset or 0))
+        self.put(
+            "PARAMETER",
+            [self.register(target, "d" if wide else "w")],
+            bytes=8 if wide else 4,
+            immediate=self.offsets[name] + int(offset or 0),
+        )
 
     def move_predicate(self, match, target, source):
         if source.startswith("%"):
@@ -333,16 +351,29 @@ class _Assembler:
         operands = [self.register(target, "p"), *(self.register(x, "d" if "64" in dtype else "w") for x in (a, b))]
         if other:
             operands.append(self.register(other.lstrip("!"), "p"))
-        self.put("SETP", operands, kind=COMPARED_TYPES[dtype], mode=COMPARISONS[comparison],
-                 count=COMBINATIONS[combination or ""], bytes=bool(other and other.startswith("!")))
+        self.put(
+            "SETP",
+            operands,
+            kind=COMPARED_TYPES[dtype],
+            mode=COMPARISONS[comparison],
+            count=COMBINATIONS[combination or ""],
+            bytes=bool(other and other.startswith("!")),
+        )
 
     def load_or_store(self, match, *arguments):
         operation, modifiers, elements, bits = match.groups()
         value, place = arguments if operation == "ld" else arguments[::-1]
         space = next((s for s in ("shared", "global") if f".{s}" in modifiers), "")
         operands, offset = self.address(place)
-        self.put("LOAD" if operation == "ld" else "STORE", operands, immediate=offset, kind=SPACES[space],
-                 bytes=int(bits) // 8, count=int(elements or 1), **self.vector(value, "d" if bits == "64" else "w"))
+        self.put(
+            "LOAD" if operation == "ld" else "STORE",
+            operands,
+            immediate=offset,
+            kind=SPACES[space],
+            bytes=int(bits) // 8,
+            count=int(elements or 1),
+            **self.vector(value, "d" if bits == "64" else "w"),
+        )
 
     def move_matrices(self, match, *arguments):
         operation, count, transposed = match.groups()
@@ -350,8 +381,13 @@ class _Assembler:
             raise NotImplementedError(f"PTX line {self.record['line']}: transposed {operation}")
         value, place = arguments if operation == "ldmatrix" else arguments[::-1]
         operands, offset = self.address(place)
-        self.put("LOAD_MATRIX" if operation == "ldmatrix" else "STORE_MATRIX", operands, immediate=offset,
-                 count=int(count), **self.vector(value))
+        self.put(
+            "LOAD_MATRIX" if operation == "ldmatrix" else "STORE_MATRIX",
+            operands,
+            immediate=offset,
+            count=int(count),
+            **self.vector(value),
+        )
 
     def branch(self, match, target):
         self.put("BRANCH", immediate=self.scope.label(target))
@@ -396,15 +432,23 @@ class _Assembler:
 
     def copy(self, match, destination, source, barrier):
         descriptor, coordinates = re.match(r"\[\s*(%\w+)\s*,\s*(\{.*\})\s*\]", source).groups()
-        self.put("TMA_LOAD", [self.shared_address(destination), self.shared_address(barrier),
-                              self.register(descriptor, "d")], **self.vector(coordinates))
+        self.put(
+            "TMA_LOAD",
+            [self.shared_address(destination), self.shared_address(barrier), self.register(descriptor, "d")],
+            **self.vector(coordinates),
+        )
 
     def product(self, match, accumulators, a, b, accumulate, *scales_and_majors):
         *scales, transpose_a, transpose_b = scales_and_majors
         if scales != ["1", "1"]:
             raise NotImplementedError(f"PTX line {self.record['line']}: wgmma that negates")
-        self.put("WGMMA", [self.register(a, "d"), self.register(b, "d"), self.register(accumulate, "p")],
-                 kind=int(transpose_a) | int(transpose_b) << 1, count=int(match[1]), **self.vector(accumulators))
+        self.put(
+            "WGMMA",
+            [self.register(a, "d"), self.register(b, "d"), self.register(accumulate, "p")],
+            kind=int(transpose_a) | int(transpose_b) << 1,
+            count=int(match[1]),
+            **self.vector(accumulators),
+        )
 
     def commit_products(self, match):
         self.put("WGMMA_COMMIT")
@@ -420,8 +464,10 @@ _OTHERS: list[tuple[str, Callable]] = [
     (r"ld\.param(?:::entry)?\.\w(32|64)", _Assembler.load_parameter),
     (r"mov\.pred", _Assembler.move_predicate),
     (r"setp\.(\w+)(?:\.(and|or|xor))?\.(\w+)", _Assembler.set_predicate),
-    (r"(ld|st)((?:\.(?:global|shared|volatile|nc|weak)(?:::\w+)*|\.L\w+::\w+(?:::\w+)*)*)(?:\.v(\d))?\.[bfus](8|16|32|64)",
-     _Assembler.load_or_store),
+    (
+        r"(ld|st)((?:\.(?:global|shared|volatile|nc|weak)(?:::\w+)*|\.L\w+::\w+(?:::\w+)*)*)(?:\.v(\d))?\.[bfus](8|16|32|64)",
+        _Assembler.load_or_store,
+    ),
     (r"(ldmatrix|stmatrix)\.sync\.aligned\.m8n8\.x([124])(\.trans)?\.shared\.b16", _Assembler.move_matrices),
     (r"bra(?:\.uni)?", _Assembler.branch),
     (r"ret", _Assembler.leave),

@@ -1,6 +1,6 @@
 """Prints the errors that `make test-ptx-slow` found, beside those of rounding, as a table for docs/kernel.md.
 
-    python -m tests.ptx.table
+python -m tests.ptx.table
 """
 
 import json
@@ -11,12 +11,12 @@ import jax
 from kernels import devices
 from tests.ptx.cases import CASES, RESULTS
 
-COLUMNS = ("capability", "case", "y", "gradient that is furthest from it", "launches", "warp instructions",
-           "reports")
+COLUMNS = ("capability", "case", "y", "gradient that is furthest from it", "launches", "warp instructions", "reports")
 
 
-def row(case: str, errors: dict[str, float], expected: dict[str, float], faults: list[str], launches: int,
-        instructions: int) -> list[str]:
+def row(
+    case: str, errors: dict[str, float], expected: dict[str, float], faults: list[str], launches: int, instructions: int
+) -> list[str]:
     def show(name: str) -> str:
         return f"{errors[name]:.1e} ({expected[name]:.1e})"
 

@@ -15,12 +15,15 @@ LIMITS = {"float32": 1e-6, "bfloat16": 3e-3}
 """Of norm errors; a result in bfloat16 is rounded once, 1.7e-3."""
 
 
-@pytest.mark.parametrize(("size", "kernel", "dtype", "squared_relu"), [
-    ((1, 16, 16, 256), (7, 7), "bfloat16", False),
-    ((2, 5, 16, 260), (3, 3), "bfloat16", True),  # slabs overlap
-    ((2, 17, 19, 130), (5, 7), "float32", False),  # strips and segments, which overlap; one channel a thread
-    ((1, 4, 33, 129), (7, 3), "bfloat16", False),  # three segments
-])
+@pytest.mark.parametrize(
+    ("size", "kernel", "dtype", "squared_relu"),
+    [
+        ((1, 16, 16, 256), (7, 7), "bfloat16", False),
+        ((2, 5, 16, 260), (3, 3), "bfloat16", True),  # slabs overlap
+        ((2, 17, 19, 130), (5, 7), "float32", False),  # strips and segments, which overlap; one channel a thread
+        ((1, 4, 33, 129), (7, 3), "bfloat16", False),  # three segments
+    ],
+)
 def test_values_and_gradients_are_those_of_float64(size, kernel, dtype, squared_relu):
     x, taps, _, cotangent = (jnp.asarray(a, dtype) for a in inputs(size, (*kernel, size[3])))
     with emulation.emulated() as runs:
@@ -28,7 +31,8 @@ def test_values_and_gradients_are_those_of_float64(size, kernel, dtype, squared_
         found = y, *pull(cotangent)
     assert len(runs) == 3 + squared_relu and not [fault for run in runs for fault in run.faults]
     exact = (squared_relu_loop if squared_relu else loop)(
-        *(np.asarray(a, np.float64) for a in (x, taps)), 0, np.asarray(cotangent, np.float64))
+        *(np.asarray(a, np.float64) for a in (x, taps)), 0, np.asarray(cotangent, np.float64)
+    )
     assert [a.dtype.name for a in found] == [dtype, dtype, "float32"]
     for a, b in zip(found, exact, strict=False):
         assert norm_error(a, b) < LIMITS[dtype if squared_relu else a.dtype.name]  # its cotangent is rounded too
@@ -40,8 +44,11 @@ def test_nothing_spills_and_products_are_added_in_one_instruction(side):
         y, pull = jax.vjp(lambda *a: depthwise_gpu.correlate(*a, False), x, kernel)
         return y, pull(y)
 
-    modules = toolchain.lower(both, jax.ShapeDtypeStruct((64, 16, 16, 1500), jnp.bfloat16),
-                              jax.ShapeDtypeStruct((side, side, 1500), jnp.float32))
+    modules = toolchain.lower(
+        both,
+        jax.ShapeDtypeStruct((64, 16, 16, 1500), jnp.bfloat16),
+        jax.ShapeDtypeStruct((side, side, 1500), jnp.float32),
+    )
     for found in (toolchain.assemble(module, disassemble=True) for module in modules):
         assert found.spilled_bytes == 0
         # two channels a thread; columns that a tap finds outside of the image cost nothing

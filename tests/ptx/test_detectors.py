@@ -80,8 +80,19 @@ def run(body, **options):
 def encode_map(address, array, box):
     one = (ctypes.c_uint32 * 1)(1)
     refused = toolchain.driver().cuTensorMapEncodeTiled(
-        ctypes.c_void_p(address), INT32, 1, ctypes.c_void_p(array.ctypes.data), (ctypes.c_uint64 * 1)(array.size), None,
-        (ctypes.c_uint32 * 1)(box), one, 0, 0, 0, 0)
+        ctypes.c_void_p(address),
+        INT32,
+        1,
+        ctypes.c_void_p(array.ctypes.data),
+        (ctypes.c_uint64 * 1)(array.size),
+        None,
+        (ctypes.c_uint32 * 1)(box),
+        one,
+        0,
+        0,
+        0,
+        0,
+    )
     assert not refused, toolchain.driver().stand_in_said()
 
 
@@ -168,24 +179,36 @@ def test_a_race_is_found_however_warps_are_interleaved(policy):
 
 
 def test_a_copy_brings_its_words_before_the_wait_is_over():
-    faults, output = run(SEND.format(fence="", offset=256, wait=WAIT) + """
+    faults, output = run(
+        SEND.format(fence="", offset=256, wait=WAIT)
+        + """
         and.b32 %r7, %r4, 124;
         add.s32 %r7, %r7, %r8;
         ld.shared.b32 %r9, [%r7];
-        st.global.b32 [%rd5], %r9;""")
+        st.global.b32 [%rd5], %r9;"""
+    )
     assert not faults
     assert (output == np.arange(64) % 32).all()
 
 
 def test_a_copy_that_nobody_waits_for_races():
-    faults, _ = run(SEND.format(fence="", offset=256, wait="@%p0 bra OVER;" + WAIT + "OVER:") + """
-        @%p0 ld.shared.b32 %r9, [%r8];""", policy=Policy.EARLY_COPIES)
+    faults, _ = run(
+        SEND.format(fence="", offset=256, wait="@%p0 bra OVER;" + WAIT + "OVER:")
+        + """
+        @%p0 ld.shared.b32 %r9, [%r8];""",
+        policy=Policy.EARLY_COPIES,
+    )
     assert "race: read after write" in faults
 
 
-@pytest.mark.parametrize(("field", "value", "said"), [
-    ("box", 3, b"inner box is no multiple of 16 bytes"), ("base", 4, b"array not aligned to 16 bytes"),
-    ("box", 260, b"box")])
+@pytest.mark.parametrize(
+    ("field", "value", "said"),
+    [
+        ("box", 3, b"inner box is no multiple of 16 bytes"),
+        ("base", 4, b"array not aligned to 16 bytes"),
+        ("box", 260, b"box"),
+    ],
+)
 def test_the_driver_refuses_descriptors_that_cuda_refuses(field, value, said):
     parameters, data = emulation.Parameters(), emulation.guarded((512,), np.int32)
     with pytest.raises(AssertionError):

@@ -18,8 +18,9 @@ def test_it_assembles(capability):
     """One direction with ready weights, terms of low rank, which XLA expands where the kernel cannot, and a depthwise
     convolution: all passes.
     A process of its own for each, as the compiler keeps the architecture of its first kernel."""
-    done = subprocess.run([sys.executable, str(SCRIPT), "--quick", "--devices", capability],
-                          capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, str(SCRIPT), "--quick", "--devices", capability], capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stdout + done.stderr[-2000:]
     shown = done.stdout
     launches = 2 + (5 if capability == "9.0" else 2) + 3

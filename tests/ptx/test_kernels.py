@@ -12,8 +12,9 @@ pytestmark = [pytest.mark.ptx, pytest.mark.timeout(1200)]
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 
-@pytest.mark.parametrize("case", [
-    pytest.param(case, id=str(case), marks=() if case.quick else pytest.mark.slow) for case in cases.CASES])
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, id=str(case), marks=() if case.quick else pytest.mark.slow) for case in cases.CASES]
+)
 def test_values_and_gradients_are_those_of_float64(case):
     outcome = cases.run(case)
     outcome.save()
@@ -21,13 +22,21 @@ def test_values_and_gradients_are_those_of_float64(case):
     assert len(outcome.runs) == case.launches
 
 
-GENERATIONS = [(capability, str(case)) for capability in ("8.0", "8.9", "10.0", "12.0")
-               for case in cases.CASES if case.quick and not case.rank]
+GENERATIONS = [
+    (capability, str(case))
+    for capability in ("8.0", "8.9", "10.0", "12.0")
+    for case in cases.CASES
+    if case.quick and not case.rank
+]
 
 
-@pytest.mark.parametrize(("capability", "case"), [
-    pytest.param(*pair, marks=() if pair == ("8.0", "1x16x16x64-bfloat16") else pytest.mark.slow)
-    for pair in GENERATIONS])
+@pytest.mark.parametrize(
+    ("capability", "case"),
+    [
+        pytest.param(*pair, marks=() if pair == ("8.0", "1x16x16x64-bfloat16") else pytest.mark.slow)
+        for pair in GENERATIONS
+    ],
+)
 def test_other_generations_of_gpus(capability, case):
     """Each in a process of its own: the compiler keeps the GPU of its first kernel."""
     command = [sys.executable, "-m", "tests.ptx.cases", case, capability]

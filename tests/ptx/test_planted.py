@@ -38,12 +38,13 @@ def forward(case, edit=str, policy=emulation.Policy.RANDOM):
 
 def replace(pattern, by, which=None):
     """Edits the matches of `pattern`, or only the one of that number; `by` is a text or a function of the match."""
+
     def edit(source):
         matches = list(re.finditer(pattern, source))
         assert matches
         for match in reversed(matches if which is None else [matches[which]]):
             text = by if isinstance(by, str) else by(match)
-            source = source[: match.start()] + text + source[match.end():]
+            source = source[: match.start()] + text + source[match.end() :]
         return source
 
     return edit
@@ -75,8 +76,12 @@ def test_a_fence_of_the_proxy_left_out():
     arrays = LOW_RANK.arrays()
     edit = replace(r"fence\.proxy\.async[^;]*;", "")
     with emulation.emulated(edit=lambda source: edit(source) if "sum_over" in source else source) as runs:
-        y, pull = jax.vjp(lambda x: mosaic_gpu.propagate_low_rank(
-            x, *(arrays[name] for name in ("proxy", "gates", "lam", "out_gate", "merge")), None, None), arrays["x"])
+        y, pull = jax.vjp(
+            lambda x: mosaic_gpu.propagate_low_rank(
+                x, *(arrays[name] for name in ("proxy", "gates", "lam", "out_gate", "merge")), None, None
+            ),
+            arrays["x"],
+        )
         pull(y)
     assert "missing proxy fence" in {fault.kind for run in runs for fault in run.faults}
 
@@ -88,6 +93,7 @@ def test_a_wait_for_products_left_out():
 @pytest.mark.parametrize("which", [20, -20])
 def test_a_row_too_far(which):
     """A row of the state or the sum is 64 channels of 4 bytes."""
+
     def next_row(load):
         return f"{load[1]}+{int(load[2] or 0) + 256}]"
 

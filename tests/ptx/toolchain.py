@@ -42,8 +42,13 @@ DRIVER = "libcuda.so.1"
 _COMPILER = ("g++", "-O2", "-march=native", "-std=c++17", "-Wall", "-shared", "-fPIC")
 
 
-_HANDLER = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_uint32), ctypes.POINTER(ctypes.c_uint32),
-                            ctypes.c_uint32, ctypes.POINTER(ctypes.c_void_p))
+_HANDLER = ctypes.CFUNCTYPE(
+    ctypes.c_int,
+    ctypes.POINTER(ctypes.c_uint32),
+    ctypes.POINTER(ctypes.c_uint32),
+    ctypes.c_uint32,
+    ctypes.POINTER(ctypes.c_void_p),
+)
 _capabilities: dict[str, float] = {}
 
 
@@ -241,8 +246,10 @@ def assemble(module: bytes, *, disassemble: bool = False) -> Assembled:
     plugin, capability = _plugin(), driver().stand_in_capability() / 10
     first = _capabilities.setdefault("first", capability)
     if capability != first:
-        raise ToolchainError(f"the first kernel of this process was assembled for compute capability {first}, and so "
-                             f"would be this one for {capability}: assemble it in another process")
+        raise ToolchainError(
+            f"the first kernel of this process was assembled for compute capability {first}, and so "
+            f"would be this one for {capability}: assemble it in another process"
+        )
     with tempfile.TemporaryDirectory(prefix="kernel-") as name:
         folder = pathlib.Path(name)
         with _dumping_to(folder, sass=disassemble), _output_to(folder / "log.txt"):

@@ -18,7 +18,7 @@ NAMES = [str(i) for i in range(10)]
 
 
 def mesh_of(data=1, fsdp=1, tensor=1):
-    return sharding.make_mesh(MeshConfig(data, fsdp, tensor), jax.devices()[:data * fsdp * tensor])
+    return sharding.make_mesh(MeshConfig(data, fsdp, tensor), jax.devices()[: data * fsdp * tensor])
 
 
 def save(config, *steps, fingerprint="f", mesh=None):
@@ -36,11 +36,21 @@ def assert_equal(a, b):
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(a), jax.device_get(b))
 
 
-@pytest.mark.parametrize(("one", "other"), [
-    ((2, 2, 1), (1, 1, 1)), ((2, 2, 1), (8, 1, 1)), ((2, 2, 1), (1, 8, 1)), ((2, 2, 1), (2, 2, 2)),
-    ((1, 1, 1), (2, 2, 2)), ((8, 1, 1), (1, 1, 4)), ((1, 8, 1), (1, 2, 1)), ((1, 1, 8), (2, 4, 1)),
-    ((2, 2, 2), (1, 1, 3)),
-], ids=str)
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ((2, 2, 1), (1, 1, 1)),
+        ((2, 2, 1), (8, 1, 1)),
+        ((2, 2, 1), (1, 8, 1)),
+        ((2, 2, 1), (2, 2, 2)),
+        ((1, 1, 1), (2, 2, 2)),
+        ((8, 1, 1), (1, 1, 4)),
+        ((1, 8, 1), (1, 2, 1)),
+        ((1, 1, 8), (2, 4, 1)),
+        ((2, 2, 2), (1, 1, 3)),
+    ],
+    ids=str,
+)
 def test_a_state_comes_back_on_any_mesh(tmp_path, one, other):
     """Every shard is read by the device that holds it: what is restored is sharded as the target asks.
 
@@ -55,10 +65,17 @@ def test_a_state_comes_back_on_any_mesh(tmp_path, one, other):
     assert step == 12 and restored.step == 12 and not restored.halted
     own = abstract_state(config, mesh_of())
     for part in ("params", "opt_state", "ema"):
-        assert_equal(*(jax.tree.map(lambda a, s: a[tuple(map(slice, s.shape))], jax.device_get(getattr(found, part)),
-                                    getattr(own, part)) for found in (restored, state)))
+        assert_equal(
+            *(
+                jax.tree.map(
+                    lambda a, s: a[tuple(map(slice, s.shape))], jax.device_get(getattr(found, part)), getattr(own, part)
+                )
+                for found in (restored, state)
+            )
+        )
     assert jax.tree.map(lambda a: (a.shape, a.sharding), restored) == jax.tree.map(
-        lambda s: (s.shape, s.sharding), target)
+        lambda s: (s.shape, s.sharding), target
+    )
 
 
 def test_a_new_run_has_nothing_to_restore(tmp_path):
@@ -92,12 +109,17 @@ def test_what_a_killed_save_left_is_swept(tmp_path):
         assert restorer.restore(abstract_state(config, mesh_of()))[0] == 3
 
 
-@pytest.mark.parametrize(("change", "said"), [
-    (lambda c: dataclasses.replace(c, model=ModelConfig(preset="DiT-B/2")), "model.depth 2, found None"),
-    (lambda c: dataclasses.replace(c, train=dataclasses.replace(c.train, seed=1)), "train.seed 0, found 1"),
-    (lambda c: dataclasses.replace(c, train=dataclasses.replace(c.train, batch_size=32)),
-     "train.batch_size 16, found 32; .* --train.allow-change train.batch_size"),
-])
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda c: dataclasses.replace(c, model=ModelConfig(preset="DiT-B/2")), "model.depth 2, found None"),
+        (lambda c: dataclasses.replace(c, train=dataclasses.replace(c.train, seed=1)), "train.seed 0, found 1"),
+        (
+            lambda c: dataclasses.replace(c, train=dataclasses.replace(c.train, batch_size=32)),
+            "train.batch_size 16, found 32; .* --train.allow-change train.batch_size",
+        ),
+    ],
+)
 def test_a_run_does_not_go_on_as_another(tmp_path, change, said):
     config = tiny.config(tmp_path)
     save(config, 3)
@@ -109,8 +131,10 @@ def test_a_run_does_not_go_on_as_another(tmp_path, change, said):
 def test_another_data_set_is_noticed(tmp_path):
     config = tiny.config(tmp_path)
     save(config, 3)
-    with (Checkpoints(config, "g", NAMES) as restorer,
-          pytest.raises(CheckpointError, match=r"fingerprint f, found g.*--train.allow-change data")):
+    with (
+        Checkpoints(config, "g", NAMES) as restorer,
+        pytest.raises(CheckpointError, match=r"fingerprint f, found g.*--train.allow-change data"),
+    ):
         restorer.restore(abstract_state(config, mesh_of()))
 
 
@@ -122,24 +146,30 @@ def test_what_is_asked_for_by_name_may_change(tmp_path, caplog):
         assert restorer.restore(abstract_state(config, mesh_of()))[0] == 3
     with Checkpoints(changed, "g", NAMES) as restorer, pytest.raises(CheckpointError, match="data set has changed"):
         restorer.restore(abstract_state(config, mesh_of()))
-    changed = dataclasses.replace(tiny.config(tmp_path, allow_change=("data",)),
-                                  data=dataclasses.replace(config.data, flip=True))
+    changed = dataclasses.replace(
+        tiny.config(tmp_path, allow_change=("data",)), data=dataclasses.replace(config.data, flip=True)
+    )
     with Checkpoints(changed, "g", NAMES) as restorer:
         assert restorer.restore(abstract_state(config, mesh_of()))[0] == 3
     assert "as --train.allow-change asks" in caplog.text
     changed = dataclasses.replace(changed, data=dataclasses.replace(config.data, num_classes=11))
-    with (Checkpoints(changed, "g", NAMES) as restorer,
-          pytest.raises(CheckpointError, match=r"data.num_classes 10, found 11; choose another run_dir .* run$")):
+    with (
+        Checkpoints(changed, "g", NAMES) as restorer,
+        pytest.raises(CheckpointError, match=r"data.num_classes 10, found 11; choose another run_dir .* run$"),
+    ):
         restorer.restore(abstract_state(config, mesh_of()))
 
 
 def test_what_does_not_make_it_another_run_may_change_and_is_logged(tmp_path, caplog):
     config = tiny.config(tmp_path)
     save(config, 3)
-    config = dataclasses.replace(config, train=dataclasses.replace(config.train, steps=99),
-                                 optimizer=dataclasses.replace(config.optimizer, learning_rate=5e-4),
-                                 model=dataclasses.replace(config.model, remat="full"),
-                                 data=dataclasses.replace(config.data, workers=2))
+    config = dataclasses.replace(
+        config,
+        train=dataclasses.replace(config.train, steps=99),
+        optimizer=dataclasses.replace(config.optimizer, learning_rate=5e-4),
+        model=dataclasses.replace(config.model, remat="full"),
+        data=dataclasses.replace(config.data, workers=2),
+    )
     with caplog.at_level("INFO"), Checkpoints(config, "f", NAMES) as restorer:
         assert restorer.restore(abstract_state(config, mesh_of()))[0] == 3
     assert "was data.workers 0, found 2; was model.remat 'none', found 'full'; " in caplog.text

@@ -48,8 +48,9 @@ def rewrite(run_dir, step, change):
 def test_an_old_run_goes_on(old_run):
     step, config = checkpoints.read_config(old_run)
     before = json.loads((old_run / "metrics.jsonl").read_text().splitlines()[-1])
-    config = dataclasses.replace(config, run_dir=str(old_run), mesh=MeshConfig(),
-                                 train=dataclasses.replace(config.train, steps=5))
+    config = dataclasses.replace(
+        config, run_dir=str(old_run), mesh=MeshConfig(), train=dataclasses.replace(config.train, steps=5)
+    )
     train(config)
     lines = [json.loads(line) for line in (old_run / "metrics.jsonl").read_text().splitlines()]
     assert (step, before["step"]) == (3, 3) and [line["step"] for line in lines] == [1, 2, 3, 4, 5]
@@ -63,8 +64,18 @@ def test_an_old_run_is_sampled_scored_and_exported(old_run, tmp_path, monkeypatc
         assert file["arr_0"].shape == (6, 8, 8, 1) and file["arr_0"].std() > 10
     monkeypatch.setattr(scoring, "Extractor", SmallExtractor)
     save_file(inception.random_state_dict(0), tmp_path / "inception.safetensors")
-    evaluate.main(["--run", str(old_run), "--num-samples", "6", "--inception", str(tmp_path / "inception.safetensors"),
-                   "--output", str(tmp_path / "scores.json")])
+    evaluate.main(
+        [
+            "--run",
+            str(old_run),
+            "--num-samples",
+            "6",
+            "--inception",
+            str(tmp_path / "inception.safetensors"),
+            "--output",
+            str(tmp_path / "scores.json"),
+        ]
+    )
     assert json.loads((tmp_path / "scores.json").read_text())["metrics"]["is"] >= 1
     convert.main(["export", "--run", str(old_run), "--output", str(tmp_path / "exported")])
     _, config = checkpoints.read_config(old_run)
@@ -72,7 +83,8 @@ def test_an_old_run_is_sampled_scored_and_exported(old_run, tmp_path, monkeypatc
     params = checkpoints.restore_params(old_run, 3, config, mesh)
     tensors = load_file(tmp_path / "exported" / "model.safetensors")
     assert sorted(t.tobytes() for t in tensors.values()) == sorted(
-        np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(params))
+        np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(params)
+    )
 
 
 def test_a_field_that_is_new_has_its_default_in_an_old_run(tmp_path):
@@ -84,8 +96,10 @@ def test_a_field_that_is_new_has_its_default_in_an_old_run(tmp_path):
         assert restorer.restore(target)[0] == 4
     changed = tiny.config(tmp_path)
     changed = dataclasses.replace(changed, model=dataclasses.replace(changed.model, skip=True))
-    with Checkpoints(changed, "f", NAMES) as restorer, pytest.raises(
-            CheckpointError, match=r"started with model.skip False, found True"):
+    with (
+        Checkpoints(changed, "f", NAMES) as restorer,
+        pytest.raises(CheckpointError, match=r"started with model.skip False, found True"),
+    ):
         restorer.restore(target)
 
 
@@ -100,8 +114,14 @@ def test_a_renamed_field_is_migrated(tmp_path, monkeypatch):
         return values | {"model": model | {"hidden": model.pop("width")}} if "width" in model else values
 
     monkeypatch.setattr(config_module, "VERSION", VERSION + 1)
-    monkeypatch.setitem(config_module.MIGRATIONS, VERSION, lambda values: {
-        **values, "model": {name: value for name, value in renamed(values)["model"].items() if name != "width"}})
+    monkeypatch.setitem(
+        config_module.MIGRATIONS,
+        VERSION,
+        lambda values: {
+            **values,
+            "model": {name: value for name, value in renamed(values)["model"].items() if name != "width"},
+        },
+    )
     assert checkpoints.read_config(tmp_path)[1] == tiny.config(tmp_path)
 
 
@@ -139,7 +159,12 @@ def test_the_backend_is_no_part_of_a_checkpoint(tmp_path):
 def test_averages_have_names_with_all_digits(tmp_path):
     close = (0.9999999, 0.9999995)
     assert [averages.name(decay) for decay in (*close, 0.9999, 0.9, 0.0)] == [
-        "0.9999999", "0.9999995", "0.9999", "0.9", "0"]
+        "0.9999999",
+        "0.9999995",
+        "0.9999",
+        "0.9",
+        "0",
+    ]
     config = tiny.config(tmp_path / "new", ema_decays=close)
     mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
     state = save(config, 4, mesh=mesh)

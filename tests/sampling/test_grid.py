@@ -49,17 +49,16 @@ def test_grid_shows_every_pixel_in_its_place():
     for i, image in enumerate(images):
         row, column = divmod(i, 2)
         top, left = gap + row * (cell + gap), gap + column * (cell + gap)
-        np.testing.assert_array_equal(pixels[top:top + cell:8, left:left + cell:8], image)
+        np.testing.assert_array_equal(pixels[top : top + cell : 8, left : left + cell : 8], image)
 
 
 def test_labels_are_written_above_each_image_or_beside_each_row():
     images = np.full((6, 8, 8, 1), 255, np.uint8)  # white: all that is dark is text
-    plain, above, beside = (np.asarray(grid(images, labels, columns=3)) for labels in (
-        None, range(6), ["cat", "dog"]))
+    plain, above, beside = (np.asarray(grid(images, labels, columns=3)) for labels in (None, range(6), ["cat", "dog"]))
     assert plain.min() == 255 and above.min() < 40 and beside.min() < 40
     assert above.shape[0] > plain.shape[0] and above.shape[1] == plain.shape[1]
     assert beside.shape[0] == plain.shape[0] and beside.shape[1] > plain.shape[1]
-    assert beside[:, beside.shape[1] - plain.shape[1] + 4:].min() == 255  # text stays out of the images
+    assert beside[:, beside.shape[1] - plain.shape[1] + 4 :].min() == 255  # text stays out of the images
 
 
 def test_wrong_grids_get_a_sentence():

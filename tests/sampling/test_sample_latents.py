@@ -44,12 +44,28 @@ def draw(folder, decode=None) -> np.ndarray:
 
 
 def test_samples_are_decoded_at_the_scale_of_the_autoencoder(folder, tmp_path):
-    sample.main(["--run", str(folder / "run"), "--num-samples", "4", "--labels", "balanced", "--output",
-                 str(tmp_path / "s.npz"), "--vae", str(folder / "vae.safetensors")])
+    sample.main(
+        [
+            "--run",
+            str(folder / "run"),
+            "--num-samples",
+            "4",
+            "--labels",
+            "balanced",
+            "--output",
+            str(tmp_path / "s.npz"),
+            "--vae",
+            str(folder / "vae.safetensors"),
+        ]
+    )
     latents, weights = draw(folder, decode=lambda latents: latents), numpy_vae.random_state_dict()
     assert latents.shape == (4, 4, 4, 4) and latents.dtype == np.float32
-    truth = np.stack([numpy_vae.decode(weights, numpy_vae.TINY, z.transpose(2, 0, 1) / LATENT_SCALE).transpose(1, 2, 0)
-                      for z in latents.astype(np.float64)])
+    truth = np.stack(
+        [
+            numpy_vae.decode(weights, numpy_vae.TINY, z.transpose(2, 0, 1) / LATENT_SCALE).transpose(1, 2, 0)
+            for z in latents.astype(np.float64)
+        ]
+    )
     with np.load(tmp_path / "s.npz") as samples:
         assert samples["arr_0"].shape == (4, 8, 8, 3) and samples["arr_0"].dtype == np.uint8
         # truncated to levels, after float32: up to one level below, and a rounding error above
@@ -84,9 +100,31 @@ def test_a_gspn_draws_sizes_that_it_was_not_trained_on_and_they_are_decoded(fold
     """Against float64: the network as plain loops, Euler's steps, and the autoencoder, from the same noise."""
     run, config, params = gspn
     height, width, steps, seed = 6, 10, 2, 5
-    sample.main(["--run", str(run), "--ema", "0", "--num-samples", "2", "--labels", "balanced", "--output",
-                 str(tmp_path / "s.npz"), "--vae", str(folder / "vae.safetensors"), "--image-size", str(height),
-                 str(width), "--sampler.name", "euler", "--sampler.steps", str(steps), "--seed", str(seed)])
+    sample.main(
+        [
+            "--run",
+            str(run),
+            "--ema",
+            "0",
+            "--num-samples",
+            "2",
+            "--labels",
+            "balanced",
+            "--output",
+            str(tmp_path / "s.npz"),
+            "--vae",
+            str(folder / "vae.safetensors"),
+            "--image-size",
+            str(height),
+            str(width),
+            "--sampler.name",
+            "euler",
+            "--sampler.steps",
+            str(steps),
+            "--seed",
+            str(seed),
+        ]
+    )
     arch = models.resolve(config.model)
     with np.load(tmp_path / "s.npz") as samples:
         found = samples["arr_0"]
@@ -114,8 +152,10 @@ def test_attention_is_not_sampled_at_sizes_it_was_not_trained_on(folder, capsys)
     with pytest.raises(SystemExit) as stopped:
         sample.main(["--run", str(folder / "run"), "--image-size", "4", "6"])
     assert stopped.value.code == 2
-    assert ("--image-size must be the one that a model with attention was trained on, 4 4, whose positions it knows, "
-            "found 4 6") in capsys.readouterr().err
+    assert (
+        "--image-size must be the one that a model with attention was trained on, 4 4, whose positions it knows, "
+        "found 4 6"
+    ) in capsys.readouterr().err
 
 
 def test_mistakes_get_a_sentence(folder, tmp_path, capsys):
@@ -129,5 +169,6 @@ def test_mistakes_get_a_sentence(folder, tmp_path, capsys):
     assert "the weights must be a file, found nothing at /absent.bin" in said("--vae", "/absent.bin")
     sizes = dataclasses.replace(numpy_vae.TINY, latent_channels=3)
     save_file(numpy_vae.random_state_dict(sizes), tmp_path / "other.safetensors")
-    assert "--vae must be of 4 latent channels, as the run is, found 3" in said("--vae",
-                                                                              str(tmp_path / "other.safetensors"))
+    assert "--vae must be of 4 latent channels, as the run is, found 3" in said(
+        "--vae", str(tmp_path / "other.safetensors")
+    )

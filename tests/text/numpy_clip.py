@@ -7,8 +7,9 @@ import numpy as np
 from gspn_jax.text import TextConfig, expected_shapes
 
 QUICK = TextConfig(width=24, layers=2, heads=3, hidden=40, vocabulary=50, length=11)
-PROJECTED = TextConfig(width=16, layers=3, heads=2, hidden=64, vocabulary=50, length=11, activation="gelu",
-                       projection=20)
+PROJECTED = TextConfig(
+    width=16, layers=3, heads=2, hidden=64, vocabulary=50, length=11, activation="gelu", projection=20
+)
 
 
 def random_state_dict(config: TextConfig, seed: int = 0) -> dict[str, np.ndarray]:
@@ -38,6 +39,7 @@ def random_ids(config: TextConfig, lengths: tuple[int, ...], seed: int = 1) -> n
 
 def encode(weights, config, ids):
     """last, penultimate and pooled of one text."""
+
     def get(name):
         return weights.get(f"text_model.{name}", weights.get(name)).astype(np.float64)
 
@@ -53,7 +55,7 @@ def encode(weights, config, ids):
             return x * 0.5 * (1 + np.vectorize(math.erf)(x / math.sqrt(2)))
         return x / (1 + np.exp(-1.702 * x))
 
-    x = get("embeddings.token_embedding.weight")[ids] + get("embeddings.position_embedding.weight")[:len(ids)]
+    x = get("embeddings.token_embedding.weight")[ids] + get("embeddings.position_embedding.weight")[: len(ids)]
     for layer in range(config.layers):
         name, before = f"encoder.layers.{layer}", x
         tokens = norm(f"{name}.layer_norm1", x)
@@ -62,8 +64,8 @@ def encode(weights, config, ids):
         for head in range(config.heads):
             part = slice(head * size, (head + 1) * size)
             for i in range(len(ids)):
-                shares = np.exp(k[:i + 1, part] @ q[i, part] / math.sqrt(size))
-                mixed[i, part] = shares @ v[:i + 1, part] / shares.sum()
+                shares = np.exp(k[: i + 1, part] @ q[i, part] / math.sqrt(size))
+                mixed[i, part] = shares @ v[: i + 1, part] / shares.sum()
         x = x + linear(f"{name}.self_attn.out_proj", mixed)
         hidden = activation(linear(f"{name}.mlp.fc1", norm(f"{name}.layer_norm2", x)))
         x = x + linear(f"{name}.mlp.fc2", hidden)

@@ -6,9 +6,7 @@ import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
-import numpy_clip
 import pytest
-from numpy_clip import PROJECTED, QUICK, random_ids, random_state_dict
 from safetensors.numpy import save_file
 
 from gspn_jax.config import ConfigError
@@ -23,6 +21,8 @@ from gspn_jax.text import (
     from_state_dict,
     load_tower,
 )
+from tests.text import numpy_clip
+from tests.text.numpy_clip import PROJECTED, QUICK, random_ids, random_state_dict
 
 TOLERANCE = 1e-5  # largest error over the largest output, float32 against float64
 
@@ -32,10 +32,18 @@ def relative_error(found, truth) -> float:
 
 
 def as_json(config: TextConfig) -> dict:
-    return {"architectures": ["CLIPTextModelWithProjection" if config.projection else "CLIPTextModel"],
-            "hidden_size": config.width, "num_hidden_layers": config.layers, "num_attention_heads": config.heads,
-            "intermediate_size": config.hidden, "hidden_act": config.activation, "vocab_size": config.vocabulary,
-            "projection_dim": config.projection or 512, "max_position_embeddings": config.length, "eos_token_id": 2}
+    return {
+        "architectures": ["CLIPTextModelWithProjection" if config.projection else "CLIPTextModel"],
+        "hidden_size": config.width,
+        "num_hidden_layers": config.layers,
+        "num_attention_heads": config.heads,
+        "intermediate_size": config.hidden,
+        "hidden_act": config.activation,
+        "vocab_size": config.vocabulary,
+        "projection_dim": config.projection or 512,
+        "max_position_embeddings": config.length,
+        "eos_token_id": 2,
+    }
 
 
 def write_folder(folder, config, weights):
@@ -55,15 +63,21 @@ def test_states_are_the_published_ones(config):
             assert relative_error(ours[i], truth) < TOLERANCE
 
 
-@pytest.mark.parametrize(("config", "count"), [(CLIP_L, 123_060_480), (OPENCLIP_H, 340_387_840),
-                                               (OPENCLIP_BIGG, 694_659_840)], ids=["L/14", "H", "bigG"])
+@pytest.mark.parametrize(
+    ("config", "count"),
+    [(CLIP_L, 123_060_480), (OPENCLIP_H, 340_387_840), (OPENCLIP_BIGG, 694_659_840)],
+    ids=["L/14", "H", "bigG"],
+)
 def test_full_sizes_are_those_of_the_published_towers(config, count):
     shapes = expected_shapes(config)
     assert sum(int(np.prod(shape)) for shape in shapes.values()) == count
-    params = {name: jax.ShapeDtypeStruct(shape if "embedding" in name else shape[::-1], jnp.bfloat16)
-              for name, shape in shapes.items()}
-    states = jax.eval_shape(lambda params, ids: encode(params, config, ids), params,
-                            jax.ShapeDtypeStruct((2, 77), jnp.int32))
+    params = {
+        name: jax.ShapeDtypeStruct(shape if "embedding" in name else shape[::-1], jnp.bfloat16)
+        for name, shape in shapes.items()
+    }
+    states = jax.eval_shape(
+        lambda params, ids: encode(params, config, ids), params, jax.ShapeDtypeStruct((2, 77), jnp.int32)
+    )
     assert states.last.shape == (2, 77, config.width) and {state.dtype for state in states} == {jnp.dtype("bfloat16")}
 
 
@@ -87,28 +101,43 @@ def test_files_of_every_dialect_load_in_the_type_they_have(tmp_path):
     assert load_tower(folder, jnp.float32)[0]["final_layer_norm.bias"].dtype == np.float32
 
 
-@pytest.mark.parametrize(("change", "message"), [
-    (lambda w: {k: v for k, v in w.items() if not k.endswith("layers.1.mlp.fc1.bias")},
-     r"the weights of the text tower must have 'encoder\.layers\.1\.mlp\.fc1\.bias', found \d+ other tensors"),
-    (lambda w: w | {"extra": np.ones(3, np.float32)}, r"must belong to the text tower of this config, found 'extra'"),
-    (lambda w: w | {"text_model.final_layer_norm.bias": np.ones(3, np.float32)},
-     r"'text_model\.final_layer_norm\.bias' must have shape \(24,\), found \(3,\)"),
-    (lambda w: w | {"text_model.final_layer_norm.bias": np.full(24, np.inf, np.float32)}, r"must be finite"),
-    (lambda w: w | {"text_model.final_layer_norm.bias": np.ones(24, np.int8)},
-     r"must be one of float32, float16, bfloat16, found I8"),
-])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda w: {k: v for k, v in w.items() if not k.endswith("layers.1.mlp.fc1.bias")},
+            r"the weights of the text tower must have 'encoder\.layers\.1\.mlp\.fc1\.bias', found \d+ other tensors",
+        ),
+        (
+            lambda w: w | {"extra": np.ones(3, np.float32)},
+            r"must belong to the text tower of this config, found 'extra'",
+        ),
+        (
+            lambda w: w | {"text_model.final_layer_norm.bias": np.ones(3, np.float32)},
+            r"'text_model\.final_layer_norm\.bias' must have shape \(24,\), found \(3,\)",
+        ),
+        (lambda w: w | {"text_model.final_layer_norm.bias": np.full(24, np.inf, np.float32)}, r"must be finite"),
+        (
+            lambda w: w | {"text_model.final_layer_norm.bias": np.ones(24, np.int8)},
+            r"must be one of float32, float16, bfloat16, found I8",
+        ),
+    ],
+)
 def test_other_weights_get_a_sentence(tmp_path, change, message):
     with pytest.raises(WeightsError, match=message):
         load_tower(write_folder(tmp_path, QUICK, change(random_state_dict(QUICK))))
 
 
-@pytest.mark.parametrize(("field", "value", "message"), [
-    ("hidden_act", "relu", r"hidden_act must be one of quick_gelu, gelu, found 'relu'"),
-    ("hidden_size", None, r"hidden_size must be an integer, found None"),
-    ("num_attention_heads", 5, r"width must be a multiple of its heads, found 24 and 5"),
-    ("eos_token_id", 7, r"eos_token_id must be its last id 49, found 7"),
-    ("architectures", ["BertModel"], r"must be a CLIPTextModel or a CLIPTextModelWithProjection, found BertModel"),
-])
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("hidden_act", "relu", r"hidden_act must be one of quick_gelu, gelu, found 'relu'"),
+        ("hidden_size", None, r"hidden_size must be an integer, found None"),
+        ("num_attention_heads", 5, r"width must be a multiple of its heads, found 24 and 5"),
+        ("eos_token_id", 7, r"eos_token_id must be its last id 49, found 7"),
+        ("architectures", ["BertModel"], r"must be a CLIPTextModel or a CLIPTextModelWithProjection, found BertModel"),
+    ],
+)
 def test_other_configs_get_a_sentence(field, value, message):
     with pytest.raises(ConfigError, match=message):
         TextConfig.from_json(as_json(QUICK) | {field: value})

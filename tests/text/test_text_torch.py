@@ -7,14 +7,16 @@ import pathlib
 import jax
 import numpy as np
 import pytest
-from numpy_clip import PROJECTED, QUICK, random_ids, random_state_dict
-from plain_bpe import END, START, small_vocabulary
-from texts import texts
 
 from gspn_jax.text import encode, from_state_dict, load_tokenizer, load_tower
+from tests.text.numpy_clip import PROJECTED, QUICK, random_ids, random_state_dict
+from tests.text.plain_bpe import END, START, small_vocabulary
+from tests.text.texts import texts
 
-pytestmark = [pytest.mark.torch,
-              pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")]
+pytestmark = [
+    pytest.mark.torch,
+    pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning"),
+]
 
 TOLERANCE = 1e-4  # largest error over the largest output, float32 against float32
 
@@ -24,14 +26,25 @@ def transformers_tower(config, weights):
     import torch
 
     kind = transformers.CLIPTextModelWithProjection if config.projection else transformers.CLIPTextModel
-    theirs = kind(transformers.CLIPTextConfig(
-        hidden_size=config.width, num_hidden_layers=config.layers, num_attention_heads=config.heads,
-        intermediate_size=config.hidden, hidden_act=config.activation, vocab_size=config.vocabulary,
-        projection_dim=config.projection or 512, max_position_embeddings=config.length,
-        eos_token_id=config.vocabulary - 1, bos_token_id=0, pad_token_id=0))
+    theirs = kind(
+        transformers.CLIPTextConfig(
+            hidden_size=config.width,
+            num_hidden_layers=config.layers,
+            num_attention_heads=config.heads,
+            intermediate_size=config.hidden,
+            hidden_act=config.activation,
+            vocab_size=config.vocabulary,
+            projection_dim=config.projection or 512,
+            max_position_embeddings=config.length,
+            eos_token_id=config.vocabulary - 1,
+            bos_token_id=0,
+            pad_token_id=0,
+        )
+    )
     prefixed = any(name.startswith("text_model.") for name in theirs.state_dict())
-    theirs.load_state_dict({name if prefixed else name.removeprefix("text_model."): torch.tensor(value)
-                            for name, value in weights.items()})
+    theirs.load_state_dict(
+        {name if prefixed else name.removeprefix("text_model."): torch.tensor(value) for name, value in weights.items()}
+    )
     return theirs.eval()
 
 
@@ -75,7 +88,7 @@ def published_vocabulary():
     path = openai_merges()
     if path is None:
         pytest.skip("CLIP's vocabulary is not here: pip install open_clip_torch, or clip-anytorch with --no-deps")
-    return tokenizer._from_merges(tokenizer._read_merges(pathlib.Path(path))[:tokenizer.MERGES])
+    return tokenizer._from_merges(tokenizer._read_merges(pathlib.Path(path))[: tokenizer.MERGES])
 
 
 def as_word(content, normalized):
@@ -102,8 +115,11 @@ def test_ids_are_those_of_transformers(kind, vocabulary, tmp_path):
     if config is not None:
         if "added_tokens_decoder" in config:
             decoder = {"!": False, START: True, END: True}
-            config = config | {"added_tokens_decoder": {
-                str(words[word]): as_word(word, late) | {"special": True} for word, late in decoder.items()}}
+            config = config | {
+                "added_tokens_decoder": {
+                    str(words[word]): as_word(word, late) | {"special": True} for word, late in decoder.items()
+                }
+            }
         (tmp_path / "tokenizer_config.json").write_text(json.dumps(config | {"tokenizer_class": "CLIPTokenizer"}))
         (tmp_path / "special_tokens_map.json").write_text(json.dumps(special))
     prompts = [*texts(), "unassigned \U000106ff \uffff \u0378"]

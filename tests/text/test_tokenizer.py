@@ -4,14 +4,14 @@ import gzip
 import json
 
 import numpy as np
-import plain_bpe
 import pytest
-from plain_bpe import END, START, small_vocabulary
-from texts import texts
 
 from gspn_jax.config import ConfigError
 from gspn_jax.state_dict import WeightsError
 from gspn_jax.text import Tokenizer, load_tokenizer
+from tests.text import plain_bpe
+from tests.text.plain_bpe import END, START, small_vocabulary
+from tests.text.texts import texts
 
 
 def merges_text() -> str:
@@ -31,17 +31,25 @@ def word(content: str, normalized: bool) -> dict:
     return {"content": content, "lstrip": False, "normalized": normalized, "rstrip": False, "single_word": False}
 
 
-STABLE_DIFFUSION_1 = {"bos_token": word(START, True), "eos_token": word(END, True), "unk_token": word(END, True),
-                      "pad_token": END}
+STABLE_DIFFUSION_1 = {
+    "bos_token": word(START, True),
+    "eos_token": word(END, True),
+    "unk_token": word(END, True),
+    "pad_token": END,
+}
 """special_tokens_map.json of the published folders; the last entry of a word holds."""
 STABLE_DIFFUSION_2 = STABLE_DIFFUSION_1 | {"pad_token": "!"}
 
 
-@pytest.mark.parametrize(("special", "expected", "pad"), [
-    (None, {START: False, END: False}, END),
-    (STABLE_DIFFUSION_1, {START: True, END: False}, END),
-    (STABLE_DIFFUSION_2, {START: True, END: True, "!": False}, "!"),
-], ids=["vocabulary alone", "Stable Diffusion 1", "Stable Diffusion 2"])
+@pytest.mark.parametrize(
+    ("special", "expected", "pad"),
+    [
+        (None, {START: False, END: False}, END),
+        (STABLE_DIFFUSION_1, {START: True, END: False}, END),
+        (STABLE_DIFFUSION_2, {START: True, END: True, "!": False}, "!"),
+    ],
+    ids=["vocabulary alone", "Stable Diffusion 1", "Stable Diffusion 2"],
+)
 def test_ids_are_those_of_the_definition(tmp_path, special, expected, pad):
     vocabulary, merges = small_vocabulary()
     prompts = texts()
@@ -68,8 +76,11 @@ def test_every_kind_of_file_gives_the_same_ids(tmp_path):
         model = {"type": "BPE", "vocab": vocabulary, "merges": pairs}
         (folder / "tokenizer.json").write_text(json.dumps({"model": model}))
     decoder = {str(vocabulary[START]): word(START, False), str(vocabulary[END]): word(END, False)}
-    write_folder(folders[2], {"added_tokens_decoder": decoder, "bos_token": START, "eos_token": END, "pad_token": END},
-                 {"pad_token": "!"})  # which is not read beside a decoder
+    write_folder(
+        folders[2],
+        {"added_tokens_decoder": decoder, "bos_token": START, "eos_token": END, "pad_token": END},
+        {"pad_token": "!"},
+    )  # which is not read beside a decoder
     for path in (plain, packed, *folders):
         np.testing.assert_array_equal(load_tokenizer(path)(texts()).ids, truth, err_msg=str(path))
 
@@ -81,16 +92,30 @@ def test_what_does_not_fit_is_given_back():
     assert (ids[:4, -1] == tokenizer.vocabulary - 1).all() and ids.shape == (5, 5)
 
 
-@pytest.mark.parametrize(("change", "error", "message"), [
-    (lambda folder: (folder / "merges.txt").unlink(), FileNotFoundError, r"file of merges, found nothing at .*merges"),
-    (lambda folder: (folder / "vocab.json").unlink(), FileNotFoundError, r"vocab\.json and merges\.txt, one with"),
-    (lambda folder: (folder / "vocab.json").write_text("{"), WeightsError, r"vocab\.json must be a JSON file"),
-    (lambda folder: (folder / "vocab.json").write_text('{"a": 0}'), ConfigError, r"vocabulary must have '<\|startof"),
-    (lambda folder: (folder / "merges.txt").write_text("#\na b c\n"), ConfigError, r"a pair of words on each line"),
-    (lambda folder: (folder / "merges.txt").write_text("#\nzz zz\n"), ConfigError, r"join words of its vocabulary"),
-    (lambda folder: (folder / "tokenizer_config.json").write_text('{"pad_token": "<pad>"}'), ConfigError,
-     r"vocabulary must have '<pad>', found \d+ other words"),
-])
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (
+            lambda folder: (folder / "merges.txt").unlink(),
+            FileNotFoundError,
+            r"file of merges, found nothing at .*merges",
+        ),
+        (lambda folder: (folder / "vocab.json").unlink(), FileNotFoundError, r"vocab\.json and merges\.txt, one with"),
+        (lambda folder: (folder / "vocab.json").write_text("{"), WeightsError, r"vocab\.json must be a JSON file"),
+        (
+            lambda folder: (folder / "vocab.json").write_text('{"a": 0}'),
+            ConfigError,
+            r"vocabulary must have '<\|startof",
+        ),
+        (lambda folder: (folder / "merges.txt").write_text("#\na b c\n"), ConfigError, r"a pair of words on each line"),
+        (lambda folder: (folder / "merges.txt").write_text("#\nzz zz\n"), ConfigError, r"join words of its vocabulary"),
+        (
+            lambda folder: (folder / "tokenizer_config.json").write_text('{"pad_token": "<pad>"}'),
+            ConfigError,
+            r"vocabulary must have '<pad>', found \d+ other words",
+        ),
+    ],
+)
 def test_other_files_get_a_sentence(tmp_path, change, error, message):
     change(write_folder(tmp_path))
     with pytest.raises(error, match=message):

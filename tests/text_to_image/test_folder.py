@@ -8,12 +8,12 @@ import ml_dtypes
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
-from tiny_folder import ONE, VAE, WORDS, XL, write_folder, write_json
 
 from gspn_jax.config import ConfigError
 from gspn_jax.state_dict import WeightsError
 from gspn_jax.text_to_image import encode_prompts, load_folder
 from tests.text import numpy_clip
+from tests.text_to_image.tiny_folder import ONE, VAE, WORDS, XL, write_folder, write_json
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
 TOLERANCE = 1e-4  # largest error over the largest output, float32 against float64
@@ -73,8 +73,10 @@ def test_prompts_become_what_the_network_is_told(unet, texts, tmp_path):
     assert found.context.shape == (3, 77, unet.context_width) and found.cut[:2] == ("", "")
     assert found.cut[2].endswith("the end!!") and prompts[2].endswith(found.cut[2])
     for i in range(3):
-        states = [numpy_clip.encode(numpy_clip.random_state_dict(config), config, part.tokenizer(prompts).ids[i])
-                  for config, part in zip(texts, model.texts, strict=True)]
+        states = [
+            numpy_clip.encode(numpy_clip.random_state_dict(config), config, part.tokenizer(prompts).ids[i])
+            for config, part in zip(texts, model.texts, strict=True)
+        ]
         truth = states[0][0] if len(texts) == 1 else np.concatenate([state[1] for state in states], axis=1)
         assert np.abs(found.context[i] - truth).max() < TOLERANCE * np.abs(truth).max()
         if len(texts) == 2:
@@ -85,6 +87,7 @@ def test_prompts_become_what_the_network_is_told(unet, texts, tmp_path):
 def edit(name: str, **fields):
     def change(folder):
         write_json(folder / name, json.loads((folder / name).read_text()) | fields)
+
     return change
 
 
@@ -104,29 +107,54 @@ def one_twice(folder):
     (folder / UNET).unlink()
     for file in ("a", "b"):
         save_file(tensors, folder / f"unet/{file}.safetensors")
-    write_json(folder / "unet/diffusion_pytorch_model.safetensors.index.json",
-               {"weight_map": {"conv_in.bias": "a.safetensors", "conv_in.weight": "b.safetensors"}})
+    write_json(
+        folder / "unet/diffusion_pytorch_model.safetensors.index.json",
+        {"weight_map": {"conv_in.bias": "a.safetensors", "conv_in.weight": "b.safetensors"}},
+    )
 
 
-@pytest.mark.parametrize(("change", "error", "message"), [
-    (lambda folder: (folder / "model_index.json").unlink(), FileNotFoundError, r"model_index\.json must exist"),
-    (edit("model_index.json", _class_name="FluxPipeline"), ConfigError,
-     r"must be that of a StableDiffusionPipeline or a StableDiffusionXLPipeline, found 'FluxPipeline'"),
-    (lambda folder: [shutil.rmtree(folder / part) for part in ("vae", "tokenizer_2")], FileNotFoundError,
-     r"must hold the folders unet, vae, .*; vae, tokenizer_2 not found"),
-    (only_pickles, FileNotFoundError, r"pickled \.bin files are not read; found config\.json, diffusion_pytorch_model"),
-    (lambda folder: (folder / UNET).write_bytes(b"\x80\x02"), WeightsError, r"must be a safetensors file, it"),
-    (one_twice, WeightsError, r"must stand in one file, found it in .*a\.safetensors and .*b\.safetensors"),
-    (edit("scheduler/scheduler_config.json", prediction_type="sample"), ConfigError,
-     r"prediction_type must be one of epsilon, v_prediction, found 'sample'"),
-    (edit("vae/config.json", shift_factor=0.1), ConfigError, r"/vae: the autoencoder's shift_factor must be None"),
-    (edit("vae/config.json", scaling_factor="big"), ConfigError, r"scaling_factor must be a number greater than 0"),
-    (edit("unet/config.json", act_fn="gelu"), ConfigError, r"/unet: the U-Net's act_fn must be 'silu'"),
-    (edit("text_encoder/config.json", hidden_act="relu"), ConfigError, r"/text_encoder: the text tower's hidden_act"),
-    (swap_unet, ConfigError, r"must take text states as wide as the text towers give, 20, found 12"),
-    (edit("tokenizer/vocab.json", more=WORDS), ConfigError,
-     r"a tokenizer must fit its text tower of \d+ words and 77 positions, found \d+ words and 77 tokens"),
-])
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (lambda folder: (folder / "model_index.json").unlink(), FileNotFoundError, r"model_index\.json must exist"),
+        (
+            edit("model_index.json", _class_name="FluxPipeline"),
+            ConfigError,
+            r"must be that of a StableDiffusionPipeline or a StableDiffusionXLPipeline, found 'FluxPipeline'",
+        ),
+        (
+            lambda folder: [shutil.rmtree(folder / part) for part in ("vae", "tokenizer_2")],
+            FileNotFoundError,
+            r"must hold the folders unet, vae, .*; vae, tokenizer_2 not found",
+        ),
+        (
+            only_pickles,
+            FileNotFoundError,
+            r"pickled \.bin files are not read; found config\.json, diffusion_pytorch_model",
+        ),
+        (lambda folder: (folder / UNET).write_bytes(b"\x80\x02"), WeightsError, r"must be a safetensors file, it"),
+        (one_twice, WeightsError, r"must stand in one file, found it in .*a\.safetensors and .*b\.safetensors"),
+        (
+            edit("scheduler/scheduler_config.json", prediction_type="sample"),
+            ConfigError,
+            r"prediction_type must be one of epsilon, v_prediction, found 'sample'",
+        ),
+        (edit("vae/config.json", shift_factor=0.1), ConfigError, r"/vae: the autoencoder's shift_factor must be None"),
+        (edit("vae/config.json", scaling_factor="big"), ConfigError, r"scaling_factor must be a number greater than 0"),
+        (edit("unet/config.json", act_fn="gelu"), ConfigError, r"/unet: the U-Net's act_fn must be 'silu'"),
+        (
+            edit("text_encoder/config.json", hidden_act="relu"),
+            ConfigError,
+            r"/text_encoder: the text tower's hidden_act",
+        ),
+        (swap_unet, ConfigError, r"must take text states as wide as the text towers give, 20, found 12"),
+        (
+            edit("tokenizer/vocab.json", more=WORDS),
+            ConfigError,
+            r"a tokenizer must fit its text tower of \d+ words and 77 positions, found \d+ words and 77 tokens",
+        ),
+    ],
+)
 def test_a_folder_that_is_wrong_gets_a_sentence(change, error, message, tmp_path):
     change(write_folder(tmp_path, *XL))
     with pytest.raises(error, match=message):

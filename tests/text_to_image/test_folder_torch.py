@@ -3,14 +3,16 @@
 import jax
 import numpy as np
 import pytest
-from tiny_folder import ONE, XL, write_folder
 
 from gspn_jax import unet as unets
 from gspn_jax.text_to_image import encode_prompts, load_folder
 from tests.text.plain_bpe import small_vocabulary
+from tests.text_to_image.tiny_folder import ONE, XL, write_folder
 
-pytestmark = [pytest.mark.torch,
-              pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")]
+pytestmark = [
+    pytest.mark.torch,
+    pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning"),
+]
 
 TOLERANCE = 1e-4  # largest error over the largest output, float32 against float32
 PROMPTS = ["A photo of a DOG, isn't it?", "", "hello!! wörld 😀 " * 30]
@@ -27,19 +29,29 @@ def pipeline(folder):
     diffusers, transformers = pytest.importorskip("diffusers"), pytest.importorskip("transformers")
     words, merges = small_vocabulary()
     two = (folder / "text_encoder_2").is_dir()
-    parts = {"unet": diffusers.UNet2DConditionModel.from_pretrained(folder / "unet"),
-             "scheduler": diffusers.EulerDiscreteScheduler(prediction_type="v_prediction"),
-             "vae": diffusers.AutoencoderKL(
-                 block_out_channels=(32, 32), layers_per_block=1, latent_channels=4, scaling_factor=0.13025,
-                 down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2)}
-    for end, kind, pad in (("", transformers.CLIPTextModel, "<|endoftext|>"),
-                           ("_2", transformers.CLIPTextModelWithProjection, "!"))[:1 + two]:
+    parts = {
+        "unet": diffusers.UNet2DConditionModel.from_pretrained(folder / "unet"),
+        "scheduler": diffusers.EulerDiscreteScheduler(prediction_type="v_prediction"),
+        "vae": diffusers.AutoencoderKL(
+            block_out_channels=(32, 32),
+            layers_per_block=1,
+            latent_channels=4,
+            scaling_factor=0.13025,
+            down_block_types=("DownEncoderBlock2D",) * 2,
+            up_block_types=("UpDecoderBlock2D",) * 2,
+        ),
+    }
+    for end, kind, pad in (
+        ("", transformers.CLIPTextModel, "<|endoftext|>"),
+        ("_2", transformers.CLIPTextModelWithProjection, "!"),
+    )[: 1 + two]:
         parts[f"text_encoder{end}"] = kind.from_pretrained(folder / f"text_encoder{end}").eval()
         parts[f"tokenizer{end}"] = transformers.CLIPTokenizer(words, merges, pad_token=pad, model_max_length=77)
     if two:
         return diffusers.StableDiffusionXLPipeline(**parts)
-    return diffusers.StableDiffusionPipeline(**parts, safety_checker=None, feature_extractor=None,
-                                             requires_safety_checker=False)
+    return diffusers.StableDiffusionPipeline(
+        **parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False
+    )
 
 
 @pytest.mark.parametrize("saved", [{}, {"variant": "fp16"}, {"max_shard_size": "20KB"}], ids=str)
@@ -71,8 +83,9 @@ def test_prompts_and_a_step_are_those_of_the_pipeline(unet, texts, tmp_path):
     model = load_folder(tmp_path / "theirs")
     ours = encode_prompts(model.texts, PROMPTS)
     with torch.no_grad():
-        context, _, *pooled = theirs.encode_prompt(PROMPTS, device="cpu", num_images_per_prompt=1,
-                                                   do_classifier_free_guidance=False)
+        context, _, *pooled = theirs.encode_prompt(
+            PROMPTS, device="cpu", num_images_per_prompt=1, do_classifier_free_guidance=False
+        )
     assert relative_error(ours.context, context) < TOLERANCE
     assert ours.cut[:2] == ("", "") and PROMPTS[2].endswith(ours.cut[2]) and ours.cut[2]
 

@@ -24,10 +24,18 @@ XL = (dataclasses.replace(numpy_unet.LINEAR, in_channels=4, out_channels=4), (FI
 
 
 def text_json(config: TextConfig) -> dict:
-    return {"architectures": ["CLIPTextModelWithProjection" if config.projection else "CLIPTextModel"],
-            "hidden_size": config.width, "num_hidden_layers": config.layers, "num_attention_heads": config.heads,
-            "intermediate_size": config.hidden, "hidden_act": config.activation, "vocab_size": config.vocabulary,
-            "projection_dim": config.projection or 512, "max_position_embeddings": config.length, "eos_token_id": 2}
+    return {
+        "architectures": ["CLIPTextModelWithProjection" if config.projection else "CLIPTextModel"],
+        "hidden_size": config.width,
+        "num_hidden_layers": config.layers,
+        "num_attention_heads": config.heads,
+        "intermediate_size": config.hidden,
+        "hidden_act": config.activation,
+        "vocab_size": config.vocabulary,
+        "projection_dim": config.projection or 512,
+        "max_position_embeddings": config.length,
+        "eos_token_id": 2,
+    }
 
 
 def write_json(path: pathlib.Path, content: dict) -> None:
@@ -37,8 +45,10 @@ def write_json(path: pathlib.Path, content: dict) -> None:
 
 def write_folder(folder: pathlib.Path, unet, texts) -> pathlib.Path:
     """Float32, one file a network."""
-    write_json(folder / "model_index.json", {
-        "_class_name": "StableDiffusionXLPipeline" if len(texts) == 2 else "StableDiffusionPipeline"})
+    write_json(
+        folder / "model_index.json",
+        {"_class_name": "StableDiffusionXLPipeline" if len(texts) == 2 else "StableDiffusionPipeline"},
+    )
     write_json(folder / "scheduler/scheduler_config.json", {"prediction_type": "v_prediction"})
     write_json(folder / "vae/config.json", {"scaling_factor": 0.13025, "norm_num_groups": 32})
     save_file(numpy_vae.random_state_dict(VAE), folder / "vae/diffusion_pytorch_model.safetensors")

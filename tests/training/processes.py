@@ -34,16 +34,31 @@ def start(arguments: list[str], *, devices: int = 1, **more: str) -> subprocess.
     """A Python process of its own session, so that a signal can be sent to all that belongs to it."""
     flags = f"{QUICK_COMPILE} --xla_force_host_platform_device_count={devices}"
     env = os.environ | {"XLA_FLAGS": flags, "PYTHONPATH": str(ROOT)} | more
-    return subprocess.Popen([sys.executable, *arguments], env=env, text=True, stdout=subprocess.DEVNULL,
-                            stderr=subprocess.PIPE, start_new_session=True)
+    return subprocess.Popen(
+        [sys.executable, *arguments],
+        env=env,
+        text=True,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+    )
 
 
 def start_hosts(arguments: list[str], count: int, **settings) -> list[subprocess.Popen]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
-    return [start(arguments, JAX_COORDINATOR_ADDRESS=address, JAX_NUM_PROCESSES=str(count), JAX_PROCESS_ID=str(i),
-                  GSPN_HEARTBEAT_SECONDS=str(HEARTBEAT_SECONDS), **settings) for i in range(count)]
+    return [
+        start(
+            arguments,
+            JAX_COORDINATOR_ADDRESS=address,
+            JAX_NUM_PROCESSES=str(count),
+            JAX_PROCESS_ID=str(i),
+            GSPN_HEARTBEAT_SECONDS=str(HEARTBEAT_SECONDS),
+            **settings,
+        )
+        for i in range(count)
+    ]
 
 
 def end(*processes: subprocess.Popen, timeout: float = 300) -> list[tuple[int, str]]:
@@ -90,8 +105,10 @@ def everything(run_dir: pathlib.Path) -> dict[str, np.ndarray]:
     """Every array of the last checkpoint that can be sampled from, on one device."""
     step, config = checkpoints.read_config(run_dir)
     mesh = sharding.make_mesh(config.mesh, jax.devices()[:1])
-    return {"step": step} | {str(decay): checkpoints.restore_params(run_dir, step, config, mesh, ema_decay=decay)
-                             for decay in (0.0, *config.train.ema_decays)}
+    return {"step": step} | {
+        str(decay): checkpoints.restore_params(run_dir, step, config, mesh, ema_decay=decay)
+        for decay in (0.0, *config.train.ema_decays)
+    }
 
 
 def losses(run_dir: pathlib.Path) -> list[float]:

@@ -15,8 +15,18 @@ from gspn_jax.training.train import train
 from tests.training import tiny
 from tests.training.processes import ROOT, everything
 
-ABSENT = ("grain", "array_record", "tensorflow_datasets", "tyro", "tensorboardX", "sklearn", "safetensors", "torch",
-          "matplotlib", "pytest")
+ABSENT = (
+    "grain",
+    "array_record",
+    "tensorflow_datasets",
+    "tyro",
+    "tensorboardX",
+    "sklearn",
+    "safetensors",
+    "torch",
+    "matplotlib",
+    "pytest",
+)
 """What a bare machine may lack."""
 
 BARE = f"""
@@ -30,7 +40,9 @@ class Absent:
 sys.meta_path.insert(0, Absent())
 """
 
-SCRIPT = BARE + """
+SCRIPT = (
+    BARE
+    + """
 import dataclasses, json
 
 import jax, numpy as np
@@ -57,6 +69,7 @@ config = from_dict(json.loads(sys.argv[1]))
 config = dataclasses.replace(config, eval=EvalConfig(every=3, num_samples=11, metrics=("is",), batch_size=8, steps=2))
 train(config)
 """
+)
 
 
 @pytest.fixture(scope="module")
@@ -79,13 +92,20 @@ def test_a_bare_machine_goes_on_from_memory_with_the_run_that_grain_fed(images, 
     train(whole)
     train(dataclasses.replace(part, train=dataclasses.replace(part.train, steps=3)))
     bare = dataclasses.replace(part, data=dataclasses.replace(data, in_memory=True))
-    process = subprocess.run([sys.executable, "-c", SCRIPT, json.dumps(dataclasses.asdict(bare))], cwd=ROOT, text=True,
-                             capture_output=True, timeout=300)
+    process = subprocess.run(
+        [sys.executable, "-c", SCRIPT, json.dumps(dataclasses.asdict(bare))],
+        cwd=ROOT,
+        text=True,
+        capture_output=True,
+        timeout=300,
+    )
     assert process.returncode == 0, process.stderr
     assert "going on from step 3" in process.stdout + process.stderr
     assert "no TensorBoard events are written: tensorboardX is not installed" in process.stderr
-    logs = {run: [json.loads(line) for line in (tmp_path / run / "metrics.jsonl").read_text().splitlines()]
-            for run in ("whole", "part")}
+    logs = {
+        run: [json.loads(line) for line in (tmp_path / run / "metrics.jsonl").read_text().splitlines()]
+        for run in ("whole", "part")
+    }
     losses = {run: [line["loss"] for line in lines if "loss" in line] for run, lines in logs.items()}
     assert losses["part"] == losses["whole"] and len(losses["whole"]) == 6
     assert [line["step"] for line in logs["part"] if "eval/is" in line] == [3, 6]  # the first one had been missed

@@ -48,8 +48,9 @@ class SmallExtractor(extractor.Extractor):
         random = np.random.default_rng(0)
         project = [random.standard_normal((3 * SIDE**2, size)).astype(np.float32) for size in (*SIZES.values(), 8)]
         self._resize = lambda images: images
-        self._network = jax.jit(lambda params, images: Features(*(
-            images.reshape(len(images), -1) / 255.0 @ p for p in project)))
+        self._network = jax.jit(
+            lambda params, images: Features(*(images.reshape(len(images), -1) / 255.0 @ p for p in project))
+        )
 
 
 def use_small_extractor(patch):
@@ -73,8 +74,13 @@ def files(tmp_path_factory):
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(random.integers(0, 256, (SIDE, SIDE, 3), np.uint8)).save(path)
     for name, sizes in (("small", list(SIZES.values())), ("reference", (2048, 2023))):
-        target = Reference("", "", *(Gaussian(random.uniform(0, 1, size), np.eye(size)) for size in sizes),
-                           features=random.uniform(0, 1, (30, sizes[0])).astype(np.float32), num_images=30)
+        target = Reference(
+            "",
+            "",
+            *(Gaussian(random.uniform(0, 1, size), np.eye(size)) for size in sizes),
+            features=random.uniform(0, 1, (30, sizes[0])).astype(np.float32),
+            num_images=30,
+        )
         target.write(root / f"{name}.npz", source="random")
     return root
 
@@ -82,10 +88,19 @@ def files(tmp_path_factory):
 def config(files, run_dir, *, target="small", metrics=METRICS, every=4, **train):
     built = tiny.config(run_dir, **{"steps": 6, "log_every": 2, "save_every": 3} | train)
     return dataclasses.replace(
-        built, data=DataConfig(source="folder", path=str(files / "images"), image_size=SIDE, channels=3,
-                               num_classes=2),
-        eval=EvalConfig(every=every, num_samples=11, metrics=metrics, batch_size=8, steps=2, ema=0.99,
-                        reference=str(files / f"{target}.npz"), inception=str(files / "inception.safetensors")))
+        built,
+        data=DataConfig(source="folder", path=str(files / "images"), image_size=SIDE, channels=3, num_classes=2),
+        eval=EvalConfig(
+            every=every,
+            num_samples=11,
+            metrics=metrics,
+            batch_size=8,
+            steps=2,
+            ema=0.99,
+            reference=str(files / f"{target}.npz"),
+            inception=str(files / "inception.safetensors"),
+        ),
+    )
 
 
 def log_of(run_dir):
@@ -100,7 +115,7 @@ def images_of(settings):
     params = checkpoints.restore_params(settings.run_dir, step, settings, mesh, ema_decay=settings.eval.ema)
     labels = np.random.default_rng(0).integers(settings.data.num_classes, size=settings.eval.num_samples)
     sampler = Sampler(settings, mesh)
-    return np.concatenate([sampler(params, labels[i:i + 1], [i]) for i in range(len(labels))])
+    return np.concatenate([sampler(params, labels[i : i + 1], [i]) for i in range(len(labels))])
 
 
 EVALUATING = 1e6  # seconds that pass on the clock of the throughput while an evaluation runs
@@ -150,6 +165,7 @@ def test_time_spent_on_evaluations_is_no_training_time(whole):
 
 def stop_at(monkeypatch, call):
     """A signal comes at the so-manieth time that the run asks for one: after each step and each batch of samples."""
+
     class Stop:
         calls = 0
 
@@ -211,7 +227,8 @@ def test_a_signal_stops_an_evaluation_and_the_run_goes_on_with_it(whole, tmp_pat
     train(settings)
     for name in METRICS:
         assert [line[f"eval/{name}"] for line in evaluations(settings).values()] == [
-            line[f"eval/{name}"] for line in evaluations(whole).values()]
+            line[f"eval/{name}"] for line in evaluations(whole).values()
+        ]
 
 
 def scores_on(devices, settings):
@@ -243,7 +260,7 @@ def photographs(tmp_path_factory):
     root, counts = tmp_path_factory.mktemp("cifar10"), collections.Counter()
     with tarfile.open(cifar10) as tar:
         for member in tar:
-            split, name, file = (pathlib.Path(member.name).parts[-3:] if member.isfile() else ("",) * 3)
+            split, name, file = pathlib.Path(member.name).parts[-3:] if member.isfile() else ("",) * 3
             if split == "train" and counts[name] < 20:
                 counts[name] += 1
                 (root / name).mkdir(exist_ok=True)
@@ -257,12 +274,15 @@ def test_a_run_on_photographs_from_pixels_to_fid_on_eight_devices_as_on_one(file
     """Nothing stands in: CIFAR-10, Inception (random weights), statistics that `prepare stats` made, the training loop;
     then the metrics of the trained parameters once more on one device."""
     weights, statistics = str(files / "inception.safetensors"), str(tmp_path / "cifar10.npz")
-    prepare.main(["stats", "--images", str(photographs), "--image-size", "32", "--inception", weights,
-                  "--output", statistics])
+    prepare.main(
+        ["stats", "--images", str(photographs), "--image-size", "32", "--inception", weights, "--output", statistics]
+    )
     base = config(files, tmp_path / "run", metrics=("fid", "is"), steps=2, every=2)
     settings = dataclasses.replace(
-        base, data=dataclasses.replace(base.data, path=str(photographs), image_size=32, num_classes=10),
-        eval=dataclasses.replace(base.eval, reference=statistics))
+        base,
+        data=dataclasses.replace(base.data, path=str(photographs), image_size=32, num_classes=10),
+        eval=dataclasses.replace(base.eval, reference=statistics),
+    )
     train(settings)
     (line,) = (line for line in log_of(tmp_path / "run") if "eval/fid" in line)
     assert line["eval/fid"] > 0 and 1 <= line["eval/is"] < 1008
@@ -280,16 +300,20 @@ def test_a_run_on_photographs_from_pixels_to_fid_on_eight_devices_as_on_one(file
 def test_latents_are_decoded_and_grey_images_repeated(files, tmp_path, monkeypatch):
     """What reaches Inception is what the public sampler and autoencoder give, in RGB."""
     seen = []
-    monkeypatch.setattr(SmallExtractor, "__call__", lambda self, images, call=SmallExtractor.__call__:
-                        seen.append(np.asarray(images)) or call(self, images))
+    monkeypatch.setattr(
+        SmallExtractor,
+        "__call__",
+        lambda self, images, call=SmallExtractor.__call__: seen.append(np.asarray(images)) or call(self, images),
+    )
     save_file(numpy_vae.random_state_dict(), tmp_path / "vae.safetensors")
     write_synthetic(tmp_path / "latents", records=4, latent_shape=(4, 4, 4), num_classes=2)
     base = config(files, tmp_path / "run", metrics=("fid",))
     (tmp_path / "run").mkdir()
     latents = dataclasses.replace(
-        base, data=DataConfig(source="latents", path=str(tmp_path / "latents"), image_size=4, channels=4,
-                              num_classes=2),
-        eval=dataclasses.replace(base.eval, vae=str(tmp_path / "vae.safetensors")))
+        base,
+        data=DataConfig(source="latents", path=str(tmp_path / "latents"), image_size=4, channels=4, num_classes=2),
+        eval=dataclasses.replace(base.eval, vae=str(tmp_path / "vae.safetensors")),
+    )
     grey = dataclasses.replace(base, data=DataConfig())
     from gspn_jax.sampling.decoding import load_autoencoder
 
@@ -301,19 +325,26 @@ def test_latents_are_decoded_and_grey_images_repeated(files, tmp_path, monkeypat
         sampling = dataclasses.replace(settings, sampler=dataclasses.replace(settings.sampler, steps=2))
         labels = np.random.default_rng(0).integers(settings.data.num_classes, size=11)
         truth = Sampler(sampling, mesh, decode=vae and vae.decode)(
-            create_state(settings, mesh).params, labels, np.arange(11))
+            create_state(settings, mesh).params, labels, np.arange(11)
+        )
         truth = np.broadcast_to(truth, (*truth.shape[:3], 3))
         assert np.abs(np.concatenate(seen)[:11].astype(int) - truth).max() <= 1  # rounded to another level
 
 
-@pytest.mark.parametrize(("changes", "said"), [
-    ({"inception": None}, "--eval.inception must be the Inception-v3 weights of 2015-12-05"),
-    ({"inception": "/absent.pth"}, "found nothing at /absent.pth"),
-    ({"reference": "/absent.npz"}, "eval.reference must be an .npz file, found nothing at '/absent.npz'"),
-    ({"reference": "moments.npz", "metrics": ("fid", "sfid", "kid")},
-     "must have mu_s and sigma_s for sfid, and arr_0 (images) or features for kid; found what allows fid and is only"),
-    ({"reference": "other.npz", "metrics": ("fid",)}, "must be of the Inception weights in use"),
-])
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"inception": None}, "--eval.inception must be the Inception-v3 weights of 2015-12-05"),
+        ({"inception": "/absent.pth"}, "found nothing at /absent.pth"),
+        ({"reference": "/absent.npz"}, "eval.reference must be an .npz file, found nothing at '/absent.npz'"),
+        (
+            {"reference": "moments.npz", "metrics": ("fid", "sfid", "kid")},
+            "must have mu_s and sigma_s for sfid, and arr_0 (images) or features for kid; "
+            "found what allows fid and is only",
+        ),
+        ({"reference": "other.npz", "metrics": ("fid",)}, "must be of the Inception weights in use"),
+    ],
+)
 def test_files_that_cannot_be_used_are_found_before_anything_is_written(files, tmp_path, monkeypatch, changes, said):
     monkeypatch.chdir(tmp_path)
     moments = {"mu": np.zeros(2048), "sigma": np.eye(2048)}
@@ -326,19 +357,25 @@ def test_files_that_cannot_be_used_are_found_before_anything_is_written(files, t
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize(("changes", "said"), [
-    ({"every": -1}, "eval.every must be 0 or more, found -1"),
-    ({"num_samples": 3}, "eval.num_samples must be 4 or more, found 3"),
-    ({"metrics": ()}, "eval.metrics must be some metrics, each once, found ()"),
-    ({"metrics": ("fd",)}, "eval.metrics must be one of 'fid', 'sfid', 'is', 'kid', 'precision', 'recall', found 'fd'"),
-    ({"batch_size": 0}, "eval.batch_size must be greater than 0, found 0"),
-    ({"ema": 0.5}, "eval.ema must be None, 0 or one of train.ema_decays (0.9, 0.99), found 0.5"),
-    ({"guidance_scale": -1.0}, "eval.guidance_scale must be 0 or more, or None, found -1.0"),
-    ({"steps": 0}, "eval.steps must be greater than 0, or None, found 0"),
-    ({"labels": "sorted"}, "eval.labels must be one of 'random', 'balanced', found 'sorted'"),
-    ({"reference": None}, "eval.reference must be a file of reference statistics for eval.metrics"),
-    ({"vae": "vae.safetensors"}, "eval.vae must be None for a run on pixels, found 'vae.safetensors'"),
-])
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"every": -1}, "eval.every must be 0 or more, found -1"),
+        ({"num_samples": 3}, "eval.num_samples must be 4 or more, found 3"),
+        ({"metrics": ()}, "eval.metrics must be some metrics, each once, found ()"),
+        (
+            {"metrics": ("fd",)},
+            "eval.metrics must be one of 'fid', 'sfid', 'is', 'kid', 'precision', 'recall', found 'fd'",
+        ),
+        ({"batch_size": 0}, "eval.batch_size must be greater than 0, found 0"),
+        ({"ema": 0.5}, "eval.ema must be None, 0 or one of train.ema_decays (0.9, 0.99), found 0.5"),
+        ({"guidance_scale": -1.0}, "eval.guidance_scale must be 0 or more, or None, found -1.0"),
+        ({"steps": 0}, "eval.steps must be greater than 0, or None, found 0"),
+        ({"labels": "sorted"}, "eval.labels must be one of 'random', 'balanced', found 'sorted'"),
+        ({"reference": None}, "eval.reference must be a file of reference statistics for eval.metrics"),
+        ({"vae": "vae.safetensors"}, "eval.vae must be None for a run on pixels, found 'vae.safetensors'"),
+    ],
+)
 def test_settings_that_cannot_be_used_get_a_sentence(files, changes, said):
     settings = config(files, "unused")
     with pytest.raises(ConfigError) as error:

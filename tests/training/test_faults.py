@@ -107,26 +107,38 @@ def remove_item(step_dir, item):
 
 
 @pytest.mark.parametrize("item", ITEMS)
-@pytest.mark.parametrize(("damage", "name", "said"), [
-    (flip_a_bit, "one bit flipped", "content of .* has changed"), (truncate, "a file cut short", "bytes, not the"),
-    (remove, "a file missing", "is missing"), (remove_item, "a folder missing", "is missing"),
-])
+@pytest.mark.parametrize(
+    ("damage", "name", "said"),
+    [
+        (flip_a_bit, "one bit flipped", "content of .* has changed"),
+        (truncate, "a file cut short", "bytes, not the"),
+        (remove, "a file missing", "is missing"),
+        (remove_item, "a folder missing", "is missing"),
+    ],
+)
 def test_a_damaged_checkpoint_is_passed_over(run_dir, damage, name, said, item, caplog):
     damage(checkpoints.folder(run_dir) / "20", item)
     assert_is_state_of(restore(run_dir), 10)
     assert caplog.records[0].levelname == "ERROR"
     assert re.search(f"step 20 .* passed over: .*{said}", caplog.text)
     assert len(list((checkpoints.folder(run_dir) / "damaged").iterdir())) == 1  # kept to be looked at
-    note(f"{name} in the newest checkpoint ({', '.join(ITEMS)}, each)", "goes on from the one before, with a line that "
-         "names the file", "the steps since the one before")
+    note(
+        f"{name} in the newest checkpoint ({', '.join(ITEMS)}, each)",
+        "goes on from the one before, with a line that names the file",
+        "the steps since the one before",
+    )
 
 
-@pytest.mark.parametrize(("damage", "name"), [
-    (lambda step_dir: (shutil.rmtree(step_dir), step_dir.mkdir()), "an empty step folder"),
-    (lambda step_dir: (step_dir / manifest.NAME).unlink(), "a checkpoint without manifest"),
-    (lambda step_dir: (step_dir / manifest.NAME).write_text('{"files": {"params": 3}}'), "a damaged manifest"),
-    (lambda step_dir: (step_dir / manifest.NAME).write_bytes(b"\xff"), "a manifest of other bytes"),
-], ids=lambda value: value if isinstance(value, str) else "")
+@pytest.mark.parametrize(
+    ("damage", "name"),
+    [
+        (lambda step_dir: (shutil.rmtree(step_dir), step_dir.mkdir()), "an empty step folder"),
+        (lambda step_dir: (step_dir / manifest.NAME).unlink(), "a checkpoint without manifest"),
+        (lambda step_dir: (step_dir / manifest.NAME).write_text('{"files": {"params": 3}}'), "a damaged manifest"),
+        (lambda step_dir: (step_dir / manifest.NAME).write_bytes(b"\xff"), "a manifest of other bytes"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
 def test_a_folder_that_is_no_checkpoint_is_passed_over(run_dir, damage, name, caplog):
     damage(checkpoints.folder(run_dir) / "20")
     assert_is_state_of(restore(run_dir), 10)
@@ -142,8 +154,11 @@ def test_a_run_without_a_whole_checkpoint_stops_and_keeps_everything(run_dir):
         with pytest.raises(CheckpointError, match=r"found none \(step 20: .* has changed.*; step 10: .* another"):
             restore(run_dir)
     assert sorted(run_dir.rglob("*")) == before
-    note("all checkpoints damaged", "stops with a sentence that names each file; nothing is deleted, nothing starts "
-         "anew", "nothing is trained")
+    note(
+        "all checkpoints damaged",
+        "stops with a sentence that names each file; nothing is deleted, nothing starts anew",
+        "nothing is trained",
+    )
 
 
 def test_sampling_takes_the_newest_whole_one_and_refuses_a_damaged_one_by_name(run_dir, caplog):
@@ -167,12 +182,17 @@ def test_after_a_fault_the_run_saves_the_same_step_again(run_dir):
 def test_a_disk_without_room_is_noticed_before_it_is_filled(run_dir, monkeypatch):
     config = tiny.config(run_dir)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9 - 4096, 4096))
-    with (Checkpoints(config, "f", NAMES) as saver,
-          pytest.raises(CheckpointError, match=r"step 30 needs 0.\d+ GB in .*, found 0.00 GB free; the last one")):
+    with (
+        Checkpoints(config, "f", NAMES) as saver,
+        pytest.raises(CheckpointError, match=r"step 30 needs 0.\d+ GB in .*, found 0.00 GB free; the last one"),
+    ):
         saver.save(30, state_of(config, 30))
     assert checkpoints.steps(run_dir) == [10, 20]
-    note("no room for the next checkpoint", "stops with a sentence before anything is written",
-         "the steps since the last save")
+    note(
+        "no room for the next checkpoint",
+        "stops with a sentence before anything is written",
+        "the steps since the last save",
+    )
 
 
 UNWRITABLE = """
@@ -210,8 +230,13 @@ with cli.user_errors(CheckpointError):
 
 def run_script(script, *arguments, before=()):
     env = os.environ | {"XLA_FLAGS": QUICK_COMPILE, "PYTHONPATH": str(ROOT)}
-    return subprocess.Popen([*before, sys.executable, "-c", script, *map(str, arguments)], env=env, text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    return subprocess.Popen(
+        [*before, sys.executable, "-c", script, *map(str, arguments)],
+        env=env,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
 
 
 def test_a_disk_that_cannot_be_written_stops_the_run_with_a_sentence(run_dir):
@@ -230,10 +255,16 @@ def test_a_disk_that_cannot_be_written_stops_the_run_with_a_sentence(run_dir):
         path.chmod(mode)
     assert_is_state_of(restore(run_dir), 20)
     assert not list(checkpoints.folder(run_dir).glob("*tmp*"))
-    note("the disk fills up during a save", "stops with a sentence; the same command sweeps what was half written and "
-         "goes on", "the steps since the last save")
-    note("a folder that is read-only, from the start or during the run", "stops with a sentence; sampling works",
-         "the steps since the last save")
+    note(
+        "the disk fills up during a save",
+        "stops with a sentence; the same command sweeps what was half written and goes on",
+        "the steps since the last save",
+    )
+    note(
+        "a folder that is read-only, from the start or during the run",
+        "stops with a sentence; sampling works",
+        "the steps since the last save",
+    )
 
 
 FILLED = """
@@ -276,8 +307,9 @@ print(*checkpoints.steps(run_dir), *checkpoints.folder(run_dir).glob("*tmp*"))
 def test_a_file_system_that_is_really_full_costs_the_save(tmp_path):
     """A tmpfs of 6 MB, which an ordinary user can mount where the kernel allows user namespaces."""
     mount = 'mount -t tmpfs -o size=6m tmpfs "$0" && exec "$@"'
-    process = run_script(FILLED, tmp_path, before=["unshare", "--map-root-user", "--mount", "bash", "-c", mount,
-                                                   str(tmp_path)])
+    process = run_script(
+        FILLED, tmp_path, before=["unshare", "--map-root-user", "--mount", "bash", "-c", mount, str(tmp_path)]
+    )
     output, errors = process.communicate(timeout=300)
     assert process.returncode == 0, errors
     *failures, kept = output.splitlines()
@@ -286,9 +318,12 @@ def test_a_file_system_that_is_really_full_costs_the_save(tmp_path):
     assert re.search(r"step \d+ needs 0.00 GB in .*, found 0.00 GB free; the last one is of step " + before, room)
     assert f"could not be written (No space left on device); the last one is of step {before}" in filled
     assert kept.split() == [str(step) for step in range(2, int(after) + 1)]
-    note("a file system of 6 MB filled to the last byte by checkpoints, and by another job during a save (mounted for "
-         "the test)", "stops with a sentence; once there is room the same command goes on",
-         "the steps since the last save")
+    note(
+        "a file system of 6 MB filled to the last byte by checkpoints, and by another job during a save (mounted for "
+        "the test)",
+        "stops with a sentence; once there is room the same command goes on",
+        "the steps since the last save",
+    )
 
 
 SAVE_FOR_EVER = """
@@ -333,5 +368,8 @@ def test_a_kill_during_a_save_costs_that_save(tmp_path):
 @pytest.mark.slow
 def test_fifty_kills_during_saves_cost_nothing_else(tmp_path):
     kill_during_saves(tmp_path / "run", kills=50, seed=0)
-    note("killed at 50 random points of a save", "goes on from the last commit; what was half written is swept",
-         "the steps since the last commit")
+    note(
+        "killed at 50 random points of a save",
+        "goes on from the last commit; what was half written is swept",
+        "the steps since the last commit",
+    )

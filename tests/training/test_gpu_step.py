@@ -16,14 +16,18 @@ from kernels import devices
 def test_the_step_has_the_kernel_that_expands_the_proxy(mesh_shape, monkeypatch):
     monkeypatch.setattr(fsdp, "uses_tensor_cores", lambda mesh: mesh.shape["tensor"] == 1)
     config = Config(
-        "unused", mesh=MeshConfig(*mesh_shape),
+        "unused",
+        mesh=MeshConfig(*mesh_shape),
         model=ModelConfig(preset="GSPN-S/2", hidden=128, depth=2, remat="names"),
         data=DataConfig(source="latents", path="unused", image_size=32, channels=4, num_classes=10),
-        train=TrainConfig(batch_size=16))
+        train=TrainConfig(batch_size=16),
+    )
     mesh = sharding.make_mesh(config.mesh, jax.devices()[:2])
     rows = sharding.batch_sharding(mesh)
-    batch = {"image": jax.ShapeDtypeStruct((16, 32, 32, 4), np.float32, sharding=rows),
-             "label": jax.ShapeDtypeStruct((16,), np.int32, sharding=rows)}
+    batch = {
+        "image": jax.ShapeDtypeStruct((16, 32, 32, 4), np.float32, sharding=rows),
+        "label": jax.ShapeDtypeStruct((16,), np.int32, sharding=rows),
+    }
     with devices.for_device("9.0"):
         step = make_step(config, mesh).trace(abstract_state(config, mesh), batch)
         text = step.lower(lowering_platforms=("cuda",)).as_text()

@@ -87,6 +87,7 @@ def test_each_rollback_gives_another_order_and_their_number_has_a_limit():
 @pytest.fixture
 def spoiled(monkeypatch):
     """spoil(calls, change): the metrics of these calls of the step (counted over the process) are changed."""
+
     def spoil(calls, change):
         made, count = page.make_step, iter(range(1, 10**6))
 

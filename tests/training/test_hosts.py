@@ -71,10 +71,17 @@ def test_a_preempted_job_goes_on_with_the_same_bits(tmp_path, alone, hosts, time
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("count", "lost", "by"), [
-    (2, 1, signal.SIGKILL), (2, 0, signal.SIGKILL), (4, 2, signal.SIGKILL), (2, 1, signal.SIGSTOP),
-    (2, 0, signal.SIGSTOP),
-], ids=str)
+@pytest.mark.parametrize(
+    ("count", "lost", "by"),
+    [
+        (2, 1, signal.SIGKILL),
+        (2, 0, signal.SIGKILL),
+        (4, 2, signal.SIGKILL),
+        (2, 1, signal.SIGSTOP),
+        (2, 0, signal.SIGSTOP),
+    ],
+    ids=str,
+)
 def test_the_loss_of_a_host_stops_the_others_who_say_so(tmp_path, alone, count, lost, by):
     """Killed, its connections break; stopped, it only falls silent. Then the job goes on."""
     run_dir = tmp_path / "run"
@@ -227,8 +234,16 @@ def test_a_state_moves_between_meshes_and_numbers_of_processes(tmp_path):
     jobs = [  # processes, devices of each, what they do with which checkpoint on which mesh
         (2, 2, [("save", "A", (2, 2, 1)), ("save", "B", (1, 2, 2))]),
         (4, 1, [("save", "C", (1, 4, 1)), ("restore", "A", (1, 4, 1)), ("restore", "B", (2, 1, 2))]),
-        (1, 3, [("save", "D", (1, 3, 1)), ("restore", "A", (3, 1, 1)), ("restore", "B", (1, 3, 1)),
-                ("restore", "C", (1, 3, 1))]),
+        (
+            1,
+            3,
+            [
+                ("save", "D", (1, 3, 1)),
+                ("restore", "A", (3, 1, 1)),
+                ("restore", "B", (1, 3, 1)),
+                ("restore", "C", (1, 3, 1)),
+            ],
+        ),
         (2, 2, [("restore", "C", (2, 2, 1)), ("restore", "D", (1, 1, 4))]),
         (4, 1, [("restore", "D", (1, 2, 2))]),
     ]

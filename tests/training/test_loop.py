@@ -66,7 +66,7 @@ def test_sigterm_saves_and_the_same_command_goes_on(tmp_path, uninterrupted):
     process = start(command(run_dir))
     wait_for_step(process, run_dir, 5)
     process.send_signal(signal.SIGTERM)
-    (code, errors), = end(process)
+    ((code, errors),) = end(process)
     if code != 0:  # 0: it was done before the signal came
         assert code == 75, errors
         step = checkpoints.steps(run_dir)[-1]
@@ -122,7 +122,7 @@ def test_chosen_steps_are_traced(tmp_path):
             ProfileConfig(steps)
     config = tiny.config(tmp_path / "run", steps=5, log_every=5, save_every=5)
     train(dataclasses.replace(config, profile=ProfileConfig("2:3")))
-    trace, = (tmp_path / "run" / "profile").rglob("*.trace.json.gz")
+    (trace,) = (tmp_path / "run" / "profile").rglob("*.trace.json.gz")
     with gzip.open(trace) as file:
         events = json.load(file)["traceEvents"]
     assert [event["args"]["step_num"] for event in events if event.get("name") == "train"] == ["2", "3"]
@@ -131,8 +131,10 @@ def test_chosen_steps_are_traced(tmp_path):
 
 def test_a_loss_that_is_not_finite_stops_the_run_before_the_update(tmp_path):
     config = tiny.config(tmp_path / "run", steps=20, log_every=3, save_every=20)
-    config = dataclasses.replace(config, optimizer=dataclasses.replace(
-        config.optimizer, learning_rate=1e30, final_learning_rate=1e30, warmup_steps=0))
+    config = dataclasses.replace(
+        config,
+        optimizer=dataclasses.replace(config.optimizer, learning_rate=1e30, final_learning_rate=1e30, warmup_steps=0),
+    )
     with pytest.raises(NonFiniteError, match=r"step (\d+) gave a loss of .* lower optimizer.learning_rate") as error:
         train(config)
     bad_step = int(str(error.value).split()[1])

@@ -20,8 +20,25 @@ from tests.training import tiny
 WIDTH = 36
 """A multiple of 4 and not of 8: with mesh.fsdp = 8 weights are padded."""
 MESHES = [(1, 8, 1), (2, 2, 2)]
-OTHER_MESHES = [(2, 1, 1), (1, 2, 1), (1, 1, 2), (4, 1, 1), (1, 4, 1), (1, 1, 4), (2, 2, 1), (2, 1, 2), (1, 2, 2),
-                (8, 1, 1), (1, 1, 8), (4, 2, 1), (4, 1, 2), (2, 4, 1), (1, 4, 2), (2, 1, 4), (1, 2, 4)]
+OTHER_MESHES = [
+    (2, 1, 1),
+    (1, 2, 1),
+    (1, 1, 2),
+    (4, 1, 1),
+    (1, 4, 1),
+    (1, 1, 4),
+    (2, 2, 1),
+    (2, 1, 2),
+    (1, 2, 2),
+    (8, 1, 1),
+    (1, 1, 8),
+    (4, 2, 1),
+    (4, 1, 2),
+    (2, 4, 1),
+    (1, 4, 2),
+    (2, 1, 4),
+    (1, 2, 4),
+]
 
 
 def batches(config, count):
@@ -32,7 +49,7 @@ def batches(config, count):
 
 
 def run(config, mesh_shape, steps=20):
-    mesh = sharding.make_mesh(MeshConfig(*mesh_shape), jax.devices()[:int(np.prod(mesh_shape))])
+    mesh = sharding.make_mesh(MeshConfig(*mesh_shape), jax.devices()[: int(np.prod(mesh_shape))])
     state, step, losses = create_state(config, mesh), make_step(config, mesh), []
     for batch in batches(config, steps):
         batch = jax.device_put(batch, sharding.batch_sharding(mesh))
@@ -143,8 +160,9 @@ def test_averages_follow_their_recurrence():
 def test_learning_rate_is_warm_up_then_half_cosine():
     schedule = learning_rate(OptimizerConfig(learning_rate=1e-4, final_learning_rate=1e-6, warmup_steps=10), 110)
     steps = np.arange(111)
-    wanted = np.where(steps < 10, 1e-4 * steps / 10,
-                      1e-6 + (1e-4 - 1e-6) * 0.5 * (1 + np.cos(np.pi * (steps - 10) / 100)))
+    wanted = np.where(
+        steps < 10, 1e-4 * steps / 10, 1e-6 + (1e-4 - 1e-6) * 0.5 * (1 + np.cos(np.pi * (steps - 10) / 100))
+    )
     np.testing.assert_allclose([float(schedule(s)) for s in steps], wanted, rtol=1e-4, atol=1e-9)
     assert float(learning_rate(OptimizerConfig(learning_rate=1e-4), 10)(0)) == pytest.approx(1e-4)
 

@@ -22,8 +22,7 @@ def make_config(run_dir, remat="names"):
     """36 channels are computed as 64, where that is asked for."""
     config = tiny.config(run_dir, gspn=True)
     model = dataclasses.replace(config.model, hidden=36, chunk=2, remat=remat)
-    return dataclasses.replace(config, model=model,
-                               optimizer=dataclasses.replace(config.optimizer, weight_decay=0.1))
+    return dataclasses.replace(config, model=model, optimizer=dataclasses.replace(config.optimizer, weight_decay=0.1))
 
 
 def train(config, mesh, *, tensor_cores, monkeypatch, state=None, steps=2):
@@ -39,11 +38,12 @@ def train(config, mesh, *, tensor_cores, monkeypatch, state=None, steps=2):
 
 
 @pytest.mark.parametrize("mesh_shape", [(1, 1, 1), pytest.param((1, 4, 1), marks=pytest.mark.slow)], ids=str)
-@pytest.mark.parametrize("first", [pytest.param(True, id="saved padded"), pytest.param(
-    False, id="read padded", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "first", [pytest.param(True, id="saved padded"), pytest.param(False, id="read padded", marks=pytest.mark.slow)]
+)
 def test_a_run_goes_on_with_or_without_padding(mesh_shape, first, tmp_path, monkeypatch):
     config = make_config(tmp_path)
-    mesh = sharding.make_mesh(MeshConfig(*mesh_shape), jax.devices()[:int(np.prod(mesh_shape))])
+    mesh = sharding.make_mesh(MeshConfig(*mesh_shape), jax.devices()[: int(np.prod(mesh_shape))])
     wanted, losses = train(config, mesh, tensor_cores=False, monkeypatch=monkeypatch, steps=4)
 
     state, begun = train(config, mesh, tensor_cores=first, monkeypatch=monkeypatch)
@@ -59,8 +59,9 @@ def test_a_run_goes_on_with_or_without_padding(mesh_shape, first, tmp_path, monk
 def test_samples_are_the_same_when_weights_are_cast_once(tmp_path, monkeypatch):
     """Bit for bit: what blocks would cast at every evaluation is cast before the first."""
     config = make_config(tmp_path)
-    config = dataclasses.replace(config, train=dataclasses.replace(
-        config.train, precision="params=float32,compute=bfloat16"))
+    config = dataclasses.replace(
+        config, train=dataclasses.replace(config.train, precision="params=float32,compute=bfloat16")
+    )
     mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
     params = jax.tree.map(lambda a: a + 0.02, create_state(config, mesh).params)
     once = Sampler(config, mesh)(params, [1, 2], [3, 4])

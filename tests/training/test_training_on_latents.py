@@ -33,8 +33,10 @@ def test_the_loss_sees_the_latents_unchanged(tmp_path, monkeypatch):
 
     monkeypatch.setattr(objectives, "loss", loss)
     settings = config(tmp_path)
-    batch = {"image": 3 * np.random.default_rng(0).standard_normal((2, 8, 8, 4)).astype(np.float32),
-             "label": np.zeros(2, np.int32)}
+    batch = {
+        "image": 3 * np.random.default_rng(0).standard_normal((2, 8, 8, 4)).astype(np.float32),
+        "label": np.zeros(2, np.int32),
+    }
     make_loss(settings, models.abstract(settings)[0])({}, batch, jax.random.key(0))
     np.testing.assert_array_equal(seen[0], batch["image"])
 

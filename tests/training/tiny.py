@@ -19,10 +19,21 @@ def config(run_dir="unused", *, gspn=False, mesh=None, **train) -> Config:
         model = ModelConfig(preset="GSPN-S/2", hidden=32, depth=2, drop_path=0.1)
     else:
         model = ModelConfig(preset="DiT-S/2", hidden=32, depth=2, heads=4, drop_path=0.1)
-    settings = {"steps": 20, "batch_size": 16, "precision": "params=float32,compute=float32", "log_every": 5,
-                "ema_decays": (0.9, 0.99), "save_every": 10} | train
+    settings = {
+        "steps": 20,
+        "batch_size": 16,
+        "precision": "params=float32,compute=float32",
+        "log_every": 5,
+        "ema_decays": (0.9, 0.99),
+        "save_every": 10,
+    } | train
     built = Config(
-        run_dir=str(run_dir), model=model, data=DataConfig(), diffusion=DiffusionConfig(objective="flow"),
-        sampler=SamplerConfig(steps=3), optimizer=OptimizerConfig(learning_rate=1e-3, warmup_steps=2),
-        train=TrainConfig(**settings))
+        run_dir=str(run_dir),
+        model=model,
+        data=DataConfig(),
+        diffusion=DiffusionConfig(objective="flow"),
+        sampler=SamplerConfig(steps=3),
+        optimizer=OptimizerConfig(learning_rate=1e-3, warmup_steps=2),
+        train=TrainConfig(**settings),
+    )
     return dataclasses.replace(built, mesh=mesh) if mesh else built

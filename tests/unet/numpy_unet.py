@@ -6,11 +6,24 @@ import numpy as np
 
 from gspn_jax.unet import UNetConfig, expected_shapes
 
-CONVOLUTIONS = UNetConfig(channels=(8, 16, 16), layers=2, depths=(1, 1, 0), middle_depth=2, heads=(2, 4, 4),
-                          context_width=12, groups=4)
+CONVOLUTIONS = UNetConfig(
+    channels=(8, 16, 16), layers=2, depths=(1, 1, 0), middle_depth=2, heads=(2, 4, 4), context_width=12, groups=4
+)
 """As Stable Diffusion 1: the last level has no transformers, projections are convolutions."""
-LINEAR = UNetConfig(channels=(8, 16), layers=1, depths=(0, 2), middle_depth=2, heads=(2, 1), context_width=20, groups=2,
-                    linear_projection=True, in_channels=3, out_channels=5, added_width=10 + 6 * 8, added_size_width=8)
+LINEAR = UNetConfig(
+    channels=(8, 16),
+    layers=1,
+    depths=(0, 2),
+    middle_depth=2,
+    heads=(2, 1),
+    context_width=20,
+    groups=2,
+    linear_projection=True,
+    in_channels=3,
+    out_channels=5,
+    added_width=10 + 6 * 8,
+    added_size_width=8,
+)
 """As SDXL: the first level has no transformers, several blocks in one, pooled text and sizes."""
 
 
@@ -71,8 +84,9 @@ class _Network:
 
         time = embedded("time_embedding", sinusoids([timestep], self.config.channels[0]))
         if pooled is not None:
-            time = time + embedded("add_embedding", np.concatenate(
-                [pooled, sinusoids(sizes, self.config.added_size_width)]))
+            time = time + embedded(
+                "add_embedding", np.concatenate([pooled, sinusoids(sizes, self.config.added_size_width)])
+            )
         return silu(time)
 
     def layer(self, block, layer, x, depth, heads):

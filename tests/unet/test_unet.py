@@ -7,11 +7,8 @@ import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
-import numpy_unet
 import pytest
-from numpy_unet import CONVOLUTIONS, LINEAR, random_state_dict
 from safetensors.numpy import save_file
-from unet_cases import TIMESTEPS, as_json, random_inputs
 
 from gspn_jax.config import ConfigError
 from gspn_jax.models.attention import attention as flash_or_not
@@ -30,6 +27,9 @@ from gspn_jax.unet import (
     self_attention,
     split_prediction,
 )
+from tests.unet import numpy_unet
+from tests.unet.numpy_unet import CONVOLUTIONS, LINEAR, random_state_dict
+from tests.unet.unet_cases import TIMESTEPS, as_json, random_inputs
 
 TOLERANCE = 1e-4  # largest error over the largest output, float32 against float64
 
@@ -41,8 +41,9 @@ def relative_error(found, truth) -> float:
     return np.abs(np.asarray(found, np.float64) - truth).max() / np.abs(truth).max()
 
 
-@pytest.mark.parametrize(("config", "size"), [(CONVOLUTIONS, (5, 8)), (LINEAR, (3, 6))],
-                         ids=["convolutions", "linear, added"])  # odd and even sizes
+@pytest.mark.parametrize(
+    ("config", "size"), [(CONVOLUTIONS, (5, 8)), (LINEAR, (3, 6))], ids=["convolutions", "linear, added"]
+)  # odd and even sizes
 def test_outputs_are_the_published_ones(config, size):
     weights = random_state_dict(config)
     x, context, added = random_inputs(config, *size)
@@ -54,9 +55,11 @@ def test_outputs_are_the_published_ones(config, size):
         assert relative_error(found[i], truth.transpose(1, 2, 0)) < TOLERANCE
 
 
-@pytest.mark.parametrize(("config", "tensors", "count"), [
-    (STABLE_DIFFUSION_1, 686, 859_520_964), (STABLE_DIFFUSION_2, 686, 865_910_724), (SDXL, 1680, 2_567_463_684)],
-    ids=["1", "2", "XL"])
+@pytest.mark.parametrize(
+    ("config", "tensors", "count"),
+    [(STABLE_DIFFUSION_1, 686, 859_520_964), (STABLE_DIFFUSION_2, 686, 865_910_724), (SDXL, 1680, 2_567_463_684)],
+    ids=["1", "2", "XL"],
+)
 def test_full_sizes_are_those_of_stable_diffusion(config, tensors, count):
     shapes = expected_shapes(config)
     assert len(shapes) == tensors and sum(int(np.prod(shape)) for shape in shapes.values()) == count
@@ -68,8 +71,14 @@ def test_full_sizes_are_those_of_stable_diffusion(config, tensors, count):
 
     params = {name: struct(*(shape[2:] + shape[1::-1])) for name, shape in shapes.items()}
     added = None if config.added_width is None else Added(struct(2, 1280), struct(2, 6))
-    found = jax.eval_shape(functools.partial(apply, config=config), params, x=struct(2, 64, 96, 4), timesteps=struct(2),
-                           context=struct(2, 77, config.context_width), added=added)
+    found = jax.eval_shape(
+        functools.partial(apply, config=config),
+        params,
+        x=struct(2, 64, 96, 4),
+        timesteps=struct(2),
+        context=struct(2, 77, config.context_width),
+        added=added,
+    )
     assert found == struct(2, 64, 96, 4)
 
 
@@ -141,32 +150,49 @@ def test_noise_and_clean_latents_come_back_from_both_predictions():
         split_prediction("sample", v, x, alpha_bar)
 
 
-@pytest.mark.parametrize(("change", "message"), [
-    (lambda w: {k: v for k, v in w.items() if k != "up_blocks.0.upsamplers.0.conv.bias"},
-     r"the weights of the U-Net must have 'up_blocks\.0\.upsamplers\.0\.conv\.bias', found \d+ other tensors"),
-    (lambda w: w | {"extra": np.ones(3, np.float32)}, r"must belong to the U-Net of this config, found 'extra'"),
-    (lambda w: w | {"mid_block.attentions.0.proj_in.weight": np.ones((16, 16, 1, 1), np.float32)},
-     r"'mid_block\.attentions\.0\.proj_in\.weight' must have shape \(16, 16\), found \(16, 16, 1, 1\)"),
-    (lambda w: w | {"conv_out.bias": np.full(5, np.nan, np.float32)}, r"'conv_out\.bias' must be finite, found NaN"),
-])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda w: {k: v for k, v in w.items() if k != "up_blocks.0.upsamplers.0.conv.bias"},
+            r"the weights of the U-Net must have 'up_blocks\.0\.upsamplers\.0\.conv\.bias', found \d+ other tensors",
+        ),
+        (lambda w: w | {"extra": np.ones(3, np.float32)}, r"must belong to the U-Net of this config, found 'extra'"),
+        (
+            lambda w: w | {"mid_block.attentions.0.proj_in.weight": np.ones((16, 16, 1, 1), np.float32)},
+            r"'mid_block\.attentions\.0\.proj_in\.weight' must have shape \(16, 16\), found \(16, 16, 1, 1\)",
+        ),
+        (
+            lambda w: w | {"conv_out.bias": np.full(5, np.nan, np.float32)},
+            r"'conv_out\.bias' must be finite, found NaN",
+        ),
+    ],
+)
 def test_other_weights_get_a_sentence(tmp_path, change, message):
     with pytest.raises(WeightsError, match=message):
         load_unet(write_folder(tmp_path, LINEAR, change(random_state_dict(LINEAR))))
 
 
-@pytest.mark.parametrize(("field", "value", "message"), [
-    ("act_fn", "gelu", r"act_fn must be 'silu', found 'gelu'"),
-    ("class_embed_type", "timestep", r"class_embed_type must be left out, as in Stable Diffusion, found 'timestep'"),
-    ("down_block_types", ["DownBlock2D", "AttnDownBlock2D"], r"must be of .*, found 'AttnDownBlock2D'"),
-    ("up_block_types", ["UpBlock2D", "UpBlock2D"], r"down_block_types and up_block_types must mirror each other"),
-    ("block_out_channels", [8, 18], r"channels must be multiples of its heads, found 18 and 4"),
-    ("attention_head_dim", [8], r"attention_head_dim must have 2 entries as block_out_channels, found \[8\]"),
-    ("cross_attention_dim", [20, 24], r"cross_attention_dim must be the same at every level, found \(20, 24\)"),
-    ("cross_attention_dim", None, r"cross_attention_dim must be a list with an entry for each level, found None"),
-    ("addition_embed_type", "image", r"addition_embed_type must be None or 'text_time', found 'image'"),
-    ("addition_time_embed_dim", None, r"addition_time_embed_dim must be an integer, found None"),
-    ("projection_class_embeddings_input_dim", 48, r"must be greater than the 48 numbers of the sizes, found 48"),
-])
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("act_fn", "gelu", r"act_fn must be 'silu', found 'gelu'"),
+        (
+            "class_embed_type",
+            "timestep",
+            r"class_embed_type must be left out, as in Stable Diffusion, found 'timestep'",
+        ),
+        ("down_block_types", ["DownBlock2D", "AttnDownBlock2D"], r"must be of .*, found 'AttnDownBlock2D'"),
+        ("up_block_types", ["UpBlock2D", "UpBlock2D"], r"down_block_types and up_block_types must mirror each other"),
+        ("block_out_channels", [8, 18], r"channels must be multiples of its heads, found 18 and 4"),
+        ("attention_head_dim", [8], r"attention_head_dim must have 2 entries as block_out_channels, found \[8\]"),
+        ("cross_attention_dim", [20, 24], r"cross_attention_dim must be the same at every level, found \(20, 24\)"),
+        ("cross_attention_dim", None, r"cross_attention_dim must be a list with an entry for each level, found None"),
+        ("addition_embed_type", "image", r"addition_embed_type must be None or 'text_time', found 'image'"),
+        ("addition_time_embed_dim", None, r"addition_time_embed_dim must be an integer, found None"),
+        ("projection_class_embeddings_input_dim", 48, r"must be greater than the 48 numbers of the sizes, found 48"),
+    ],
+)
 def test_other_configs_get_a_sentence(field, value, message):
     content = as_json(LINEAR) | {"attention_head_dim": [2, 4]}
     with pytest.raises(ConfigError, match=message):
@@ -176,9 +202,11 @@ def test_other_configs_get_a_sentence(field, value, message):
 def test_other_inputs_get_a_sentence():
     params = from_state_dict(random_state_dict(LINEAR), LINEAR)
     x, context, added = random_inputs(LINEAR, 4, 4)
-    for inputs, message in [((x[..., :2], context, added), r"latents must be \[B, H, W, 3\], found \[3, 4, 4, 2\]"),
-                            ((x, context[:2], added), r"text states must be \[3, N, 20\], found \[2, 5, 20\]"),
-                            ((x, context, None), r"takes pooled text and sizes, found none"),
-                            ((x, context, Added(added.pooled[:, :4], added.sizes)), r"must be \[3, 10\] and \[3, 6\]")]:
+    for inputs, message in [
+        ((x[..., :2], context, added), r"latents must be \[B, H, W, 3\], found \[3, 4, 4, 2\]"),
+        ((x, context[:2], added), r"text states must be \[3, N, 20\], found \[2, 5, 20\]"),
+        ((x, context, None), r"takes pooled text and sizes, found none"),
+        ((x, context, Added(added.pooled[:, :4], added.sizes)), r"must be \[3, 10\] and \[3, 6\]"),
+    ]:
         with pytest.raises(ValueError, match=message):
             apply(params, LINEAR, inputs[0], TIMESTEPS, *inputs[1:])

@@ -4,8 +4,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from numpy_unet import CONVOLUTIONS, LINEAR, random_state_dict
-from unet_cases import TIMESTEPS, as_json, random_inputs
 
 from gspn_jax.unet import (
     SDXL,
@@ -18,9 +16,13 @@ from gspn_jax.unet import (
     load_unet,
     split_prediction,
 )
+from tests.unet.numpy_unet import CONVOLUTIONS, LINEAR, random_state_dict
+from tests.unet.unet_cases import TIMESTEPS, as_json, random_inputs
 
-pytestmark = [pytest.mark.torch,
-              pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")]
+pytestmark = [
+    pytest.mark.torch,
+    pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning"),
+]
 
 TOLERANCE = 1e-4  # largest error over the largest output, float32 against float32
 
@@ -40,8 +42,11 @@ def run_diffusers(network, x, context, added):
     def tensor(array):
         return torch.tensor(array).to(network.dtype)
 
-    more = {} if added is None else {"added_cond_kwargs": {
-        "text_embeds": tensor(added.pooled), "time_ids": torch.tensor(added.sizes)}}
+    more = (
+        {}
+        if added is None
+        else {"added_cond_kwargs": {"text_embeds": tensor(added.pooled), "time_ids": torch.tensor(added.sizes)}}
+    )
     with torch.no_grad():
         out = network(tensor(x.transpose(0, 3, 1, 2)), torch.tensor(TIMESTEPS), tensor(context), **more).sample
     return out.float().numpy().transpose(0, 2, 3, 1)
@@ -111,8 +116,9 @@ def test_both_predictions_are_read_as_diffusers_reads_them(kind):
     diffusers = pytest.importorskip("diffusers")
     import torch
 
-    scheduler = diffusers.DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear",
-                                        clip_sample=False, prediction_type=kind)
+    scheduler = diffusers.DDIMScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, prediction_type=kind
+    )
     scheduler.set_timesteps(10)
     rng = np.random.default_rng(0)
     output, x = (rng.standard_normal((2, 3, 4, 4)) for _ in range(2))
@@ -122,5 +128,6 @@ def test_both_predictions_are_read_as_diffusers_reads_them(kind):
         x0, noise = split_prediction(kind, output, x, alpha_bar)
         np.testing.assert_allclose(x0, step.pred_original_sample.numpy(), rtol=1e-6, atol=1e-6)
         before = scheduler.alphas_cumprod[timestep - 100].double().numpy()
-        np.testing.assert_allclose(before**0.5 * x0 + (1 - before) ** 0.5 * noise, step.prev_sample.numpy(), rtol=1e-6,
-                                   atol=1e-6)
+        np.testing.assert_allclose(
+            before**0.5 * x0 + (1 - before) ** 0.5 * noise, step.prev_sample.numpy(), rtol=1e-6, atol=1e-6
+        )

@@ -19,14 +19,27 @@ def random_inputs(config: UNetConfig, height: int, width: int, seed: int = 1):
 
 
 def as_json(config: UNetConfig) -> dict:
-    added = {} if config.added_width is None else {
-        "addition_embed_type": "text_time", "addition_time_embed_dim": config.added_size_width,
-        "projection_class_embeddings_input_dim": config.added_width}
+    added = (
+        {}
+        if config.added_width is None
+        else {
+            "addition_embed_type": "text_time",
+            "addition_time_embed_dim": config.added_size_width,
+            "projection_class_embeddings_input_dim": config.added_width,
+        }
+    )
     return added | {
-        "_class_name": "UNet2DConditionModel", "sample_size": 64, "in_channels": config.in_channels,
-        "out_channels": config.out_channels, "block_out_channels": list(config.channels),
+        "_class_name": "UNet2DConditionModel",
+        "sample_size": 64,
+        "in_channels": config.in_channels,
+        "out_channels": config.out_channels,
+        "block_out_channels": list(config.channels),
         "down_block_types": ["CrossAttnDownBlock2D" if depth else "DownBlock2D" for depth in config.depths],
         "up_block_types": ["CrossAttnUpBlock2D" if depth else "UpBlock2D" for depth in reversed(config.depths)],
-        "layers_per_block": config.layers, "attention_head_dim": list(config.heads), "norm_num_groups": config.groups,
+        "layers_per_block": config.layers,
+        "attention_head_dim": list(config.heads),
+        "norm_num_groups": config.groups,
         "transformer_layers_per_block": [*(depth or 1 for depth in config.depths[:-1]), config.middle_depth],
-        "cross_attention_dim": config.context_width, "use_linear_projection": config.linear_projection}
+        "cross_attention_dim": config.context_width,
+        "use_linear_projection": config.linear_projection,
+    }

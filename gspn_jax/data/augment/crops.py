@@ -34,8 +34,9 @@ class RandomResizedCrop:
     def __post_init__(self):
         for name, (low, high) in (("area", self.area), ("aspect", self.aspect)):
             if not 0 < low <= high or (name == "area" and high > 1):
-                raise ValueError(f"{name} must be a range above 0{' and up to 1' if name == 'area' else ''}, "
-                                 f"found {(low, high)}")
+                raise ValueError(
+                    f"{name} must be a range above 0{' and up to 1' if name == 'area' else ''}, found {(low, high)}"
+                )
 
     def box(self, height: int, width: int, u: Float[np.ndarray, " draws"]) -> Box:
         """The box of an image, by `draws` uniform numbers: the first of ten pairs of an area and an aspect that fit.
@@ -70,8 +71,9 @@ def evaluation_crop(image: UInt8[np.ndarray, "H W C"], size: int, share: float =
         raise ValueError(f"The share of the image that is cropped must be above 0 and up to 1, found {share}")
     height, width = image.shape[:2]
     short = math.floor(size / share)
-    sides = [short if side == min(height, width) else int(short * side / min(height, width))
-             for side in (width, height)]
+    sides = [
+        short if side == min(height, width) else int(short * side / min(height, width)) for side in (width, height)
+    ]
     scaled = to_array(to_pillow(image).resize(tuple(sides), BICUBIC))
     top, left = (round((side - size) / 2) for side in scaled.shape[:2])
     return scaled[top : top + size, left : left + size]
@@ -80,8 +82,9 @@ def evaluation_crop(image: UInt8[np.ndarray, "H W C"], size: int, share: float =
 def to_pillow(image: UInt8[np.ndarray, "H W C"]) -> Image.Image:
     """RGB, or greyscale for one channel. Raises ValueError for another shape or type."""
     if image.ndim != 3 or image.dtype != np.uint8 or image.shape[2] not in (1, 3) or 0 in image.shape:
-        raise ValueError(f"An image must be uint8 [H, W, C] with C 1 or 3 and no empty axis, found {image.dtype} "
-                         f"{list(image.shape)}")
+        raise ValueError(
+            f"An image must be uint8 [H, W, C] with C 1 or 3 and no empty axis, found {image.dtype} {list(image.shape)}"
+        )
     return Image.fromarray(image[..., 0] if image.shape[2] == 1 else image)
 
 

@@ -12,8 +12,9 @@ def uniforms(seed: int, epoch: int, index: int, count: int) -> Float[np.ndarray,
     Raw Philox (Salmon et al., 2011), with seed and epoch for its key and the image in the upper half of its counter:
     the bits are the same on every machine and in every version of NumPy.
     """
-    raw = np.random.Philox(key=np.array([seed, epoch], np.uint64),
-                           counter=np.array([0, 0, index, 0], np.uint64)).random_raw(count)
+    raw = np.random.Philox(
+        key=np.array([seed, epoch], np.uint64), counter=np.array([0, 0, index, 0], np.uint64)
+    ).random_raw(count)
     return ((raw >> (64 - _MANTISSA)) + 0.5) * 2.0**-_MANTISSA
 
 

@@ -39,6 +39,7 @@ def mixup(lam: Float[Array, ""]) -> Mixture:
 
 def cutmix(lam: Float[Array, ""], row: Int[Array, ""], column: Int[Array, ""], height: int, width: int) -> Mixture:
     """A box of 1 - lam of the area, its sides rounded down, around (row, column), cut at the border."""
+
     def side(size: int, centre: Int[Array, ""]) -> tuple[Int[Array, ""], Int[Array, ""]]:
         length = jnp.floor(size * jnp.sqrt(1 - lam)).astype(jnp.int32)
         return jnp.clip(centre - length // 2, 0, size), jnp.clip(centre + (length + 1) // 2, 0, size)
@@ -60,11 +61,14 @@ class Mixing:
 
     def __post_init__(self):
         if self.mixup < 0 or self.cutmix < 0 or self.mixup + self.cutmix == 0:
-            raise ValueError(f"mixup and cutmix must be at least 0 and one of them above, "
-                             f"found {self.mixup} and {self.cutmix}")
+            raise ValueError(
+                f"mixup and cutmix must be at least 0 and one of them above, found {self.mixup} and {self.cutmix}"
+            )
         if not (0 <= self.switch <= 1 and 0 <= self.probability <= 1):
-            raise ValueError("The probabilities of mixing must be in 0..1, "
-                             f"found switch {self.switch} and probability {self.probability}")
+            raise ValueError(
+                "The probabilities of mixing must be in 0..1, "
+                f"found switch {self.switch} and probability {self.probability}"
+            )
 
     def draw(self, key: Key[Array, ""], height: int, width: int) -> Mixture:
         """The mixture of a batch of images [height, width]."""
@@ -73,9 +77,15 @@ class Mixing:
         if self.mixup:
             mixtures.append(mixup(jax.random.beta(for_mixup, self.mixup, self.mixup)))
         if self.cutmix:
-            mixtures.append(cutmix(jax.random.beta(for_cutmix, self.cutmix, self.cutmix),
-                                   jax.random.randint(for_row, (), 0, height),
-                                   jax.random.randint(for_column, (), 0, width), height, width))
+            mixtures.append(
+                cutmix(
+                    jax.random.beta(for_cutmix, self.cutmix, self.cutmix),
+                    jax.random.randint(for_row, (), 0, height),
+                    jax.random.randint(for_column, (), 0, width),
+                    height,
+                    width,
+                )
+            )
         is_cutmix, is_mixed = jax.random.uniform(for_choice, (2,)) < jnp.array([self.switch, self.probability])
         chosen = jax.tree.map(lambda a, b: jnp.where(is_cutmix, b, a), mixtures[0], mixtures[-1])
         return jax.tree.map(lambda a, b: jnp.where(is_mixed, a, b), chosen, mixup(1.0))

@@ -46,8 +46,11 @@ def _fill(image: Image.Image) -> tuple[int, int, int] | int:
 
 def _enhanced(enhancer: type) -> Operation:
     """Blends with what an enhancer makes of the image without its property, by 0.1 .. 1.9; 1 is the image itself."""
-    return Operation(lambda image, value: enhancer(image).enhance(1 + value),
-                     lambda magnitude: magnitude / LARGEST * 0.9, signed=True)
+    return Operation(
+        lambda image, value: enhancer(image).enhance(1 + value),
+        lambda magnitude: magnitude / LARGEST * 0.9,
+        signed=True,
+    )
 
 
 OPERATIONS: dict[str, Operation] = {
@@ -56,30 +59,42 @@ OPERATIONS: dict[str, Operation] = {
     "Invert": Operation(lambda image, _: ImageOps.invert(image)),
     "Rotate": Operation(
         lambda image, degrees: image.rotate(degrees, BICUBIC, fillcolor=_fill(image)),
-        lambda magnitude: magnitude / LARGEST * 30, signed=True),
+        lambda magnitude: magnitude / LARGEST * 30,
+        signed=True,
+    ),
     "Posterize": Operation(_posterized, lambda magnitude: 4 - int(magnitude / LARGEST * 4)),
     "Solarize": Operation(
         lambda image, threshold: _looked_up(image, lambda i: i if i < threshold else 255 - i),
-        lambda magnitude: 256 - int(magnitude / LARGEST * 256)),
+        lambda magnitude: 256 - int(magnitude / LARGEST * 256),
+    ),
     "SolarizeAdd": Operation(
         lambda image, added: _looked_up(image, lambda i: min(255, i + added) if i < 128 else i),
-        lambda magnitude: int(magnitude / LARGEST * 110)),
+        lambda magnitude: int(magnitude / LARGEST * 110),
+    ),
     "Color": _enhanced(ImageEnhance.Color),
     "Contrast": _enhanced(ImageEnhance.Contrast),
     "Brightness": _enhanced(ImageEnhance.Brightness),
     "Sharpness": _enhanced(ImageEnhance.Sharpness),
     "ShearX": Operation(
         lambda image, shear: _affine(image, 1, shear, 0, 0, 1, 0),
-        lambda magnitude: magnitude / LARGEST * 0.3, signed=True),
+        lambda magnitude: magnitude / LARGEST * 0.3,
+        signed=True,
+    ),
     "ShearY": Operation(
         lambda image, shear: _affine(image, 1, 0, 0, shear, 1, 0),
-        lambda magnitude: magnitude / LARGEST * 0.3, signed=True),
+        lambda magnitude: magnitude / LARGEST * 0.3,
+        signed=True,
+    ),
     "TranslateX": Operation(
         lambda image, share: _affine(image, 1, 0, share * image.width, 0, 1, 0),
-        lambda magnitude: magnitude / LARGEST * 0.45, signed=True),
+        lambda magnitude: magnitude / LARGEST * 0.45,
+        signed=True,
+    ),
     "TranslateY": Operation(
         lambda image, share: _affine(image, 1, 0, 0, 0, 1, share * image.height),
-        lambda magnitude: magnitude / LARGEST * 0.45, signed=True),
+        lambda magnitude: magnitude / LARGEST * 0.45,
+        signed=True,
+    ),
 }
 """By name. timm calls the last two "TranslateXRel" and "TranslateYRel", and some others "...Increasing"."""
 _NAMES = tuple(OPERATIONS)
@@ -111,8 +126,10 @@ class RandAugment:
         if not 0 <= self.magnitude <= LARGEST:
             raise ValueError(f"The magnitude of RandAugment must be in 0..{LARGEST}, found {self.magnitude}")
         if self.layers < 0 or self.deviation < 0 or not 0 <= self.probability <= 1:
-            raise ValueError("RandAugment must have layers and deviation from 0 and a probability in 0..1, "
-                             f"found {self.layers}, {self.deviation} and {self.probability}")
+            raise ValueError(
+                "RandAugment must have layers and deviation from 0 and a probability in 0..1, "
+                f"found {self.layers}, {self.deviation} and {self.probability}"
+            )
 
     @property
     def draws(self) -> int:
