@@ -27,7 +27,7 @@ from gspn_jax.prepare import latents
 from tests.autoencoder import numpy_vae
 from tests.quick_compile import QUICK_COMPILE
 
-ROOT = pathlib.Path(__file__).parents[1]
+ROOT = pathlib.Path(__file__).parents[2]
 SIDE, COUNT, CLASSES = 8, 14, ("n01", "n02", "n03")
 
 

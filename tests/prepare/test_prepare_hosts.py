@@ -18,7 +18,7 @@ from tests.autoencoder import numpy_vae
 from tests.quick_compile import QUICK_COMPILE
 
 pytestmark = pytest.mark.slow
-ROOT = pathlib.Path(__file__).parents[1]
+ROOT = pathlib.Path(__file__).parents[2]
 COUNT = 14
 
 

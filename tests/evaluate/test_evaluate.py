@@ -26,7 +26,7 @@ from tests.autoencoder import numpy_vae
 from tests.quick_compile import QUICK_COMPILE
 from tests.training import tiny
 
-ROOT = pathlib.Path(__file__).parents[1]
+ROOT = pathlib.Path(__file__).parents[2]
 COUNT = 5
 """Samples and reference images: a part of one batch of the eight devices."""
 
