@@ -1,7 +1,6 @@
 import subprocess
 import sys
 
-import gaussian_oracle as oracle
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,6 +12,7 @@ import scipy.stats
 from gspn_jax.config import DiffusionConfig
 from gspn_jax.diffusion import ddpm, drop_labels, flow, loss, make_schedule
 from gspn_jax.diffusion.schedules import linear_schedule
+from tests.diffusion import gaussian_oracle as oracle
 
 T = 100
 SCHEDULE = linear_schedule(T)

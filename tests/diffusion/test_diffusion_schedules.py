@@ -1,10 +1,10 @@
-import gaussian_oracle as oracle
 import numpy as np
 import pytest
 
 from gspn_jax.config import ConfigError, DiffusionConfig
 from gspn_jax.diffusion import make_schedule, respace
 from gspn_jax.diffusion.schedules import cosine_schedule, linear_schedule, space_timesteps
+from tests.diffusion import gaussian_oracle as oracle
 
 
 @pytest.mark.parametrize("timesteps", [1000, 100])

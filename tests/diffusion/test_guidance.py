@@ -1,4 +1,3 @@
-import gaussian_oracle as oracle
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +6,7 @@ import pytest
 from gspn_jax.config import DiffusionConfig, SamplerConfig
 from gspn_jax.diffusion import sample
 from gspn_jax.diffusion.guidance import guide, guided_steps
+from tests.diffusion import gaussian_oracle as oracle
 
 NULL = 3
 MEANS = [-1.0, 0.5, 2.0, 0.25]  # three classes and the null class

@@ -1,4 +1,3 @@
-import gaussian_oracle as oracle
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,6 +7,7 @@ from gspn_jax.config import ConfigError, DiffusionConfig, SamplerConfig
 from gspn_jax.diffusion import respace, sample
 from gspn_jax.diffusion.samplers import ddim, ddpm, make_table
 from gspn_jax.diffusion.schedules import linear_schedule
+from tests.diffusion import gaussian_oracle as oracle
 
 MEAN, STD = 0.7, 0.6
 NULL = 10

@@ -3,10 +3,10 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-import numpy_scan as truth
 import pytest
 
 from kernels import line_scan, stochastic_weights
+from tests.kernels import numpy_scan as truth
 
 DIRECTIONS = truth.DIRECTIONS
 TOLERANCE = 1e-5  # relative, float32

@@ -8,10 +8,10 @@ import re
 import jax
 import jax.numpy as jnp
 import numpy as np
-import numpy_scan as truth
 import pytest
 
 from kernels import api, compat, devices, mosaic_gpu, propagate, propagate_low_rank, sharded, tiles
+from tests.kernels import numpy_scan as truth
 from tests.kernels.mosaic import interpreted
 
 NAMES = ("x", "proxy", "gates", "lam", "out_gate", "merge", "skip")

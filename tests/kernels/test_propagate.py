@@ -6,10 +6,10 @@ import re
 import jax
 import jax.numpy as jnp
 import numpy as np
-import numpy_scan as truth
 import pytest
 
 from kernels import api, available_backends, line_scan, propagate, stochastic_weights
+from tests.kernels import numpy_scan as truth
 
 TOLERANCE = 1e-5  # relative, float32
 NAMES = ("x", "gates", "lam", "out_gate", "merge", "skip")

@@ -3,10 +3,10 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-import numpy_scan as truth
 import pytest
 
 from kernels import stochastic_weights
+from tests.kernels import numpy_scan as truth
 
 
 def logits(height=4, width=5, groups=2):

@@ -10,7 +10,7 @@ from gspn_jax.metrics import inception
 from gspn_jax.state_dict import WeightsError
 
 torch = pytest.importorskip("torch")
-import torch_inception  # noqa: E402
+from tests.metrics import torch_inception  # noqa: E402
 
 pytestmark = pytest.mark.torch
 
