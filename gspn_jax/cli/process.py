@@ -6,16 +6,18 @@ import os
 import pathlib
 import sys
 
-from gspn_jax.cli import child, hosts, huge_pages, log_lines
+from gspn_jax.cli import child, hosts, huge_pages, log_lines, streams
 
 
 def setup() -> None:
     """Makes the process ready; called first, before JAX is imported. In this order:
 
-    on a CPU the command starts again with large pages (`huge_pages`); one of several hosts goes on in a child process
-    (`child`); a flag of XLA is set (`set_xla_flags`); log lines go to stderr, and failed saves are quiet (`log_lines`);
-    JAX's compilation cache goes to the disk (JAX_COMPILATION_CACHE_DIR moves it).
+    streams that are closed go nowhere (`streams`); on a CPU the command starts again with large pages (`huge_pages`);
+    one of several hosts goes on in a child process (`child`); a flag of XLA is set (`set_xla_flags`); log lines go to
+    stderr, and failed saves are quiet (`log_lines`); JAX's compilation cache goes to the disk
+    (JAX_COMPILATION_CACHE_DIR moves it).
     """
+    streams.open_closed_ones()
     huge_pages.restart_with_them()
     if hosts.is_one_of_several() and "jax" not in sys.modules:
         child.watch_over_child()
