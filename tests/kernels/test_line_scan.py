@@ -6,7 +6,7 @@ import numpy as np
 import numpy_scan as truth
 import pytest
 
-from kernels import line_scan, stochastic_weights
+from gspn_jax.kernels import line_scan, stochastic_weights
 
 DIRECTIONS = truth.DIRECTIONS
 TOLERANCE = 1e-5  # relative, float32

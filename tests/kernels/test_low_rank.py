@@ -11,7 +11,7 @@ import numpy as np
 import numpy_scan as truth
 import pytest
 
-from kernels import api, compat, devices, mosaic_gpu, propagate, propagate_low_rank, sharded, tiles
+from gspn_jax.kernels import api, compat, devices, mosaic_gpu, propagate, propagate_low_rank, sharded, tiles
 from tests.kernels.mosaic import interpreted
 
 NAMES = ("x", "proxy", "gates", "lam", "out_gate", "merge", "skip")

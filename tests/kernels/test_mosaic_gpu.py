@@ -14,8 +14,8 @@ import numpy as np
 import numpy_scan as truth
 import pytest
 
-from kernels import bodies, compat, devices, launch, line_scan, mosaic_gpu, propagate, tiles, walk
-from kernels.sharding import over_shards, sharded
+from gspn_jax.kernels import bodies, compat, devices, launch, line_scan, mosaic_gpu, propagate, tiles, walk
+from gspn_jax.kernels.sharding import over_shards, sharded
 from tests.kernels.mosaic import interpreted
 
 TOLERANCE = {"float32": 2e-6, "bfloat16": 6e-3}  # relative; the gradients go through states saved in bfloat16

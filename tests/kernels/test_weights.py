@@ -6,7 +6,7 @@ import numpy as np
 import numpy_scan as truth
 import pytest
 
-from kernels import stochastic_weights
+from gspn_jax.kernels import stochastic_weights
 
 
 def logits(height=4, width=5, groups=2):
