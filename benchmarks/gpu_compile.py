@@ -119,8 +119,8 @@ def traced_for(device: Any) -> Iterator[None]:
     """Inside, what asks for the device while it is traced is answered with `device`, which is not attached."""
     import jax
 
+    from gspn_jax.kernels import devices as kernel_devices
     from gspn_jax.models import attention
-    from kernels import devices as kernel_devices
 
     attached = jax.default_backend
     jax.default_backend = lambda: device.platform
@@ -133,9 +133,9 @@ def traced_for(device: Any) -> Iterator[None]:
 
 def config_of(arguments: argparse.Namespace):
     """The config file of the preset, or of its family, with what was asked for."""
-    from configs.dit_xl_2 import config as dit
-    from configs.gspn_xl_2 import config as gspn
     from gspn_jax.config import MeshConfig
+    from gspn_jax.configs.dit_xl_2 import config as dit
+    from gspn_jax.configs.gspn_xl_2 import config as gspn
     from gspn_jax.models import resolve
 
     base = dit if arguments.preset.startswith("DiT") else gspn

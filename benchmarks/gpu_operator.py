@@ -43,9 +43,9 @@ from rehearsal import rehearsal
 
 from gspn_jax import models
 from gspn_jax.config import ModelConfig
+from gspn_jax.kernels import api, available_backends, depthwise_conv, depthwise_gpu, propagate, propagate_low_rank
 from gspn_jax.models import attention
 from gspn_jax.models.mixers import GSPNMixer
-from kernels import api, available_backends, depthwise_conv, depthwise_gpu, propagate, propagate_low_rank
 
 Rows = Iterator[dict]
 

@@ -28,7 +28,7 @@ from gpu_record import Record
 from numpy_depthwise import loop, squared_relu_loop
 from rehearsal import rehearsal
 
-from kernels import (
+from gspn_jax.kernels import (
     available_backends,
     depthwise_conv,
     line_scan,

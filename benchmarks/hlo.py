@@ -283,7 +283,7 @@ def _frames(text: str) -> dict[int, list[tuple[str, str]]]:
         row = fields(tables["StackFrames"][frame])
         place = fields(tables["FileLocations"][row["file_location_id"]])
         file = tables["FileNames"][place["file_name_id"]].strip('"')
-        own = re.search(r"\b(?:gspn_jax|kernels|configs)/[^/].*", file)
+        own = re.search(r"\bgspn_jax/[^/].*", file)
         here = [(own[0], tables["FunctionNames"][place["function_name_id"]].strip('"'))] if own else []
         parent = row.get("parent_frame_id", 0)
         return here + (chain(parent) if parent in tables["StackFrames"] and parent != frame else [])

@@ -28,7 +28,15 @@ from jax.extend.mlir import ir
 from jax.interpreters import mlir
 
 from gspn_jax.files import replacing
-from kernels import depthwise_conv, depthwise_gpu, devices, line_scan, mosaic_gpu, propagate, propagate_low_rank
+from gspn_jax.kernels import (
+    depthwise_conv,
+    depthwise_gpu,
+    devices,
+    line_scan,
+    mosaic_gpu,
+    propagate,
+    propagate_low_rank,
+)
 from tests.ptx import toolchain
 
 RESULTS = pathlib.Path(__file__).parent / "results" / "kernel_assembly.json"

@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from kernels import available_backends, depthwise_conv, propagate
+from gspn_jax.kernels import available_backends, depthwise_conv, propagate
 
 CASES = [
     # batch, height, width, channels, groups, chunk

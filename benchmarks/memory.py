@@ -113,8 +113,8 @@ These are arguments from bytes; no step was timed on several GPUs.
 
 
 def config_of(batch: int, remat: str, mesh: tuple[int, int] = (1, 1)):
-    from configs.gspn_xl_2 import config
     from gspn_jax.config import MeshConfig
+    from gspn_jax.configs.gspn_xl_2 import config
 
     return dataclasses.replace(
         config,

@@ -5,7 +5,7 @@ import dataclasses
 from collections.abc import Iterator
 from unittest import mock
 
-from kernels import compat, devices, tiles
+from gspn_jax.kernels import compat, devices, tiles
 
 
 @contextlib.contextmanager

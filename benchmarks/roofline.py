@@ -86,9 +86,9 @@ def _kind(program: Program, kernel: Instruction, *, outside: bool) -> str:
     if outside:
         fills = {part.opcode for part in program.inside(kernel)} <= {*FREE, "broadcast", "copy"}
         return "zero-filling" if fills else "outside of blocks"
-    if any(file.startswith("kernels/depthwise") for file, _ in where[:2]):
+    if any(file.startswith("gspn_jax/kernels/depthwise") for file, _ in where[:2]):
         return "around convolutions"
-    if any(file.startswith("kernels/") for file, _ in where):
+    if any(file.startswith("gspn_jax/kernels/") for file, _ in where):
         return "around scans"
     if any(function.endswith(("layer_norm", "modulate")) for _, function in where[:2]):
         return "norms"

@@ -48,13 +48,13 @@ from gspn_jax.config import (
     TrainConfig,
 )
 from gspn_jax.files import replacing
+from gspn_jax.kernels import available_backends
 from gspn_jax.models import attention
 from gspn_jax.parallel import sharding
 from gspn_jax.sampling.sampler import Sampler
 from gspn_jax.training.state import abstract_state, create_state
 from gspn_jax.training.step import make_step
 from gspn_jax.training.throughput import peak_flops
-from kernels import available_backends
 
 CPU_MODELS = (
     "DiT-S/2:hidden=192,depth=8,heads=3",

@@ -2,12 +2,10 @@
 
 import dataclasses
 import json
-import pathlib
 import time
 
 from gspn_jax import cli
 
-CONFIG = pathlib.Path(__file__).parents[1] / "configs" / "digits.py"
 PER_CLASS = 100
 
 
@@ -25,7 +23,7 @@ def main() -> None:
     from gspn_jax.sampling.sampler import Sampler
     from gspn_jax.training.train import train
 
-    config = dataclasses.replace(cli.load_config(CONFIG), run_dir="runs/demo")
+    config = dataclasses.replace(cli.load_config("digits"), run_dir="runs/demo")
     run_dir = train(config)
 
     labels = np.tile(np.arange(10), PER_CLASS)

@@ -140,7 +140,7 @@ def kernels() -> Findings:
     import jax
     import jax.numpy as jnp
 
-    from kernels import (
+    from gspn_jax.kernels import (
         available_backends,
         backend_caveats,
         line_scan,

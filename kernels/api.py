@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from kernels import scan
-from kernels.sharding import over_shards
-from kernels.weights import DIRECTIONS, check_direction
+from gspn_jax.kernels import scan
+from gspn_jax.kernels.sharding import over_shards
+from gspn_jax.kernels.weights import DIRECTIONS, check_direction
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +37,7 @@ def _mosaic_gpu() -> _Backend:
     """The GPU kernel; it is written in an experimental part of JAX, and a version that moves a name there costs no more
     than this backend."""
     try:
-        from kernels import mosaic_gpu
+        from gspn_jax.kernels import mosaic_gpu
     except (ImportError, AttributeError) as error:
         reason = f"cannot be had from this JAX ({jax.__version__}: {error})"
         return _Backend(scan.line_scan, scan.propagate, lambda: reason, lambda x, directions: reason)  # never called

@@ -9,10 +9,10 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Float
 
-from kernels import compat, tiles
-from kernels.terms import KINDS, LAM, OUT_GATE, SKIP, Inputs, Job
-from kernels.walk import Shared, Walk, begin_line, clear, finish, meet, take_turn, visit_mine
-from kernels.weights import LOGIT_FLOOR
+from gspn_jax.kernels import compat, tiles
+from gspn_jax.kernels.terms import KINDS, LAM, OUT_GATE, SKIP, Inputs, Job
+from gspn_jax.kernels.walk import Shared, Walk, begin_line, clear, finish, meet, take_turn, visit_mine
+from gspn_jax.kernels.weights import LOGIT_FLOOR
 
 
 def odds(logits: Array) -> Array:

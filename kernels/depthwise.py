@@ -14,10 +14,10 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from kernels.sharding import over_shards
+from gspn_jax.kernels.sharding import over_shards
 
 try:
-    from kernels import depthwise_gpu, devices
+    from gspn_jax.kernels import depthwise_gpu, devices
 except (ImportError, AttributeError) as error:  # a version of JAX that moves a name of an experimental part
     depthwise_gpu, _no_kernel = None, f"cannot be had from this JAX ({jax.__version__}: {error})"
 

@@ -18,7 +18,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float
 
-from kernels import compat, devices
+from gspn_jax.kernels import compat, devices
 
 SIDES = (3, 5, 7)
 """Heights and widths of kernels. A row of a kernel takes a warpgroup, and a block has up to eight."""
@@ -143,7 +143,7 @@ def refuses(x: Float[Array, "B H W C"], kernel: Float[Array, "kh kw C"]) -> str 
 def correlate(
     x: Float[Array, "B H W C"], kernel: Float[Array, "kh kw C"], squared_relu: bool
 ) -> Float[Array, "B H W C"]:
-    """See `kernels.depthwise_conv`; arguments are checked there, and by `refuses`. The kernel is used in float32."""
+    """See `depthwise.depthwise_conv`; arguments are checked there, and by `refuses`. The kernel is used in float32."""
     return _correlate(x, kernel, finish=_squared_relu if squared_relu else _unchanged)
 
 

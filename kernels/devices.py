@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import jax
 from jax.extend.backend import get_default_device
 
-from kernels import compat, sharding
+from gspn_jax.kernels import compat, sharding
 
 KIB = 1024
 

@@ -15,9 +15,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float
 
-from kernels import tiles
-from kernels.terms import LAM, OUT_GATE, Inputs
-from kernels.walk import Walk
+from gspn_jax.kernels import tiles
+from gspn_jax.kernels.terms import LAM, OUT_GATE, Inputs
+from gspn_jax.kernels.walk import Walk
 
 SWIZZLE = 64
 """Bytes of a row that are interleaved with those of other rows, so that the tensor cores read without conflicts."""

@@ -9,9 +9,9 @@ import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float
 
-from kernels import bodies, compat, devices, expansion, tiles
-from kernels.terms import Inputs, Job
-from kernels.walk import Shared
+from gspn_jax.kernels import bodies, compat, devices, expansion, tiles
+from gspn_jax.kernels.terms import Inputs, Job
+from gspn_jax.kernels.walk import Shared
 
 
 def forward(job: Job, plan: tiles.Plan, inputs: Inputs, *, save: bool) -> tuple[Array, tuple[Array, ...]]:

@@ -20,9 +20,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float
 
-from kernels import bodies, compat, devices, expansion, launch
-from kernels.terms import LAM, OUT_GATE, SKIP, Job
-from kernels.weights import DIRECTIONS
+from gspn_jax.kernels import bodies, compat, devices, expansion, launch
+from gspn_jax.kernels.terms import LAM, OUT_GATE, SKIP, Job
+from gspn_jax.kernels.weights import DIRECTIONS
 
 CHUNK = 2
 CLASSES = 4

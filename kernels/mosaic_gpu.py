@@ -10,10 +10,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from kernels import devices, expansion, launch, local, pullback, tiles
-from kernels.saved import named
-from kernels.terms import Inputs, Job
-from kernels.weights import DIRECTIONS
+from gspn_jax.kernels import devices, expansion, launch, local, pullback, tiles
+from gspn_jax.kernels.saved import named
+from gspn_jax.kernels.terms import Inputs, Job
+from gspn_jax.kernels.weights import DIRECTIONS
 
 missing = devices.missing
 
@@ -61,7 +61,7 @@ def propagate(
     skip: Float[Array, "B H W 4 C"] | None,
     chunk: int | None,
 ) -> Float[Array, "B H W C"]:
-    """See `kernels.propagate`; arguments are checked there."""
+    """See `gspn_jax.kernels.propagate`; arguments are checked there."""
     job = Job(DIRECTIONS, chunk, logits=True, lam=True, out_gate=True, skip=skip is not None)
     merge = jnp.broadcast_to(merge.astype(jnp.float32).reshape(4, -1), (4, x.shape[-1]))
     return _padded(job, Inputs(x, gates, lam, out_gate, skip, merge))
@@ -75,7 +75,7 @@ def line_scan(
     direction: str,
     chunk: int | None,
 ) -> Float[Array, "B H W C"]:
-    """See `kernels.line_scan`; arguments are checked there."""
+    """See `gspn_jax.kernels.line_scan`; arguments are checked there."""
     job = Job((direction,), chunk, logits=False, lam=False, out_gate=False, skip=False)
     weights = jnp.stack([left, center, right], axis=3)[:, :, :, None]
     return _padded(job, Inputs(x, weights, None, None, None, None))
@@ -142,7 +142,7 @@ def propagate_low_rank(
     skip: Float[Array, "d 4 C"] | None,
     chunk: int | None,
 ) -> Float[Array, "B H W C"]:
-    """See `kernels.propagate_low_rank`; arguments are checked there."""
+    """See `gspn_jax.kernels.propagate_low_rank`; arguments are checked there."""
     batch, *size, channels = x.shape
     job = Job(DIRECTIONS, chunk, logits=True, lam=True, out_gate=True, skip=skip is not None)
     merge = jnp.broadcast_to(merge.astype(jnp.float32).reshape(4, -1), (4, channels))

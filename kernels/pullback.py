@@ -22,10 +22,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float
 
-from kernels import bodies, compat, expansion, launch, tiles
-from kernels.expansion import QUANTUM
-from kernels.terms import LAM, OUT_GATE, SKIP, Inputs, Job
-from kernels.walk import Walk, meet
+from gspn_jax.kernels import bodies, compat, expansion, launch, tiles
+from gspn_jax.kernels.expansion import QUANTUM
+from gspn_jax.kernels.terms import LAM, OUT_GATE, SKIP, Inputs, Job
+from gspn_jax.kernels.walk import Walk, meet
 
 LOGITS = 3
 WIDTH = QUANTUM

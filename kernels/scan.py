@@ -16,8 +16,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from kernels.saved import named
-from kernels.weights import DIRECTIONS, LOGIT_FLOOR, inside, line_axes
+from gspn_jax.kernels.saved import named
+from gspn_jax.kernels.weights import DIRECTIONS, LOGIT_FLOOR, inside, line_axes
 
 
 def propagate(
@@ -29,7 +29,7 @@ def propagate(
     skip: Float[Array, "B H W 4 C"] | None,
     chunk: int | None,
 ) -> Float[Array, "B H W C"]:
-    """See `kernels.propagate`; arguments are checked there."""
+    """See `gspn_jax.kernels.propagate`; arguments are checked there."""
     states = _scan(x, gates, lam, DIRECTIONS, chunk, True)
     y = jnp.zeros(x.shape, jnp.float32)
     for k in range(len(DIRECTIONS)):
@@ -48,7 +48,7 @@ def line_scan(
     direction: str,
     chunk: int | None,
 ) -> Float[Array, "B H W C"]:
-    """See `kernels.line_scan`; arguments are checked there."""
+    """See `gspn_jax.kernels.line_scan`; arguments are checked there."""
     weights = jnp.stack([left, center, right], axis=3)[..., None, :, :]
     return _scan(x, weights, None, (direction,), chunk, False)[..., 0, :].astype(x.dtype)
 

@@ -9,7 +9,7 @@ import math
 
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from kernels.devices import Device
+from gspn_jax.kernels.devices import Device
 
 WARPGROUP = 128
 VECTOR = 2

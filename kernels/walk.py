@@ -14,8 +14,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float
 
-from kernels import compat, tiles
-from kernels.terms import Job
+from gspn_jax.kernels import compat, tiles
+from gspn_jax.kernels.terms import Job
 
 
 class Walk(NamedTuple):

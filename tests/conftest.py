@@ -29,7 +29,7 @@ def strict_promotion(request):
 @pytest.fixture(autouse=True)
 def kernels_of_this_test():
     """Kernels that a test has changed are its own."""
-    from kernels import compat
+    from gspn_jax.kernels import compat
 
     yield
     compat.forget_kernels()

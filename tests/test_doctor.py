@@ -5,8 +5,8 @@ import importlib.metadata
 import numpy as np
 import pytest
 
-import kernels.api
 from gspn_jax import doctor
+from gspn_jax.kernels import api
 from gspn_jax.models import attention
 from gspn_jax.runs import checkpoints
 from tests.runs.test_checkpoints import save
@@ -68,24 +68,22 @@ def test_what_would_not_work_is_said_in_words(flags, said, tmp_path, capsys):
 
 
 def test_a_kernel_with_wrong_values_is_found(monkeypatch, capsys):
-    scan = kernels.api._BACKENDS["scan"]
+    scan = api._BACKENDS["scan"]
     monkeypatch.setitem(
-        kernels.api._BACKENDS,
-        "scan",
-        scan._replace(line_scan=lambda x, *rest: scan.line_scan(x * np.float32(1.01), *rest)),
+        api._BACKENDS, "scan", scan._replace(line_scan=lambda x, *rest: scan.line_scan(x * np.float32(1.01), *rest))
     )
     finding, *_ = list(doctor.kernels())
     assert finding.works is False and "agrees with a float64 loop to 1" in finding.text
 
 
 def test_every_operator_of_another_backend_is_held_against_the_scan(monkeypatch):
-    scan = kernels.api._BACKENDS["scan"]
-    monkeypatch.setitem(kernels.api._BACKENDS, "mosaic_gpu", scan)  # as if it were the kernel
+    scan = api._BACKENDS["scan"]
+    monkeypatch.setitem(api._BACKENDS, "mosaic_gpu", scan)  # as if it were the kernel
     _, *found = doctor.kernels()
     assert [finding.text.split()[0] for finding in found] == ["line_scan", "propagate", "propagate_low_rank"]
     assert all(finding.works for finding in found)
     monkeypatch.setitem(
-        kernels.api._BACKENDS,
+        api._BACKENDS,
         "mosaic_gpu",
         scan._replace(propagate=lambda x, *rest: scan.propagate(x * x.dtype.type(1.1), *rest)),
     )

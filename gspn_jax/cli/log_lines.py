@@ -8,8 +8,7 @@ import warnings
 def show() -> None:
     """Sets the root logger's form and the levels of our loggers."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
-    for name in ("gspn_jax", "kernels"):
-        logging.getLogger(name).setLevel(logging.INFO)
+    logging.getLogger("gspn_jax").setLevel(logging.INFO)
 
 
 def quiet_failed_saves() -> None:

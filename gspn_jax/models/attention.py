@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from kernels.sharding import over_shards
+from gspn_jax.kernels.sharding import over_shards
 
 logger = logging.getLogger(__name__)
 

@@ -6,11 +6,11 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from gspn_jax.kernels import depthwise_conv, propagate_low_rank
 from gspn_jax.models.attention import attention
 from gspn_jax.models.embeddings import XAVIER
 from gspn_jax.models.presets import Architecture
 from gspn_jax.models.remat import named
-from kernels import depthwise_conv, propagate_low_rank
 
 DIRECTIONS = 4
 NEIGHBOURS = 3

@@ -3,7 +3,7 @@
 import dataclasses
 
 from gspn_jax.config import ConfigError, Layout, Mixer, ModelConfig, Remat
-from kernels import available_backends
+from gspn_jax.kernels import available_backends
 
 
 @dataclasses.dataclass(frozen=True)

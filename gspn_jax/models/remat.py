@@ -7,7 +7,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array
 
 from gspn_jax.config import Remat
-from kernels import SCAN_STATES
+from gspn_jax.kernels import SCAN_STATES
 
 NAMES = ("in_proj", "conv7", "proxy", SCAN_STATES, "scan", "out_proj", "join", "fc1")
 """What "names" keeps: products after their bias, the 7x7 convolution, and the result and the states of the scans."""

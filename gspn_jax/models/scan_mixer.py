@@ -8,10 +8,10 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from gspn_jax.kernels import propagate, propagate_low_rank
 from gspn_jax.models.embeddings import NORMAL
 from gspn_jax.models.mixers import DIRECTIONS, NEIGHBOURS, DepthwiseConv
 from gspn_jax.models.remat import named
-from kernels import propagate, propagate_low_rank
 
 NORM_EPSILON = 1e-5
 GRN_EPSILON = 1e-6

@@ -16,8 +16,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 from jaxtyping import Array
 
-import kernels
-from gspn_jax import models
+from gspn_jax import kernels, models
 from gspn_jax.config import Config
 from gspn_jax.models import blocks
 from gspn_jax.parallel import sharding

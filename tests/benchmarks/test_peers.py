@@ -31,7 +31,7 @@ def sides(monkeypatch):
 def test_the_line_loop_of_pytorch_is_the_operator(sides):
     import torch
 
-    from kernels import propagate
+    from gspn_jax.kernels import propagate
 
     loop = sides["torch"].LineLoop(hidden=6, proxy=3, chunk=2)
     x = torch.randn(2, 4, 4, 6)

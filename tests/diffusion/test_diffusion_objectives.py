@@ -267,7 +267,7 @@ def test_diffusion_needs_jax_and_numpy_only():
         "PIL",
         "sklearn",
         "safetensors",
-        "kernels",
+        "gspn_jax.kernels",
     ]
     code = f"import sys\nfor name in {blocked}: sys.modules[name] = None\nimport gspn_jax.diffusion"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -2,7 +2,7 @@
 
 import contextlib
 
-from kernels import compat
+from gspn_jax.kernels import compat
 
 
 @contextlib.contextmanager

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kernels import depthwise_conv
+from gspn_jax.kernels import depthwise_conv
 from tests.kernels.numpy_depthwise import inputs, loop, squared_relu_loop
 from tests.kernels.numpy_scan import relative_error
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kernels import compat, depthwise, depthwise_conv, depthwise_gpu, devices, sharded
+from gspn_jax.kernels import compat, depthwise, depthwise_conv, depthwise_gpu, devices, sharded
 from tests.kernels.mosaic import interpreted
 from tests.kernels.numpy_depthwise import inputs, loop, squared_relu_loop
 from tests.kernels.numpy_scan import relative_error
@@ -154,7 +154,7 @@ def test_its_launches_and_nothing_of_xlas(squared_relu, launches):
 def test_what_it_does_not_take_is_xlas_with_a_reason_in_the_log(monkeypatch, caplog, shape, kernel, dtype, sentence):
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     depthwise._log_refusal.cache_clear()
-    with caplog.at_level(logging.INFO, logger="kernels"):
+    with caplog.at_level(logging.INFO, logger="gspn_jax.kernels"):
         arrays = [jax.ShapeDtypeStruct(s, dtype) for s in (shape, (*kernel, shape[3]))]
         with devices.for_device("9.0"):
             traced = str(jax.make_jaxpr(lambda *a: depthwise_conv(*a))(*arrays))

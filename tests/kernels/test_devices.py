@@ -13,10 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import kernels
-from kernels import api, compat, devices, launch, propagate, propagate_low_rank, sharded, tiles
-from kernels.terms import Inputs, Job
-from kernels.weights import DIRECTIONS
+from gspn_jax import kernels
+from gspn_jax.kernels import api, compat, devices, launch, propagate, propagate_low_rank, sharded, tiles
+from gspn_jax.kernels.terms import Inputs, Job
+from gspn_jax.kernels.weights import DIRECTIONS
 
 JAX = jax.__version_info__
 
@@ -72,7 +72,7 @@ def test_other_gpus_scan_and_a_sentence_says_so(monkeypatch, capability, caplog)
     machine(monkeypatch, gpu(capability, "Some GPU"))
     api._log_choice.cache_clear()
     arrays = terms(4, 8)
-    with caplog.at_level(logging.INFO, logger="kernels.api"):
+    with caplog.at_level(logging.INFO, logger="gspn_jax.kernels.api"):
         jax.eval_shape(lambda *a: propagate(*a), *arrays)
     sentence = (
         f"needs an NVIDIA GPU of compute capability 8.0, 8.6, 8.9, 9.0, 10.0, 10.3, 12.0, 12.1, and 'Some GPU' "
@@ -106,7 +106,7 @@ def test_it_is_the_mesh_that_counts(monkeypatch):
 @pytest.mark.parametrize("capability", devices.DEVICES)
 def test_only_compute_capability_9_0_expands_proxies_and_elsewhere_xla_does(capability, caplog):
     api._log_expansion.cache_clear()
-    with devices.for_device(capability), caplog.at_level(logging.INFO, logger="kernels.api"):
+    with devices.for_device(capability), caplog.at_level(logging.INFO, logger="gspn_jax.kernels.api"):
         if devices.missing():
             pytest.skip(devices.missing())
         text = (
@@ -197,7 +197,8 @@ def test_a_device_that_is_not_there_is_named():
 )
 def test_a_jax_that_moves_a_name_of_pallas_costs_the_kernel_alone(break_it, said):
     program = f"""{break_it}
-import jax.numpy as jnp, kernels
+import jax.numpy as jnp
+from gspn_jax import kernels
 assert kernels.available_backends() == ("scan",)
 x = jnp.ones((1, 2, 2, 1))
 h = kernels.line_scan(x, x, x, x, direction="down")

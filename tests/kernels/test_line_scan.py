@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kernels import line_scan, stochastic_weights
+from gspn_jax.kernels import line_scan, stochastic_weights
 from tests.kernels import numpy_scan as truth
 
 DIRECTIONS = truth.DIRECTIONS

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kernels import compat, devices, local, mosaic_gpu
+from gspn_jax.kernels import compat, devices, local, mosaic_gpu
 from tests.kernels.mosaic import interpreted
 from tests.kernels.test_low_rank import NAMES, arguments, error, value_and_gradients
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kernels import api, compat, devices, mosaic_gpu, propagate, propagate_low_rank, sharded, tiles
+from gspn_jax.kernels import api, compat, devices, mosaic_gpu, propagate, propagate_low_rank, sharded, tiles
 from tests.kernels import numpy_scan as truth
 from tests.kernels.mosaic import interpreted
 

@@ -13,8 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kernels import bodies, compat, devices, launch, line_scan, mosaic_gpu, propagate, tiles, walk
-from kernels.sharding import over_shards, sharded
+from gspn_jax.kernels import bodies, compat, devices, launch, line_scan, mosaic_gpu, propagate, tiles, walk
+from gspn_jax.kernels.sharding import over_shards, sharded
 from tests.kernels import numpy_scan as truth
 from tests.kernels.mosaic import interpreted
 

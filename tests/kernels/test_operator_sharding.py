@@ -9,8 +9,8 @@ import pytest
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from kernels import depthwise_conv, propagate, propagate_low_rank, scan, sharded
-from kernels.sharding import over_shards
+from gspn_jax.kernels import depthwise_conv, propagate, propagate_low_rank, scan, sharded
+from gspn_jax.kernels.sharding import over_shards
 from tests.kernels.numpy_scan import relative_error
 
 COLLECTIVES = r"(all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)"

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kernels import api, available_backends, line_scan, propagate, stochastic_weights
+from gspn_jax.kernels import api, available_backends, line_scan, propagate, stochastic_weights
 from tests.kernels import numpy_scan as truth
 
 TOLERANCE = 1e-5  # relative, float32
@@ -165,7 +165,7 @@ def test_bfloat16_gates_are_never_widened_as_a_whole():
 def test_the_best_backend_is_picked_and_logged_once(caplog):
     arrays = cast(inputs(2, 2, 2, 1))
     api._log_choice.cache_clear()
-    with caplog.at_level(logging.INFO, logger="kernels.api"):
+    with caplog.at_level(logging.INFO, logger="gspn_jax.kernels.api"):
         propagate(*arrays[:5])
         propagate(*arrays[:5])
     assert [record.getMessage() for record in caplog.records] == [

@@ -16,7 +16,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.mosaic.gpu import dialect_lowering
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from kernels import compat, devices, launch, mosaic_gpu, tiles
+from gspn_jax.kernels import compat, devices, launch, mosaic_gpu, tiles
 
 PATTERN = 8
 """Rows after which a swizzle repeats."""

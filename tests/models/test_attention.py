@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh
 
+from gspn_jax.kernels import compat, sharded
 from gspn_jax.models import attention
-from kernels import compat, sharded
 
 TOLERANCE = {"float32": 2e-6, "bfloat16": 2e-2, "float16": 2e-3}
 """Relative to the largest value; about twice the rounding of an input, 2**-24, 2**-9 or 2**-12, times a few."""

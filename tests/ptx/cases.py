@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kernels import devices, local, mosaic_gpu, propagate, propagate_low_rank
+from gspn_jax.kernels import devices, local, mosaic_gpu, propagate, propagate_low_rank
 from tests.kernels import numpy_scan
 from tests.ptx import emulation, toolchain
 

@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kernels import compat
+from gspn_jax.kernels import compat
 from tests.ptx import ptx, toolchain
 
 GUARD = 4096

@@ -8,7 +8,7 @@ import sys
 
 import jax
 
-from kernels import devices
+from gspn_jax.kernels import devices
 from tests.ptx.cases import CASES, RESULTS
 
 COLUMNS = ("capability", "case", "y", "gradient that is furthest from it", "launches", "warp instructions", "reports")

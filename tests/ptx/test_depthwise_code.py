@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kernels import depthwise_gpu
+from gspn_jax.kernels import depthwise_gpu
 from tests.kernels.numpy_depthwise import inputs, loop, squared_relu_loop
 from tests.ptx import emulation, toolchain
 from tests.ptx.cases import norm_error

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from kernels import devices
+from gspn_jax.kernels import devices
 
 SCRIPT = pathlib.Path(__file__).parents[2] / "benchmarks" / "kernel_assembly.py"
 

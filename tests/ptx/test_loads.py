@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from kernels import bodies, mosaic_gpu
+from gspn_jax.kernels import bodies, mosaic_gpu
 from tests.ptx import toolchain
 
 pytestmark = pytest.mark.ptx

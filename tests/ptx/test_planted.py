@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from kernels import launch, mosaic_gpu, propagate, propagate_low_rank
+from gspn_jax.kernels import launch, mosaic_gpu, propagate, propagate_low_rank
 from tests.ptx import cases, emulation
 
 pytestmark = pytest.mark.ptx

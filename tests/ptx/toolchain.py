@@ -31,7 +31,7 @@ import jax
 import jax.experimental.mosaic.gpu.core as mosaic
 import jaxlib
 
-from kernels import devices
+from gspn_jax.kernels import devices
 
 NVCC = "nvidia-cuda-nvcc-cu12==12.9.86"
 """The wheel that has ptxas."""
@@ -158,7 +158,7 @@ def _plugin() -> ctypes.CDLL:
 
 @contextlib.contextmanager
 def for_device(device: devices.Device | str) -> Iterator[devices.Device]:
-    """`kernels.devices.for_device`, and kernels are assembled for that compute capability too ("9.0" without).
+    """`gspn_jax.kernels.devices.for_device`, and kernels are assembled for that compute capability too ("9.0" without).
 
     The compiler keeps the GPU of the first kernel that a process assembles, so `assemble` refuses another one.
     """

@@ -5,10 +5,10 @@ import numpy as np
 import pytest
 
 from gspn_jax.config import Config, DataConfig, MeshConfig, ModelConfig, TrainConfig
+from gspn_jax.kernels import devices
 from gspn_jax.parallel import fsdp, sharding
 from gspn_jax.training.state import abstract_state
 from gspn_jax.training.step import make_step
-from kernels import devices
 
 
 @pytest.mark.slow
