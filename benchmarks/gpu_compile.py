@@ -158,6 +158,7 @@ def lower(arguments: argparse.Namespace, config: Any, gpus: list) -> tuple[Any, 
 
     from gspn_jax.parallel import sharding
     from gspn_jax.sampling.sampler import Sampler
+    from gspn_jax.training.diffusion import DiffusionTask
     from gspn_jax.training.state import abstract_state
     from gspn_jax.training.step import make_step
 
@@ -172,7 +173,8 @@ def lower(arguments: argparse.Namespace, config: Any, gpus: list) -> tuple[Any, 
         "image": jax.ShapeDtypeStruct(shape, jnp.float32, sharding=split),
         "label": jax.ShapeDtypeStruct(shape[:1], jnp.int32, sharding=split),
     }
-    return make_step(config, mesh).lower(abstract_state(config, mesh), batch), 1
+    task = DiffusionTask(config)
+    return make_step(task, mesh).lower(abstract_state(task, mesh), batch), 1
 
 
 def compiled(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:

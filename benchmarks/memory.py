@@ -130,9 +130,10 @@ def state_bytes(mesh: tuple[int, int]) -> dict[str, int]:
     from jax.sharding import AbstractMesh
 
     from gspn_jax.parallel import sharding
+    from gspn_jax.training.diffusion import DiffusionTask
     from gspn_jax.training.state import abstract_state
 
-    state = abstract_state(config_of(256, "full"), AbstractMesh((*mesh, 1), sharding.AXES))
+    state = abstract_state(DiffusionTask(config_of(256, "full")), AbstractMesh((*mesh, 1), sharding.AXES))
     parts = {"parameters": state.params, "optimizer": state.opt_state, "ema": state.ema}
     found = {
         name: sum(math.prod(s.sharding.shard_shape(s.shape)) * s.dtype.itemsize for s in jax.tree.leaves(part))
@@ -146,13 +147,13 @@ def kept_per_image(remat: str) -> int:
     import jax
     import jax.numpy as jnp
 
-    from gspn_jax import models
+    from gspn_jax.training.diffusion import DiffusionTask
     from gspn_jax.training.step import make_loss
 
     def kept(images: int) -> int:
         config = config_of(images, remat)
-        graphdef, shapes = models.abstract(config)
-        loss = make_loss(config, graphdef)
+        task = DiffusionTask(config)
+        shapes, loss = task.shapes, make_loss(task)
         batch = abstract_batch(images)
         backward = jax.eval_shape(
             lambda params, batch: jax.vjp(lambda p: loss(p, batch, jax.random.key(0))[0], params)[1], shapes, batch
@@ -182,13 +183,15 @@ def compiled(mesh: tuple[int, int], batch: int, remat: str) -> dict:
 
     from benchmarks.collectives import collectives
     from gspn_jax.parallel import sharding
+    from gspn_jax.training.diffusion import DiffusionTask
     from gspn_jax.training.state import abstract_state
     from gspn_jax.training.step import make_step
 
     config = config_of(batch, remat, mesh)
     devices = math.prod(mesh)
     built = sharding.make_mesh(config.mesh, jax.devices()[:devices])
-    program = make_step(config, built).lower(abstract_state(config, built), abstract_batch(batch)).compile()
+    task = DiffusionTask(config)
+    program = make_step(task, built).lower(abstract_state(task, built), abstract_batch(batch)).compile()
     kinds = collections.defaultdict(lambda: {"count": 0, "sent": 0, "in_loops": 0})
     largest = 0
     for found in collectives(program.as_text(), devices):

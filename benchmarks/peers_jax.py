@@ -19,6 +19,7 @@ from gspn_jax.metrics.moments import Moments
 from gspn_jax.metrics.neighbours import precision_recall as improved_precision_recall
 from gspn_jax.parallel import sharding
 from gspn_jax.sampling.sampler import Sampler
+from gspn_jax.training.diffusion import DiffusionTask
 from gspn_jax.training.state import create_state
 from gspn_jax.training.step import make_step
 
@@ -45,7 +46,8 @@ def _trainer(model: ModelConfig, batch_size: int) -> Callable[[], None]:
         "label": rng.integers(0, CLASSES, batch_size).astype(np.int32),
     }
     batch = jax.device_put(batch, sharding.batch_sharding(mesh))
-    state, step = create_state(config, mesh), make_step(config, mesh)
+    task = DiffusionTask(config)
+    state, step = create_state(task, mesh), make_step(task, mesh)
 
     def call() -> None:
         nonlocal state

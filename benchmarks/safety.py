@@ -35,15 +35,17 @@ import jax, numpy as np
 from gspn_jax.config import Config, DataConfig, ModelConfig, TrainConfig
 from gspn_jax.parallel import sharding
 from gspn_jax.training import state, step
+from gspn_jax.training.diffusion import DiffusionTask
 config = Config("unused", model=ModelConfig(preset=sys.argv[1]), train=TrainConfig(batch_size=8),
                 data=DataConfig(source="latents", path="unused", image_size=32, channels=4, num_classes=1000))
 mesh = sharding.make_mesh(config.mesh, jax.devices()[:1])
-target = state.abstract_state(config, mesh)
-jax.jit(lambda: state.create_state(config, mesh)).lower().compile()
+task = DiffusionTask(config)
+target = state.abstract_state(task, mesh)
+jax.jit(lambda: state.create_state(task, mesh)).lower().compile()
 rows = sharding.batch_sharding(mesh)
 batch = {"image": jax.ShapeDtypeStruct((8, 32, 32, 4), np.float32, sharding=rows),
          "label": jax.ShapeDtypeStruct((8,), np.int32, sharding=rows)}
-step.make_step(config, mesh).lower(target, batch).compile()
+step.make_step(task, mesh).lower(target, batch).compile()
 print(time.perf_counter() - start)
 """
 
@@ -76,6 +78,7 @@ def measure_saving(hidden: int, depth: int, batch_size: int, save_every: int, tu
     from gspn_jax.config import Config, DataConfig, ModelConfig, TrainConfig
     from gspn_jax.parallel import sharding
     from gspn_jax.runs.saving import Checkpoints
+    from gspn_jax.training.diffusion import DiffusionTask
     from gspn_jax.training.state import abstract_state, create_state
     from gspn_jax.training.step import make_step
 
@@ -89,7 +92,8 @@ def measure_saving(hidden: int, depth: int, batch_size: int, save_every: int, tu
         mesh = sharding.make_mesh(config.mesh)
         batch = {"image": np.zeros((batch_size, 8, 8, 1), np.uint8), "label": np.zeros(batch_size, np.int32)}
         batch = jax.device_put(batch, sharding.batch_sharding(mesh))
-        state, step = create_state(config, mesh), make_step(config, mesh)
+        task = DiffusionTask(config)
+        state, step = create_state(task, mesh), make_step(task, mesh)
         state, _ = jax.block_until_ready(step(state, batch))
         bytes_saved = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
         seconds, cpu, blocked, number = {True: [], False: []}, {True: [], False: []}, [], 0
@@ -115,7 +119,7 @@ def measure_saving(hidden: int, depth: int, batch_size: int, save_every: int, tu
                 saver.wait()
             alone, cpu_alone = (time.perf_counter() - start) / ALONE, (time.process_time() - cpu_start) / ALONE
             start = time.perf_counter()
-            saver.restore(abstract_state(config, mesh))
+            saver.restore(abstract_state(DiffusionTask(config), mesh))
             restore = time.perf_counter() - start
     on, off = (statistics.median(seconds[saving]) for saving in (True, False))
     pairs, cpu_pairs = ([a / b for a, b in zip(taken[True], taken[False], strict=True)] for taken in (seconds, cpu))

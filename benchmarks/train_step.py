@@ -52,6 +52,7 @@ from gspn_jax.kernels import available_backends
 from gspn_jax.models import attention
 from gspn_jax.parallel import sharding
 from gspn_jax.sampling.sampler import Sampler
+from gspn_jax.training.diffusion import DiffusionTask
 from gspn_jax.training.state import abstract_state, create_state
 from gspn_jax.training.step import make_step
 from gspn_jax.training.throughput import peak_flops
@@ -148,14 +149,15 @@ def measure_training(config: Config, mesh: jax.sharding.Mesh, timing: Timing) ->
         "label": rng.integers(0, CLASSES, count, np.int32),
     }
     start = time.perf_counter()
-    lowered = make_step(config, mesh).lower(abstract_state(config, mesh), batch)
+    task = DiffusionTask(config)
+    lowered = make_step(task, mesh).lower(abstract_state(task, mesh), batch)
     lowered_seconds = time.perf_counter() - start
     with device_to_itself(timing.lock):
         start = time.perf_counter()
         step = lowered.compile()
         compiled = time.perf_counter() - start
         memory = step.memory_analysis()
-        batch, holder = jax.device_put(batch, sharding.batch_sharding(mesh)), [create_state(config, mesh)]
+        batch, holder = jax.device_put(batch, sharding.batch_sharding(mesh)), [create_state(task, mesh)]
 
         def train() -> None:
             holder[0], metrics = step(holder[0], batch)
@@ -185,7 +187,7 @@ def measure_forward(config: Config, mesh: jax.sharding.Mesh, timing: Timing) -> 
     forward = jax.jit(lambda params, x, t, y: models.apply(graphdef, params, x, t, y))
     x, t, labels = jnp.zeros((count, *size)), jnp.zeros(count), jnp.zeros(count, jnp.int32)
     with device_to_itself(timing.lock):
-        params = create_state(config, mesh).params
+        params = create_state(DiffusionTask(config), mesh).params
         elapsed = seconds(lambda: jax.block_until_ready(forward(params, x, t, labels)), timing.repeats)
     return {"forward_ms": 1e3 * elapsed, "forward_images_per_second": count / elapsed}
 
@@ -203,7 +205,7 @@ def measure_sampling(config: Config, mesh: jax.sharding.Mesh, timing: Timing) ->
             (np.arange(count, dtype=np.int32) % CLASSES, np.arange(count, dtype=np.uint32)),
             sharding.batch_sharding(mesh),
         )
-        params = create_state(config, mesh).params
+        params = create_state(DiffusionTask(config), mesh).params
         elapsed = seconds(lambda: jax.block_until_ready(draw(params, labels, seeds)), timing.repeats)
         print(f"{config.model.preset}: {1e3 * elapsed / sampler.evaluations:.2f} ms an evaluation", flush=True)
         traced = {"sampler_kernels": kernel_times(lambda: draw(params, labels, seeds))} if timing.trace else {}

@@ -1,12 +1,13 @@
 """The configuration of a run: frozen dataclasses, validated when built.
 
-A config file under `configs/` builds one `Config`; the command line overrides any field of it by its dotted name.
+`RunConfig` is what every run has, `Config` that of a diffusion model; another task has another class. A config file
+under `configs/` builds one; the command line overrides any field of it by its dotted name.
 Every error is a `ConfigError` whose message is one sentence naming the field, what was expected and what was found.
 """
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, TypeVar, get_args
 
 SourceName = Literal["digits", "folder", "tfds", "latents"]
 Layout = Literal["paper", "dit"]
@@ -380,24 +381,93 @@ class ProfileConfig:
         return int(first), int(last)
 
 
+Values = dict[str, Any]
+"""A config as plain JSON values."""
+
+
 @dataclasses.dataclass(frozen=True)
-class Config:
-    """One experiment. `run_dir` receives checkpoints, logs and sample grids."""
+class RunConfig:
+    """What a run of any task has; each task has a class of its own that adds to it. `run_dir` receives checkpoints,
+    logs and pictures."""
 
     run_dir: str
-    model: ModelConfig = ModelConfig()
-    data: DataConfig = DataConfig()
-    diffusion: DiffusionConfig = DiffusionConfig()
-    sampler: SamplerConfig = SamplerConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     mesh: MeshConfig = MeshConfig()
     train: TrainConfig = TrainConfig()
     guard: GuardConfig = GuardConfig()
-    eval: EvalConfig = EvalConfig()
     profile: ProfileConfig = ProfileConfig()
+
+    TASK: ClassVar[str]
+    """The name by which a saved config is known to be of this class."""
+    VERSION: ClassVar[int] = 1
+    """The version of what `to_dict` gives. It grows when a field is renamed, removed or means something else; a new
+    field with a default needs no new version."""
+    MIGRATIONS: ClassVar[dict[int, Callable[[Values], Values]]] = {}
+    """Version of a saved config -> function that makes the next version of it."""
+    MACHINE: ClassVar[tuple[str, ...]] = ()
+    """Settings that belong to the machine and are not saved."""
+    FIXED: ClassVar[tuple[str, ...]] = (
+        "model",
+        "data",
+        "train.batch_size",
+        "train.accumulate",
+        "train.seed",
+        "train.ema_decays",
+    )
+    """Settings (or sections) that are fixed for the life of a run; `train.allow_change` unlocks those of the data and
+    the batch."""
+    FREE: ClassVar[tuple[str, ...]] = ()
+    """Settings among `FIXED` that may change: parameters and the stream of batches stay the same run's. The content of
+    the data is compared by its fingerprint."""
+    SHAPES: ClassVar[tuple[str, ...]] = ()
+    """Settings among `CHANGEABLE` that the shapes of parameters depend on, so that nothing unlocks them."""
 
     def __post_init__(self) -> None:
         _check(bool(self.run_dir), "run_dir", "a folder", self.run_dir)
+        _check(
+            self.optimizer.warmup_steps <= self.train.steps,
+            "optimizer.warmup_steps",
+            f"at most train.steps ({self.train.steps})",
+            self.optimizer.warmup_steps,
+        )
+
+
+def _from_version_1(values: Values) -> Values:
+    """Had no version, and had model.backend, which is since chosen where a model runs. In model.chunk, None was what
+    the preset says and 0 global. The two parts of train.precision could stand in any order."""
+    model, train = values.get("model"), values.get("train")
+    if isinstance(model, dict):
+        model = {name: value for name, value in model.items() if name != "backend"}
+        chunk = model.pop("chunk", None)
+        if chunk is not None:
+            model["chunk"] = [lines or None for lines in chunk] if isinstance(chunk, list | tuple) else chunk or None
+        values = values | {"model": model}
+    if isinstance(train, dict) and isinstance(train.get("precision"), str):
+        parts = sorted(train["precision"].split(","), reverse=True)
+        values = values | {"train": train | {"precision": ",".join(parts)}}
+    return values
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(RunConfig):
+    """One experiment with a diffusion model. `run_dir` receives checkpoints, logs and sample grids."""
+
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    diffusion: DiffusionConfig = DiffusionConfig()
+    sampler: SamplerConfig = SamplerConfig()
+    eval: EvalConfig = EvalConfig()
+
+    TASK = "diffusion"
+    VERSION = 2
+    MIGRATIONS = {1: _from_version_1}  # noqa: RUF012 (declared in RunConfig)
+    MACHINE = ("model.backend",)
+    FIXED = (*RunConfig.FIXED, "diffusion")
+    FREE = ("model.remat", "data.path", "data.workers", "data.bad_images", "data.in_memory")
+    SHAPES = ("data.channels", "data.num_classes")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
         flow = self.diffusion.objective == "flow"
         allowed = (*SAMPLERS_OF[self.diffusion.objective], None)
         _check(
@@ -413,12 +483,6 @@ class Config:
                 f"at most diffusion.timesteps ({self.diffusion.timesteps})",
                 self.sampler.steps,
             )
-        _check(
-            self.optimizer.warmup_steps <= self.train.steps,
-            "optimizer.warmup_steps",
-            f"at most train.steps ({self.train.steps})",
-            self.optimizer.warmup_steps,
-        )
         if self.eval.every:
             self._check_eval()
 
@@ -451,56 +515,43 @@ class Config:
         )
 
 
-VERSION = 2
-"""The version of what `to_dict` gives. It grows when a field is renamed, removed or means something else; a new field
-with a default needs no new version."""
+C = TypeVar("C", bound=RunConfig)
 
 
-def _from_version_1(values: dict[str, Any]) -> dict[str, Any]:
-    """Had no version, and had model.backend, which is since chosen where a model runs. In model.chunk, None was what
-    the preset says and 0 global. The two parts of train.precision could stand in any order."""
-    model, train = values.get("model"), values.get("train")
-    if isinstance(model, dict):
-        model = {name: value for name, value in model.items() if name != "backend"}
-        chunk = model.pop("chunk", None)
-        if chunk is not None:
-            model["chunk"] = [lines or None for lines in chunk] if isinstance(chunk, list | tuple) else chunk or None
-        values = values | {"model": model}
-    if isinstance(train, dict) and isinstance(train.get("precision"), str):
-        parts = sorted(train["precision"].split(","), reverse=True)
-        values = values | {"train": train | {"precision": ",".join(parts)}}
-    return values
-
-
-MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {1: _from_version_1}
-"""Version of a saved config -> function that makes the next version of it."""
-
-
-def to_dict(config: Config) -> dict[str, Any]:
-    """The config as plain JSON values, as it is saved with every checkpoint; without the backend, which belongs to the
-    machine."""
+def to_dict(config: RunConfig) -> Values:
+    """The config as plain JSON values, as it is saved with every checkpoint; without what belongs to the machine."""
     values = dataclasses.asdict(config)
-    del values["model"]["backend"]
-    return {"version": VERSION} | values
+    for name in config.MACHINE:
+        section, field = name.split(".")
+        del values[section][field]
+    return {"task": config.TASK, "version": config.VERSION} | values
 
 
-def from_dict(values: dict[str, Any]) -> Config:
-    """The inverse of `to_dict`, also after a trip through JSON (lists become tuples again), and of what versions before
-    this one saved. A field that is not there has its default.
+def task_of(values: Values) -> str:
+    """The task of a saved config; those of before there was a second one say none."""
+    return values.get("task", Config.TASK)
 
-    Raises ConfigError for a field that does not exist, such as one written by a later version, and for other damage.
+
+def from_dict(values: Values, cls: type[C] = Config) -> C:
+    """The inverse of `to_dict` for configs of the class `cls`, also after a trip through JSON (lists become tuples
+    again), and of what versions before this one saved. A field that is not there has its default.
+
+    Raises ConfigError for the config of another task, for a field that does not exist, such as one written by a later
+    version, and for other damage.
     """
     try:
+        task = task_of(values)
+        _check(task == cls.TASK, "the task of the run", repr(cls.TASK), task)
         version = values.get("version", 1)
         _check(
-            isinstance(version, int) and 1 <= version <= VERSION,
+            isinstance(version, int) and 1 <= version <= cls.VERSION,
             "the version of the saved config",
-            f"1 to {VERSION}, which this program reads",
+            f"1 to {cls.VERSION}, which this program reads",
             version,
         )
-        for old in range(version, VERSION):
-            values = MIGRATIONS[old](values)
-        return _build(Config, {name: value for name, value in values.items() if name != "version"}, "config")
+        for old in range(version, cls.VERSION):
+            values = cls.MIGRATIONS[old](values)
+        return _build(cls, {name: value for name, value in values.items() if name not in ("task", "version")}, "config")
     except ConfigError:
         raise
     except (TypeError, AttributeError, ValueError) as error:  # values of another type do not compare

@@ -274,9 +274,10 @@ def memory(config: Config) -> Findings:
     import jax
 
     from gspn_jax.parallel import sharding
+    from gspn_jax.training.diffusion import DiffusionTask
     from gspn_jax.training.state import abstract_state
 
-    state = abstract_state(config, sharding.make_mesh(config.mesh))
+    state = abstract_state(DiffusionTask(config), sharding.make_mesh(config.mesh))
     share = sum(np.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
     limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
     text = f"the state takes {share / 1e9:.2f} GB a device, gradients and activations come on top"
@@ -293,6 +294,7 @@ def disk(config: Config) -> Findings:
 
     from gspn_jax.parallel import sharding
     from gspn_jax.runs import checkpoints
+    from gspn_jax.training.diffusion import DiffusionTask
     from gspn_jax.training.state import abstract_state
 
     run_dir = pathlib.Path(config.run_dir)
@@ -319,7 +321,7 @@ def disk(config: Config) -> Findings:
         f"{parent} is written at {WRITTEN_BYTES / write / 1e6:.0f} MB/s and read at "
         f"{WRITTEN_BYTES / read / 1e6:.0f} MB/s" + ("" if same else ", but what is read is not what was written"),
     )
-    state = abstract_state(config, sharding.make_mesh(config.mesh))
+    state = abstract_state(DiffusionTask(config), sharding.make_mesh(config.mesh))
     size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
     periodic = config.train.steps // config.train.keep_every if config.train.keep_every else 0
     needed = (KEPT_CHECKPOINTS + periodic) * size

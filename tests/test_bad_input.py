@@ -22,6 +22,7 @@ from gspn_jax.runs import checkpoints
 from gspn_jax.runs.saving import Checkpoints
 from gspn_jax.sampling import sampler
 from gspn_jax.training import train as page
+from gspn_jax.training.diffusion import DiffusionTask
 from gspn_jax.training.state import create_state
 from tests.training import tiny
 
@@ -50,7 +51,7 @@ def files(tmp_path_factory):
 
     with Checkpoints(config, make_source(config.data).fingerprint, [str(i) for i in range(10)]) as saver:
         for step in (3, 6):
-            saver.save(step, create_state(config, mesh))
+            saver.save(step, create_state(DiffusionTask(config), mesh))
 
     def damaged(name, damage):
         damage(checkpoints.folder(shutil.copytree(root / "run", root / name)))

@@ -6,11 +6,12 @@ import pathlib
 import sys
 from collections.abc import Sequence
 
-from gspn_jax.config import Config, ConfigError
+from gspn_jax.config import C, Config, ConfigError
 
 
-def load_config(path: str | pathlib.Path) -> Config:
-    """The `config` that a config file defines. Raises ConfigError for a file that is missing or defines none."""
+def load_config(path: str | pathlib.Path, cls: type[C] = Config) -> C:
+    """The `config` of class `cls` that a config file defines. Raises ConfigError for a file that is missing or defines
+    none."""
     path = pathlib.Path(path)
     if not path.is_file():
         known = sorted(str(p) for p in pathlib.Path("configs").glob("*.py") if p.name != "__init__.py")
@@ -37,14 +38,14 @@ def load_config(path: str | pathlib.Path) -> Config:
         ArithmeticError,
     ) as error:
         found = f"{type(error).__name__}: {error}"
-        raise ConfigError(f"{path} must define `config = Config(...)`, found {found}") from error
+        raise ConfigError(f"{path} must define `config = {cls.__name__}(...)`, found {found}") from error
     config = getattr(module, "config", None)
-    if not isinstance(config, Config):
-        raise ConfigError(f"{path} must define `config = Config(...)`, found {type(config).__name__}")
+    if not isinstance(config, cls):
+        raise ConfigError(f"{path} must define `config = {cls.__name__}(...)`, found {type(config).__name__}")
     return config
 
 
-def parse_config(argv: Sequence[str] | None, *, program: str, description: str) -> Config:
+def parse_config(argv: Sequence[str] | None, *, program: str, description: str, cls: type[C] = Config) -> C:
     """--config FILE, then any field of it by its dotted name. A wrong flag or value exits with code 2 (tyro)."""
     import tyro  # here, so that training itself needs no command-line package
 
@@ -60,9 +61,9 @@ def parse_config(argv: Sequence[str] | None, *, program: str, description: str) 
             sys.exit(0)
         raise ConfigError(f"{program} needs --config configs/NAME.py")
     return tyro.cli(
-        Config,
+        cls,
         args=rest,
-        default=load_config(chosen.config),
+        default=load_config(chosen.config, cls),
         prog=f"{program} --config {chosen.config}",
         description=description,
     )

@@ -85,8 +85,8 @@ def scores(run: pathlib.Path, config: Config, step: int, decay: float, parameter
             continue  # another program's file
     record, settings = Record.read(run), config.eval
     average = config.train.ema_decays[0] if settings.ema is None else settings.ema
-    if record.best_step == step and record.best_fid is not None and average == decay:
-        found.append((f"FID {record.best_fid:.5g}", f"{settings.num_samples:,} samples, while it trained"))
+    if record.best_step == step and record.best is not None and average == decay:
+        found.append((f"FID {record.best:.5g}", f"{settings.num_samples:,} samples, while it trained"))
     return found
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from gspn_jax import models
 from gspn_jax.config import Config, ConfigError, EvalConfig, MeshConfig, to_dict
 from gspn_jax.convert import card
 from gspn_jax.files import check_new_folder, new_folder
@@ -60,7 +61,7 @@ def export_weights(arguments: Export) -> None:
         "license": arguments.license,
         "class_names": meta["class_names"],
         "fingerprint": meta["fingerprint"],
-        "parameters_sha256": digest_of(params, config),
+        "parameters_sha256": digest_of(params, models.abstract(config)[1]),
         "config": to_dict(_released(config, decay)),
     }
     with new_folder(output, bytes_needed=sum(value.nbytes for value in tensors.values())) as folder:

@@ -130,7 +130,7 @@ def _of_ours(
             f"{step!r} and other names"
         )
     params = _dit(state_dict, config) if header["names"] == "dit" else _by_name(state_dict, config)
-    found = digest_of(params, config)
+    found = digest_of(params, models.abstract(config)[1])
     if found != header["parameters_sha256"]:
         raise WeightsError(
             "the tensors must be those that were exported, found that their SHA-256 has changed "

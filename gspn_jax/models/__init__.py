@@ -1,6 +1,7 @@
 """Denoisers: `create` builds one from a config; `split`, `apply`, `init` and `abstract` serve training and sampling."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -15,8 +16,8 @@ from gspn_jax.models.flops import forward_flops
 from gspn_jax.models.presets import PRESETS, Architecture, Preset, resolve
 
 __all__ = [
-    "PRESETS", "Architecture", "Denoiser", "Preset", "abstract", "apply", "count_parameters", "create", "forward_flops",
-    "init", "learns_sigma", "prepared", "resolve", "split",
+    "PRESETS", "Architecture", "Denoiser", "Preset", "abstract", "abstract_of", "apply", "count_parameters", "create",
+    "forward_flops", "init", "learns_sigma", "prepared", "resolve", "split",
 ]  # fmt: skip
 
 Params = dict[str, Any]
@@ -85,7 +86,12 @@ def init(config: Config, seed: int | Key[Array, ""]) -> Params:
 def abstract(config: Config) -> tuple[nnx.GraphDef, Params]:
     """What `split` would give, with shapes in place of arrays; allocates nothing."""
     arguments = _arguments(config)  # outside of the trace, where JAX would add a note to an error
-    return split(nnx.eval_shape(lambda: Denoiser(**arguments, rngs=nnx.Rngs(0))))
+    return abstract_of(lambda: Denoiser(**arguments, rngs=nnx.Rngs(0)))
+
+
+def abstract_of(build: Callable[[], nnx.Module]) -> tuple[nnx.GraphDef, Params]:
+    """`abstract` for any network, which `build` makes."""
+    return split(nnx.eval_shape(build))
 
 
 def count_parameters(config: Config) -> int:

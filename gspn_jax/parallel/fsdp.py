@@ -25,8 +25,7 @@ from gspn_jax.parallel import sharding
 @contextlib.contextmanager
 def sharded_model(config: Config, mesh: Mesh, *, forward_only: bool = False) -> Iterator[None]:
     """Inside, denoisers are traced for what each device has: images over "data" and "fsdp", channels over "tensor"."""
-    shapes = models.abstract(config)[1] if mesh.shape["fsdp"] > 1 else None
-    with sharded_blocks(shapes, mesh, config.train.compute, forward_only=forward_only):
+    with sharded_blocks(models.abstract(config)[1], mesh, config.train.compute, forward_only=forward_only):
         yield
 
 
@@ -52,15 +51,10 @@ def uses_tensor_cores(mesh: Mesh) -> bool:
     return mesh.devices.flat[0].platform == "gpu" and mesh.shape["tensor"] == 1
 
 
-def outside_blocks(config: Config, mesh: Mesh, params: Any) -> Any:
-    """Stored parameters with those that are in no block gathered, in their own shapes; the others as they are."""
+def outside_blocks(shapes: Any, mesh: Mesh, params: Any) -> Any:
+    """Stored parameters with those that are in no block gathered, in their own `shapes`; the others as they are."""
     if mesh.shape["fsdp"] == 1:
         return params
-    return gathered_outside_blocks(models.abstract(config)[1], mesh, params)
-
-
-def gathered_outside_blocks(shapes: Any, mesh: Mesh, params: Any) -> Any:
-    """`outside_blocks` for a network whose parameters have these shapes, over a mesh with "fsdp"."""
 
     def one(path, leaf, shape):
         name = _name(path)

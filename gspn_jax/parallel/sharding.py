@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
-from gspn_jax.config import Config, ConfigError, MeshConfig
+from gspn_jax.config import ConfigError, MeshConfig, RunConfig
 
 AXES = ("data", "fsdp", "tensor")
 BATCH_AXES = ("data", "fsdp")
@@ -53,7 +53,7 @@ def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Me
     return jax.make_mesh((data, config.fsdp, config.tensor), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
 
 
-def check_batch(config: Config, mesh: Mesh) -> None:
+def check_batch(config: RunConfig, mesh: Mesh) -> None:
     """Raises ConfigError unless each device gets the same number of images of each micro-batch."""
     parts = mesh.shape["data"] * mesh.shape["fsdp"] * config.train.accumulate
     if config.train.batch_size % parts:

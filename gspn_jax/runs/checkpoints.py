@@ -7,7 +7,7 @@ a line that says what is wrong with it.
 import json
 import logging
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -15,7 +15,7 @@ import orbax.checkpoint as ocp
 from jax.sharding import Mesh
 
 from gspn_jax import models
-from gspn_jax.config import Config, from_dict
+from gspn_jax.config import C, Config, from_dict
 from gspn_jax.parallel import sharding
 from gspn_jax.runs import averages, manifest
 
@@ -88,21 +88,37 @@ def read_meta(run_dir: str | pathlib.Path, step: int | None = None) -> tuple[int
     return step, meta
 
 
-def read_config(run_dir: str | pathlib.Path, step: int | None = None) -> tuple[int, Config]:
-    """(step, config) of the checkpoint asked for, or of the newest whole one. Raises CheckpointError, ConfigError."""
+def read_config(run_dir: str | pathlib.Path, step: int | None = None, cls: type[C] = Config) -> tuple[int, C]:
+    """(step, config) of the checkpoint asked for, or of the newest whole one; `cls` is the config of the task wanted.
+
+    Raises CheckpointError, and ConfigError as `config.from_dict`, also for the run of another task.
+    """
     step, meta = read_meta(run_dir, step)
-    return step, from_dict(meta["config"])
+    return step, from_dict(meta["config"], cls)
 
 
 def restore_params(
     run_dir: str | pathlib.Path, step: int, config: Config, mesh: Mesh, *, ema_decay: float | None = None
 ) -> Any:
-    """The averaged parameters of a checkpoint, as `sharding.stored` on `mesh`; `ema_decay` None is the config's first.
+    """The averaged parameters of a denoiser's checkpoint, as `restore_average` gives them."""
+    shapes = models.abstract(config)[1]
+    return restore_average(run_dir, step, config.train.ema_decays, shapes, mesh, ema_decay=ema_decay)
 
-    A decay of 0 gives the parameters themselves. Raises CheckpointError for a decay that was not kept, and for files
-    that are not those that were saved.
+
+def restore_average(
+    run_dir: str | pathlib.Path,
+    step: int,
+    decays: Sequence[float],
+    shapes: Any,
+    mesh: Mesh,
+    *,
+    ema_decay: float | None = None,
+) -> Any:
+    """One of the averages of `decays` that a run of any task kept, as `sharding.stored` on `mesh`; None is the first.
+
+    `shapes` are those of the task's parameters. A decay of 0 gives the parameters themselves. Raises CheckpointError
+    for a decay that was not kept, and for files that are not those that were saved.
     """
-    decays = config.train.ema_decays
     if ema_decay is not None and ema_decay not in (0.0, *decays):
         raise CheckpointError(
             f"the EMA decay must be one that the run kept ({', '.join(map(str, decays))}), or 0 for "
@@ -112,7 +128,6 @@ def restore_params(
     where = folder(run_dir) / str(step)
     item = "params" if decay == 0.0 and 0.0 not in decays else stored_name(where, averages.item(decay))
     _verify(run_dir, step, item)
-    _, shapes = models.abstract(config)
     return read_items(where, {item: sharding.stored(shapes, mesh)})[item]
 
 

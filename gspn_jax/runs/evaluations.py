@@ -1,9 +1,10 @@
-"""The record of a run's evaluations: which was the last, and which checkpoint has the lowest FID."""
+"""The record of a run's evaluations: which was the last, and which checkpoint is the best."""
 
 import dataclasses
 import json
 import math
 import pathlib
+from typing import NamedTuple
 
 import jax
 
@@ -14,13 +15,21 @@ RECORD = "evaluation.json"
 """The file of a run directory that holds its `Record`."""
 
 
+class Best(NamedTuple):
+    """The score by which checkpoints are compared, whether higher is better, and how a person says so."""
+
+    score: str
+    higher: bool
+    said: str
+
+
 @dataclasses.dataclass(frozen=True)
 class Record:
-    """What a run directory notes of evaluations: the last one's step, and the step and value of the lowest FID."""
+    """What a run directory notes of evaluations: the last one's step, and the step and score of the best."""
 
     step: int = -1
     best_step: int | None = None
-    best_fid: float | None = None
+    best: float | None = None
 
     @classmethod
     def read(cls, run_dir: str | pathlib.Path) -> "Record":
@@ -28,19 +37,25 @@ class Record:
         path = pathlib.Path(run_dir) / RECORD
         if not path.exists():
             return cls()
-        record = cls(**json.loads(path.read_text()))
+        values = json.loads(path.read_text())
+        if "best_fid" in values:  # its name when FID was the only score
+            values["best"] = values.pop("best_fid")
+        record = cls(**values)
         return record if record.best_step in checkpoints.steps(run_dir) else cls(record.step)
 
     def until(self, step: int) -> "Record":
         """Without what was found after `step`."""
         known = self.best_step is not None and self.best_step <= step
-        return Record(min(self.step, step), *((self.best_step, self.best_fid) if known else (None, None)))
+        return Record(min(self.step, step), *((self.best_step, self.best) if known else (None, None)))
 
-    def add(self, step: int, fid: float | None) -> "Record":
-        """With the evaluation of `step`, whose FID is NaN or None if there is none."""
-        if fid is None or not fid < (math.inf if self.best_fid is None else self.best_fid):  # NaN is not better
+    def add(self, step: int, score: float | None, *, higher: bool = False) -> "Record":
+        """With the evaluation of `step`, whose score is NaN or None if there is none; the lowest is the best, unless
+        `higher`."""
+        sign = -1 if higher else 1
+        best = math.inf if self.best is None else sign * self.best
+        if score is None or not sign * score < best:  # NaN is not better
             return dataclasses.replace(self, step=step)
-        return Record(step, step, fid)
+        return Record(step, step, score)
 
     def write(self, run_dir: str | pathlib.Path) -> None:
         with replacing(pathlib.Path(run_dir) / RECORD) as temporary:
@@ -61,9 +76,9 @@ class Evaluations:
     def best_step(self) -> int | None:
         return self.record.best_step
 
-    def add(self, step: int, fid: float | None) -> None:
+    def add(self, step: int, score: float | None, *, higher: bool = False) -> None:
         """Notes the evaluation of `step`, whose checkpoint is saved."""
-        self._change(self.record.add(step, fid), write=True)
+        self._change(self.record.add(step, score, higher=higher), write=True)
 
     def rewind(self, step: int) -> None:
         """Forgets what was found after `step`, from which the run goes on."""

@@ -4,33 +4,27 @@ import json
 import logging
 from typing import Any
 
-from gspn_jax.config import CHANGEABLE, Config, from_dict, to_dict
+from gspn_jax.config import CHANGEABLE, RunConfig, from_dict, to_dict
 from gspn_jax.runs.checkpoints import CheckpointError
 
 log = logging.getLogger(__name__)
 
-FIXED = ("model", "data", "diffusion", "train.batch_size", "train.accumulate", "train.seed", "train.ema_decays")
-"""Settings that are fixed for the life of a run; `train.allow_change` unlocks those of the data and the batch."""
-FREE = ("model.remat", "data.path", "data.workers", "data.bad_images", "data.in_memory")
-"""Settings among `FIXED` that may change: parameters and the stream of batches stay the same run's. The content of the
-data is compared by its fingerprint."""
-SHAPES = ("data.channels", "data.num_classes")
-"""Settings among `config.CHANGEABLE` that the shapes of parameters depend on, so that nothing unlocks them."""
 
-
-def check_same_run(meta: dict[str, Any], config: Config, fingerprint: str) -> None:
+def check_same_run(meta: dict[str, Any], config: RunConfig, fingerprint: str) -> None:
     """Raises CheckpointError when `config` and the data's `fingerprint` are of another run than a checkpoint's `meta`.
 
     Saved settings are compared as today's code reads them: a field that was added since has its default, and one that
-    was renamed or removed is migrated (`config.MIGRATIONS`). Raises ConfigError for a config that cannot be read.
+    was renamed or removed is migrated (`RunConfig.MIGRATIONS`); which may change the config's class says. Raises
+    ConfigError for a config that cannot be read.
     """
     allowed = config.train.allow_change
-    saved, now = (_flat(json.loads(json.dumps(to_dict(one)))) for one in (from_dict(meta["config"]), config))
+    old = from_dict(meta["config"], type(config))
+    saved, now = (_flat(json.loads(json.dumps(to_dict(one)))) for one in (old, config))
     changes = {name: f"{name} {saved[name]!r}, found {now[name]!r}" for name in sorted(now) if saved[name] != now[name]}
     for name, change in changes.items():
-        if not name.startswith(FIXED) or name in FREE:
+        if not name.startswith(config.FIXED) or name in config.FREE:
             continue
-        asked = next((a for a in CHANGEABLE if name not in SHAPES and f"{name}.".startswith(f"{a}.")), None)
+        asked = next((a for a in CHANGEABLE if name not in config.SHAPES and f"{name}.".startswith(f"{a}.")), None)
         if asked is None or asked not in allowed:
             raise CheckpointError(
                 f"the run in {config.run_dir} was started with {change}; choose another run_dir to "

@@ -18,7 +18,7 @@ from typing import Any, Protocol, Self, TypeVar
 import jax
 import orbax.checkpoint as ocp
 
-from gspn_jax.config import Config, to_dict
+from gspn_jax.config import RunConfig, to_dict
 from gspn_jax.parallel.agreement import agree
 from gspn_jax.runs import checkpoints, manifest, same_run
 from gspn_jax.runs.checkpoints import CheckpointError, folder, newest_whole, steps
@@ -50,7 +50,7 @@ class Checkpoints:
     the same run directory.
     """
 
-    def __init__(self, config: Config, fingerprint: str, class_names: Sequence[str]):
+    def __init__(self, config: RunConfig, fingerprint: str, class_names: Sequence[str]):
         self._config, self._fingerprint = config, fingerprint
         self._meta = {"config": to_dict(config), "fingerprint": fingerprint, "class_names": list(class_names)}
         self.notes: dict[str, Any] = {}

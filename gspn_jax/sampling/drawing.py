@@ -117,6 +117,6 @@ class Drawing:
             "images_seen": self._step * config.train.batch_size,
             "ema_decay": self._ema,
             "sampler": sampler,
-            "parameters_sha256": digest_of(self._params, config),
+            "parameters_sha256": digest_of(self._params, models.abstract(config)[1]),
             "image_size": list(self.shape[:2]),
         }

@@ -54,7 +54,7 @@ class Sampler:
         def draw(params, labels, seeds):
             keys = jax.vmap(jax.random.key)(seeds)
             with fsdp.sharded_model(config, mesh, forward_only=True):
-                params = models.prepared(config, fsdp.outside_blocks(config, mesh, params))
+                params = models.prepared(config, fsdp.outside_blocks(shapes, mesh, params))
 
                 def denoise(x, t, y):
                     return models.apply(graphdef, params, x, t, y)

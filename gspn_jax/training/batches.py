@@ -6,28 +6,22 @@ import jax
 from jax.sharding import Mesh
 
 from gspn_jax import data
-from gspn_jax.config import Config
 from gspn_jax.parallel import sharding
+from gspn_jax.training.task import Task
 
 
 class Batches:
     """An endless iterator of batches split over `mesh`; `open` it first, in a `with` statement."""
 
-    def __init__(self, config: Config, source: data.Source, mesh: Mesh):
-        self._config, self._source, self._split = config, source, sharding.batch_sharding(mesh)
+    def __init__(self, task: Task, source: data.Source, mesh: Mesh):
+        self._task, self._source, self._split = task, source, sharding.batch_sharding(mesh)
         self._batches: data.DevicePrefetcher | None = None
 
     def open(self, step: int, seed: int) -> None:
         """Goes on, or back, to the batch after `step` of the stream of `seed`."""
         self.close()
-        loader = data.make_loader(
-            self._config.data,
-            self._source,
-            batch_size=self._config.train.batch_size,
-            seed=seed,
-            start_step=step,
-            num_hosts=jax.process_count(),
-            host=jax.process_index(),
+        loader = self._task.loader(
+            self._source, seed=seed, start_step=step, num_hosts=jax.process_count(), host=jax.process_index()
         )
         self._batches = data.prefetch_to_device(loader, self._split)
 

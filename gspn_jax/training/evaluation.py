@@ -17,6 +17,7 @@ from gspn_jax.metrics.reference import NEEDS, Reference, read_reference
 from gspn_jax.metrics.scores import Collector
 from gspn_jax.parallel.agreement import agree
 from gspn_jax.runs import averages
+from gspn_jax.runs.evaluations import Best
 from gspn_jax.sampling.decoding import rgb_on
 from gspn_jax.sampling.drawing import draw_labels
 from gspn_jax.sampling.sampler import Sampler
@@ -26,15 +27,18 @@ from gspn_jax.training.state import TrainState
 log = logging.getLogger(__name__)
 
 
-class Evaluation:
+class SampleEvaluation:
     """Draws the same labels and seeds at each evaluation; images do not leave the devices.
 
     Use it as the config's `eval` says; every host makes the same calls.
     """
 
+    best = Best("fid", higher=False, said="the lowest FID")
+
     def __init__(self, config: Config, mesh: Mesh):
         """Raises ConfigError, WeightsError or OSError for files that are missing, damaged or do not go together."""
         settings = config.eval
+        self.every = settings.every
         self._names = settings.metrics
         weights = inception.read(inception.require(settings.inception, "--eval.inception"))
         self._reference = _reference(config, inception.digest(weights))

@@ -6,7 +6,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from gspn_jax.config import Config, GuardConfig
+from gspn_jax.config import GuardConfig, RunConfig
 from gspn_jax.parallel.agreement import agree
 
 NORMAL_MAD = 0.6745
@@ -125,7 +125,7 @@ class Guard:
         )
 
 
-def advice(config: Config) -> str:
+def advice(config: RunConfig) -> str:
     """What to change when a step is not finite."""
     optimizer = config.optimizer
     return (

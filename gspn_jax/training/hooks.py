@@ -2,26 +2,19 @@
 
 import dataclasses
 import pathlib
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import numpy as np
 from PIL import Image
 
-from gspn_jax.config import Config
-from gspn_jax.runs import averages
 from gspn_jax.runs.saving import Checkpoints
-from gspn_jax.sampling.grid import grid
-from gspn_jax.sampling.sampler import Sampler
-from gspn_jax.training.evaluation import Evaluation
 from gspn_jax.training.guard import Guard
 from gspn_jax.training.logs import RunLog
 from gspn_jax.training.signals import Stop
 from gspn_jax.training.state import TrainState
+from gspn_jax.training.task import Evaluation
 from gspn_jax.training.throughput import Throughput
-
-GRID_PER_CLASS, GRID_CLASSES = 4, 10
 
 
 @dataclasses.dataclass
@@ -85,24 +78,14 @@ class Log:
 
 
 class Grid(Hook):
-    """Logs a labelled grid of samples of the first average."""
+    """Logs the picture that a task draws of a state."""
 
-    def __init__(self, every: int, sampler: Sampler, config: Config, class_names: Sequence[str], run_log: RunLog):
+    def __init__(self, every: int, draw: Callable[[TrainState], Image.Image], run_log: RunLog):
         super().__init__(every)
-        self._sampler, self._config, self._class_names, self._run_log = sampler, config, class_names, run_log
+        self._draw, self._run_log = draw, run_log
 
     def __call__(self, run: Run) -> None:
-        picture = sample_grid(self._sampler, run.state.ema, self._config, self._class_names)
-        self._run_log.image(run.step, "samples", picture)
-
-
-def sample_grid(sampler: Sampler, ema: Mapping[str, Any], config: Config, class_names: Sequence[str]) -> Image.Image:
-    """A labelled grid from the first EMA: the same classes and seeds at each call, so that grids can be compared."""
-    count = min(GRID_CLASSES, config.data.num_classes)
-    classes = np.linspace(0, config.data.num_classes - 1, count).astype(int)
-    labels = np.repeat(classes, GRID_PER_CLASS)
-    images = sampler(ema[averages.name(config.train.ema_decays[0])], labels, np.arange(len(labels)))
-    return grid(images, [class_names[label] for label in labels], columns=GRID_PER_CLASS)
+        self._run_log.image(run.step, "samples", self._draw(run.state))
 
 
 class Save(Hook):
@@ -126,13 +109,13 @@ class Save(Hook):
 
 
 class Evaluate(Hook):
-    """Logs the metrics of samples and notes the best step, whose checkpoint is kept.
+    """Logs what a task's evaluation finds and notes the best step, whose checkpoint is kept.
 
     A signal stops an evaluation; the command that goes on begins with it.
     """
 
-    def __init__(self, every: int, evaluation: Evaluation, checkpoints: Checkpoints, run_log: RunLog, stop: Stop):
-        super().__init__(every)
+    def __init__(self, evaluation: Evaluation, checkpoints: Checkpoints, run_log: RunLog, stop: Stop):
+        super().__init__(evaluation.every)
         self._evaluation, self._record = evaluation, checkpoints.evaluations
         self._run_log, self._stop = run_log, stop
 
@@ -152,11 +135,12 @@ class Evaluate(Hook):
         if scores is None:
             run.asked = self._evaluation.stopped_by
             return
-        self._record.add(run.step, scores.get("fid"))
+        best = self._evaluation.best
+        self._record.add(run.step, scores.get(best.score), higher=best.higher)
         self._run_log.metrics(run.step, {f"eval/{name}": value for name, value in scores.items()})
         shown = ", ".join(f"{name} {value:.5g}" for name, value in scores.items() if name != "seconds")
-        best = self._record.best_step == run.step
-        self._run_log.say(f"step {run.step}: {shown}" + (" (the lowest FID: kept)" if best else ""))
+        kept = f" ({best.said}: kept)" if self._record.best_step == run.step else ""
+        self._run_log.say(f"step {run.step}: {shown}{kept}")
 
 
 class Profile(Hook):

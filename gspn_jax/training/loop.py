@@ -3,6 +3,7 @@
 import dataclasses
 import logging
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 
@@ -13,7 +14,8 @@ from gspn_jax.training.hooks import Hook, Log, Run, Save
 from gspn_jax.training.logs import RunLog
 from gspn_jax.training.signals import Stop
 from gspn_jax.training.state import TrainState
-from gspn_jax.training.step import Metrics, Step
+from gspn_jax.training.step import Step
+from gspn_jax.training.task import Metrics
 from gspn_jax.training.throughput import Throughput
 
 logger = logging.getLogger(__name__)
@@ -30,6 +32,8 @@ class Loop:
     train_step: Step
     target: TrainState
     """The state's shapes and shardings, to restore it in."""
+    frozen: tuple[Any, ...]
+    """What a step reads beside state and batch (`Task.frozen`)."""
     batches: Batches
     batch_size: int
     seed: int
@@ -83,10 +87,10 @@ class Loop:
         run.step += 1
         if compiles:
             with self.meter.pause():
-                run.state, metrics = jax.block_until_ready(self.train_step(run.state, batch))
+                run.state, metrics = jax.block_until_ready(self.train_step(run.state, batch, *self.frozen))
         else:
             with jax.transfer_guard("disallow"):
-                run.state, metrics = self.train_step(run.state, batch)
+                run.state, metrics = self.train_step(run.state, batch, *self.frozen)
             self.meter.add(self.batch_size)
         return metrics
 

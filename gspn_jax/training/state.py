@@ -9,11 +9,10 @@ import optax
 from jax.sharding import AbstractMesh, Mesh
 from jaxtyping import Array, Bool, Int
 
-from gspn_jax import models
-from gspn_jax.config import Config, OptimizerConfig
 from gspn_jax.parallel import sharding
 from gspn_jax.runs import averages
 from gspn_jax.training import ema
+from gspn_jax.training.task import Task
 
 
 @jax.tree_util.register_dataclass
@@ -51,47 +50,24 @@ class TrainState:
         )
 
 
-def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
-    """Linear warm-up, then half a cosine down to `final_learning_rate` at `steps`."""
-    if config.warmup_steps >= steps:  # nothing is left to decay over
-        return optax.linear_schedule(0.0, config.learning_rate, config.warmup_steps)
-    return optax.warmup_cosine_decay_schedule(
-        0.0 if config.warmup_steps else config.learning_rate,
-        config.learning_rate,
-        config.warmup_steps,
-        steps,
-        config.final_learning_rate,
-    )
-
-
-def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
-    """AdamW behind a clip of the gradient's global norm."""
-    return optax.chain(
-        optax.clip_by_global_norm(config.clip_norm),
-        optax.adamw(learning_rate(config, steps), b1=config.b1, b2=config.b2, weight_decay=config.weight_decay),
-    )
-
-
-def _build(config: Config, mesh: Mesh | AbstractMesh, key: jax.Array) -> TrainState:
-    params = sharding.pad(models.init(config, key), mesh)
-    optimizer = make_optimizer(config.optimizer, config.train.steps)
+def _build(task: Task, mesh: Mesh | AbstractMesh, key: jax.Array) -> TrainState:
+    params = sharding.pad(task.init(key), mesh)
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
-        opt_state=optimizer.init(params),
-        ema=ema.init(params, config.train.ema_decays),
+        opt_state=task.optimizer().init(params),
+        ema=ema.init(params, task.config.train.ema_decays),
         halted=jnp.zeros((), jnp.bool_),
     )
 
 
-def abstract_state(config: Config, mesh: Mesh | AbstractMesh) -> TrainState:
+def abstract_state(task: Task, mesh: Mesh | AbstractMesh) -> TrainState:
     """The state's shapes, types and shardings, without allocating it."""
-    shapes = jax.eval_shape(lambda: _build(config, mesh, jax.random.key(0)))
-    params = sharding.param_shardings(models.abstract(config)[1], mesh)
+    shapes = jax.eval_shape(lambda: _build(task, mesh, jax.random.key(0)))
+    params = sharding.param_shardings(task.shapes, mesh)
     everywhere = sharding.replicated(mesh)
-    optimizer = make_optimizer(config.optimizer, config.train.steps)
     opt_state = optax.tree_utils.tree_map_params(
-        optimizer, lambda _, s: s, shapes.opt_state, params, transform_non_params=lambda _: everywhere
+        task.optimizer(), lambda _, s: s, shapes.opt_state, params, transform_non_params=lambda _: everywhere
     )
     shardings = TrainState(
         step=everywhere, params=params, opt_state=opt_state, ema=dict.fromkeys(shapes.ema, params), halted=everywhere
@@ -99,7 +75,8 @@ def abstract_state(config: Config, mesh: Mesh | AbstractMesh) -> TrainState:
     return jax.tree.map(lambda s, where: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where), shapes, shardings)
 
 
-def create_state(config: Config, mesh: Mesh) -> TrainState:
-    """The initial state from `config.train.seed`; every shard is made on the device that holds it."""
-    shardings = jax.tree.map(lambda s: s.sharding, abstract_state(config, mesh))
-    return jax.jit(lambda key: _build(config, mesh, key), out_shardings=shardings)(jax.random.key(config.train.seed))
+def create_state(task: Task, mesh: Mesh) -> TrainState:
+    """The initial state from `train.seed`; every shard is made on the device that holds it."""
+    shardings = jax.tree.map(lambda s: s.sharding, abstract_state(task, mesh))
+    key = jax.random.key(task.config.train.seed)
+    return jax.jit(lambda key: _build(task, mesh, key), out_shardings=shardings)(key)

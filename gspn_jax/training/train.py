@@ -5,14 +5,12 @@ import pathlib
 import jax
 from jax.sharding import Mesh
 
-from gspn_jax import data, models
-from gspn_jax.config import Config
+from gspn_jax.config import Config, RunConfig
 from gspn_jax.parallel import sharding
 from gspn_jax.runs.saving import Checkpoints
-from gspn_jax.sampling.sampler import Sampler
 from gspn_jax.training import hooks
 from gspn_jax.training.batches import Batches
-from gspn_jax.training.evaluation import Evaluation
+from gspn_jax.training.diffusion import DiffusionTask
 from gspn_jax.training.guard import Guard, advice
 from gspn_jax.training.hooks import Run
 from gspn_jax.training.logs import RunLog
@@ -20,30 +18,37 @@ from gspn_jax.training.loop import Loop
 from gspn_jax.training.signals import Stop
 from gspn_jax.training.state import abstract_state, create_state
 from gspn_jax.training.step import make_step
+from gspn_jax.training.task import Task
 from gspn_jax.training.throughput import Throughput, peak_flops
 
 
 def train(config: Config) -> pathlib.Path:
-    """Runs `config` to its last step, from its latest checkpoint if there is one; returns the run directory.
+    """Trains a diffusion model as `train_task` says."""
+    return train_task(DiffusionTask(config))
+
+
+def train_task(task: Task) -> pathlib.Path:
+    """Runs a task to its last step, from its latest checkpoint if there is one; returns the run directory.
 
     Raises ConfigError, DataError or CheckpointError before any device work, CheckpointError when a checkpoint cannot be
     written, NonFiniteError at a bad step (nothing of which is applied), DivergedError when numbers go bad more often
     than `config.guard` allows, and Interrupted after SIGINT or SIGTERM.
     """
     # --- what can be wrong is found first
-    models.resolve(config.model)
+    config = task.config
     mesh = sharding.make_mesh(config.mesh)
     sharding.check_batch(config, mesh)
-    source = data.make_source(config.data)
-    evaluation = Evaluation(config, mesh) if config.eval.every else None
+    source = task.source()
+    evaluation = task.evaluation(mesh)
+    frozen = task.frozen(mesh)
     run_dir = pathlib.Path(config.run_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
 
     # a signal is noted until the last save is on the disk
     with Stop() as stop, Checkpoints(config, source.fingerprint, source.class_names) as checkpoints:
         # --- state: the latest checkpoint, or born sharded
-        target = abstract_state(config, mesh)
-        first_step, state = checkpoints.restore(target) or (0, create_state(config, mesh))
+        target = abstract_state(task, mesh)
+        first_step, state = checkpoints.restore(target) or (0, create_state(task, mesh))
         checkpoints.evaluations.rewind(first_step)
         guard = Guard(config.guard, checkpoints.notes, advice=advice(config))
 
@@ -51,26 +56,26 @@ def train(config: Config) -> pathlib.Path:
             RunLog(
                 run_dir, start_step=first_step, steps=config.train.steps, enabled=jax.process_index() == 0
             ) as run_log,
-            Batches(config, source, mesh) as batches,
+            Batches(task, source, mesh) as batches,
         ):
             batches.open(first_step, guard.data_seed(config.train.seed))
-            run_log.say(_opening(config, mesh, len(source), first_step))
+            run_log.say(f"{task.describe(source)}; {_place(config, mesh, first_step)}")
 
             # --- hooks, in the order in which they are called
-            evaluate = evaluation and hooks.Evaluate(config.eval.every, evaluation, checkpoints, run_log, stop)
+            evaluate = evaluation and hooks.Evaluate(evaluation, checkpoints, run_log, stop)
             save = hooks.Save(config.train.save_every, checkpoints, guard, evaluate)
-            grids = config.train.sample_every and hooks.Grid(
-                config.train.sample_every, Sampler(config, mesh), config, source.class_names, run_log
-            )
+            picture = task.picture(mesh, source.class_names) if config.train.sample_every else None
+            grids = picture and hooks.Grid(config.train.sample_every, picture, run_log)
             bounds = config.profile.bounds
             profile = bounds and hooks.Profile(*bounds, run_dir / "profile")
             called = [hook for hook in (profile, grids, save, evaluate) if hook]
 
             # --- loop
-            meter = _meter(config)
+            meter = _meter(task)
             loop = Loop(
-                train_step=make_step(config, mesh),
+                train_step=make_step(task, mesh, frozen),
                 target=target,
+                frozen=frozen,
                 batches=batches,
                 guard=guard,
                 batch_size=config.train.batch_size,
@@ -87,18 +92,13 @@ def train(config: Config) -> pathlib.Path:
     return run_dir
 
 
-def _meter(config: Config) -> Throughput:
+def _meter(task: Task) -> Throughput:
     """Counts images a second, and operations of the model against the peak of all devices."""
-    size, peak = config.data.image_size, peak_flops(jax.devices()[0].device_kind)
-    flops = models.forward_flops(models.resolve(config.model), config.data.channels, size, size)
-    return Throughput(flops, peak * jax.device_count() if peak else None)
+    peak = peak_flops(jax.devices()[0].device_kind)
+    return Throughput(task.forward_flops(), peak * jax.device_count() if peak else None)
 
 
-def _opening(config: Config, mesh: Mesh, images: int, first_step: int) -> str:
+def _place(config: RunConfig, mesh: Mesh, first_step: int) -> str:
     shape = " x ".join(f"{name} {size}" for name, size in mesh.shape.items())
     start = f"going on from step {first_step}" if first_step else "starting"
-    return (
-        f"{config.model.preset} ({models.count_parameters(config) / 1e6:.1f}M parameters) on "
-        f"{images:,} images of {config.data.num_classes} classes; {jax.device_count()} "
-        f"{jax.devices()[0].device_kind} ({shape}); {start} in {config.run_dir}"
-    )
+    return f"{jax.device_count()} {jax.devices()[0].device_kind} ({shape}); {start} in {config.run_dir}"

@@ -251,7 +251,7 @@ def test_over_a_mesh_logits_and_gradients_are_those_of_one_device(options):
     by_image = sharding.batch_sharding(mesh)
 
     def sharded(stored, x):
-        return loss(fsdp.gathered_outside_blocks(params, mesh, stored), x)
+        return loss(fsdp.outside_blocks(params, mesh, stored), x)
 
     with fsdp.sharded_blocks(params, mesh, jnp.float32):
         run = jax.jit(jax.grad(sharded, has_aux=True), in_shardings=(where, by_image), out_shardings=(where, by_image))

@@ -14,6 +14,7 @@ from benchmarks.collectives import collectives
 from gspn_jax import models
 from gspn_jax.config import ConfigError, DataConfig, MeshConfig, ModelConfig
 from gspn_jax.parallel import fsdp, sharding
+from gspn_jax.training.diffusion import DiffusionTask
 from gspn_jax.training.state import abstract_state
 from gspn_jax.training.step import make_gradient
 from tests.training import tiny
@@ -70,7 +71,7 @@ def test_gspn_channels_are_split_over_tensor_from_first_to_last_projection():
 
 
 def test_optimizer_moments_and_averages_live_where_their_parameters_do():
-    state = abstract_state(tiny.config(), sharding.make_mesh(MeshConfig(fsdp=4, tensor=2)))
+    state = abstract_state(DiffusionTask(tiny.config()), sharding.make_mesh(MeshConfig(fsdp=4, tensor=2)))
     where = jax.tree.map(lambda s: s.sharding.spec, state.params)
     assert len(set(map(str, jax.tree.leaves(where, is_leaf=lambda s: isinstance(s, P))))) > 2
     leaves = jax.tree.leaves(state.opt_state, is_leaf=lambda s: isinstance(s, dict))
@@ -113,7 +114,9 @@ def test_the_state_of_a_device_shrinks_as_one_over_the_devices(preset):
     for devices in (1, 2, 4, 8, 16, 64, 256):
         found = share(sharding.stored(shapes, AbstractMesh((1, devices, 1), sharding.AXES)))
         assert found * devices / whole == pytest.approx(1, abs=0.01 if devices <= 16 else 0.07), devices
-    assert share(abstract_state(config, AbstractMesh((1, 256, 1), sharding.AXES))) == pytest.approx(4 * found, rel=1e-5)
+    assert share(abstract_state(DiffusionTask(config), AbstractMesh((1, 256, 1), sharding.AXES))) == pytest.approx(
+        4 * found, rel=1e-5
+    )
 
 
 @pytest.mark.parametrize("remat", ["none", pytest.param("full", marks=pytest.mark.slow)])
@@ -124,13 +127,14 @@ def test_weights_are_gathered_and_gradients_reduced_one_layer_at_a_time(remat):
         config, model=dataclasses.replace(config.model, hidden=36, depth=4, chunk=2, remat=remat)
     )
     mesh = sharding.make_mesh(MeshConfig(fsdp=8))
-    graphdef, shapes = models.abstract(config)
+    task = DiffusionTask(config)
+    shapes = task.shapes
     batch = {"image": jax.ShapeDtypeStruct((16, 8, 8, 1), jnp.uint8), "label": jax.ShapeDtypeStruct((16,), jnp.int32)}
     params = sharding.stored(shapes, mesh)
 
     def gradient(params, batch):
         with fsdp.sharded_model(config, mesh):
-            return make_gradient(config, graphdef, mesh)(params, batch, jax.random.key(0))[1]
+            return make_gradient(task, mesh)(params, batch, jax.random.key(0))[1]
 
     lowered = jax.jit(
         gradient,

@@ -11,6 +11,7 @@ from gspn_jax.parallel import sharding
 from gspn_jax.runs import checkpoints
 from gspn_jax.runs.checkpoints import CheckpointError
 from gspn_jax.runs.saving import Checkpoints
+from gspn_jax.training.diffusion import DiffusionTask
 from gspn_jax.training.state import abstract_state, create_state
 from tests.training import tiny
 
@@ -23,7 +24,7 @@ def mesh_of(data=1, fsdp=1, tensor=1):
 
 def save(config, *steps, fingerprint="f", mesh=None):
     """Saves a state whose every number is told apart from every other part's."""
-    state = create_state(config, mesh or mesh_of())
+    state = create_state(DiffusionTask(config), mesh or mesh_of())
     shifted = {name: jax.tree.map(lambda p, name=name: p + float(name), average) for name, average in state.ema.items()}
     state = dataclasses.replace(state, ema=shifted, opt_state=jax.tree.map(lambda a: a + 7, state.opt_state))
     with Checkpoints(config, fingerprint, NAMES) as saver:
@@ -59,11 +60,11 @@ def test_a_state_comes_back_on_any_mesh(tmp_path, one, other):
     config = tiny.config(tmp_path)
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, hidden=36))
     state = save(config, 12, mesh=mesh_of(*one))
-    target = abstract_state(config, mesh_of(*other))
+    target = abstract_state(DiffusionTask(config), mesh_of(*other))
     with Checkpoints(config, "f", NAMES) as restorer:
         step, restored = restorer.restore(target)
     assert step == 12 and restored.step == 12 and not restored.halted
-    own = abstract_state(config, mesh_of())
+    own = abstract_state(DiffusionTask(config), mesh_of())
     for part in ("params", "opt_state", "ema"):
         assert_equal(
             *(
@@ -81,7 +82,7 @@ def test_a_state_comes_back_on_any_mesh(tmp_path, one, other):
 def test_a_new_run_has_nothing_to_restore(tmp_path):
     config = tiny.config(tmp_path)
     with Checkpoints(config, "f", NAMES) as restorer:
-        assert restorer.restore(abstract_state(config, mesh_of())) is None
+        assert restorer.restore(abstract_state(DiffusionTask(config), mesh_of())) is None
 
 
 def test_two_processes_do_not_train_in_one_folder(tmp_path):
@@ -106,7 +107,7 @@ def test_what_a_killed_save_left_is_swept(tmp_path):
     (left / "half").write_text("x")
     with Checkpoints(config, "f", NAMES) as restorer:
         assert not left.exists()
-        assert restorer.restore(abstract_state(config, mesh_of()))[0] == 3
+        assert restorer.restore(abstract_state(DiffusionTask(config), mesh_of()))[0] == 3
 
 
 @pytest.mark.parametrize(
@@ -125,7 +126,7 @@ def test_a_run_does_not_go_on_as_another(tmp_path, change, said):
     save(config, 3)
     changed = change(config)
     with Checkpoints(changed, "f", NAMES) as restorer, pytest.raises(CheckpointError, match=said):
-        restorer.restore(abstract_state(config, mesh_of()))
+        restorer.restore(abstract_state(DiffusionTask(config), mesh_of()))
 
 
 def test_another_data_set_is_noticed(tmp_path):
@@ -135,7 +136,7 @@ def test_another_data_set_is_noticed(tmp_path):
         Checkpoints(config, "g", NAMES) as restorer,
         pytest.raises(CheckpointError, match=r"fingerprint f, found g.*--train.allow-change data"),
     ):
-        restorer.restore(abstract_state(config, mesh_of()))
+        restorer.restore(abstract_state(DiffusionTask(config), mesh_of()))
 
 
 def test_what_is_asked_for_by_name_may_change(tmp_path, caplog):
@@ -143,21 +144,21 @@ def test_what_is_asked_for_by_name_may_change(tmp_path, caplog):
     save(config, 3)
     changed = tiny.config(tmp_path, batch_size=32, allow_change=("train.batch_size",))
     with Checkpoints(changed, "f", NAMES) as restorer:
-        assert restorer.restore(abstract_state(config, mesh_of()))[0] == 3
+        assert restorer.restore(abstract_state(DiffusionTask(config), mesh_of()))[0] == 3
     with Checkpoints(changed, "g", NAMES) as restorer, pytest.raises(CheckpointError, match="data set has changed"):
-        restorer.restore(abstract_state(config, mesh_of()))
+        restorer.restore(abstract_state(DiffusionTask(config), mesh_of()))
     changed = dataclasses.replace(
         tiny.config(tmp_path, allow_change=("data",)), data=dataclasses.replace(config.data, flip=True)
     )
     with Checkpoints(changed, "g", NAMES) as restorer:
-        assert restorer.restore(abstract_state(config, mesh_of()))[0] == 3
+        assert restorer.restore(abstract_state(DiffusionTask(config), mesh_of()))[0] == 3
     assert "as --train.allow-change asks" in caplog.text
     changed = dataclasses.replace(changed, data=dataclasses.replace(config.data, num_classes=11))
     with (
         Checkpoints(changed, "g", NAMES) as restorer,
         pytest.raises(CheckpointError, match=r"data.num_classes 10, found 11; choose another run_dir .* run$"),
     ):
-        restorer.restore(abstract_state(config, mesh_of()))
+        restorer.restore(abstract_state(DiffusionTask(config), mesh_of()))
 
 
 def test_what_does_not_make_it_another_run_may_change_and_is_logged(tmp_path, caplog):
@@ -171,7 +172,7 @@ def test_what_does_not_make_it_another_run_may_change_and_is_logged(tmp_path, ca
         data=dataclasses.replace(config.data, workers=2),
     )
     with caplog.at_level("INFO"), Checkpoints(config, "f", NAMES) as restorer:
-        assert restorer.restore(abstract_state(config, mesh_of()))[0] == 3
+        assert restorer.restore(abstract_state(DiffusionTask(config), mesh_of()))[0] == 3
     assert "was data.workers 0, found 2; was model.remat 'none', found 'full'; " in caplog.text
     assert "was optimizer.learning_rate 0.001, found 0.0005; was train.steps 20, found 99" in caplog.text
 

@@ -11,21 +11,22 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import sample
-from gspn_jax import config as config_module
 from gspn_jax import convert, evaluate
-from gspn_jax.config import VERSION, ConfigError, MeshConfig, from_dict, to_dict
+from gspn_jax.config import Config, ConfigError, MeshConfig, from_dict, to_dict
 from gspn_jax.evaluate import scoring
 from gspn_jax.metrics import inception
 from gspn_jax.parallel import sharding
 from gspn_jax.runs import averages, checkpoints, manifest
 from gspn_jax.runs.checkpoints import CheckpointError
 from gspn_jax.runs.saving import Checkpoints
+from gspn_jax.training.diffusion import DiffusionTask
 from gspn_jax.training.state import abstract_state
 from gspn_jax.training.train import train
 from tests.runs.test_checkpoints import NAMES, save
 from tests.training import tiny
 from tests.training.test_evaluation import SmallExtractor
 
+VERSION = Config.VERSION
 OLD_RUN = pathlib.Path(__file__).parent / "old_run"
 """Three steps of a run, written by commit cea9c11, whose configs had no version (tests/record_bits.py)."""
 
@@ -91,7 +92,7 @@ def test_a_field_that_is_new_has_its_default_in_an_old_run(tmp_path):
     """It stopped every old run, which was compared as it was saved."""
     save(tiny.config(tmp_path), 4)
     rewrite(tmp_path, 4, lambda config: config["model"].pop("skip"))
-    target = abstract_state(tiny.config(tmp_path), sharding.make_mesh(MeshConfig(), jax.devices()[:1]))
+    target = abstract_state(DiffusionTask(tiny.config(tmp_path)), sharding.make_mesh(MeshConfig(), jax.devices()[:1]))
     with Checkpoints(tiny.config(tmp_path), "f", NAMES) as restorer:
         assert restorer.restore(target)[0] == 4
     changed = tiny.config(tmp_path)
@@ -113,9 +114,9 @@ def test_a_renamed_field_is_migrated(tmp_path, monkeypatch):
         model = dict(values["model"])
         return values | {"model": model | {"hidden": model.pop("width")}} if "width" in model else values
 
-    monkeypatch.setattr(config_module, "VERSION", VERSION + 1)
+    monkeypatch.setattr(Config, "VERSION", VERSION + 1)
     monkeypatch.setitem(
-        config_module.MIGRATIONS,
+        Config.MIGRATIONS,
         VERSION,
         lambda values: {
             **values,
@@ -181,5 +182,5 @@ def test_averages_have_names_with_all_digits(tmp_path):
     found = checkpoints.restore_params(tmp_path / "old", 4, old, mesh)
     jax.tree.map(np.testing.assert_array_equal, found, state.ema["0.9999999"])
     with Checkpoints(old, "f", NAMES) as restorer:
-        _, restored = restorer.restore(abstract_state(old, mesh))
+        _, restored = restorer.restore(abstract_state(DiffusionTask(old), mesh))
     jax.tree.map(np.testing.assert_array_equal, restored.ema, state.ema)

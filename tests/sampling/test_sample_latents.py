@@ -18,6 +18,7 @@ from gspn_jax.runs import checkpoints
 from gspn_jax.runs.saving import Checkpoints
 from gspn_jax.sampling.decoding import load_autoencoder
 from gspn_jax.sampling.sampler import LATENT_RANGE, Sampler
+from gspn_jax.training.diffusion import DiffusionTask
 from gspn_jax.training.state import create_state
 from gspn_jax.training.train import train
 from tests.autoencoder import numpy_vae
@@ -88,7 +89,7 @@ def gspn(folder):
     """(run, config, parameters) of a GSPN on latents of 4x4x4 whose every parameter counts."""
     data = checkpoints.read_config(folder / "run")[1].data
     config = dataclasses.replace(tiny.config(folder / "gspn", gspn=True), data=data)
-    state = create_state(config, sharding.make_mesh(config.mesh, jax.devices()[:1]))
+    state = create_state(DiffusionTask(config), sharding.make_mesh(config.mesh, jax.devices()[:1]))
     rng = np.random.default_rng(0)
     params = jax.tree.map(lambda leaf: leaf + 0.1 * rng.standard_normal(leaf.shape, np.float32), state.params)
     with Checkpoints(config, "", [str(i) for i in range(10)]) as saver:

@@ -28,7 +28,8 @@ from gspn_jax.runs.evaluations import Evaluations, Record
 from gspn_jax.sampling.sampler import Sampler
 from gspn_jax.training import evaluation, throughput
 from gspn_jax.training import train as page
-from gspn_jax.training.evaluation import Evaluation
+from gspn_jax.training.diffusion import DiffusionTask
+from gspn_jax.training.evaluation import SampleEvaluation
 from gspn_jax.training.loop import Interrupted
 from gspn_jax.training.state import create_state
 from gspn_jax.training.train import train
@@ -126,13 +127,13 @@ def whole(files, tmp_path_factory):
     """A run of six steps, evaluated after every four and the last."""
     settings, away = config(files, tmp_path_factory.mktemp("whole") / "run"), [0.0]
 
-    def call(self, *arguments, call=Evaluation.__call__):
+    def call(self, *arguments, call=SampleEvaluation.__call__):
         away[0] += EVALUATING
         return call(self, *arguments)
 
     with pytest.MonkeyPatch.context() as patch:
         use_small_extractor(patch)
-        patch.setattr(Evaluation, "__call__", call)
+        patch.setattr(SampleEvaluation, "__call__", call)
         patch.setattr(throughput, "time", types.SimpleNamespace(perf_counter=lambda: time.perf_counter() + away[0]))
         train(settings)
     return settings
@@ -189,7 +190,7 @@ def test_the_best_checkpoint_is_kept_beside_the_latest(files, tmp_path, monkeypa
     def call(self, step, *_):
         return {"fid": next(fids)}
 
-    monkeypatch.setattr(Evaluation, "__call__", call)
+    monkeypatch.setattr(SampleEvaluation, "__call__", call)
     settings = config(files, tmp_path / "run", every=1, save_every=1)
     with monkeypatch.context() as patch, pytest.raises(Interrupted):
         stop_at(patch, 5)
@@ -233,7 +234,7 @@ def test_a_signal_stops_an_evaluation_and_the_run_goes_on_with_it(whole, tmp_pat
 
 def scores_on(devices, settings):
     mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:devices])
-    return Evaluation(settings, mesh)(4, create_state(settings, mesh))
+    return SampleEvaluation(settings, mesh)(4, create_state(DiffusionTask(settings), mesh))
 
 
 @pytest.mark.usefixtures("small_extractor")
@@ -291,7 +292,7 @@ def test_a_run_on_photographs_from_pixels_to_fid_on_eight_devices_as_on_one(file
     mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
     average = checkpoints.restore_params(settings.run_dir, 2, settings, mesh, ema_decay=settings.eval.ema)
     state = types.SimpleNamespace(params=None, ema={averages.name(settings.eval.ema): average})
-    one = Evaluation(settings, mesh)(2, state)
+    one = SampleEvaluation(settings, mesh)(2, state)
     assert one["fid"] == pytest.approx(line["eval/fid"], rel=1e-3)
     assert one["is"] == pytest.approx(line["eval/is"], rel=1e-3)
 
@@ -325,7 +326,7 @@ def test_latents_are_decoded_and_grey_images_repeated(files, tmp_path, monkeypat
         sampling = dataclasses.replace(settings, sampler=dataclasses.replace(settings.sampler, steps=2))
         labels = np.random.default_rng(0).integers(settings.data.num_classes, size=11)
         truth = Sampler(sampling, mesh, decode=vae and vae.decode)(
-            create_state(settings, mesh).params, labels, np.arange(11)
+            create_state(DiffusionTask(settings), mesh).params, labels, np.arange(11)
         )
         truth = np.broadcast_to(truth, (*truth.shape[:3], 3))
         assert np.abs(np.concatenate(seen)[:11].astype(int) - truth).max() <= 1  # rounded to another level

@@ -22,6 +22,7 @@ from gspn_jax.parallel import sharding
 from gspn_jax.runs import checkpoints, manifest
 from gspn_jax.runs.checkpoints import CheckpointError
 from gspn_jax.runs.saving import Checkpoints
+from gspn_jax.training.diffusion import DiffusionTask
 from gspn_jax.training.state import abstract_state, create_state
 from tests.quick_compile import QUICK_COMPILE
 from tests.training import tiny
@@ -39,14 +40,14 @@ def one_device():
 
 def state_of(config, step):
     """A state that is told apart from that of any other step."""
-    return jax.tree.map(lambda a: a + a.dtype.type(step), create_state(config, one_device()))
+    return jax.tree.map(lambda a: a + a.dtype.type(step), create_state(DiffusionTask(config), one_device()))
 
 
 def restore(run_dir):
     """(step, parameters) as a run that goes on gets them."""
     config = tiny.config(run_dir)
     with Checkpoints(config, "f", NAMES) as restorer:
-        found = restorer.restore(abstract_state(config, one_device()))
+        found = restorer.restore(abstract_state(DiffusionTask(config), one_device()))
     return found and (found[0], jax.device_get(found[1].params))
 
 
@@ -174,7 +175,7 @@ def test_after_a_fault_the_run_saves_the_same_step_again(run_dir):
     flip_a_bit(checkpoints.folder(run_dir) / "20", "params")
     config = tiny.config(run_dir)
     with Checkpoints(config, "f", NAMES) as saver:
-        assert saver.restore(abstract_state(config, one_device()))[0] == 10
+        assert saver.restore(abstract_state(DiffusionTask(config), one_device()))[0] == 10
         saver.save(20, state_of(config, 20))
     assert_is_state_of(restore(run_dir), 20)
 
@@ -279,7 +280,7 @@ def save_until_it_fails():
     newest = 0
     try:
         with Checkpoints(config, "f", NAMES) as saver:
-            found = saver.restore(abstract_state(config, one_device()))
+            found = saver.restore(abstract_state(DiffusionTask(config), one_device()))
             if found:
                 newest = found[0]
                 assert_is_state_of((newest, jax.device_get(found[1].params)), newest)
@@ -330,9 +331,9 @@ SAVE_FOR_EVER = """
 import sys, itertools
 from tests.training.test_faults import *
 config = tiny.config(sys.argv[1])
-state = create_state(config, one_device())
+state = create_state(DiffusionTask(config), one_device())
 with Checkpoints(config, "f", NAMES) as saver:
-    found = saver.restore(abstract_state(config, one_device()))
+    found = saver.restore(abstract_state(DiffusionTask(config), one_device()))
     for step in itertools.count(found[0] + 1 if found else 1):
         saver.save(step, jax.tree.map(lambda a: a + a.dtype.type(step), state))
         print(step, flush=True)

@@ -7,6 +7,7 @@ import pytest
 from gspn_jax.config import Config, DataConfig, MeshConfig, ModelConfig, TrainConfig
 from gspn_jax.kernels import devices
 from gspn_jax.parallel import fsdp, sharding
+from gspn_jax.training.diffusion import DiffusionTask
 from gspn_jax.training.state import abstract_state
 from gspn_jax.training.step import make_step
 
@@ -29,7 +30,7 @@ def test_the_step_has_the_kernel_that_expands_the_proxy(mesh_shape, monkeypatch)
         "label": jax.ShapeDtypeStruct((16,), np.int32, sharding=rows),
     }
     with devices.for_device("9.0"):
-        step = make_step(config, mesh).trace(abstract_state(config, mesh), batch)
+        step = make_step(DiffusionTask(config), mesh).trace(abstract_state(DiffusionTask(config), mesh), batch)
         text = step.lower(lowering_platforms=("cuda",)).as_text()
     calls = [line for line in text.splitlines() if "custom_call @mosaic_gpu" in line]
     assert len(calls) >= 5  # one forward, four backward; more where stacks of blocks differ

@@ -14,6 +14,7 @@ from gspn_jax.runs import checkpoints
 from gspn_jax.runs.evaluations import RECORD, Record
 from gspn_jax.training import batches as stream
 from gspn_jax.training import train as page
+from gspn_jax.training.diffusion import DiffusionTask
 from gspn_jax.training.guard import DivergedError, Guard
 from gspn_jax.training.state import create_state
 from gspn_jax.training.step import make_step
@@ -91,8 +92,8 @@ def spoiled(monkeypatch):
     def spoil(calls, change):
         made, count = page.make_step, iter(range(1, 10**6))
 
-        def make(config, mesh):
-            step = made(config, mesh)
+        def make(*arguments):
+            step = made(*arguments)
 
             def spoiled_step(state, batch):
                 state, metrics = step(state, batch)
@@ -167,7 +168,8 @@ def test_updates_that_are_not_finite_are_left_out_and_counted(tmp_path, spoiled)
 def test_a_skipped_update_changes_nothing_but_the_number_of_the_step():
     config = dataclasses.replace(tiny.config(), guard=GuardConfig(nonfinite="skip"))
     mesh = sharding.make_mesh(config.mesh, jax.devices()[:1])
-    state, step = create_state(config, mesh), make_step(config, mesh)
+    task = DiffusionTask(config)
+    state, step = create_state(task, mesh), make_step(task, mesh)
     good = [jax.device_put(b, sharding.batch_sharding(mesh)) for b in batches(config, 2)]
     broken = dataclasses.replace(state, params=jax.tree.map(lambda p: p.at[...].set(np.nan), state.params))
     before = jax.device_get(broken)
@@ -175,6 +177,6 @@ def test_a_skipped_update_changes_nothing_but_the_number_of_the_step():
     assert not metrics["finite"] and after.step == 1 and not after.halted
     for name in ("params", "opt_state", "ema"):
         jax.tree.map(np.testing.assert_array_equal, getattr(before, name), getattr(jax.device_get(after), name))
-    healed = dataclasses.replace(after, params=create_state(config, mesh).params)
+    healed = dataclasses.replace(after, params=create_state(DiffusionTask(config), mesh).params)
     after, metrics = step(healed, good[1])
     assert metrics["finite"] and after.step == 2  # and on it goes

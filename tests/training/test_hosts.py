@@ -17,6 +17,7 @@ from PIL import Image
 from gspn_jax.config import MeshConfig
 from gspn_jax.parallel import sharding
 from gspn_jax.runs import checkpoints, saving
+from gspn_jax.training.diffusion import DiffusionTask
 from gspn_jax.training.state import abstract_state
 from tests.training import tiny
 from tests.training.processes import (
@@ -108,12 +109,13 @@ import os, sys
 import jax
 import numpy as np
 import train_dit
-from gspn_jax.training import batches, train as page
+from gspn_jax import data
+from gspn_jax.training import train as page
 
-seeing, make_step, make_loader = sys.argv.pop(1), page.make_step, batches.data.make_loader
+seeing, make_step, make_loader = sys.argv.pop(1), page.make_step, data.make_loader
 
-def make(config, mesh):
-    step, calls = make_step(config, mesh), iter(range(1, 1000))
+def make(*arguments):
+    step, calls = make_step(*arguments), iter(range(1, 1000))
     def spoiled(state, batch):
         state, metrics = step(state, batch)
         if next(calls) == 27 and os.environ["JAX_PROCESS_ID"] in seeing:
@@ -125,7 +127,7 @@ def loader(*arguments, **settings):
     print("data", settings["seed"], settings["start_step"], file=sys.stderr)
     return make_loader(*arguments, **settings)
 
-page.make_step, batches.data.make_loader = make, loader
+page.make_step, data.make_loader = make, loader
 train_dit.main()
 """
 
@@ -181,6 +183,7 @@ from gspn_jax import models
 from gspn_jax.config import MeshConfig
 from gspn_jax.parallel import sharding
 from gspn_jax.runs.saving import Checkpoints
+from gspn_jax.training.diffusion import DiffusionTask
 from gspn_jax.training.state import abstract_state, create_state
 from tests.training import tiny
 
@@ -201,11 +204,11 @@ def name_of(path):
 for kind, run_dir, shape, dump in json.loads(sys.argv[1]):
     config = tiny.config(run_dir, gspn=True)
     mesh = sharding.make_mesh(MeshConfig(*shape))
-    target = abstract_state(config, mesh)
+    target = abstract_state(DiffusionTask(config), mesh)
     with Checkpoints(config, "f", [str(i) for i in range(10)]) as checkpoints:
         if kind == "save":
             shardings = jax.tree.map(lambda s: s.sharding, target)
-            state = jax.jit(told_apart, out_shardings=shardings)(create_state(config, mesh))
+            state = jax.jit(told_apart, out_shardings=shardings)(create_state(DiffusionTask(config), mesh))
             checkpoints.save(5, state)
             checkpoints.wait()
         else:
@@ -277,7 +280,7 @@ def whole_state(run_dir):
     config = tiny.config(run_dir, gspn=True)
     mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
     with saving.Checkpoints(config, "f", [str(i) for i in range(10)]) as restorer:
-        _, state = restorer.restore(abstract_state(config, mesh))
+        _, state = restorer.restore(abstract_state(DiffusionTask(config), mesh))
     leaves = jax.tree_util.tree_leaves_with_path(jax.device_get(state))
     found = {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
     assert all(leaf.flat[0] != 0 for path, leaf in found.items() if "kernel" in path)

@@ -13,7 +13,9 @@ from gspn_jax.config import MeshConfig, OptimizerConfig
 from gspn_jax.parallel import sharding
 from gspn_jax.runs import averages
 from gspn_jax.training import ema
-from gspn_jax.training.state import create_state, learning_rate, make_optimizer
+from gspn_jax.training.diffusion import DiffusionTask
+from gspn_jax.training.optimizer import learning_rate, make_optimizer
+from gspn_jax.training.state import create_state
 from gspn_jax.training.step import make_gradient, make_loss, make_step
 from tests.training import tiny
 
@@ -50,7 +52,8 @@ def batches(config, count):
 
 def run(config, mesh_shape, steps=20):
     mesh = sharding.make_mesh(MeshConfig(*mesh_shape), jax.devices()[: int(np.prod(mesh_shape))])
-    state, step, losses = create_state(config, mesh), make_step(config, mesh), []
+    task = DiffusionTask(config)
+    state, step, losses = create_state(task, mesh), make_step(task, mesh), []
     for batch in batches(config, steps):
         batch = jax.device_put(batch, sharding.batch_sharding(mesh))
         state, metrics = step(state, batch)
@@ -117,7 +120,8 @@ def one_device():
 def test_training_lowers_the_loss(one_device):
     config = tiny.config(steps=60)
     config = dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, learning_rate=5e-3))
-    state, step, losses = create_state(config, one_device), make_step(config, one_device), []
+    task = DiffusionTask(config)
+    state, step, losses = create_state(task, one_device), make_step(task, one_device), []
     white = {"image": np.full((16, 8, 8, 1), 255, np.uint8), "label": np.zeros(16, np.int32)}
     white = jax.device_put(white, sharding.batch_sharding(one_device))
     for _ in range(60):
@@ -129,12 +133,12 @@ def test_training_lowers_the_loss(one_device):
 
 def test_accumulated_gradient_is_the_mean_over_micro_batches():
     config = tiny.config(accumulate=4)
-    graphdef, _ = models.abstract(config)
+    task = DiffusionTask(config)
     params = jax.tree.map(lambda p: p + 0.02, models.init(config, 0))
     batch, key = next(batches(config, 1)), jax.random.key(3)
-    (loss, _), grads = jax.jit(make_gradient(config, graphdef))(params, batch, key)
+    (loss, _), grads = jax.jit(make_gradient(task))(params, batch, key)
 
-    single = jax.jit(jax.value_and_grad(make_loss(config, graphdef), has_aux=True))
+    single = jax.jit(jax.value_and_grad(make_loss(task), has_aux=True))
     parts = []
     for i, micro_key in enumerate(jax.random.split(key, 4)):  # images i, i+4, i+8, ...: each device keeps its own
         parts.append(single(params, {k: v[i::4] for k, v in batch.items()}, micro_key))
@@ -181,7 +185,8 @@ def test_update_is_adamw_of_the_clipped_gradient():
 
 def test_a_step_that_is_not_finite_changes_nothing_and_halts(one_device):
     config = tiny.config()
-    state, step = create_state(config, one_device), make_step(config, one_device)
+    task = DiffusionTask(config)
+    state, step = create_state(task, one_device), make_step(task, one_device)
     good = [jax.device_put(b, sharding.batch_sharding(one_device)) for b in batches(config, 2)]
     state, metrics = step(state, good[0])
     assert metrics["finite"] and not state.halted

@@ -11,6 +11,7 @@ from gspn_jax.config import MeshConfig
 from gspn_jax.parallel import fsdp, sharding
 from gspn_jax.runs.saving import Checkpoints
 from gspn_jax.sampling.sampler import Sampler
+from gspn_jax.training.diffusion import DiffusionTask
 from gspn_jax.training.state import abstract_state, create_state
 from gspn_jax.training.step import make_step
 from tests.training import tiny
@@ -27,8 +28,8 @@ def make_config(run_dir, remat="names"):
 
 def train(config, mesh, *, tensor_cores, monkeypatch, state=None, steps=2):
     monkeypatch.setattr(fsdp, "uses_tensor_cores", lambda mesh: tensor_cores)
-    state = create_state(config, mesh) if state is None else state
-    step, losses = make_step(config, mesh), []
+    state = create_state(DiffusionTask(config), mesh) if state is None else state
+    step, losses = make_step(DiffusionTask(config), mesh), []
     for number in range(int(state.step), int(state.step) + steps):
         rng = np.random.default_rng(number)
         batch = {"image": rng.integers(0, 256, (16, 8, 8, 1), np.uint8), "label": rng.integers(0, 10, 16, np.int32)}
@@ -51,7 +52,7 @@ def test_a_run_goes_on_with_or_without_padding(mesh_shape, first, tmp_path, monk
     with Checkpoints(config, "f", NAMES) as saver:
         saver.save(2, state)
     with Checkpoints(config, "f", NAMES) as reader:
-        _, state = reader.restore(abstract_state(config, mesh))
+        _, state = reader.restore(abstract_state(DiffusionTask(config), mesh))
     state, ended = train(config, mesh, tensor_cores=not first, monkeypatch=monkeypatch, state=state)
     np.testing.assert_allclose(begun + ended, losses, rtol=2e-5)
 
@@ -63,7 +64,7 @@ def test_samples_are_the_same_when_weights_are_cast_once(tmp_path, monkeypatch):
         config, train=dataclasses.replace(config.train, precision="params=float32,compute=bfloat16")
     )
     mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
-    params = jax.tree.map(lambda a: a + 0.02, create_state(config, mesh).params)
+    params = jax.tree.map(lambda a: a + 0.02, create_state(DiffusionTask(config), mesh).params)
     once = Sampler(config, mesh)(params, [1, 2], [3, 4])
     monkeypatch.setattr(models, "prepared", lambda config, params: params)
     np.testing.assert_array_equal(once, Sampler(config, mesh)(params, [1, 2], [3, 4]))

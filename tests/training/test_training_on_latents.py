@@ -7,11 +7,10 @@ import jax
 import numpy as np
 from PIL import Image
 
-from gspn_jax import models
 from gspn_jax.config import DataConfig
 from gspn_jax.data.latents import write_synthetic
 from gspn_jax.diffusion import objectives
-from gspn_jax.training.step import make_loss
+from gspn_jax.training.diffusion import DiffusionTask
 from gspn_jax.training.train import train
 from tests.training import tiny
 
@@ -37,7 +36,7 @@ def test_the_loss_sees_the_latents_unchanged(tmp_path, monkeypatch):
         "image": 3 * np.random.default_rng(0).standard_normal((2, 8, 8, 4)).astype(np.float32),
         "label": np.zeros(2, np.int32),
     }
-    make_loss(settings, models.abstract(settings)[0])({}, batch, jax.random.key(0))
+    DiffusionTask(settings).loss({}, batch, jax.random.key(0))
     np.testing.assert_array_equal(seen[0], batch["image"])
 
 

@@ -1,0 +1,98 @@
+"""The task of training a class-conditional denoiser."""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Array, Float, Key
+from PIL import Image
+
+from gspn_jax import data, models
+from gspn_jax.config import Config
+from gspn_jax.diffusion import objectives
+from gspn_jax.pixels import from_uint8
+from gspn_jax.runs import averages
+from gspn_jax.sampling.grid import grid
+from gspn_jax.sampling.sampler import Sampler
+from gspn_jax.training.evaluation import SampleEvaluation
+from gspn_jax.training.state import TrainState
+from gspn_jax.training.task import Batch, Metrics, Task
+
+GRID_PER_CLASS, GRID_CLASSES = 4, 10
+
+
+class DiffusionTask(Task):
+    """A denoiser of `config.model` under the objective of `config.diffusion`, judged by its samples."""
+
+    config: Config
+
+    def __init__(self, config: Config):
+        """Raises ConfigError for a model whose settings do not fit together."""
+        super().__init__(config)
+        self._arch = models.resolve(config.model)
+
+    @functools.cached_property
+    def _abstract(self) -> tuple[Any, Any]:
+        return models.abstract(self.config)
+
+    @property
+    def shapes(self) -> Any:
+        return self._abstract[1]
+
+    def init(self, key: Key[Array, ""]) -> Any:
+        return models.init(self.config, key)
+
+    def loss(self, params: Any, batch: Batch, key: Key[Array, ""]) -> tuple[Float[Array, ""], Metrics]:
+        """That of a batch {"image": uint8 or, for latents, float32 [B, S, S, C], "label": int32 [B]}.
+
+        Dropped labels, times, noise and DropPath come from `key`.
+        """
+        config, graphdef = self.config, self._abstract[0]
+        label_key, noise_key, path_key = jax.random.split(key, 3)
+        y = objectives.drop_labels(label_key, batch["label"], config.diffusion.label_dropout, config.data.num_classes)
+
+        def denoise(x, t, y):
+            return models.apply(graphdef, params, x, t, y, drop_path_key=path_key if self._arch.drop_path else None)
+
+        image = batch["image"]
+        x0 = from_uint8(image) if image.dtype == jnp.uint8 else image  # latents are floats, in their final scale
+        losses, metrics = objectives.loss(config.diffusion, denoise, x0, y, noise_key)
+        return losses.mean(), {name: value.mean() for name, value in metrics.items()}
+
+    def forward_flops(self) -> float:
+        size = self.config.data.image_size
+        return models.forward_flops(self._arch, self.config.data.channels, size, size)
+
+    def source(self) -> data.Source:
+        return data.make_source(self.config.data)
+
+    def loader(self, source: data.Source, **place: int) -> data.Loader:
+        return data.make_loader(self.config.data, source, batch_size=self.config.train.batch_size, **place)
+
+    def describe(self, source: data.Source) -> str:
+        config = self.config
+        return (
+            f"{config.model.preset} ({models.count_parameters(config) / 1e6:.1f}M parameters) on {len(source):,} "
+            f"images of {config.data.num_classes} classes"
+        )
+
+    def evaluation(self, mesh: Mesh) -> SampleEvaluation | None:
+        return SampleEvaluation(self.config, mesh) if self.config.eval.every else None
+
+    def picture(self, mesh: Mesh, class_names: Sequence[str]) -> Callable[[TrainState], Image.Image]:
+        """A labelled grid from the first average: the same classes and seeds at each call, to be compared."""
+        sampler, config = Sampler(self.config, mesh), self.config
+        count = min(GRID_CLASSES, config.data.num_classes)
+        classes = np.linspace(0, config.data.num_classes - 1, count).astype(int)
+        labels = np.repeat(classes, GRID_PER_CLASS)
+
+        def draw(state: TrainState) -> Image.Image:
+            params = state.ema[averages.name(config.train.ema_decays[0])]
+            images = sampler(params, labels, np.arange(len(labels)))
+            return grid(images, [class_names[label] for label in labels], columns=GRID_PER_CLASS)
+
+        return draw
