@@ -8,10 +8,10 @@ import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 
-FOUNDATION = ("config", "files", "pixels", "state_dict", "tensor_files")
+FOUNDATION = ("config", "extras", "files", "pixels", "state_dict", "tensor_files")
 """Modules that everything may import, and that import nothing of the project but one another."""
 LEAVES = ("diffusion", "data", "metrics", "autoencoder", "text", "unet")
-COMMANDS = ("prepare", "evaluate", "convert", "classify", "text_to_image", "doctor", "demo")
+COMMANDS = ("prepare", "evaluate", "convert", "classify", "text_to_image", "doctor", "demo", "train", "sample")
 
 MAY_IMPORT: dict[str, set[str]] = {
     "kernels": set(),
