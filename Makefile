@@ -84,7 +84,7 @@ lint: $(READY)
 $(COMPILE_READY): pyproject.toml
 	$(PYTHON_PTX) -m venv $(COMPILE_VENV)
 	$(COMPILE_VENV)/bin/python -m pip install --quiet --upgrade pip
-	$(COMPILE_VENV)/bin/python -m pip install --quiet -e . 'jax[cuda13]==$(PTX_JAX)'
+	$(COMPILE_VENV)/bin/python -m pip install --quiet -e '.[train]' 'jax[cuda13]==$(PTX_JAX)'
 	@touch $@
 
 gpu-compile: $(COMPILE_READY)

@@ -1,33 +1,6 @@
-"""Trains a denoiser: python train_dit.py --config configs/digits.py [--train.steps 2000 ...].
+"""Trains a denoiser: python train_dit.py --config configs/digits.py [--train.steps 2000 ...]; see `gspn_jax.train`."""
 
-The same command goes on from the latest checkpoint of its run directory. Exit codes: 0 done, 1 numbers that went bad,
-2 input that cannot be used, 75 stopped by a signal after saving, or by the loss of another host.
-"""
-
-import sys
-
-from gspn_jax import cli
-
-
-def main(argv: list[str] | None = None) -> None:
-    cli.setup()
-    from gspn_jax.data import DataError  # after setup: importing JAX reads the environment
-    from gspn_jax.runs.checkpoints import CheckpointError
-    from gspn_jax.training.guard import DivergedError
-    from gspn_jax.training.loop import Interrupted
-    from gspn_jax.training.train import train
-
-    with cli.user_errors(DataError, CheckpointError):
-        argv = cli.join_other_hosts(argv)
-        config = cli.parse_config(argv, program="train_dit.py", description="Train a class-conditional denoiser.")
-        try:
-            train(config)
-        except DivergedError as error:
-            sys.exit(f"error: {error}")
-        except Interrupted as stopped:
-            print(stopped, file=sys.stderr)
-            sys.exit(cli.INTERRUPTED)
-
+from gspn_jax.train import main
 
 if __name__ == "__main__":
-    main()
+    main(program="train_dit.py")

@@ -9,6 +9,7 @@ from gspn_jax import cli
 PER_CLASS = 100
 
 
+@cli.user_errors()
 def main() -> None:
     start = time.perf_counter()
     cli.setup()

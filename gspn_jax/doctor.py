@@ -48,6 +48,7 @@ class Finding(NamedTuple):
 Findings = Iterator[Finding]
 
 
+@cli.user_errors()
 def main(argv: list[str] | None = None) -> None:
     cli.setup()
     from gspn_jax.data import DataError

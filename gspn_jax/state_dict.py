@@ -7,6 +7,8 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from gspn_jax import extras
+
 _WRAPPERS = ("ema", "model")
 """Keys under which training checkpoints keep the state_dict; the first one found is taken."""
 
@@ -37,12 +39,9 @@ def read_state_dict(path: str | pathlib.Path) -> dict[str, np.ndarray]:
 
 
 def _read_torch(path: pathlib.Path) -> dict[str, np.ndarray]:
-    try:
-        import torch
-    except ImportError as error:
-        raise ImportError(
-            f"reading {path.name} needs PyTorch (pip install torch); a .safetensors file does not need it"
-        ) from error
+    extras.require("torch", "torch", by=f"reading {path.name} (a .safetensors file is read without)")
+    import torch
+
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):  # the original's checkpoints carry their args
             content = torch.load(path, map_location="cpu", weights_only=True)

@@ -176,7 +176,7 @@ MISTAKES = [
     (train("--train.stepz", "3"), "Unrecognized options: --train.stepz"),
     (train("--train.steps", "many"), "invalid literal for int()"),
     (train("--diffusion.objective", "gan"), "gan"),
-    ((train_dit.main, []), "needs --config configs/NAME.py"),
+    ((train_dit.main, []), "needs --config NAME_OR_FILE"),
     (train(config="{}/nothing.py"), "which is no file"),
     (train(config="{}/images"), "which is no file"),
     (train(config="{}/no_config.py"), "must define `config = Config(...)`, found NoneType"),
@@ -218,7 +218,7 @@ MISTAKES = [
     (train(config="{}/no_manifest.py"), "it was never finished"),
     (train(config="{}/no_meta.py"), "meta/metadata is missing"),
     # sampling
-    ((sample.main, []), "sample.py needs --run"),
+    ((sample.main, []), "gspn-sample needs --run"),
     (draw(run="{}/nowhere"), "no checkpoint in {}/nowhere"),
     (draw(run="{}/images"), "no checkpoint in {}/images"),
     (draw(run="{}/flipped"), "must hold a whole checkpoint"),

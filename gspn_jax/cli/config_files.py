@@ -6,19 +6,26 @@ import pathlib
 import sys
 from collections.abc import Sequence
 
+from gspn_jax import extras
 from gspn_jax.config import C, Config, ConfigError
 
+CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
 
-def load_config(path: str | pathlib.Path, cls: type[C] = Config) -> C:
-    """The `config` of class `cls` that a config file defines. Raises ConfigError for a file that is missing or defines
-    none."""
-    path = pathlib.Path(path)
+
+def load_config(name: str | pathlib.Path, cls: type[C] = Config) -> C:
+    """The `config` of class `cls` that a config file defines; a bare name, such as "digits", is that of a file of
+    `gspn_jax/configs`.
+
+    Raises ConfigError for a file that is missing or defines none.
+    """
+    path = pathlib.Path(name)
     if not path.is_file():
-        known = sorted(str(p) for p in pathlib.Path("configs").glob("*.py") if p.name != "__init__.py")
-        raise ConfigError(
-            f"--config must be a config file such as {', '.join(known) or 'configs/digits.py'}, "
-            f"found {str(path)!r}, which is no file"
-        )
+        known = sorted(file.stem for file in CONFIGS.glob("[!_]*.py"))
+        if str(name) not in known:
+            raise ConfigError(
+                f"--config must be a config file or one of {', '.join(known)}, found {str(name)!r}, which is no file"
+            )
+        path = CONFIGS / f"{name}.py"
     spec = importlib.util.spec_from_file_location(f"config_{path.stem}", path)
     if spec is None or spec.loader is None:
         raise ConfigError(f"--config must be a Python file, found {str(path)!r}")
@@ -47,6 +54,7 @@ def load_config(path: str | pathlib.Path, cls: type[C] = Config) -> C:
 
 def parse_config(argv: Sequence[str] | None, *, program: str, description: str, cls: type[C] = Config) -> C:
     """--config FILE, then any field of it by its dotted name. A wrong flag or value exits with code 2 (tyro)."""
+    extras.require("train", "tyro", by=program)
     import tyro  # here, so that training itself needs no command-line package
 
     first = argparse.ArgumentParser(prog=program, description=description, add_help=False, allow_abbrev=False)
@@ -55,11 +63,11 @@ def parse_config(argv: Sequence[str] | None, *, program: str, description: str, 
     if chosen.config is None:
         if "-h" in rest or "--help" in rest:
             print(
-                f"usage: {program} --config configs/NAME.py [--FIELD VALUE ...]\n\n{description}\n\n"
-                f"`{program} --config configs/digits.py --help` lists every field with its value in that file."
+                f"usage: {program} --config NAME_OR_FILE [--FIELD VALUE ...]\n\n{description}\n\n"
+                f"`{program} --config digits --help` lists every field with its value in that config."
             )
             sys.exit(0)
-        raise ConfigError(f"{program} needs --config configs/NAME.py")
+        raise ConfigError(f"{program} needs --config NAME_OR_FILE")
     return tyro.cli(
         cls,
         args=rest,

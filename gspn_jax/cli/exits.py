@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import NoReturn
 
 from gspn_jax.config import ConfigError
+from gspn_jax.extras import MissingExtra
 
 USAGE_ERROR = 2
 """Exit code for input that cannot be used."""
@@ -20,11 +21,11 @@ LOST = (
 
 @contextlib.contextmanager
 def user_errors(*kinds: type[Exception]) -> Iterator[None]:
-    """Turns ConfigError, OSError and the given kinds into one line on stderr and exit code 2, and the loss of another
-    host into one with code 75."""
+    """Turns ConfigError, OSError, MissingExtra and the given kinds into one line on stderr and exit code 2, and the
+    loss of another host into one with code 75. A decorator, too."""
     try:
         yield
-    except (ConfigError, OSError, *kinds) as error:
+    except (ConfigError, OSError, MissingExtra, *kinds) as error:
         text = f"{error.strerror}: {error.filename}" if isinstance(error, OSError) and error.filename else str(error)
         print(f"error: {text}", file=sys.stderr)
         _leave(USAGE_ERROR)

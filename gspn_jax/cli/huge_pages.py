@@ -17,6 +17,7 @@ TUNABLE = "glibc.malloc.hugetlb"
 OLDEST_GLIBC = (2, 35)
 SETTING = pathlib.Path("/sys/kernel/mm/transparent_hugepage/enabled")
 ACCELERATORS = ("/dev/nvidiactl", "/dev/kfd", "/dev/accel0", "/dev/vfio")
+COMMANDS = ("gspn-train", "gspn-sample")
 PACKAGE = pathlib.Path(__file__).resolve().parents[1]
 
 
@@ -52,11 +53,12 @@ def tunables(
 
 
 def _is_ours(script: str | None) -> bool:
-    """Whether a file is an entry script, a benchmark or a module of the package."""
-    folder = pathlib.Path(script).resolve().parent if script else None
-    return folder is not None and (
-        folder in (PACKAGE.parent, PACKAGE.parent / "benchmarks") or folder.is_relative_to(PACKAGE)
-    )
+    """Whether a file is an entry script, a benchmark, a module of the package or an installed command."""
+    if script is None:
+        return False
+    path = pathlib.Path(script).resolve()
+    ours = path.parent in (PACKAGE.parent, PACKAGE.parent / "benchmarks") or path.is_relative_to(PACKAGE)
+    return ours or path.name in COMMANDS
 
 
 def _glibc() -> tuple[int, ...]:

@@ -11,13 +11,15 @@ one checkpoint as model.safetensors, with a model card in README.md. Nothing tha
 
 import sys
 
-from gspn_jax import cli
+from gspn_jax import cli, extras
 from gspn_jax.config import ConfigError
 
 COMMANDS = ("import", "export")
 
 
+@cli.user_errors()
 def main(argv: list[str] | None = None) -> None:
+    extras.require("train", "tyro", by="python -m gspn_jax.convert")
     import tyro
 
     cli.setup()

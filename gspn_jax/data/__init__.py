@@ -6,6 +6,8 @@ The names below are imported when first used, so that what needs no Grain does w
 import importlib
 from typing import TYPE_CHECKING
 
+from gspn_jax import extras
+
 if TYPE_CHECKING:
     from gspn_jax.data.decoding import DataError
     from gspn_jax.data.loader import Loader, make_loader
@@ -14,6 +16,8 @@ if TYPE_CHECKING:
     from gspn_jax.data.sources import make_source
 
 __all__ = ["DataError", "DevicePrefetcher", "Loader", "Source", "make_loader", "make_source", "prefetch_to_device"]
+
+extras.require("train", "PIL", "tqdm", by=__name__)
 
 _MODULES = {
     "DataError": "decoding",

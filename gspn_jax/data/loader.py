@@ -10,6 +10,7 @@ from typing import Protocol, Self
 import numpy as np
 from jaxtyping import Float32, Int32, UInt8
 
+from gspn_jax import extras
 from gspn_jax.config import ConfigError, DataConfig
 from gspn_jax.data.memory import MemoryLoader, MemorySource
 from gspn_jax.data.source import Source
@@ -75,6 +76,7 @@ def make_loader(
     if config.in_memory:
         source = source if isinstance(source, MemorySource) else MemorySource(source, config)
         return MemoryLoader(source, flip=config.flip, **place)
+    extras.require("train", "grain", by="reading images while training (all but data.in_memory)")
     from gspn_jax.data.grain_loader import GrainLoader  # the only one that needs Grain
 
     return GrainLoader(config, source, **place)

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import NamedTuple
 
+from gspn_jax import extras
 from gspn_jax.config import ConfigError, DataConfig
 from gspn_jax.data.memory import MemorySource
 from gspn_jax.data.source import Source, shorten
@@ -16,6 +17,7 @@ class Kind(NamedTuple):
 
 
 def _digits(config: DataConfig) -> Source:
+    extras.require("train", "sklearn", by="data.source digits")
     from gspn_jax.data.digits import DigitsSource
 
     return DigitsSource(config.image_size, config.channels)
@@ -28,12 +30,14 @@ def _folder(config: DataConfig) -> Source:
 
 
 def _latents(config: DataConfig) -> Source:
+    extras.require("train", "array_record", "grain", "scipy", by="data.source latents")
     from gspn_jax.data.latents import LatentSource
 
     return LatentSource(config)
 
 
 def _tfds(config: DataConfig) -> Source:
+    extras.require("train", "tensorflow_datasets", by="data.source tfds")
     from gspn_jax.data.tfds_source import TfdsSource
 
     return TfdsSource(config.name, config.path, config.split, config.image_size, config.channels)

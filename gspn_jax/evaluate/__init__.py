@@ -17,7 +17,7 @@ import dataclasses
 import sys
 from typing import Literal
 
-from gspn_jax import cli
+from gspn_jax import cli, extras
 from gspn_jax.config import ConfigError
 
 PROGRAM = "python -m gspn_jax.evaluate"
@@ -53,7 +53,9 @@ class Plot:
     """The picture (.png, .svg or .pdf); one that exists is not overwritten."""
 
 
+@cli.user_errors()
 def main(argv: list[str] | None = None) -> None:
+    extras.require("eval", "tyro", by=PROGRAM)
     import tyro
 
     argv = sys.argv[1:] if argv is None else list(argv)

@@ -9,6 +9,7 @@ import pathlib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
+from gspn_jax import extras
 from gspn_jax.config import ConfigError
 from gspn_jax.diffusion.samplers import sampler_name
 from gspn_jax.evaluate.report import NAMES
@@ -31,7 +32,8 @@ class Point(NamedTuple):
 def draw(paths: Sequence[str | pathlib.Path], against: Against, output: str | pathlib.Path) -> str:
     """Draws what is found at `paths`: run directories, or files that an evaluation wrote. Returns a line that says so.
 
-    Raises ConfigError for an output that exists or is of another kind, without points, and without matplotlib.
+    Raises ConfigError for an output that exists or is of another kind, and without points; MissingExtra without
+    matplotlib.
     """
     output = pathlib.Path(output)
     if output.suffix not in _FORMATS or not output.parent.is_dir() or output.exists():
@@ -121,10 +123,8 @@ def _point(result: Mapping[str, Any], against: Against) -> Point:
 
 
 def _draw(points: Sequence[Point], against: Against, output: pathlib.Path) -> str:
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ConfigError("drawing needs matplotlib (pip install matplotlib), found none") from error
+    extras.require("plot", "matplotlib", by="drawing")
+    from matplotlib.figure import Figure
 
     names = [name for name in _DRAWN[against] if any(name in point.metrics for point in points)]
     lines: dict[str, list[Point]] = collections.defaultdict(list)

@@ -4,9 +4,8 @@ import dataclasses
 
 import numpy as np
 from jaxtyping import Float, Int, UInt8
-from sklearn.model_selection import train_test_split
-from sklearn.neural_network import MLPClassifier
 
+from gspn_jax import extras
 from gspn_jax.metrics.frechet import frechet_distance, moments
 
 EPOCHS = 60
@@ -29,6 +28,10 @@ class DigitsJudge:
     """Trained once on four fifths of the real digits; the same each time (about two seconds)."""
 
     def __init__(self, images: UInt8[np.ndarray, "N 8 8 1"], labels: Int[np.ndarray, " N"]):
+        extras.require("eval", "sklearn", by="the judge of digits")
+        from sklearn.model_selection import train_test_split
+        from sklearn.neural_network import MLPClassifier
+
         self._images, self._labels = images, labels
         train_x, test_x, train_y, test_y = train_test_split(
             self._pixels(images), labels, test_size=0.2, random_state=0, stratify=labels

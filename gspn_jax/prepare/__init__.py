@@ -15,13 +15,15 @@ of hosts. `inception` makes of the weights that pytorch-fid publishes a file tha
 import os
 import sys
 
-from gspn_jax import cli
+from gspn_jax import cli, extras
 from gspn_jax.config import ConfigError
 
 COMMANDS = ("latents", "stats", "inception")
 
 
+@cli.user_errors()
 def main(argv: list[str] | None = None) -> None:
+    extras.require("train", "tyro", by="python -m gspn_jax.prepare")
     import tyro
 
     cli.setup()

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Int32
 
+from gspn_jax import extras
 from gspn_jax.config import ConfigError
 from gspn_jax.tensor_files import read_json
 
@@ -45,6 +46,7 @@ class Tokenizer:
         pad: str = END,
         length: int = LENGTH,
     ):
+        extras.require("text", "tokenizers", by="CLIP's tokenizer")
         import tokenizers
         from tokenizers import AddedToken, Regex, normalizers, pre_tokenizers
 

@@ -103,7 +103,7 @@ def test_a_config_file_that_cannot_be_used_is_named(text, said, tmp_path, capsys
 def test_no_config_at_all_says_what_is_needed(capsys):
     with pytest.raises(SystemExit) as stopped:
         train_dit.main([])
-    assert stopped.value.code == 2 and "needs --config configs/NAME.py" in capsys.readouterr().err
+    assert stopped.value.code == 2 and "needs --config NAME_OR_FILE" in capsys.readouterr().err
 
 
 def test_compiled_programs_are_kept_on_the_disk_by_default(tmp_path, monkeypatch):

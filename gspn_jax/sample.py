@@ -1,0 +1,213 @@
+"""Samples a checkpoint (in a checkout: python sample.py in place of gspn-sample).
+
+gspn-sample --run runs/digits --classes 0 1 2                         a labelled grid, RUN/grid_0.png
+gspn-sample --run runs/digits --num-samples 50000 --output s.npz      an .npz of the ADM layout; resumable
+gspn-sample --run runs/gspn_xl_2 --vae VAE.safetensors                a run on latents, decoded to images
+gspn-sample --run runs/digits --help                                  every flag with its value
+"""
+
+import argparse
+import dataclasses
+import itertools
+import pathlib
+import sys
+from typing import Literal
+
+from gspn_jax import cli, extras
+from gspn_jax.config import Config, ConfigError, MeshConfig, SamplerConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Arguments:
+    """What to draw from a run."""
+
+    run: str
+    """The run directory that train_dit.py wrote."""
+    step: int | None = None
+    """The checkpoint; the latest by default."""
+    ema: float | None = None
+    """The EMA decay to sample from: the first of the run by default; 0 is the parameters themselves."""
+    output: str | None = None
+    """Where to write; in the run directory by default: grid_0.png, grid_1.png, ... or samples.npz for --num-samples.
+    A file that exists is never overwritten."""
+    classes: tuple[str, ...] = ()
+    """Classes of the grid by number or name; the first ten by default."""
+    per_class: int = 8
+    """Images of each class in the grid."""
+    num_samples: int = 0
+    """Draw this many images into an .npz instead of a grid."""
+    labels: Literal["random", "balanced"] = "random"
+    """Labels of --num-samples: uniform at random, as published numbers use, or equally many of each in turn."""
+    seed: int = 0
+    """Image i is drawn from seed + i."""
+    batch_size: int = 64
+    """Images at a time, over all devices."""
+    image_size: tuple[int, int] | None = None
+    """Height and width, of the latents where those were trained on; the size trained on by default."""
+    vae: str | None = None
+    """Weights of the autoencoder (.safetensors or .bin) that decodes what a run on latents draws; without it a grid
+    shows the first three latent channels."""
+    sampler: SamplerConfig = SamplerConfig()
+    mesh: MeshConfig = MeshConfig()
+
+    def __post_init__(self) -> None:
+        for name, least in (("per_class", 1), ("num_samples", 0), ("seed", 0), ("batch_size", 1)):
+            if getattr(self, name) < least:
+                raise ConfigError(f"--{name.replace('_', '-')} must be {least} or more, found {getattr(self, name)}")
+        wanted = ".npz" if self.num_samples else ".png"
+        if self.output and pathlib.Path(self.output).suffix != wanted:
+            raise ConfigError(f"--output must end in {wanted}, found {self.output!r}")
+
+    @property
+    def path(self) -> pathlib.Path:
+        """`output`, or the file it stands for: the first grid_N.png that is free."""
+        if self.output:
+            return pathlib.Path(self.output)
+        folder = pathlib.Path(self.run)
+        if self.num_samples:
+            return folder / "samples.npz"
+        return next(path for i in itertools.count() if not (path := folder / f"grid_{i}.png").exists())
+
+
+@cli.user_errors()
+def main(argv: list[str] | None = None, *, program: str = "gspn-sample") -> None:
+    cli.setup()
+    from gspn_jax.data import DataError
+    from gspn_jax.runs.checkpoints import CheckpointError
+    from gspn_jax.state_dict import WeightsError
+
+    with cli.user_errors(DataError, CheckpointError, WeightsError, ImportError):
+        argv = cli.join_other_hosts(argv)
+        run(*_parse(argv, program))
+
+
+def _parse(argv: list[str] | None, program: str) -> tuple[Arguments, Config, int]:
+    """The flags (defaults from the checkpoint's config), that config, and the step."""
+    extras.require("train", "tyro", by=program)
+    import tyro
+
+    from gspn_jax.runs import checkpoints
+
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--run")
+    first.add_argument("--step", type=int)
+    chosen, rest = first.parse_known_args(argv)
+    if chosen.run is None:
+        if "-h" in rest or "--help" in rest:
+            print(__doc__)
+            sys.exit(0)
+        raise ConfigError(f"{program} needs --run RUN_DIRECTORY")
+    step, config = checkpoints.read_config(chosen.run, chosen.step)
+    default = Arguments(run=chosen.run, step=step, sampler=config.sampler)
+    arguments = tyro.cli(Arguments, args=rest, default=default, prog=f"{program} --run {chosen.run}")
+    return arguments, dataclasses.replace(config, sampler=arguments.sampler), step
+
+
+def run(arguments: Arguments, config: Config, step: int) -> pathlib.Path:
+    """Draws what `arguments` ask for from the checkpoint of `step`; returns the file written."""
+    import jax
+    import numpy as np
+
+    from gspn_jax.files import sha256_of
+    from gspn_jax.parallel import sharding
+    from gspn_jax.runs import checkpoints
+    from gspn_jax.sampling.decoding import load_autoencoder
+    from gspn_jax.sampling.drawing import Drawing, draw_labels
+    from gspn_jax.sampling.files import write_npz
+    from gspn_jax.sampling.grid import grid
+
+    path = arguments.path
+    if not path.parent.is_dir():
+        raise ConfigError(f"--output must lie in a folder that exists, found {str(path)!r}")
+    if path.exists():
+        raise ConfigError(f"{path} exists already: choose another --output, or delete it")
+    names = checkpoints.read_meta(arguments.run, step)[1]["class_names"]
+    if arguments.num_samples:
+        labels = draw_labels(arguments.labels, arguments.num_samples, config.data.num_classes, arguments.seed)
+    else:
+        labels = np.repeat(
+            [_class(name, names) for name in arguments.classes] or range(min(10, len(names))), arguments.per_class
+        )
+    if arguments.num_samples and config.data.latents and not arguments.vae:
+        raise ConfigError("--num-samples of a run on latents needs --vae to decode them")
+    vae = load_autoencoder(arguments.vae, config, arguments.image_size)
+    seeds = arguments.seed + np.arange(len(labels))
+    with Drawing(
+        arguments.run,
+        step,
+        config,
+        sharding.make_mesh(arguments.mesh),
+        total=len(labels),
+        batch_size=min(arguments.batch_size, len(labels)),
+        ema=arguments.ema,
+        image_size=arguments.image_size,
+        vae=vae,
+    ) as drawing:
+        made = drawing.settings()  # every host has a part in it
+        if jax.process_index() > 0:
+            _follow(drawing, labels, seeds)
+            return path
+        draw = _led(drawing, seeds[0])
+        if arguments.num_samples:
+            settings = made | {
+                "labels": arguments.labels,
+                "seed": arguments.seed,
+                "vae_sha256": sha256_of(arguments.vae) if vae else None,
+            }
+            write_npz(
+                path,
+                draw,
+                labels,
+                seeds,
+                shape=drawing.shape,
+                batch_size=drawing.batch_size,
+                settings=settings,
+                done=drawing.done,
+            )
+        else:
+            images = []
+            for start in range(0, len(labels), drawing.batch_size):
+                batch = slice(start, start + drawing.batch_size)
+                images.append(draw(labels[batch], seeds[batch]))
+                drawing.done(start + len(images[-1]))
+            grid(np.concatenate(images), [names[label] for label in labels], columns=arguments.per_class).save(path)
+        draw(None, None)
+    print(f"{len(labels)} images of step {step} in {path}")
+    return path
+
+
+def _led(drawing, first_seed: int):
+    """`drawing` on the first host, which writes: it tells the others what is drawn, None that all is."""
+    from gspn_jax.parallel.agreement import agree
+
+    def draw(labels, seeds):
+        agree(_DONE if seeds is None else int(seeds[0] - first_seed))
+        return None if seeds is None else drawing(labels, seeds)
+
+    return draw
+
+
+def _follow(drawing, labels, seeds) -> None:
+    """What the other hosts do: they draw their part of what the first one asks for."""
+    from gspn_jax.parallel.agreement import agree
+
+    while (start := agree(0)) != _DONE:
+        batch = slice(start, start + drawing.batch_size)
+        drawing(labels[batch], seeds[batch])
+
+
+_DONE = -1
+
+
+def _class(name: str, names: list[str]) -> int:
+    """The number of a class given by number or name."""
+    if name.isdigit() and int(name) < len(names):
+        return int(name)
+    if name in names:
+        return names.index(name)
+    shown = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
+    raise ConfigError(f"--classes must be numbers in 0..{len(names) - 1} or names ({shown}), found {name!r}")
+
+
+if __name__ == "__main__":
+    main()
