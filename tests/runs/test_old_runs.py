@@ -22,9 +22,9 @@ from gspn_jax.runs.checkpoints import CheckpointError
 from gspn_jax.runs.saving import Checkpoints
 from gspn_jax.training.state import abstract_state
 from gspn_jax.training.train import train
-from tests.runs.test_checkpoints import NAMES, save
+from tests.runs.saved import NAMES, save
 from tests.training import tiny
-from tests.training.test_evaluation import SmallExtractor
+from tests.training.small_extractor import SmallExtractor
 
 OLD_RUN = pathlib.Path(__file__).parent / "old_run"
 """Three steps of a run, written by commit cea9c11, whose configs had no version (tests/record_bits.py)."""
