@@ -13,33 +13,8 @@ Hardware, time and result: not yet run. DiT's own (arXiv 2212.09748, table 3), a
 guidance: FID-50K 12.03, IS 105.25.
 """
 
-from gspn_jax.config import (
-    Config,
-    DataConfig,
-    DiffusionConfig,
-    ModelConfig,
-    OptimizerConfig,
-    SamplerConfig,
-    TrainConfig,
-)
+from gspn_jax.config import ModelConfig
+from gspn_jax.configs._imagenet import DIT_OPTIMIZER, recipe
 
-config = Config(
-    run_dir="runs/dit_xl_2_512",
-    model=ModelConfig(preset="DiT-XL/2", drop_path=0.0, remat="dots"),
-    data=DataConfig(
-        source="latents", path="data/imagenet512_latents", image_size=64, channels=4, num_classes=1000, flip=True
-    ),
-    diffusion=DiffusionConfig(objective="ddpm", label_dropout=0.1),
-    sampler=SamplerConfig(name="ddpm", steps=250),
-    optimizer=OptimizerConfig(learning_rate=1e-4, final_learning_rate=1e-4),
-    train=TrainConfig(
-        steps=400_000,
-        batch_size=256,
-        precision="params=float32,compute=bfloat16",
-        ema_decays=(0.9999,),
-        log_every=100,
-        sample_every=10_000,
-        save_every=5_000,
-        keep_every=50_000,
-    ),
-)
+model = ModelConfig(preset="DiT-XL/2", drop_path=0.0, remat="dots")
+config = recipe("dit_xl_2_512", model, DIT_OPTIMIZER, pixels=512)

@@ -11,33 +11,8 @@ Hardware, time and result: not yet run. Expected at 400,000 steps, without guida
 batch 1024 on 64 A100): FID-50K 28.70, IS 50.12.
 """
 
-from gspn_jax.config import (
-    Config,
-    DataConfig,
-    DiffusionConfig,
-    ModelConfig,
-    OptimizerConfig,
-    SamplerConfig,
-    TrainConfig,
-)
+from gspn_jax.config import ModelConfig
+from gspn_jax.configs._imagenet import GSPN_OPTIMIZER, recipe
 
-config = Config(
-    run_dir="runs/gspn_b_2",
-    model=ModelConfig(preset="GSPN-B/2", drop_path=0.1, remat="none"),
-    data=DataConfig(
-        source="latents", path="data/imagenet256_latents", image_size=32, channels=4, num_classes=1000, flip=True
-    ),
-    diffusion=DiffusionConfig(objective="ddpm", label_dropout=0.1),
-    sampler=SamplerConfig(name="ddpm", steps=250),
-    optimizer=OptimizerConfig(learning_rate=1e-4, final_learning_rate=1e-6, warmup_steps=25_025),
-    train=TrainConfig(
-        steps=400_000,
-        batch_size=256,
-        precision="params=float32,compute=bfloat16",
-        ema_decays=(0.9999,),
-        log_every=100,
-        sample_every=10_000,
-        save_every=5_000,
-        keep_every=50_000,
-    ),
-)
+model = ModelConfig(preset="GSPN-B/2", drop_path=0.1, remat="none")
+config = recipe("gspn_b_2", model, GSPN_OPTIMIZER)

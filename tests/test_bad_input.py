@@ -24,19 +24,10 @@ from gspn_jax.sampling import sampler
 from gspn_jax.training import train as page
 from gspn_jax.training.diffusion import DiffusionTask
 from gspn_jax.training.state import create_state
+from tests.foreign import Foreign
 from tests.training import tiny
 
 DIGITS = str(pathlib.Path(__file__).parents[1] / "configs" / "digits.py")
-
-
-class Foreign:
-    """An object whose unpickling leaves a trace."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return pathlib.Path.touch, (self.path,)
 
 
 @pytest.fixture(scope="module")

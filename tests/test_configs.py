@@ -15,7 +15,7 @@ from gspn_jax.diffusion import samplers
 from gspn_jax.models.mixers import MIXERS
 
 ROOT = pathlib.Path(__file__).parents[1]
-FILES = sorted(path for path in (ROOT / "configs").glob("*.py") if path.name != "__init__.py")
+FILES = sorted((ROOT / "configs").glob("[!_]*.py"))
 PUBLISHED = {
     "gspn_b_2": 137e6,
     "gspn_l_2": 443e6,

@@ -9,7 +9,7 @@ from gspn_jax import doctor
 from gspn_jax.kernels import api
 from gspn_jax.models import attention
 from gspn_jax.runs import checkpoints
-from tests.runs.test_checkpoints import save
+from tests.runs.saved import save
 from tests.training import tiny
 
 TINY = "from tests.training import tiny\nimport dataclasses\nconfig = tiny.config({!r})\n"

@@ -100,3 +100,15 @@ def test_no_modules_import_one_another_in_a_circle(arrows):
 
     for name in sorted(arrows):
         visit(name, ())
+
+
+def test_no_test_module_imports_another():
+    """Shared things stand in modules of their own, so that a test file can be run, moved or deleted alone."""
+    files = (ROOT / "tests").rglob("*.py")
+    modules = {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in files}
+    tests = {name for name in modules if name.rpartition(".")[2].startswith("test_")}
+    found = [f"{name}:{line} imports {other}" for name in modules for line, other in imported(modules[name], tests)]
+    scripts = [
+        f"{name} runs {other}" for name in modules for other in tests if f"from {other} " in modules[name].read_text()
+    ]
+    assert not found + scripts, "\n".join(found + scripts)

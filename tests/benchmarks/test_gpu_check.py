@@ -9,7 +9,7 @@ import tarfile
 import pytest
 
 from tests.benchmarks import scripts
-from tests.training.test_bare_machine import BARE
+from tests.training.bare import BARE
 
 gpu_table = scripts.load("gpu_table")
 

@@ -29,8 +29,8 @@ from gspn_jax.sampling.sampler import Sampler
 from gspn_jax.training.diffusion import DiffusionTask
 from gspn_jax.training.state import create_state
 from tests.autoencoder import numpy_vae
+from tests.foreign import Foreign
 from tests.models.numpy_dit import denoise, random_state_dict
-from tests.test_bad_input import Foreign
 from tests.training import tiny
 
 SIZES = {"hidden": 16, "depth": 2, "patch": 2, "channels": 4, "out_channels": 8, "num_classes": 5, "grid": 2}

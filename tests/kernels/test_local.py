@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from gspn_jax.kernels import compat, devices, local, mosaic_gpu
+from tests.kernels.low_rank_cases import NAMES, arguments, error, value_and_gradients
 from tests.kernels.mosaic import interpreted
-from tests.kernels.test_low_rank import NAMES, arguments, error, value_and_gradients
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from gspn_jax.models.hierarchy import Hierarchy, Stage, map_sizes
 from gspn_jax.models.scan_mixer import GlobalResponseNorm, ScanOptions
 from gspn_jax.parallel import fsdp, sharding
 from tests.models import numpy_classifier
-from tests.models.test_flops import traced_products
+from tests.models.traced import traced_products
 
 CLASSES = 5
 

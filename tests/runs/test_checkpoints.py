@@ -6,31 +6,14 @@ import jax
 import numpy as np
 import pytest
 
-from gspn_jax.config import MeshConfig, ModelConfig
-from gspn_jax.parallel import sharding
+from gspn_jax.config import ModelConfig
 from gspn_jax.runs import checkpoints
 from gspn_jax.runs.checkpoints import CheckpointError
 from gspn_jax.runs.saving import Checkpoints
 from gspn_jax.training.diffusion import DiffusionTask
-from gspn_jax.training.state import abstract_state, create_state
+from gspn_jax.training.state import abstract_state
+from tests.runs.saved import NAMES, mesh_of, save
 from tests.training import tiny
-
-NAMES = [str(i) for i in range(10)]
-
-
-def mesh_of(data=1, fsdp=1, tensor=1):
-    return sharding.make_mesh(MeshConfig(data, fsdp, tensor), jax.devices()[: data * fsdp * tensor])
-
-
-def save(config, *steps, fingerprint="f", mesh=None):
-    """Saves a state whose every number is told apart from every other part's."""
-    state = create_state(DiffusionTask(config), mesh or mesh_of())
-    shifted = {name: jax.tree.map(lambda p, name=name: p + float(name), average) for name, average in state.ema.items()}
-    state = dataclasses.replace(state, ema=shifted, opt_state=jax.tree.map(lambda a: a + 7, state.opt_state))
-    with Checkpoints(config, fingerprint, NAMES) as saver:
-        for step in steps:
-            saver.save(step, state)
-    return state
 
 
 def assert_equal(a, b):

@@ -22,9 +22,9 @@ from gspn_jax.runs.saving import Checkpoints
 from gspn_jax.training.diffusion import DiffusionTask
 from gspn_jax.training.state import abstract_state
 from gspn_jax.training.train import train
-from tests.runs.test_checkpoints import NAMES, save
+from tests.runs.saved import NAMES, save
 from tests.training import tiny
-from tests.training.test_evaluation import SmallExtractor
+from tests.training.small_extractor import SmallExtractor
 
 VERSION = Config.VERSION
 OLD_RUN = pathlib.Path(__file__).parent / "old_run"

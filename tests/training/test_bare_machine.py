@@ -13,32 +13,8 @@ from PIL import Image
 from gspn_jax.config import DataConfig
 from gspn_jax.training.train import train
 from tests.training import tiny
+from tests.training.bare import BARE
 from tests.training.processes import ROOT, everything
-
-ABSENT = (
-    "grain",
-    "array_record",
-    "tensorflow_datasets",
-    "tyro",
-    "tensorboardX",
-    "sklearn",
-    "safetensors",
-    "torch",
-    "matplotlib",
-    "pytest",
-)
-"""What a bare machine may lack."""
-
-BARE = f"""
-import sys
-
-class Absent:
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in {ABSENT}:
-            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
-
-sys.meta_path.insert(0, Absent())
-"""
 
 SCRIPT = (
     BARE

@@ -18,15 +18,14 @@ from safetensors.numpy import save_file
 from gspn_jax import prepare
 from gspn_jax.config import ConfigError, DataConfig, EvalConfig, MeshConfig
 from gspn_jax.data.latents import write_synthetic
-from gspn_jax.metrics import extractor, inception, reference
+from gspn_jax.metrics import inception
 from gspn_jax.metrics.frechet import Gaussian
-from gspn_jax.metrics.inception import Features
 from gspn_jax.metrics.reference import METRICS, Reference
 from gspn_jax.parallel import sharding
 from gspn_jax.runs import averages, checkpoints
 from gspn_jax.runs.evaluations import Evaluations, Record
 from gspn_jax.sampling.sampler import Sampler
-from gspn_jax.training import evaluation, throughput
+from gspn_jax.training import throughput
 from gspn_jax.training import train as page
 from gspn_jax.training.diffusion import DiffusionTask
 from gspn_jax.training.evaluation import SampleEvaluation
@@ -36,27 +35,7 @@ from gspn_jax.training.train import train
 from tests.autoencoder import numpy_vae
 from tests.real_images import archive
 from tests.training import tiny
-
-SIDE = 8
-SIZES = {"pool": 12, "spatial": 6}
-
-
-class SmallExtractor(extractor.Extractor):
-    """In place of Inception, whose compilation takes longest: random projections of the pixels."""
-
-    def __init__(self, params, **settings):
-        super().__init__({}, **settings)
-        random = np.random.default_rng(0)
-        project = [random.standard_normal((3 * SIDE**2, size)).astype(np.float32) for size in (*SIZES.values(), 8)]
-        self._resize = lambda images: images
-        self._network = jax.jit(
-            lambda params, images: Features(*(images.reshape(len(images), -1) / 255.0 @ p for p in project))
-        )
-
-
-def use_small_extractor(patch):
-    patch.setattr(evaluation, "Extractor", SmallExtractor)
-    patch.setattr(reference, "_SIZES", SIZES)
+from tests.training.small_extractor import SIDE, SIZES, SmallExtractor, use_small_extractor
 
 
 @pytest.fixture

@@ -13,48 +13,21 @@ import subprocess
 import sys
 import time
 
-import jax
-import numpy as np
 import pytest
 
-from gspn_jax.config import MeshConfig
-from gspn_jax.parallel import sharding
 from gspn_jax.runs import checkpoints, manifest
 from gspn_jax.runs.checkpoints import CheckpointError
 from gspn_jax.runs.saving import Checkpoints
 from gspn_jax.training.diffusion import DiffusionTask
-from gspn_jax.training.state import abstract_state, create_state
+from gspn_jax.training.state import abstract_state
 from tests.quick_compile import QUICK_COMPILE
 from tests.training import tiny
+from tests.training.fault_states import NAMES, assert_is_state_of, one_device, restore, state_of
 
 ROOT = pathlib.Path(__file__).parents[2]
 TABLE = ROOT / "docs" / "faults.md"
-NAMES = [str(i) for i in range(10)]
 STEPS = (10, 20)
 ITEMS = ("params", "opt_state", "ema_0.9", "ema_0.99", "meta")
-
-
-def one_device():
-    return sharding.make_mesh(MeshConfig(), jax.devices()[:1])
-
-
-def state_of(config, step):
-    """A state that is told apart from that of any other step."""
-    return jax.tree.map(lambda a: a + a.dtype.type(step), create_state(DiffusionTask(config), one_device()))
-
-
-def restore(run_dir):
-    """(step, parameters) as a run that goes on gets them."""
-    config = tiny.config(run_dir)
-    with Checkpoints(config, "f", NAMES) as restorer:
-        found = restorer.restore(abstract_state(DiffusionTask(config), one_device()))
-    return found and (found[0], jax.device_get(found[1].params))
-
-
-def assert_is_state_of(found, step):
-    config = tiny.config()
-    assert found[0] == step
-    jax.tree.map(np.testing.assert_array_equal, found[1], jax.device_get(state_of(config, step).params))
 
 
 @pytest.fixture(scope="module")
@@ -204,7 +177,11 @@ if os.geteuid() == 0 and "OBEYS" not in os.environ:  # root writes everywhere un
     os.execve(sys.executable, sys.orig_argv, os.environ | {"OBEYS": "1"})
 from gspn_jax import cli
 cli.setup()
-from tests.training.test_faults import *
+from gspn_jax.runs import checkpoints
+from gspn_jax.runs.checkpoints import CheckpointError
+from gspn_jax.runs.saving import Checkpoints
+from tests.training import tiny
+from tests.training.fault_states import NAMES, state_of
 run_dir = pathlib.Path(sys.argv[1])
 config = tiny.config(run_dir)
 state = state_of(config, 30)
@@ -269,10 +246,16 @@ def test_a_disk_that_cannot_be_written_stops_the_run_with_a_sentence(run_dir):
 
 
 FILLED = """
-import itertools, shutil, sys
+import pathlib, shutil, sys
+import jax
 from gspn_jax import cli
 cli.setup()
-from tests.training.test_faults import *
+from gspn_jax.runs import checkpoints
+from gspn_jax.runs.checkpoints import CheckpointError
+from gspn_jax.runs.saving import Checkpoints
+from gspn_jax.training.state import abstract_state
+from tests.training import tiny
+from tests.training.fault_states import NAMES, assert_is_state_of, one_device, state_of
 run_dir = pathlib.Path(sys.argv[1])
 config = tiny.config(run_dir, keep_every=1)
 
@@ -328,8 +311,13 @@ def test_a_file_system_that_is_really_full_costs_the_save(tmp_path):
 
 
 SAVE_FOR_EVER = """
-import sys, itertools
-from tests.training.test_faults import *
+import itertools, sys
+import jax
+from gspn_jax.runs.saving import Checkpoints
+from gspn_jax.training.diffusion import DiffusionTask
+from gspn_jax.training.state import abstract_state, create_state
+from tests.training import tiny
+from tests.training.fault_states import NAMES, one_device
 config = tiny.config(sys.argv[1])
 state = create_state(DiffusionTask(config), one_device())
 with Checkpoints(config, "f", NAMES) as saver:

@@ -20,7 +20,7 @@ from gspn_jax.training.state import create_state
 from gspn_jax.training.step import make_step
 from gspn_jax.training.train import train
 from tests.training import tiny
-from tests.training.test_step import batches
+from tests.training.tiny import batches
 
 LOOKING = GuardConfig(spike_factor=6, spike_steps=3, spike_window=40, max_rollbacks=1)
 

@@ -18,6 +18,7 @@ from gspn_jax.training.optimizer import learning_rate, make_optimizer
 from gspn_jax.training.state import create_state
 from gspn_jax.training.step import make_gradient, make_loss, make_step
 from tests.training import tiny
+from tests.training.tiny import batches
 
 WIDTH = 36
 """A multiple of 4 and not of 8: with mesh.fsdp = 8 weights are padded."""
@@ -41,13 +42,6 @@ OTHER_MESHES = [
     (2, 1, 4),
     (1, 2, 4),
 ]
-
-
-def batches(config, count):
-    rng = np.random.default_rng(1)
-    shape = (config.train.batch_size, config.data.image_size, config.data.image_size, config.data.channels)
-    for _ in range(count):
-        yield {"image": rng.integers(0, 256, shape, np.uint8), "label": rng.integers(0, 10, shape[0], np.int32)}
 
 
 def run(config, mesh_shape, steps=20):

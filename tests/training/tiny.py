@@ -1,6 +1,9 @@
 """A run small enough to compile and train in seconds."""
 
 import dataclasses
+from collections.abc import Iterator
+
+import numpy as np
 
 from gspn_jax.config import (
     Config,
@@ -37,3 +40,11 @@ def config(run_dir="unused", *, gspn=False, mesh=None, **train) -> Config:
         train=TrainConfig(**settings),
     )
     return dataclasses.replace(built, mesh=mesh) if mesh else built
+
+
+def batches(config: Config, count: int) -> Iterator[dict[str, np.ndarray]]:
+    """Random images with random labels."""
+    rng = np.random.default_rng(1)
+    shape = (config.train.batch_size, config.data.image_size, config.data.image_size, config.data.channels)
+    for _ in range(count):
+        yield {"image": rng.integers(0, 256, shape, np.uint8), "label": rng.integers(0, 10, shape[0], np.int32)}
