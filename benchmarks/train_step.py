@@ -201,14 +201,15 @@ def measure_sampling(config: Config, mesh: jax.sharding.Mesh, timing: Timing) ->
         start = time.perf_counter()
         draw = lowered.compile()
         compiled = time.perf_counter() - start
-        labels, seeds = jax.device_put(
+        labels, numbers = jax.device_put(
             (np.arange(count, dtype=np.int32) % CLASSES, np.arange(count, dtype=np.uint32)),
             sharding.batch_sharding(mesh),
         )
+        seed = jax.device_put(np.zeros(2, np.uint32), sharding.replicated(mesh))
         params = create_state(DiffusionTask(config), mesh).params
-        elapsed = seconds(lambda: jax.block_until_ready(draw(params, labels, seeds)), timing.repeats)
+        elapsed = seconds(lambda: jax.block_until_ready(draw(params, labels, numbers, seed)), timing.repeats)
         print(f"{config.model.preset}: {1e3 * elapsed / sampler.evaluations:.2f} ms an evaluation", flush=True)
-        traced = {"sampler_kernels": kernel_times(lambda: draw(params, labels, seeds))} if timing.trace else {}
+        traced = {"sampler_kernels": kernel_times(lambda: draw(params, labels, numbers, seed))} if timing.trace else {}
     return traced | {
         "sampler_compile_seconds": compiled,
         "sampler_evaluations": sampler.evaluations,

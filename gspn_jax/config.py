@@ -263,7 +263,7 @@ class TrainConfig:
             f"a multiple of train.accumulate ({self.accumulate})",
             self.batch_size,
         )
-        _check(self.seed >= 0, "train.seed", "0 or more", self.seed)
+        _check(0 <= self.seed < 2**32, "train.seed", "0 or more and below 2**32", self.seed)
         _check(self.sample_every >= 0, "train.sample_every", "0 or more", self.sample_every)
         _check(self.keep_every >= 0, "train.keep_every", "0 or more", self.keep_every)
         _check(len(self.ema_decays) > 0, "train.ema_decays", "at least one decay", self.ema_decays)
@@ -306,7 +306,7 @@ class EvalConfig:
     labels: Literal["random", "balanced"] = "random"
     """Uniform at random, as published numbers use, or equally many of each class."""
     seed: int = 0
-    """Sample i is drawn from seed + i, at each evaluation."""
+    """The noise of sample i comes from the seed and i, at each evaluation the same."""
 
     def __post_init__(self) -> None:
         _check(self.every >= 0, "eval.every", "0 or more", self.every)
@@ -328,7 +328,7 @@ class EvalConfig:
         )
         _check(self.steps is None or self.steps > 0, "eval.steps", "greater than 0, or None", self.steps)
         _one_of("eval.labels", self.labels, ("random", "balanced"))
-        _check(self.seed >= 0, "eval.seed", "0 or more", self.seed)
+        _check(0 <= self.seed < 2**64, "eval.seed", "0 or more and below 2**64", self.seed)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,6 +7,7 @@ gspn-sample --run runs/digits --help                                  every flag
 """
 
 import argparse
+import contextlib
 import dataclasses
 import itertools
 import pathlib
@@ -39,7 +40,7 @@ class Arguments:
     labels: Literal["random", "balanced"] = "random"
     """Labels of --num-samples: uniform at random, as published numbers use, or equally many of each in turn."""
     seed: int = 0
-    """Image i is drawn from seed + i."""
+    """Of the set, up to 2**64-1: the noise of image i comes from the seed and i, so that two seeds share none."""
     batch_size: int = 64
     """Images at a time, over all devices."""
     image_size: tuple[int, int] | None = None
@@ -51,22 +52,29 @@ class Arguments:
     mesh: MeshConfig = MeshConfig()
 
     def __post_init__(self) -> None:
-        for name, least in (("per_class", 1), ("num_samples", 0), ("seed", 0), ("batch_size", 1)):
+        from gspn_jax.sampling import seeds
+
+        for name, least in (("per_class", 1), ("num_samples", 0), ("batch_size", 1)):
             if getattr(self, name) < least:
                 raise ConfigError(f"--{name.replace('_', '-')} must be {least} or more, found {getattr(self, name)}")
+        seeds.check(self.seed)
         wanted = ".npz" if self.num_samples else ".png"
         if self.output and pathlib.Path(self.output).suffix != wanted:
             raise ConfigError(f"--output must end in {wanted}, found {self.output!r}")
 
-    @property
-    def path(self) -> pathlib.Path:
-        """`output`, or the file it stands for: the first grid_N.png that is free."""
-        if self.output:
-            return pathlib.Path(self.output)
+    @contextlib.contextmanager
+    def claimed(self):
+        """The file to write, which no other process writes until the block ends: `output`, or what it stands for."""
+        from gspn_jax.files import claim_free, claim_new
+
         folder = pathlib.Path(self.run)
-        if self.num_samples:
-            return folder / "samples.npz"
-        return next(path for i in itertools.count() if not (path := folder / f"grid_{i}.png").exists())
+        if self.output or self.num_samples:
+            path = pathlib.Path(self.output) if self.output else folder / "samples.npz"
+            with claim_new(path):
+                yield path
+        else:
+            with claim_free(folder / f"grid_{i}.png" for i in itertools.count()) as path:
+                yield path
 
 
 @cli.user_errors()
@@ -103,24 +111,14 @@ def _parse(argv: list[str] | None, program: str) -> tuple[Arguments, Config, int
     return arguments, dataclasses.replace(config, sampler=arguments.sampler), step
 
 
-def run(arguments: Arguments, config: Config, step: int) -> pathlib.Path:
-    """Draws what `arguments` ask for from the checkpoint of `step`; returns the file written."""
-    import jax
+def run(arguments: Arguments, config: Config, step: int) -> pathlib.Path | None:
+    """Draws what `arguments` ask for from the checkpoint of `step`; returns the file written, on the first host."""
     import numpy as np
 
-    from gspn_jax.files import sha256_of
-    from gspn_jax.parallel import sharding
+    from gspn_jax.parallel.agreement import on_first_host
     from gspn_jax.runs import checkpoints
-    from gspn_jax.sampling.decoding import load_autoencoder
-    from gspn_jax.sampling.drawing import Drawing, draw_labels
-    from gspn_jax.sampling.files import write_npz
-    from gspn_jax.sampling.grid import grid
+    from gspn_jax.sampling.drawing import draw_labels
 
-    path = arguments.path
-    if not path.parent.is_dir():
-        raise ConfigError(f"--output must lie in a folder that exists, found {str(path)!r}")
-    if path.exists():
-        raise ConfigError(f"{path} exists already: choose another --output, or delete it")
     names = checkpoints.read_meta(arguments.run, step)[1]["class_names"]
     if arguments.num_samples:
         labels = draw_labels(arguments.labels, arguments.num_samples, config.data.num_classes, arguments.seed)
@@ -130,8 +128,27 @@ def run(arguments: Arguments, config: Config, step: int) -> pathlib.Path:
         )
     if arguments.num_samples and config.data.latents and not arguments.vae:
         raise ConfigError("--num-samples of a run on latents needs --vae to decode them")
+    with contextlib.ExitStack() as stack:
+        path = on_first_host(lambda: stack.enter_context(arguments.claimed()), ConfigError)
+        _draw(arguments, config, step, labels, names, path)
+    if path:
+        print(f"{len(labels)} images of step {step} in {path}")
+    return path
+
+
+def _draw(arguments: Arguments, config: Config, step: int, labels, names: list[str], path: pathlib.Path | None) -> None:
+    """Draws an image a label into `path`, which only the first host has."""
+    import numpy as np
+
+    from gspn_jax.files import replacing, sha256_of
+    from gspn_jax.parallel import sharding
+    from gspn_jax.sampling.decoding import load_autoencoder
+    from gspn_jax.sampling.drawing import Drawing
+    from gspn_jax.sampling.files import write_npz
+    from gspn_jax.sampling.grid import grid
+
     vae = load_autoencoder(arguments.vae, config, arguments.image_size)
-    seeds = arguments.seed + np.arange(len(labels))
+    numbers = np.arange(len(labels))
     with Drawing(
         arguments.run,
         step,
@@ -139,15 +156,16 @@ def run(arguments: Arguments, config: Config, step: int) -> pathlib.Path:
         sharding.make_mesh(arguments.mesh),
         total=len(labels),
         batch_size=min(arguments.batch_size, len(labels)),
+        seed=arguments.seed,
         ema=arguments.ema,
         image_size=arguments.image_size,
         vae=vae,
     ) as drawing:
         made = drawing.settings()  # every host has a part in it
-        if jax.process_index() > 0:
-            _follow(drawing, labels, seeds)
-            return path
-        draw = _led(drawing, seeds[0])
+        if path is None:
+            _follow(drawing, labels, numbers)
+            return
+        draw = _led(drawing)
         if arguments.num_samples:
             settings = made | {
                 "labels": arguments.labels,
@@ -158,7 +176,7 @@ def run(arguments: Arguments, config: Config, step: int) -> pathlib.Path:
                 path,
                 draw,
                 labels,
-                seeds,
+                numbers,
                 shape=drawing.shape,
                 batch_size=drawing.batch_size,
                 settings=settings,
@@ -168,32 +186,32 @@ def run(arguments: Arguments, config: Config, step: int) -> pathlib.Path:
             images = []
             for start in range(0, len(labels), drawing.batch_size):
                 batch = slice(start, start + drawing.batch_size)
-                images.append(draw(labels[batch], seeds[batch]))
+                images.append(draw(labels[batch], numbers[batch]))
                 drawing.done(start + len(images[-1]))
-            grid(np.concatenate(images), [names[label] for label in labels], columns=arguments.per_class).save(path)
+            picture = grid(np.concatenate(images), [names[label] for label in labels], columns=arguments.per_class)
+            with replacing(path, new=True) as temporary:
+                picture.save(temporary, "png")
         draw(None, None)
-    print(f"{len(labels)} images of step {step} in {path}")
-    return path
 
 
-def _led(drawing, first_seed: int):
+def _led(drawing):
     """`drawing` on the first host, which writes: it tells the others what is drawn, None that all is."""
     from gspn_jax.parallel.agreement import agree
 
-    def draw(labels, seeds):
-        agree(_DONE if seeds is None else int(seeds[0] - first_seed))
-        return None if seeds is None else drawing(labels, seeds)
+    def draw(labels, numbers):
+        agree(_DONE if numbers is None else int(numbers[0]))
+        return None if numbers is None else drawing(labels, numbers)
 
     return draw
 
 
-def _follow(drawing, labels, seeds) -> None:
+def _follow(drawing, labels, numbers) -> None:
     """What the other hosts do: they draw their part of what the first one asks for."""
     from gspn_jax.parallel.agreement import agree
 
     while (start := agree(0)) != _DONE:
         batch = slice(start, start + drawing.batch_size)
-        drawing(labels[batch], seeds[batch])
+        drawing(labels[batch], numbers[batch])
 
 
 _DONE = -1

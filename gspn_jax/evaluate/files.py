@@ -18,7 +18,6 @@ from tqdm import tqdm
 from gspn_jax.config import ConfigError, MeshConfig
 from gspn_jax.data.ahead import read_ahead
 from gspn_jax.data.flat_folder import FlatFolder
-from gspn_jax.evaluate import report
 from gspn_jax.evaluate.scoring import FEWEST, ScoreFlags, Scorer, finish
 from gspn_jax.files import sha256_of
 from gspn_jax.metrics import npz
@@ -59,6 +58,11 @@ class _Samples:
 
 def evaluate_files(flags: FileFlags) -> dict[str, Any]:
     """Scores `flags.samples`, prints the table and writes the JSON; returns what it wrote."""
+    with flags.claimed():
+        return _evaluate(flags)
+
+
+def _evaluate(flags: FileFlags) -> dict[str, Any]:
     path = pathlib.Path(flags.samples)
     if not path.exists():
         raise ConfigError(f"--samples must be an .npz file or a folder of images, found nothing at {flags.samples!r}")
@@ -83,7 +87,7 @@ def evaluate_files(flags: FileFlags) -> dict[str, Any]:
     result["environment"]["seconds"] = time.perf_counter() - start
     whole = path.resolve()  # "." has no name
     beside = whole.with_name((whole.name if whole.is_dir() else whole.stem) + ".json")
-    finish(result, pathlib.Path(flags.output) if flags.output else report.free_path(beside))
+    finish(result, flags, beside)
     return result
 
 

@@ -2,10 +2,10 @@
 
 import datetime
 import importlib.metadata
-import itertools
 import json
 import pathlib
 import platform
+import tempfile
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,7 +13,8 @@ import jax
 import numpy as np
 from jaxtyping import Int
 
-from gspn_jax.files import replacing
+from gspn_jax.config import ConfigError
+from gspn_jax.files import claim_free, numbered, replacing
 from gspn_jax.metrics.reference import NEEDS
 
 PUBLISHED_SAMPLES = 50_000
@@ -107,12 +108,39 @@ def table(result: Mapping[str, Any]) -> str:
     return "\n".join(lines + [f"warning: {text}" for text in result["warnings"]])
 
 
-def write(path: pathlib.Path, result: Mapping[str, Any]) -> None:
-    with replacing(path) as temporary:
-        temporary.write_text(json.dumps(result, indent=1) + "\n")
+def keep(result: Mapping[str, Any], path: pathlib.Path, *, claimed: bool = False) -> pathlib.Path:
+    """Writes the result to `path`, or NAME_1, NAME_2, ... where that exists, unless this process has `claimed` it.
+
+    Returns where it is. Where that cannot be written it is kept in the current folder or in that of temporary files,
+    as a last resort on stdout, and ConfigError says so.
+    """
+    text = json.dumps(result, indent=1) + "\n"
+    try:
+        return _write_new(path, text) if claimed else _write_free(path, text)
+    except (OSError, ConfigError) as error:
+        failure = error
+    said = f"the result could not be written to {path} ({getattr(failure, 'strerror', None) or failure})"
+    for folder in (pathlib.Path.cwd(), pathlib.Path(tempfile.gettempdir())):
+        try:
+            kept = _write_free(folder / path.name, text)
+        except (OSError, ConfigError):
+            continue
+        raise ConfigError(f"{said}: it is kept in {kept}") from failure
+    print(text)
+    raise ConfigError(f"{said}, nor elsewhere: it is printed above") from failure
+
+
+def _write_new(path: pathlib.Path, text: str) -> pathlib.Path:
+    with replacing(path, new=True) as temporary:
+        temporary.write_text(text)
+    return path
+
+
+def _write_free(path: pathlib.Path, text: str) -> pathlib.Path:
+    with claim_free(numbered(path)) as free:
+        return _write_new(free, text)
 
 
 def free_path(path: pathlib.Path) -> pathlib.Path:
     """`path`, or NAME_1, NAME_2, ... where it exists."""
-    names = itertools.chain([path], (path.with_stem(f"{path.stem}_{i}") for i in itertools.count(1)))
-    return next(name for name in names if not name.exists())
+    return next(name for name in numbered(path) if not name.exists())

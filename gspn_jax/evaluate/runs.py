@@ -13,10 +13,11 @@ from gspn_jax.config import Config, ConfigError, MeshConfig, SamplerConfig
 from gspn_jax.diffusion.samplers import sampler_name
 from gspn_jax.evaluate import plots, report
 from gspn_jax.evaluate.scoring import FEWEST, ScoreFlags, Scorer, finish
-from gspn_jax.files import sha256_of
+from gspn_jax.files import claim_new, sha256_of
 from gspn_jax.metrics.npz import StoredImages
 from gspn_jax.parallel import sharding
 from gspn_jax.pixels import to_rgb
+from gspn_jax.sampling import seeds
 from gspn_jax.sampling.decoding import load_autoencoder
 from gspn_jax.sampling.drawing import Drawing, Labels, draw_labels
 from gspn_jax.sampling.files import write_npz
@@ -37,7 +38,7 @@ class RunFlags(ScoreFlags):
     labels: Labels = "random"
     """Uniform at random, or equally many of each class in turn, which lowers FID by about 0.1."""
     seed: int = 0
-    """Image i is drawn from seed + i; random labels come from it too."""
+    """Of the set, up to 2**64-1: the noise of image i comes from the seed and i; random labels come from it too."""
     vae: str | None = None
     """Weights of the autoencoder (.safetensors or .bin) that decodes what a run on latents draws."""
     image_size: tuple[int, int] | None = None
@@ -51,9 +52,9 @@ class RunFlags(ScoreFlags):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name, least in (("num_samples", FEWEST), ("seed", 0)):
-            if getattr(self, name) < least:
-                raise ConfigError(f"--{name.replace('_', '-')} must be {least} or more, found {getattr(self, name)}")
+        if self.num_samples < FEWEST:
+            raise ConfigError(f"--num-samples must be {FEWEST} or more, found {self.num_samples}")
+        seeds.check(self.seed)
         if len(self.guidance_scales) > 1 and (self.output or self.save_samples):
             raise ConfigError(
                 "--output and --save-samples are for one guidance scale, found --guidance-scales "
@@ -65,6 +66,11 @@ class RunFlags(ScoreFlags):
 
 def evaluate_run(flags: RunFlags, config: Config, step: int) -> list[dict[str, Any]]:
     """Scores the checkpoint of `step` at each guidance scale; returns the results, also printed and written."""
+    with flags.claimed():
+        return _evaluate_scales(flags, config, step)
+
+
+def _evaluate_scales(flags: RunFlags, config: Config, step: int) -> list[dict[str, Any]]:
     # --- what can be wrong is found first
     if config.data.latents and not flags.vae:
         raise ConfigError("a run on latents needs --vae to decode what it draws, found none")
@@ -92,6 +98,7 @@ def evaluate_run(flags: RunFlags, config: Config, step: int) -> list[dict[str, A
             mesh,
             total=flags.num_samples,
             batch_size=scorer.batch_size,
+            seed=flags.seed,
             ema=flags.ema,
             image_size=flags.image_size,
             vae=vae,
@@ -109,7 +116,7 @@ def evaluate_run(flags: RunFlags, config: Config, step: int) -> list[dict[str, A
                 f"step_{step:07d}_{sampler_name(config.sampler, config.diffusion)}{config.sampler.steps}_guidance_"
                 f"{config.sampler.guidance_scale:g}_{flags.num_samples}.json"
             )
-            finish(result, pathlib.Path(flags.output) if flags.output else report.free_path(folder / name))
+            finish(result, flags, folder / name)
         results.append(result)
     if len(results) > 1 and jax.process_index() == 0:
         print(plots.draw_results(results, "guidance", report.free_path(folder / f"guidance_step_{step:07d}.png")))
@@ -121,7 +128,7 @@ def _evaluate(
 ) -> dict[str, Any]:
     """Draws and scores; `about` tells how images are made, and goes into a file of samples as well."""
     labels = draw_labels(flags.labels, flags.num_samples, config.data.num_classes, flags.seed)
-    seeds = flags.seed + np.arange(flags.num_samples)
+    numbers = np.arange(flags.num_samples)
     start = time.perf_counter()
     scorer.prepare()
     with drawing:
@@ -130,21 +137,22 @@ def _evaluate(
             "samples": about | {"source": str(flags.run), "count": flags.num_samples},
         }
         if flags.save_samples:
-            write_npz(
-                pathlib.Path(flags.save_samples),
-                drawing,
-                labels,
-                seeds,
-                shape=drawing.shape,
-                batch_size=drawing.batch_size,
-                settings=about,
-                done=drawing.done,
-            )
+            with claim_new(pathlib.Path(flags.save_samples), "--save-samples") as path:
+                write_npz(
+                    path,
+                    drawing,
+                    labels,
+                    numbers,
+                    shape=drawing.shape,
+                    batch_size=drawing.batch_size,
+                    settings=about,
+                    done=drawing.done,
+                )
             images = StoredImages(flags.save_samples, "--save-samples").batches(drawing.batch_size)
             result = scorer.score(images, labels=labels, **said)
         else:
             result = scorer.score_drawn(
-                lambda *which: to_rgb(drawing(*which)), labels, seeds, done=drawing.done, **said
+                lambda *which: to_rgb(drawing(*which)), labels, numbers, done=drawing.done, **said
             )
     result["environment"]["seconds"] = time.perf_counter() - start
     return result

@@ -1,9 +1,10 @@
 """What every evaluation shares: its flags, and images in, metrics out."""
 
+import contextlib
 import dataclasses
 import logging
 import pathlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jax
@@ -13,12 +14,13 @@ from jaxtyping import Int, UInt8
 
 from gspn_jax.config import ConfigError
 from gspn_jax.evaluate import report
-from gspn_jax.files import sha256_of
+from gspn_jax.files import claim_new, sha256_of
 from gspn_jax.metrics import inception
 from gspn_jax.metrics.extractor import Extractor
 from gspn_jax.metrics.moments import on_host
 from gspn_jax.metrics.reference import NEEDS, read_reference
 from gspn_jax.metrics.scores import Collector, check_names
+from gspn_jax.parallel.agreement import on_first_host
 from gspn_jax.sampling.scoring import Draw, draw_and_score
 
 log = logging.getLogger(__name__)
@@ -53,6 +55,14 @@ class ScoreFlags:
             path = pathlib.Path(self.output)
             if path.suffix != ".json" or not path.parent.is_dir() or path.exists():
                 raise ConfigError(f"--output must be a new .json file in a folder that exists, found {self.output!r}")
+
+    @contextlib.contextmanager
+    def claimed(self) -> Iterator[None]:
+        """The claim of --output, where it is given, while it is made. Every host must call this."""
+        with contextlib.ExitStack() as stack:
+            if self.output:
+                on_first_host(lambda: stack.enter_context(claim_new(pathlib.Path(self.output))), ConfigError, OSError)
+            yield
 
 
 class Scorer:
@@ -131,16 +141,16 @@ class Scorer:
         self,
         draw: Draw,
         labels: Int[np.ndarray, " N"],
-        seeds: Int[np.ndarray, " N"],
+        numbers: Int[np.ndarray, " N"],
         *,
         samples: dict[str, Any],
         warnings: Iterable[str] = (),
         done: Callable[[int], None] = lambda count: None,
     ) -> dict[str, Any]:
-        """The result of images that `draw` makes of labels and seeds, `batch_size` at a time, as `score` gives it."""
+        """The result of images that `draw` makes of labels and numbers, `batch_size` at a time, as `score` gives it."""
         self.prepare()
         collector = Collector(self.names, float16=self._flags.float16)
-        draw_and_score(draw, labels, seeds, self._extractor, collector.add, done=done)
+        draw_and_score(draw, labels, numbers, self._extractor, collector.add, done=done)
         return self._result(collector, labels, samples, warnings)
 
     def _result(
@@ -173,8 +183,12 @@ class Scorer:
         }
 
 
-def finish(result: dict[str, Any], path: pathlib.Path) -> None:
-    """Prints the result and writes it, on the first host."""
-    if jax.process_index() == 0:
-        report.write(path, result)
-        print(f"\n{report.table(result)}\nwritten to {path}")
+def finish(result: dict[str, Any], flags: ScoreFlags, default: pathlib.Path) -> None:
+    """Prints the result, then writes it to --output, which is claimed, or to `default` or a free name beside it; on the
+    first host. Raises ConfigError when it had to be kept elsewhere."""
+    if jax.process_index():
+        return
+    with contextlib.suppress(OSError):  # nobody reads stdout any more
+        print(f"\n{report.table(result)}", flush=True)
+    path = pathlib.Path(flags.output) if flags.output else default
+    print(f"written to {report.keep(result, path, claimed=bool(flags.output))}")

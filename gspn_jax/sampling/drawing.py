@@ -15,6 +15,7 @@ from gspn_jax.config import Config, ConfigError
 from gspn_jax.diffusion.samplers import sampler_name
 from gspn_jax.runs import checkpoints
 from gspn_jax.runs.digest import digest_of
+from gspn_jax.sampling import seeds
 from gspn_jax.sampling.sampler import Sampler
 
 Labels = Literal["random", "balanced"]
@@ -28,9 +29,9 @@ def draw_labels(kind: Labels, count: int, num_classes: int, seed: int) -> Int[np
 
 
 class Drawing:
-    """`drawing(labels, seeds)` are images of the checkpoint of `step`; draw in a `with` statement, which has the bar.
+    """`drawing(labels, numbers)` are images of the checkpoint of `step`; draw in a `with` statement, which has the bar.
 
-    An image is its seed and label, whatever the batch or the mesh (see `sampling.Sampler`).
+    An image is the set's seed, its number in it and its label, whatever the batch or the mesh (see `sampling.Sampler`).
     """
 
     def __init__(
@@ -42,6 +43,7 @@ class Drawing:
         *,
         total: int,
         batch_size: int,
+        seed: int = 0,
         ema: float | None = None,
         image_size: tuple[int, int] | None = None,
         vae: autoencoder.Autoencoder | None = None,
@@ -51,6 +53,7 @@ class Drawing:
 
         Raises ConfigError or CheckpointError for what cannot be drawn.
         """
+        seeds.check(seed, total)
         height, width = image_size or (config.data.image_size,) * 2
         factor, channels = (vae.config.factor, 3) if vae else (1, config.data.channels)
         self.shape = (height * factor, width * factor, channels)
@@ -58,7 +61,12 @@ class Drawing:
         self._run, self._step, self._config = run, step, config
         self._ema = config.train.ema_decays[0] if ema is None else ema
         self._sampler = Sampler(
-            config, mesh, image_size=(height, width), progress=self._progress, decode=vae.decode if vae else None
+            config,
+            mesh,
+            seed=seed,
+            image_size=(height, width),
+            progress=self._progress,
+            decode=vae.decode if vae else None,
         )
         trained = config.data.image_size
         if models.resolve(config.model).mixer == "attention" and (height, width) != (trained, trained):
@@ -90,9 +98,9 @@ class Drawing:
     def __exit__(self, *_) -> None:
         self._bar.close()
 
-    def __call__(self, labels: Int[np.ndarray, " N"], seeds: Int[np.ndarray, " N"]) -> UInt8[np.ndarray, "N H W C"]:
+    def __call__(self, labels: Int[np.ndarray, " N"], numbers: Int[np.ndarray, " N"]) -> UInt8[np.ndarray, "N H W C"]:
         """Up to `batch_size` images. Every batch has the same shape, so that the sampler is compiled once."""
-        padded = [np.resize(a, self.batch_size) for a in (labels, seeds)]
+        padded = [np.resize(a, self.batch_size) for a in (labels, numbers)]
         return self._sampler(self._params, *padded)[: len(labels)]
 
     def done(self, count: int) -> None:
@@ -104,7 +112,7 @@ class Drawing:
         self._bar.update(max(0, self._batches * total + evaluations - self._bar.n))
 
     def settings(self) -> dict[str, Any]:
-        """What an image depends on beside its seed and label, as JSON values; `images_seen` in training."""
+        """What an image depends on beside its seed, number and label, as JSON values; `images_seen` in training."""
         config = self._config
         sampler = dataclasses.asdict(config.sampler) | {
             "name": sampler_name(config.sampler, config.diffusion),
@@ -119,4 +127,5 @@ class Drawing:
             "sampler": sampler,
             "parameters_sha256": digest_of(self._params, models.abstract(config)[1]),
             "image_size": list(self.shape[:2]),
+            "noise": seeds.RULE,
         }

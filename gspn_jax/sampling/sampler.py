@@ -13,6 +13,7 @@ from gspn_jax.config import Config, ConfigError
 from gspn_jax.diffusion import samplers
 from gspn_jax.parallel import fsdp, sharding
 from gspn_jax.pixels import to_uint8
+from gspn_jax.sampling import seeds
 
 Progress = Callable[[int, int], None]
 Decode = Callable[[Float[np.ndarray, "N h w C"]], UInt8[np.ndarray, "N H W 3"]]
@@ -24,7 +25,7 @@ LATENT_RANGE = 3.0
 class Sampler:
     """Draws class-conditional images; compiled once per number of images and size.
 
-    The image of a (seed, label) pair does not depend on what else is in the batch, or on the mesh.
+    The image of a seed, a number and a label does not depend on what else is in the batch, or on the mesh.
     """
 
     def __init__(
@@ -32,18 +33,21 @@ class Sampler:
         config: Config,
         mesh: Mesh,
         *,
+        seed: int = 0,
         image_size: int | tuple[int, int] | None = None,
         progress: Progress | None = None,
         decode: Decode | None = None,
     ):
-        """`image_size` None is the size trained on. `progress` is called with the network evaluations of a batch that
-        are done and their total (`evaluations`). `decode` makes images of latents, in the scale they are trained on;
-        without it the first three channels are shown."""
+        """`seed` is that of the set of images (`sampling.seeds`); `image_size` None is the size trained on.
+        `progress` is called with the network evaluations of a batch that are done and their total (`evaluations`).
+        `decode` makes images of latents, in the scale they are trained on; without it the first three channels are
+        shown."""
         size = config.data.image_size if image_size is None else image_size
         height, width = (size, size) if isinstance(size, int) else size
         arch = models.resolve(config.model)
         if height % arch.patch or width % arch.patch:
             raise ConfigError(f"the image size must be a multiple of the patch ({arch.patch}), found {height}x{width}")
+        check_guidance(config)
         self.evaluations = len(samplers.make_table(config.sampler, config.diffusion).time)
         self._config, self._mesh, self._decode = config, mesh, decode
         self._devices = mesh.shape["data"] * mesh.shape["fsdp"]
@@ -51,8 +55,8 @@ class Sampler:
         shape = (height, width, config.data.channels)
         learn_sigma = models.learns_sigma(config)
 
-        def draw(params, labels, seeds):
-            keys = jax.vmap(jax.random.key)(seeds)
+        def draw(params, labels, numbers, seed):
+            keys = seeds.image_keys(seed, numbers)
             with fsdp.sharded_model(config, mesh, forward_only=True):
                 params = models.prepared(config, fsdp.outside_blocks(shapes, mesh, params))
 
@@ -74,32 +78,33 @@ class Sampler:
                 return x
             return to_uint8(x[..., :3] / LATENT_RANGE if config.data.latents else x)
 
-        split = sharding.batch_sharding(mesh)
+        split, everywhere = sharding.batch_sharding(mesh), sharding.replicated(mesh)
         self._draw = jax.jit(
-            draw, in_shardings=(sharding.param_shardings(shapes, mesh), split, split), out_shardings=split
+            draw, in_shardings=(sharding.param_shardings(shapes, mesh), split, split, everywhere), out_shardings=split
         )
+        self._seed = seeds.words(seed)
         self._params = sharding.stored(shapes, mesh)
         self._gather = jax.jit(lambda images: images, out_shardings=sharding.replicated(mesh))
 
     def __call__(
-        self, params: Any, labels: Sequence[int] | Int[np.ndarray, " N"], seeds: Sequence[int] | Int[np.ndarray, " N"]
+        self, params: Any, labels: Sequence[int] | Int[np.ndarray, " N"], numbers: Sequence[int] | Int[np.ndarray, " N"]
     ) -> UInt8[np.ndarray, "N H W C"]:
-        """One image per (label, seed), seeds 0 .. 2**32-1. Raises ConfigError for a label out of range."""
-        images = self._gather(self.draw(params, labels, seeds))
+        """One image per (label, number in its set), 0 .. 2**32-1. Raises ConfigError for a label out of range."""
+        images = self._gather(self.draw(params, labels, numbers))
         images = np.asarray(images.addressable_data(0))[: len(labels)]
         return images if self._decode is None else self._decode(images)
 
     def lower(self, count: int) -> jax.stages.Lowered:
         """The program that draws `count` images, a multiple of the devices that images are split over."""
         integers = [jax.ShapeDtypeStruct((count,), dtype) for dtype in (np.int32, np.uint32)]
-        return self._draw.lower(self._params, *integers)
+        return self._draw.lower(self._params, *integers, jax.ShapeDtypeStruct((2,), np.uint32))
 
     def draw(
-        self, params: Any, labels: Sequence[int] | Int[np.ndarray, " N"], seeds: Sequence[int] | Int[np.ndarray, " N"]
+        self, params: Any, labels: Sequence[int] | Int[np.ndarray, " N"], numbers: Sequence[int] | Int[np.ndarray, " N"]
     ) -> UInt8[Array, "M H W C"] | Float[Array, "M h w C"]:
         """What `__call__` makes, left on the devices, split over the mesh and not decoded: M is N, rounded up to a
         multiple of the devices that images are split over."""
-        labels, seeds = np.asarray(labels, np.int32), np.asarray(seeds, np.uint32)
+        labels, numbers = np.asarray(labels, np.int32), np.asarray(numbers, np.uint32)
         bad = labels[(labels < 0) | (labels >= self._config.data.num_classes)]
         if bad.size:
             raise ConfigError(f"a class must be in 0..{self._config.data.num_classes - 1}, found {bad[0]}")
@@ -107,6 +112,18 @@ class Sampler:
         split = sharding.batch_sharding(self._mesh)
         padded = [
             jax.make_array_from_callback(a.shape, split, lambda index, a=a: a[index])
-            for a in (np.pad(labels, (0, padding)), np.pad(seeds, (0, padding)))
+            for a in (np.pad(labels, (0, padding)), np.pad(numbers, (0, padding)))
         ]
-        return self._draw(params, *padded)
+        everywhere = sharding.replicated(self._mesh)
+        seed = jax.make_array_from_callback(self._seed.shape, everywhere, lambda index: self._seed[index])
+        return self._draw(params, *padded, seed)
+
+
+def check_guidance(config: Config) -> None:
+    """Raises ConfigError for guidance by a network that was never trained on the null class it needs."""
+    scale = config.sampler.guidance_scale
+    if scale != 1 and config.diffusion.label_dropout == 0:
+        raise ConfigError(
+            "sampler.guidance_scale must be 1 for weights that know no null class, as those of a run with "
+            f"diffusion.label_dropout 0, found {scale:g}"
+        )

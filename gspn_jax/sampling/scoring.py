@@ -16,14 +16,14 @@ Add = Callable[[Features, Bool[Array | np.ndarray, " N"]], None]
 def draw_and_score(
     draw: Draw,
     labels: Int[np.ndarray, " N"],
-    seeds: Int[np.ndarray, " N"],
+    numbers: Int[np.ndarray, " N"],
     extractor: Extractor,
     add: Add,
     *,
     stop: Callable[[], str | None] = lambda: None,
     done: Callable[[int], None] = lambda count: None,
 ) -> str | None:
-    """Gives `add` the features of one image a (label, seed), and a mask that is True for rows that count.
+    """Gives `add` the features of one image a (label, number), and a mask that is True for rows that count.
 
     Every batch has the extractor's size, so that all is compiled once: the last one is filled up with images that do
     not count. `done` is called with the number of images that are scored, `stop` before each batch: what it names ends
@@ -35,7 +35,7 @@ def draw_and_score(
         if asked:
             return asked
         rows = np.arange(first, first + size)
-        features, _ = extractor(draw(labels[rows % count], seeds[rows % count]))
+        features, _ = extractor(draw(labels[rows % count], numbers[rows % count]))
         add(features, rows < count)
         jax.block_until_ready(features)  # neither the bar nor a signal's answer runs ahead of the devices
         done(min(count, first + size))

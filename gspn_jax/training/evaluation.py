@@ -61,13 +61,16 @@ class SampleEvaluation:
                 side,
             )
         self._sampler = Sampler(
-            dataclasses.replace(config, sampler=sampler), mesh, decode=np.asarray if settings.vae else None
+            dataclasses.replace(config, sampler=sampler),
+            mesh,
+            seed=settings.seed,
+            decode=np.asarray if settings.vae else None,
         )  # latents are left as they are
         self._extractor = Extractor(
             inception.from_state_dict(weights), mesh=mesh, batch_size=min(settings.batch_size, settings.num_samples)
         )
         self._labels = draw_labels(settings.labels, settings.num_samples, config.data.num_classes, settings.seed)
-        self._seeds = settings.seed + np.arange(settings.num_samples)
+        self._numbers = np.arange(settings.num_samples)
         decay = config.train.ema_decays[0] if settings.ema is None else settings.ema
         self._average = averages.name(decay) if decay or 0.0 in config.train.ema_decays else None
         self.stopped_by: str | None = None
@@ -92,9 +95,9 @@ class SampleEvaluation:
             disable=jax.process_index() > 0,
         ) as bar:
             self.stopped_by = draw_and_score(
-                lambda labels, seeds: self._to_rgb(self._sampler.draw(params, labels, seeds)),
+                lambda labels, numbers: self._to_rgb(self._sampler.draw(params, labels, numbers)),
                 self._labels,
-                self._seeds,
+                self._numbers,
                 extractor,
                 collector.add,
                 stop=asked,

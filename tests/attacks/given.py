@@ -53,7 +53,7 @@ class Given:
 
         config = tiny.config(self.root / "run")
         mesh = sharding.make_mesh(config.mesh, jax.devices()[:1])
-        state = create_state(config, mesh)
+        state = create_state(DiffusionTask(config), mesh)
         with Checkpoints(config, make_source(config.data).fingerprint, [str(i) for i in range(10)]) as saver:
             for step in (3, 6):
                 saver.save(step, state)

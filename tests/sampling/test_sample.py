@@ -11,6 +11,7 @@ from PIL import Image
 import sample
 from gspn_jax.parallel import sharding
 from gspn_jax.runs import checkpoints
+from gspn_jax.sampling.files import PARTIAL
 from gspn_jax.sampling.sampler import Sampler
 from gspn_jax.training.train import train
 from tests.training import tiny
@@ -52,7 +53,7 @@ def test_thousands_go_to_an_adm_npz_and_a_kill_loses_nothing(run_dir, tmp_path, 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(Sampler, "__call__", killed_at_the_second_batch)
         sample.main([*command, "--output", str(tmp_path / "again.npz")])
-    assert json.loads((tmp_path / "again.npz.partial" / "state.json").read_text())["images"] == 8
+    assert json.loads((tmp_path / f"again.npz{PARTIAL}" / "batches.jsonl").read_text())[0] == 8
     sample.main([*command, "--output", str(tmp_path / "again.npz")])
 
     with np.load(tmp_path / "whole.npz") as whole, np.load(tmp_path / "again.npz") as again:

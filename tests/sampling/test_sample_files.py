@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from gspn_jax.config import ConfigError
-from gspn_jax.sampling.files import write_npz
+from gspn_jax.sampling.files import PARTIAL, write_npz
 
 SHAPE = (3, 4, 2)
 LABELS, SEEDS = np.arange(10) % 3, 100 + np.arange(10)
@@ -30,7 +30,7 @@ def assert_whole(path):
         np.testing.assert_array_equal(file["arr_1"], LABELS)
         assert file["arr_0"].dtype == np.uint8 and file["arr_1"].dtype == np.int64
         assert json.loads(str(file["settings"])) == {"seed": 100}
-    assert not path.with_name(path.name + ".partial").exists()
+    assert not path.with_name(path.name + PARTIAL).exists()
 
 
 def test_all_images_and_labels_in_order(tmp_path):
@@ -53,7 +53,7 @@ def test_goes_on_behind_the_last_whole_batch(tmp_path, failing_batch):
     with pytest.raises(KeyboardInterrupt):
         write(path, dies)
     assert not path.exists()
-    with open(tmp_path / "s.npz.partial" / "images.bin", "ab") as file:
+    with open(tmp_path / f"s.npz{PARTIAL}" / "images.bin", "ab") as file:
         file.write(b"half a batch")  # as a kill in the middle of a write leaves it
     again = []
     write(path, lambda labels, seeds: again.append(seeds) or draw(labels, seeds))
@@ -72,7 +72,7 @@ def test_a_full_disk_stops_it_and_keeps_what_is_there(tmp_path, monkeypatch):
 
     with pytest.raises(OSError, match="No space left"):
         write(path, full)
-    assert json.loads((tmp_path / "s.npz.partial" / "state.json").read_text())["images"] == 4
+    assert len((tmp_path / f"s.npz{PARTIAL}" / "batches.jsonl").read_text().splitlines()) == 1
     write(path)
     assert_whole(path)
 

@@ -131,7 +131,7 @@ def test_a_gspn_draws_sizes_that_it_was_not_trained_on_and_they_are_decoded(fold
         found = samples["arr_0"]
     assert found.shape == (2, 2 * height, 2 * width, 3) and found.std() > 20
     for label, image in enumerate(found):
-        key = jax.random.fold_in(jax.random.key(seed + label), 0)
+        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), label), 0)
         x = np.asarray(jax.random.normal(key, (height, width, 4)), np.float64)
         for step in range(steps):
             time = 1000 * (1 - step / steps)
