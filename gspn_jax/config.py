@@ -9,7 +9,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any, ClassVar, Literal, TypeVar, get_args
 
-SourceName = Literal["digits", "folder", "tfds", "latents"]
+SourceName = Literal["digits", "folder", "tfds", "latents", "records"]
 Layout = Literal["paper", "dit"]
 Mixer = Literal["attention", "gspn"]
 Backend = Literal["scan", "mosaic_gpu"]
@@ -92,12 +92,13 @@ class ModelConfig:
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    """Where images come from: "digits" (scikit-learn's, embedded), "folder" (one folder a class), "tfds", or "latents"
-    (VAE moments that `gspn_jax.prepare` wrote; `image_size` and `channels` are then those of the latents)."""
+    """Where images come from: "digits" (scikit-learn's, embedded), "folder" (one folder a class), "tfds", "records"
+    (decoded images that `gspn_jax.prepare images` wrote), or "latents" (VAE moments that `gspn_jax.prepare latents`
+    wrote; `image_size` and `channels` are then those of the latents)."""
 
     source: SourceName = "digits"
     path: str | None = None
-    """The folder of images or of latents, or the data_dir of tensorflow-datasets."""
+    """The folder of images, records or latents, or the data_dir of tensorflow-datasets."""
     name: str | None = None
     """The tensorflow-datasets name, such as "imagenet2012"."""
     split: str = "train"
@@ -120,6 +121,8 @@ class DataConfig:
         _check(self.workers >= 0, "data.workers", "0 or more", self.workers)
         if self.source == "folder":
             _check(bool(self.path), "data.path", "the image folder when data.source is 'folder'", self.path)
+        if self.source == "records":
+            _check(bool(self.path), "data.path", "the folder of records when data.source is 'records'", self.path)
         if self.latents:
             _check(bool(self.path), "data.path", "the folder of latents when data.source is 'latents'", self.path)
             _check(

@@ -6,6 +6,8 @@ from PIL import Image
 from gspn_jax.data.decoding import fit_image
 from gspn_jax.data.source import hash_of
 
+SIDE = 8
+
 
 class DigitsSource:
     """The 1,797 handwritten digits (8x8, 17 grey levels) that are embedded in scikit-learn; levels 0..16 -> 0..255."""

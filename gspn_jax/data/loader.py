@@ -12,8 +12,10 @@ from jaxtyping import Float32, Int32, UInt8
 
 from gspn_jax import extras
 from gspn_jax.config import ConfigError, DataConfig
+from gspn_jax.data.image_batches import Augment, ImageBatches
 from gspn_jax.data.memory import MemoryLoader, MemorySource
 from gspn_jax.data.source import Source
+from gspn_jax.data.thread_loader import ThreadLoader
 
 Batch = dict[str, UInt8[np.ndarray, "B S S C"] | Float32[np.ndarray, "B S S C"] | Int32[np.ndarray, "B"]]
 
@@ -45,6 +47,7 @@ def make_loader(
     start_step: int = 0,
     num_hosts: int = 1,
     host: int = 0,
+    augment: Augment | None = None,
 ) -> Loader:
     """An endless iterator of {"image": uint8 [b, S, S, C], "label": int32 [b]}, b = batch_size / num_hosts.
 
@@ -55,6 +58,9 @@ def make_loader(
     `host` counts groups of processes that read different data; processes that hold shards of the same rows pass the
     same number. `config.flip` mirrors each image with probability 1/2, drawn anew each epoch. With
     `config.workers` > 0 the script needs the usual `if __name__ == "__main__":` guard.
+
+    With `augment` the source's images are of any size, and each is what that makes of it in its epoch, a function of
+    (seed, epoch, index of the image): threads of this process do it, or with `config.workers` Grain's processes.
 
     Iterating raises DataError for an image that cannot be decoded if `config.bad_images` is "error"; "skip" replaces it
     by the next image that can and logs one warning a file, with the count, to the logger "gspn_jax.data". With
@@ -73,10 +79,13 @@ def make_loader(
         "first": start_step * num_hosts + host,
         "stride": num_hosts,
     }
+    if augment is not None and not config.workers:
+        batches = ImageBatches(config, source, batch_size=place["batch_size"], seed=seed, augment=augment)
+        return ThreadLoader(batches, first=place["first"], stride=num_hosts)
     if config.in_memory:
         source = source if isinstance(source, MemorySource) else MemorySource(source, config)
         return MemoryLoader(source, flip=config.flip, **place)
     extras.require("train", "grain", by="reading images while training (all but data.in_memory)")
     from gspn_jax.data.grain_loader import GrainLoader  # the only one that needs Grain
 
-    return GrainLoader(config, source, **place)
+    return GrainLoader(config, source, **place, augment=augment)

@@ -10,42 +10,50 @@ from gspn_jax.data.source import Source, shorten
 
 
 class Kind(NamedTuple):
-    """A kind of source: how it is made, and what it is called in an error."""
+    """A kind of source: how it is made, with images fitted to squares of a size or with None as they are, and what it
+    is called in an error."""
 
-    make: Callable[[DataConfig], Source]
+    make: Callable[[DataConfig, int | None], Source]
     describe: Callable[[DataConfig], str]
 
 
-def _digits(config: DataConfig) -> Source:
+def _digits(config: DataConfig, size: int | None) -> Source:
     extras.require("train", "sklearn", by="data.source digits")
-    from gspn_jax.data.digits import DigitsSource
+    from gspn_jax.data.digits import SIDE, DigitsSource
 
-    return DigitsSource(config.image_size, config.channels)
+    return DigitsSource(size or SIDE, config.channels)
 
 
-def _folder(config: DataConfig) -> Source:
+def _folder(config: DataConfig, size: int | None) -> Source:
     from gspn_jax.data.folder import FolderSource
 
-    return FolderSource(config.path, config.image_size, config.channels)
+    return FolderSource(config.path, size, config.channels)
 
 
-def _latents(config: DataConfig) -> Source:
+def _latents(config: DataConfig, size: int | None) -> Source:
     extras.require("train", "array_record", "grain", "scipy", by="data.source latents")
     from gspn_jax.data.latents import LatentSource
 
     return LatentSource(config)
 
 
-def _tfds(config: DataConfig) -> Source:
+def _records(config: DataConfig, size: int | None) -> Source:
+    from gspn_jax.data.records import RecordSource
+
+    return RecordSource(config.path, size, config.channels)
+
+
+def _tfds(config: DataConfig, size: int | None) -> Source:
     extras.require("train", "tensorflow_datasets", by="data.source tfds")
     from gspn_jax.data.tfds_source import TfdsSource
 
-    return TfdsSource(config.name, config.path, config.split, config.image_size, config.channels)
+    return TfdsSource(config.name, config.path, config.split, size, config.channels)
 
 
 SOURCES: dict[str, Kind] = {
     "digits": Kind(_digits, lambda config: "the digits set"),
     "folder": Kind(_folder, lambda config: f"the folder {config.path!r}"),
+    "records": Kind(_records, lambda config: f"the set of records {config.path!r}"),
     "tfds": Kind(_tfds, lambda config: config.name),
     "latents": Kind(_latents, lambda config: f"the set of latents {config.path!r}"),
 }
@@ -53,8 +61,10 @@ SOURCES: dict[str, Kind] = {
 """
 
 
-def make_source(config: DataConfig) -> Source:
+def make_source(config: DataConfig, *, whole: bool = False) -> Source:
     """The source that `config` names, its images fitted to `image_size` and `channels`.
+
+    With `whole` images keep their size, whatever it is, for an augmentation to crop, and are not kept in memory.
 
     Latents are of the size they were prepared in; `LatentSource` gives their moments in place of an image. With
     `config.in_memory` all images are decoded here (`memory.MemorySource`, which says what that raises).
@@ -64,11 +74,11 @@ def make_source(config: DataConfig) -> Source:
     if not config.latents and config.channels not in (1, 3):
         raise ConfigError(f"data.channels must be 1 (greyscale) or 3 (RGB) for images, found {config.channels}")
     kind = SOURCES[config.source]
-    source = kind.make(config)
+    source = kind.make(config, None if whole else config.image_size)
     found = len(source.class_names)
     if found != config.num_classes:
         raise ConfigError(
             f"data.num_classes is {config.num_classes}, but {kind.describe(config)} has {found} "
             f"{'class' if found == 1 else 'classes'} ({shorten(source.class_names)})"
         )
-    return MemorySource(source, config) if config.in_memory else source
+    return MemorySource(source, config) if config.in_memory and not whole else source

@@ -2,14 +2,16 @@
 
 python -m gspn_jax.prepare latents --images IMAGENET/train --vae VAE.safetensors --output LATENTS
 python -m gspn_jax.prepare stats --images IMAGENET/train --image-size 256 --inception INCEPTION.pth --output REF.npz
+python -m gspn_jax.prepare images --images IMAGENET/train --output RECORDS
 python -m gspn_jax.prepare inception --weights INCEPTION.pth --output INCEPTION.safetensors
 python -m gspn_jax.prepare latents --help
 
 `latents` encodes every image and its mirror image once; `stats` makes the reference statistics of FID and the other
-metrics. Several hosts with a common file system share the work: under Slurm, or with --coordinator HOST:PORT
---num-processes N --process-id I (docs/launch); `latents` also without knowing one another, each with its own --host of
---num-hosts. The same command goes on where a killed one stopped, and the result is the same to the byte, on any number
-of hosts. `inception` makes of the weights that pytorch-fid publishes a file that is read without PyTorch.
+metrics; `images` decodes images once, for the training of classifiers (docs/classification.md).
+Several hosts with a common file system share the work: under Slurm, or with --coordinator HOST:PORT --num-processes N
+--process-id I (docs/launch); `latents` also, and `images` only, without knowing one another, each with its own --host
+of --num-hosts. The same command goes on where a killed one stopped, and the result is the same to the byte, on any
+number of hosts. `inception` makes of the weights that pytorch-fid publishes a file that is read without PyTorch.
 """
 
 import os
@@ -18,7 +20,7 @@ import sys
 from gspn_jax import cli, extras
 from gspn_jax.config import ConfigError
 
-COMMANDS = ("latents", "stats", "inception")
+COMMANDS = ("latents", "stats", "images", "inception")
 
 
 @cli.user_errors()
@@ -49,6 +51,10 @@ def main(argv: list[str] | None = None) -> None:
 
             rest = cli.join_other_hosts(argv[1:])
             prepare_stats(tyro.cli(Stats, args=rest, prog="python -m gspn_jax.prepare stats"))
+        elif command == "images":
+            from gspn_jax.prepare.records import Records, prepare_records
+
+            prepare_records(tyro.cli(Records, args=argv[1:], prog="python -m gspn_jax.prepare images"))
         elif command == "inception":
             from gspn_jax.prepare.inception import Inception, prepare_inception
 

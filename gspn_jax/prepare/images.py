@@ -45,8 +45,8 @@ class ImageFlags:
             if getattr(self, name) < 1:
                 raise ConfigError(f"--{name.replace('_', '-')} must be 1 or more, found {getattr(self, name)}")
 
-    def source(self, image_size: int) -> Source:
-        """The images as RGB squares of that size. Raises ConfigError for a set that cannot be read."""
+    def source(self, image_size: int | None) -> Source:
+        """The images as RGB squares of that size; None keeps theirs. Raises ConfigError for a set it cannot read."""
         if self.images:
             from gspn_jax.data.folder import FolderSource
 

@@ -48,6 +48,7 @@ class Given:
         from gspn_jax.data import make_source
         from gspn_jax.parallel import sharding
         from gspn_jax.runs.saving import Checkpoints
+        from gspn_jax.training.diffusion import DiffusionTask
         from gspn_jax.training.state import create_state
         from tests.training import tiny
 

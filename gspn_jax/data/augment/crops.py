@@ -56,38 +56,58 @@ class RandomResizedCrop:
         return Box((height - rows) // 2, (width - columns) // 2, rows, columns)
 
 
-def resized_crop(image: Image.Image, box: Box, size: int) -> Image.Image:
-    """The box cut out and then scaled to [size, size], bicubic with antialiasing."""
-    cut = image.crop((box.left, box.top, box.left + box.width, box.top + box.height))
-    return cut.resize((size, size), BICUBIC)
+def resized_crop(image: UInt8[np.ndarray, "H W C"], box: Box, size: int) -> Image.Image:
+    """The box cut out and then scaled to [size, size], bicubic with antialiasing. Raises ValueError as `to_pillow`."""
+    check_image(image)
+    cut = image[box.top : box.top + box.height, box.left : box.left + box.width]
+    return to_pillow(cut).resize((size, size), BICUBIC)
 
 
-def evaluation_crop(image: UInt8[np.ndarray, "H W C"], size: int, share: float = 0.875) -> UInt8[np.ndarray, "S S C"]:
-    """The shorter side scaled to size / share rounded down, bicubic with antialiasing, then [size, size] at the centre.
+def scaled_sides(height: int, width: int, short: int) -> tuple[int, int]:
+    """(height, width) of an image whose shorter side is scaled to `short`; the other one is rounded down."""
+    sides = [
+        short if side == min(height, width) else int(short * side / min(height, width)) for side in (height, width)
+    ]
+    return sides[0], sides[1]
 
-    As timm with `crop_pct` = share evaluates. Raises ValueError for a share that is not above 0 and up to 1.
+
+def short_side(size: int, share: float = 0.875) -> int:
+    """The shorter side of an image of whose centre [size, size] is evaluated: size / share, rounded down.
+
+    Raises ValueError for a share that is not above 0 and up to 1.
     """
     if not 0 < share <= 1:
         raise ValueError(f"The share of the image that is cropped must be above 0 and up to 1, found {share}")
-    height, width = image.shape[:2]
-    short = math.floor(size / share)
-    sides = [
-        short if side == min(height, width) else int(short * side / min(height, width)) for side in (width, height)
-    ]
-    scaled = to_array(to_pillow(image).resize(tuple(sides), BICUBIC))
-    top, left = (round((side - size) / 2) for side in scaled.shape[:2])
+    return math.floor(size / share)
+
+
+def evaluation_crop(image: UInt8[np.ndarray, "H W C"], size: int, share: float = 0.875) -> UInt8[np.ndarray, "S S C"]:
+    """The shorter side scaled to `short_side`, bicubic with antialiasing, then [size, size] at the centre.
+
+    As timm with `crop_pct` = share evaluates. Raises ValueError for a share that is not above 0 and up to 1.
+    """
+    rows, columns = scaled_sides(*image.shape[:2], short_side(size, share))
+    scaled = (
+        image if image.shape[:2] == (rows, columns) else to_array(to_pillow(image).resize((columns, rows), BICUBIC))
+    )
+    top, left = (round((side - size) / 2) for side in (rows, columns))
     return scaled[top : top + size, left : left + size]
 
 
 def to_pillow(image: UInt8[np.ndarray, "H W C"]) -> Image.Image:
     """RGB, or greyscale for one channel. Raises ValueError for another shape or type."""
+    check_image(image)
+    return Image.fromarray(image[..., 0] if image.shape[2] == 1 else image)
+
+
+def check_image(image: UInt8[np.ndarray, "H W C"]) -> None:
+    """Raises ValueError unless the image is uint8 with one or three channels."""
     if image.ndim != 3 or image.dtype != np.uint8 or image.shape[2] not in (1, 3) or 0 in image.shape:
         raise ValueError(
             f"An image must be uint8 [H, W, C] with C 1 or 3 and no empty axis, found {image.dtype} {list(image.shape)}"
         )
-    return Image.fromarray(image[..., 0] if image.shape[2] == 1 else image)
 
 
 def to_array(image: Image.Image) -> UInt8[np.ndarray, "H W C"]:
     """The inverse of `to_pillow`."""
-    return np.array(image).reshape(image.height, image.width, -1)
+    return np.asarray(image).reshape(image.height, image.width, -1)

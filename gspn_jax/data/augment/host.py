@@ -6,7 +6,7 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
 
-from gspn_jax.data.augment.crops import RandomResizedCrop, resized_crop, to_array, to_pillow
+from gspn_jax.data.augment.crops import RandomResizedCrop, resized_crop, to_array
 from gspn_jax.data.augment.draws import uniforms
 from gspn_jax.data.augment.rand_augment import RandAugment, apply_operation
 
@@ -30,7 +30,7 @@ class HostAugmentation:
         crop, rand = self.crop, self.rand_augment
         u = uniforms(seed, epoch, index, crop.draws + 1 + (rand.draws if rand else 0))
         height, width = image.shape[:2]
-        picture = resized_crop(to_pillow(image), crop.box(height, width, u[: crop.draws]), self.size)
+        picture = resized_crop(image, crop.box(height, width, u[: crop.draws].tolist()), self.size)
         if u[crop.draws] < self.flip:
             picture = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         if rand:
