@@ -116,9 +116,10 @@ def run(arguments: Arguments, config: Config, step: int) -> pathlib.Path | None:
     import numpy as np
 
     from gspn_jax.parallel.agreement import on_first_host
-    from gspn_jax.runs import checkpoints
+    from gspn_jax.runs import checkpoints, same_hosts
     from gspn_jax.sampling.drawing import draw_labels
 
+    same_hosts.check_flags(arguments)
     names = checkpoints.read_meta(arguments.run, step)[1]["class_names"]
     if arguments.num_samples:
         labels = draw_labels(arguments.labels, arguments.num_samples, config.data.num_classes, arguments.seed)

@@ -4,24 +4,35 @@ import contextlib
 import os
 import signal
 import sys
+import tempfile
 import threading
+from collections.abc import Iterator
 
-from gspn_jax.cli.exits import INTERRUPTED, LOST
+from gspn_jax.cli.exits import INTERRUPTED, LOST, USAGE_ERROR
+
+_to_parent: int | None = None
+"""In the child: where it writes what its parent is to say if JAX ends it by abort()."""
 
 
 def watch_over_child() -> None:
     """Returns in a child process; this one waits for it and has the last word.
 
     JAX ends a process that has lost another host by abort(), whose exit code (134) is that of any crash and which no
-    handler in the process survives. From here it gets the code and the sentence of every other way to lose a host.
-    SIGTERM is passed on, Ctrl-C reaches both by itself, and the child does not outlive its parent.
+    handler in the process survives. From here it gets the code and the sentence of every other way to lose a host, or
+    what `joining` says if it had not joined yet. SIGTERM and SIGHUP are passed on, Ctrl-C reaches both by itself, and
+    the child does not outlive its parent.
     """
+    global _to_parent
     reader, writer = os.pipe()
+    said, saying = os.pipe()
     child = os.fork()
     if not child:
         os.close(writer)
+        os.close(said)
+        _to_parent = saying
         threading.Thread(target=_end_with_parent, args=(reader,), daemon=True).start()
         return
+    os.close(saying)
 
     def pass_on(number: int, _frame) -> None:
         with contextlib.suppress(ProcessLookupError):
@@ -29,15 +40,52 @@ def watch_over_child() -> None:
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, pass_on)
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as nohup sets it
+        signal.signal(signal.SIGHUP, pass_on)
     code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     if code == -signal.SIGABRT:
-        print(LOST.format("JAX ended this process, see above"), file=sys.stderr, flush=True)
-        code = INTERRUPTED
+        os.set_blocking(said, False)  # a worker of the child may have the other end still
+        last = _read(said).decode().rsplit("\n", 2)[-2:-1]
+        code, text = (USAGE_ERROR, f"error: {last[0]}") if any(last) else (INTERRUPTED, LOST.format(_ENDED))
+        print(text, file=sys.stderr, flush=True)
     if code < 0:
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, signal.SIG_DFL)
         os.kill(os.getpid(), -code)
     os._exit(code)
+
+
+_ENDED = "JAX ended this process, see above"
+
+
+@contextlib.contextmanager
+def joining(sentence: str) -> Iterator[None]:
+    """While this process joins the others: an abort() is then said to be `sentence`, without the stack of C++ that JAX
+    writes to stderr. All else that it writes is shown at the end."""
+    if _to_parent is None:
+        yield
+        return
+    os.write(_to_parent, f"{sentence}\n".encode())
+    sys.stderr.flush()
+    stderr = os.dup(2)
+    with tempfile.TemporaryFile() as kept:
+        os.dup2(kept.fileno(), 2)
+        try:
+            yield
+        finally:
+            os.dup2(stderr, 2)
+            os.close(stderr)
+            os.write(_to_parent, b"\n")  # joined: from now on an abort is the loss of another host
+            kept.seek(0)
+            with contextlib.suppress(OSError):
+                os.write(2, kept.read())
+
+
+def _read(descriptor: int) -> bytes:
+    try:
+        return os.read(descriptor, 2**16)
+    except BlockingIOError:
+        return b""
 
 
 def _end_with_parent(reader: int) -> None:

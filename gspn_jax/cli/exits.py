@@ -3,6 +3,7 @@
 import contextlib
 import os
 import sys
+import time
 from collections.abc import Iterator
 from typing import NoReturn
 
@@ -13,6 +14,8 @@ USAGE_ERROR = 2
 """Exit code for input that cannot be used."""
 INTERRUPTED = 75
 """Exit code of a run that the same command goes on with: EX_TEMPFAIL of sysexits.h."""
+LAST_SECONDS = 2
+"""The first host ends so much later than the others, which JAX would otherwise end before they have said why."""
 LOST = (
     "another host, or the connection to it, was lost ({}); the same command on all hosts goes on from the newest "
     "checkpoint"
@@ -42,6 +45,8 @@ def _leave(code: int) -> NoReturn:
     if jax and jax.distributed.is_initialized():
         sys.stdout.flush()
         sys.stderr.flush()
+        if jax.process_index() == 0:
+            time.sleep(LAST_SECONDS)
         os._exit(code)
     sys.exit(code)
 

@@ -1,10 +1,15 @@
 """The processes of a job: how this one is told of the others, and joins them."""
 
 import argparse
+import errno
 import os
+import socket
 import sys
+import time
 from collections.abc import Sequence
+from typing import Any
 
+from gspn_jax.cli import child
 from gspn_jax.config import ConfigError
 
 HOSTS = {
@@ -13,8 +18,14 @@ HOSTS = {
     "--process-id": "JAX_PROCESS_ID",
 }
 """The flags by which a process finds the others, and the variables that say the same."""
+BIND_ADDRESS = "JAX_COORDINATOR_BIND_ADDRESS"
+"""Where the first process listens when that is not the address that the others are told."""
 HEARTBEAT_SECONDS = 60
 """A host that has not been heard of for so long is lost, and the others stop. GSPN_HEARTBEAT_SECONDS changes it."""
+JOIN_SECONDS = 50
+"""A process waits so long for the coordinator to listen. GSPN_JOIN_SECONDS changes it."""
+ALL_SECONDS = 300
+"""All processes must have come within so long of the first one's start, or within GSPN_JOIN_SECONDS if that is set."""
 
 
 def join_other_hosts(argv: Sequence[str] | None = None) -> list[str]:
@@ -22,7 +33,10 @@ def join_other_hosts(argv: Sequence[str] | None = None) -> list[str]:
 
     The place of this process comes from --coordinator HOST:PORT --num-processes N --process-id I, from the variables
     JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID, or from Slurm if the step has several tasks. Does
-    nothing for a single process. Raises ConfigError when only some of the three are given, or one is no number.
+    nothing for a single process. The first process listens at the coordinator's address alone.
+
+    Raises ConfigError when only some of the three are given, one is no number, nothing listens at the address, the
+    first process cannot listen there, or not all processes come.
     """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for flag, variable in HOSTS.items():
@@ -38,24 +52,116 @@ def join_other_hosts(argv: Sequence[str] | None = None) -> list[str]:
             f"several processes need {', '.join(HOSTS)} or {', '.join(HOSTS.values())} in the "
             f"environment, found no {flag} or {missing[0]}"
         )
-    arguments = {}
-    if not missing:
-        address, count, index = place.values()
-        if not (count.isdigit() and index.isdigit() and int(index) < int(count)):
-            raise ConfigError(f"--process-id must be a number below --num-processes, found {index!r} of {count!r}")
-        host, _, port = address.rpartition(":")
-        if not host or not port.isdigit():
-            raise ConfigError(f"--coordinator must be HOST:PORT, found {address!r}")
-        arguments = {"coordinator_address": address, "num_processes": int(count), "process_id": int(index)}
-    seconds = os.environ.get("GSPN_HEARTBEAT_SECONDS", str(HEARTBEAT_SECONDS))
-    if not (seconds.isdigit() and int(seconds)):
-        raise ConfigError(f"GSPN_HEARTBEAT_SECONDS must be a number of seconds greater than 0, found {seconds!r}")
+    heartbeat, patience = (
+        _seconds("GSPN_HEARTBEAT_SECONDS", HEARTBEAT_SECONDS),
+        _seconds("GSPN_JOIN_SECONDS", JOIN_SECONDS),
+    )
+    arguments = {} if missing else _arguments(*place.values(), patience)  # without a place JAX asks Slurm's variables
     import jax
 
-    jax.distributed.initialize(
-        **arguments, local_device_ids=_local_device_ids(), heartbeat_timeout_seconds=int(seconds)
-    )  # without a place it asks Slurm's variables
+    where = arguments.get("coordinator_address", "the address that Slurm tells")
+    try:
+        with child.joining(f"the other processes could not be joined at {where}: JAX ended this one"):
+            jax.distributed.initialize(
+                **arguments,
+                local_device_ids=_local_device_ids(),
+                heartbeat_timeout_seconds=heartbeat,
+                initialization_timeout=_seconds("GSPN_JOIN_SECONDS", ALL_SECONDS),
+            )
+    except (RuntimeError, ValueError) as error:
+        raise ConfigError(
+            f"the other processes could not be joined at {where} ({str(error).splitlines()[0][:200]}): all of them "
+            "must be started with the same --coordinator and --num-processes, each with a --process-id of its own"
+        ) from error
     return rest
+
+
+def _arguments(address: str, count: str, index: str, patience: int) -> dict[str, Any]:
+    """What jax.distributed.initialize is told of a place that was given; the coordinator is there."""
+    if not (_is_number(count) and _is_number(index) and int(index) < int(count)):
+        raise ConfigError(f"--process-id must be a number below --num-processes, found {index!r} of {count!r}")
+    _, port = _split(address)
+    arguments = {"coordinator_address": address, "num_processes": int(count), "process_id": int(index)}
+    if int(index):
+        _wait_for_coordinator(address, patience)
+        return arguments
+    own = os.environ.get(BIND_ADDRESS)
+    listening = own or address
+    _check_free(listening, told=own is not None)
+    host, port = _split(listening)
+    return arguments | {"coordinator_bind_address": f"{_quoted(_resolve(host, port)[-1][0])}:{port}"}
+
+
+def _split(address: str) -> tuple[str, int]:
+    """(host, port) of HOST:PORT, or of [HOST]:PORT for an address of IPv6."""
+    host, _, port = address.rpartition(":")
+    host = host[1:-1] if host.startswith("[") and host.endswith("]") else host
+    if not host or not _is_number(port) or not 0 < int(port) < 2**16:
+        raise ConfigError(f"--coordinator must be HOST:PORT, found {address!r}")
+    return host, int(port)
+
+
+def _quoted(host: str) -> str:
+    return f"[{host}]" if ":" in host else host
+
+
+def _resolve(host: str, port: int) -> tuple:
+    """(family, kind, protocol, name, address) of a host, its IPv4 address if it has one. Raises OSError."""
+    found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    return min(found, key=lambda entry: entry[0] != socket.AF_INET)
+
+
+def _wait_for_coordinator(address: str, seconds: int) -> None:
+    """Until something listens there. JAX itself would wait for minutes, and end with a stack of C++."""
+    host, port = _split(address)
+    end, said = time.monotonic() + seconds, "nothing"
+    while True:
+        try:
+            with socket.create_connection((host, port), timeout=max(0.1, min(5, end - time.monotonic()))):
+                return
+        except socket.gaierror as error:
+            said = f"no such host ({error.strerror})"
+        except OSError as error:
+            said = error.strerror or str(error)
+        if time.monotonic() >= end:
+            raise ConfigError(
+                f"--coordinator must be where the process with --process-id 0 listens, found at {address} for "
+                f"{seconds} s: {said}; GSPN_JOIN_SECONDS waits longer"
+            )
+        time.sleep(min(0.2, seconds))
+
+
+def _check_free(address: str, *, told: bool) -> None:
+    """Raises ConfigError unless this process can listen at an address."""
+    host, port = _split(address)
+    name = BIND_ADDRESS if told else "--coordinator"
+    try:
+        family, kind, protocol, _, where = _resolve(host, port)
+        with socket.socket(family, kind, protocol) as trial:
+            trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # what has just ended is no obstacle
+            trial.bind(where)
+            trial.listen(1)
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            raise ConfigError(
+                f"{name} {address}: port {port} is in use by another program, choose another one"
+            ) from error
+        hint = "" if told else f"; where it listens elsewhere, {BIND_ADDRESS} says"
+        raise ConfigError(
+            f"{name} must be an address of the host of process 0, which listens there, found {address} "
+            f"({error.strerror}){hint}"
+        ) from error
+
+
+def _seconds(variable: str, default: int) -> int:
+    text = os.environ.get(variable, str(default))
+    if not (_is_number(text) and int(text)):
+        raise ConfigError(f"{variable} must be a number of seconds greater than 0, found {text!r}")
+    return int(text)
+
+
+def _is_number(text: str) -> bool:
+    return text.isascii() and text.isdigit() and len(text) < 10
 
 
 def _local_device_ids() -> list[int] | None:

@@ -26,7 +26,7 @@ from gspn_jax.config import (
 from gspn_jax.convert.exporting import FORMAT_VERSION, HEADER, named
 from gspn_jax.files import check_new_folder, new_folder
 from gspn_jax.models.convert import dit_from_torch
-from gspn_jax.runs import averages, checkpoints, manifest
+from gspn_jax.runs import averages, checkpoints, manifest, readback
 from gspn_jax.runs.digest import digest_of
 from gspn_jax.state_dict import WeightsError, read_state_dict
 
@@ -62,6 +62,7 @@ def import_weights(arguments: Import) -> None:
     """Raises ConfigError, WeightsError or ImportError with one sentence for what cannot be used."""
     output = pathlib.Path(arguments.output)
     check_new_folder(output)
+    readback.check_path(output, "--output")
     header = _header(arguments.weights)
     state_dict = read_state_dict(arguments.weights)
     try:
@@ -232,15 +233,12 @@ def dit_config(
 
 def _write_checkpoint(run: pathlib.Path, step: int, params: Any, config: Config, meta: dict[str, Any]) -> None:
     """A checkpoint of nothing but the average, whole with its manifest."""
-    where = checkpoints.folder(run) / str(step)
+    where, item = checkpoints.folder(run) / str(step), averages.item(config.train.ema_decays[0])
     with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as writer:
         writer.save(
-            where,
-            args=ocp.args.Composite(
-                **{
-                    averages.item(config.train.ema_decays[0]): ocp.args.StandardSave(params),
-                    "meta": ocp.args.JsonSave(meta),
-                }
-            ),
+            where, args=ocp.args.Composite(**{item: ocp.args.StandardSave(params), "meta": ocp.args.JsonSave(meta)})
         )
     manifest.write(where)
+    wrong = readback.difference(where, {item: params})
+    if wrong:
+        raise checkpoints.CheckpointError(f"the checkpoint that was written cannot be read back: {wrong}")

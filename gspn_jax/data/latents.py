@@ -5,6 +5,7 @@ both little-endian: the mean and the log-variance of each of C channels, unscale
 set has flips, its mirror image (flipping a latent is not encoding the flipped image).
 """
 
+import contextlib
 import dataclasses
 import json
 import pathlib
@@ -27,6 +28,11 @@ WRITER_OPTIONS = "group_size:1,uncompressed"
 """Moments hardly compress, and a record alone in its group is read without its neighbours."""
 MIN_LOG_VARIANCE, MAX_LOG_VARIANCE = -30.0, 20.0
 """The range of the VAE's log-variance (CompVis/latent-diffusion, `DiagonalGaussianDistribution`)."""
+
+_NOTED = ("images",)
+"""What the metadata say that makes no other set of it: it is no part of the fingerprint."""
+_LOOKED_AT = 16
+"""Records, spread over the set, that are read, and their labels looked at, before training begins."""
 
 _TOGETHER = 64
 """Rows that are drawn by one call of each NumPy function: in one call a row, two threads would mostly wait for one
@@ -66,6 +72,8 @@ class LatentMetadata:
     """The rule by which images were cropped: openai/guided-diffusion, `center_crop_arr`."""
     moments: str = "mean, logvar; unscaled"
     dtype: str = "float16"
+    images: str | None = None
+    """The fingerprint of the images that were encoded; None in a set of an earlier version."""
     version: int = FORMAT_VERSION
 
     @property
@@ -94,6 +102,7 @@ class LatentMetadata:
                     f"{path} must be of format version {FORMAT_VERSION}, found {version!r}: prepare the latents again"
                 )
             shards = tuple(Shard(**shard) for shard in values["shards"])
+            values = {"images": None} | values
             fields = {field.name: values[field.name] for field in dataclasses.fields(cls)}
             fields = {name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}
             metadata, count = cls(**fields | {"shards": shards}), values["count"]
@@ -169,26 +178,43 @@ class LatentSource:
                     f"{'no such file' if size is None else f'{size} bytes'}"
                 )
         self.class_names = metadata.class_names
-        self.fingerprint = hash_of(["latents", json.dumps(dataclasses.asdict(metadata), sort_keys=True)])
+        about = {name: value for name, value in dataclasses.asdict(metadata).items() if name not in _NOTED}
+        self.fingerprint = hash_of(["latents", json.dumps(about, sort_keys=True)])
         self._records = ArrayRecordDataSource(
             [_Instruction(str(folder / shard.name), 0, shard.records, shard.records) for shard in metadata.shards]
         )
         self._record = record_type(metadata.latent_shape, metadata.flips)
         self._ends = np.cumsum([shard.records for shard in metadata.shards])
+        for index in np.unique(np.linspace(0, len(self) - 1, min(_LOOKED_AT, len(self))).astype(int)):
+            with contextlib.suppress(DataError):  # what is damaged is met where it is read
+                record = self._read(int(index))
+                self._check_label(int(index), record["label"], ConfigError)
 
     def __len__(self) -> int:
         return self.metadata.count
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray | np.int32]:
-        """{"moments": float16 [V, h, w, 2C], "label": int32}. Raises DataError for a damaged record."""
+        """{"moments": float16 [V, h, w, 2C], "label": int32}. Raises DataError for a damaged record, and for a label of
+        no class."""
+        values = self._read(index)
+        self._check_label(index, values["label"], DataError)
+        return {"moments": values["moments"], "label": values["label"]}
+
+    def _read(self, index: int) -> np.void:
         try:
             record = self._records[index]
         except (RuntimeError, ValueError) as error:
             raise DataError(f"{self._name(index)} cannot be read: {error}") from error
         if len(record) != self._record.itemsize:
             raise DataError(f"{self._name(index)} must have {self._record.itemsize} bytes, found {len(record)}")
-        values = np.frombuffer(record, self._record)[0]
-        return {"moments": values["moments"], "label": values["label"]}
+        return np.frombuffer(record, self._record)[0]
+
+    def _check_label(self, index: int, label: np.int32, failure: type[Exception]) -> None:
+        if not 0 <= label < len(self.class_names):
+            raise failure(
+                f"{self._name(index)} must have a label in 0..{len(self.class_names) - 1}, as the metadata has so many "
+                f"classes, found {label}"
+            )
 
     def _name(self, index: int) -> str:
         shard = int(np.searchsorted(self._ends, index, side="right"))

@@ -22,6 +22,7 @@ from gspn_jax.evaluate.scoring import FEWEST, ScoreFlags, Scorer, finish
 from gspn_jax.files import sha256_of
 from gspn_jax.metrics import npz
 from gspn_jax.parallel import sharding
+from gspn_jax.runs import same_hosts
 
 CHUNK = 64
 """Images that are read at a time."""
@@ -58,6 +59,7 @@ class _Samples:
 
 def evaluate_files(flags: FileFlags) -> dict[str, Any]:
     """Scores `flags.samples`, prints the table and writes the JSON; returns what it wrote."""
+    same_hosts.check_flags(flags)
     with flags.claimed():
         return _evaluate(flags)
 

@@ -17,6 +17,7 @@ from gspn_jax.files import claim_new, sha256_of
 from gspn_jax.metrics.npz import StoredImages
 from gspn_jax.parallel import sharding
 from gspn_jax.pixels import to_rgb
+from gspn_jax.runs import same_hosts
 from gspn_jax.sampling import seeds
 from gspn_jax.sampling.decoding import load_autoencoder
 from gspn_jax.sampling.drawing import Drawing, Labels, draw_labels
@@ -66,6 +67,7 @@ class RunFlags(ScoreFlags):
 
 def evaluate_run(flags: RunFlags, config: Config, step: int) -> list[dict[str, Any]]:
     """Scores the checkpoint of `step` at each guidance scale; returns the results, also printed and written."""
+    same_hosts.check_flags(flags, step=step)
     with flags.claimed():
         return _evaluate_scales(flags, config, step)
 

@@ -3,7 +3,6 @@
 import concurrent.futures
 import contextlib
 import dataclasses
-import hashlib
 import json
 import logging
 import pathlib
@@ -14,7 +13,7 @@ import numpy as np
 
 from gspn_jax.config import ConfigError
 from gspn_jax.data.ahead import read_ahead
-from gspn_jax.files import replacing
+from gspn_jax.files import claim, replacing, sha256_of
 from gspn_jax.prepare.images import CHANNELS, ImageFlags
 
 log = logging.getLogger(__name__)
@@ -74,8 +73,7 @@ def prepare_latents(arguments: Latents) -> None:
             f"found {arguments.image_size} and {config.image_channels} channels"
         )
     source = arguments.source(arguments.image_size)
-    with open(arguments.vae, "rb") as file:
-        vae_sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+    vae_sha256 = sha256_of(arguments.vae)
     output.mkdir(parents=True, exist_ok=True)
     settings = {
         "vae_sha256": vae_sha256,
@@ -87,14 +85,7 @@ def prepare_latents(arguments: Latents) -> None:
         "batch_size": arguments.batch_size,
     }
     if (output / METADATA).exists():
-        found = LatentMetadata.read(output)
-        if (found.vae_sha256, found.image_size, found.flips) != (vae_sha256, arguments.image_size, arguments.flips):
-            raise ConfigError(
-                f"{output} holds latents of other weights, another size or other flips: choose another "
-                "--output, or delete it"
-            )
-        _remove_notes(output)  # unless a kill came between the metadata and this
-        print(f"{output} is complete: {found.count:,} latents of {len(found.class_names)} classes")
+        _check_finished(output, LatentMetadata.read(output), settings, source)
         return
     _check_settings(output, settings)
 
@@ -106,7 +97,7 @@ def prepare_latents(arguments: Latents) -> None:
         for start in range(0, len(source), arguments.shard_size)
     ]
     paths = [output / shard_name(number, len(parts)) for number in range(len(parts))]
-    mine = [number for number in range(arguments.host, len(parts), arguments.num_hosts) if not paths[number].exists()]
+    mine = [number for number in range(arguments.host, len(parts), arguments.num_hosts) if not _is_done(paths[number])]
     _check_disk(output, [len(parts[number]) for number in mine], latent_shape, arguments.flips)
     with replacing(_settings_path(output, arguments.host)) as temporary:
         temporary.write_text(json.dumps(settings))
@@ -119,8 +110,8 @@ def prepare_latents(arguments: Latents) -> None:
         wait_until((output / METADATA).exists, "the first host, which writes the metadata")
         return
     if together:
-        wait_until(lambda: all(path.exists() for path in paths), "the shards of other hosts")
-    missing = sum(not path.exists() for path in paths)
+        wait_until(lambda: all(_counts_path(path).exists() for path in paths), "the shards of other hosts")
+    missing = sum(not _counts_path(path).exists() for path in paths)
     if arguments.host or missing:
         print(
             f"host {arguments.host} is done"
@@ -144,7 +135,24 @@ def prepare_latents(arguments: Latents) -> None:
             class_names=source.class_names,
             class_counts=(),
             shards=(),
+            images=source.fingerprint,
         ),
+    )
+
+
+def _check_finished(output: pathlib.Path, found, settings: dict, source) -> None:
+    """Says that a set is complete. Raises ConfigError unless it is what would be made now."""
+    changed = [name for name in ("vae_sha256", "image_size", "flips") if getattr(found, name) != settings[name]]
+    if found.images not in (None, settings["images"]) or tuple(found.class_names) != tuple(source.class_names):
+        changed.append("images")
+    if changed:
+        raise ConfigError(
+            f"{output} is complete, with other settings ({', '.join(changed)}): choose another --output, or delete it"
+        )
+    _remove_notes(output)  # unless a kill came between the metadata and this
+    print(
+        f"{output} is complete: {found.count:,} latents of {len(found.class_names)} classes"
+        + ("" if found.images else "; of which images is not noted in a set of an earlier version")
     )
 
 
@@ -154,6 +162,21 @@ def _settings_path(output: pathlib.Path, host: int | str) -> pathlib.Path:
 
 def _counts_path(shard: pathlib.Path) -> pathlib.Path:
     return shard.with_suffix(".json")
+
+
+def _is_done(shard: pathlib.Path) -> bool:
+    """Whether a shard is there as its note has it, which is written after it; else both are made again."""
+    try:
+        note = json.loads(_counts_path(shard).read_text())
+        if shard.stat().st_size == note["bytes"] and sha256_of(shard) == note["sha256"]:
+            return True
+        said = "has changed since it was written"
+    except FileNotFoundError:
+        return False
+    except (ValueError, KeyError, TypeError, RecursionError):
+        said = "has a note that cannot be read"
+    log.warning("%s %s and is encoded again", shard, said)
+    return False
 
 
 def _check_settings(output: pathlib.Path, settings: dict) -> None:
@@ -193,10 +216,12 @@ def _encode_shards(arguments: Latents, source, vae, shards: dict[pathlib.Path, r
     ahead = 4 * max(arguments.batch_size, arguments.threads)
     with (
         tqdm(total=len(indices), unit="image", dynamic_ncols=True, desc="encoding") as bar,
+        contextlib.ExitStack() as claims,
         concurrent.futures.ThreadPoolExecutor(arguments.threads) as pool,
         contextlib.closing(read_ahead(pool, source, indices, ahead)) as decoded,
     ):
         for path, part in shards.items():
+            claims.enter_context(claim(path))
             moments, labels, skipped = [], [], 0
             for first in range(0, len(part), arguments.batch_size):
                 images = []
@@ -220,11 +245,12 @@ def _encode_shards(arguments: Latents, source, vae, shards: dict[pathlib.Path, r
                 bar.set_postfix_str(f"{waited / (time.perf_counter() - start):.0%} waiting for decoding", refresh=False)
             if not labels:
                 raise DataError(f"none of {len(part)} images in a row can be used, from number {part[0]} of the set")
-            # The counts come first: a shard that is there has them.
-            with replacing(_counts_path(path)) as temporary:
-                counts = np.bincount(labels, minlength=len(source.class_names))
-                temporary.write_text(json.dumps({"classes": counts.tolist(), "skipped": skipped}))
-            write_shard(path, np.array(labels, np.int32), np.concatenate(moments))
+            shard = write_shard(path, np.array(labels, np.int32), np.concatenate(moments))
+            counts = np.bincount(labels, minlength=len(source.class_names))
+            note = {"classes": counts.tolist(), "skipped": skipped, "bytes": shard.bytes, "sha256": sha256_of(path)}
+            with replacing(_counts_path(path)) as temporary:  # last: a shard counts once its note is there
+                temporary.write_text(json.dumps(note))
+            claims.close()
     if done:
         seconds = time.perf_counter() - start
         print(
@@ -241,7 +267,17 @@ def _views(vae, images: np.ndarray, flips: bool) -> np.ndarray:
 
 
 def _finish(output: pathlib.Path, paths: list[pathlib.Path], metadata) -> None:
-    """Writes the metadata from the notes on each shard, which are then removed."""
+    """Writes the metadata from the notes on each shard, which are then removed. Raises ClaimedError when another
+    process does."""
+    from gspn_jax.data.latents import METADATA
+
+    with claim(output / METADATA):
+        if (output / METADATA).exists():
+            return  # that process has just ended
+        _write_metadata(output, paths, metadata)
+
+
+def _write_metadata(output: pathlib.Path, paths: list[pathlib.Path], metadata) -> None:
     from gspn_jax.data.latents import Shard
 
     parts = [json.loads(_counts_path(path).read_text()) for path in paths]

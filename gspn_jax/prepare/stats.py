@@ -7,10 +7,13 @@ up in order: so the result is the same to the byte, however often it was begun a
 import concurrent.futures
 import contextlib
 import dataclasses
+import hashlib
 import json
 import logging
 import pathlib
+import re
 import shutil
+import zipfile
 from collections.abc import Iterator
 from typing import ClassVar
 
@@ -21,11 +24,16 @@ from gspn_jax.config import ConfigError
 from gspn_jax.data.ahead import read_ahead
 from gspn_jax.data.flat_folder import FlatFolder
 from gspn_jax.data.source import Source
-from gspn_jax.files import replacing, sha256_of
+from gspn_jax.files import claim_new, replacing, sha256_of
 from gspn_jax.prepare.images import ImageFlags
 
 log = logging.getLogger(__name__)
 
+PARTIAL = ".gspn-partial"
+"""What is added to the name of an output for the folder of what is known so far."""
+_OURS = re.compile(r"state\.npz|part-\d{5,}\.npz")
+_SEAL = "sha256"
+"""The array of a file of sums that holds the digest of the others."""
 _PARTS = ("pool", "spatial")
 _STATE_BYTES = 8 * (2048**2 + 2023**2)
 """The sums of a part; as much room have the sums so far, those that replace them, and the result."""
@@ -129,6 +137,16 @@ def prepare_stats(arguments: Stats) -> None:
 
     Raises ConfigError, WeightsError or DataError with one sentence for what cannot be used; OSError for a full disk.
     """
+    from gspn_jax.parallel.agreement import on_first_host
+
+    output = pathlib.Path(arguments.output)
+    with contextlib.ExitStack() as stack:
+        on_first_host(lambda: stack.enter_context(claim_new(output)), ConfigError, OSError)
+        _prepare(arguments, output)
+
+
+def _prepare(arguments: Stats, output: pathlib.Path) -> None:
+    """The statistics into `output`, which the first host has claimed."""
     import jax
     from tqdm import tqdm
 
@@ -139,11 +157,6 @@ def prepare_stats(arguments: Stats) -> None:
     from gspn_jax.prepare.hosts import wait_until
 
     # --- what can be wrong is found first
-    output = pathlib.Path(arguments.output)
-    if output.exists():
-        raise ConfigError(f"{output} exists already: choose another --output, or delete it")
-    if not output.parent.is_dir():
-        raise ConfigError(f"--output must lie in a folder that exists, found {arguments.output!r}")
     weights = inception.read(inception.require(arguments.inception, "--inception"))
     sha256 = inception.digest(weights)
     images = _Set(arguments)
@@ -166,7 +179,7 @@ def prepare_stats(arguments: Stats) -> None:
     }
 
     # --- this host's parts that are not there yet
-    progress = _Progress(output.with_name(output.name + ".partial"), settings)
+    progress = _Progress(output.with_name(output.name + PARTIAL), settings)
     parts = [
         range(start, min(start + arguments.save_every, images.size))
         for start in range(0, images.size, arguments.save_every)
@@ -216,7 +229,7 @@ def prepare_stats(arguments: Stats) -> None:
     if arguments.keep_images and len(chosen):
         kept = np.stack([image for image in images.read(chosen) if image is not None])
     reference.write(output, source=images.name, images=kept)
-    shutil.rmtree(progress.folder)
+    progress.remove()
     left_out = images.size - count
     print(
         f"statistics of {count:,} images of {images.side[0]}x{images.side[1]} in {output}"
@@ -253,14 +266,14 @@ class _Sums:
             self._features.append(np.asarray(features.pool)[: len(chosen)][chosen])
 
     def merge(self, path: pathlib.Path) -> None:
-        """Adds the sums that were written to `path`."""
-        with np.load(path, allow_pickle=False) as found:
-            if len(found["features"]):
-                self._features.append(found["features"])
-            for part, moments in self.moments.items():
-                moments.merge(
-                    {name.removeprefix(f"{part}."): found[name] for name in found.files if name.startswith(f"{part}.")}
-                )
+        """Adds the sums that were written to `path`. Raises DamagedError, having added nothing, for a damaged file."""
+        found = _read(path)
+        if len(found["features"]):
+            self._features.append(found["features"])
+        for part, moments in self.moments.items():
+            moments.merge(
+                {name.removeprefix(f"{part}."): array for name, array in found.items() if name.startswith(f"{part}.")}
+            )
 
     def features(self) -> np.ndarray:
         return np.concatenate(self._features) if self._features else np.zeros((0, 0), np.float32)
@@ -269,8 +282,35 @@ class _Sums:
         arrays = {
             f"{part}.{name}": array for part, moments in self.moments.items() for name, array in moments.state().items()
         }
+        arrays |= {"features": self.features()} | {name: np.asarray(value) for name, value in about.items()}
         with replacing(path) as temporary, open(temporary, "wb") as file:
-            np.savez(file, features=self.features(), **about, **arrays)
+            np.savez(file, **arrays, **{_SEAL: np.array(_digest(arrays))})
+
+
+class DamagedError(ConfigError):
+    """A file of sums that is not as it was written."""
+
+
+def _read(path: pathlib.Path) -> dict[str, np.ndarray]:
+    """The arrays of a file of sums. Raises DamagedError for one that is not as it was written."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            found = {name: file[name] for name in file.files}
+        seal = str(found.pop(_SEAL))
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        raise DamagedError(f"{path} cannot be read ({type(error).__name__})") from error
+    if _digest(found) != seal:
+        raise DamagedError(f"{path} has changed since it was written")
+    return found
+
+
+def _digest(arrays: dict[str, np.ndarray]) -> str:
+    total = hashlib.sha256()
+    for name in sorted(arrays):
+        array = np.ascontiguousarray(arrays[name])
+        total.update(f"{name} {array.dtype} {array.shape}".encode())
+        total.update(array.tobytes())
+    return total.hexdigest()
 
 
 class _Progress:
@@ -281,9 +321,19 @@ class _Progress:
         self.folder, self._settings = folder, settings
         self.sums, self.parts = _Sums(), 0
         folder.mkdir(exist_ok=True)
-        for path in folder.glob("*.npz"):
-            with np.load(path, allow_pickle=False) as found:
-                before = json.loads(str(found["settings"]))
+        others = [path for path in folder.iterdir() if not (path.name.startswith(".") or _OURS.fullmatch(path.name))]
+        if others:
+            raise ConfigError(
+                f"{folder} must be the unfinished statistics of an earlier call, found {others[0].name} in it: move it "
+                "away, or choose another --output"
+            )
+        for path in self._files():
+            try:
+                before = json.loads(str(_read(path)["settings"]))
+            except DamagedError as error:
+                log.warning("%s: it is computed again", error)
+                path.unlink(missing_ok=True)
+                continue
             changed = [name for name in settings if before.get(name) != settings[name]]
             if changed:
                 raise ConfigError(
@@ -292,8 +342,17 @@ class _Progress:
                 )
         if self._state.exists():
             self.sums.merge(self._state)
-            with np.load(self._state, allow_pickle=False) as state:
-                self.parts = int(state["parts"])
+            self.parts = int(_read(self._state)["parts"])
+
+    def _files(self) -> list[pathlib.Path]:
+        return [path for path in self.folder.iterdir() if _OURS.fullmatch(path.name)]
+
+    def remove(self) -> None:
+        """Removes what is ours."""
+        for path in self._files():
+            path.unlink()
+        with contextlib.suppress(OSError):
+            self.folder.rmdir()
 
     @property
     def _state(self) -> pathlib.Path:
@@ -319,5 +378,5 @@ class _Progress:
             self.sums.write(self._state, settings=json.dumps(self._settings), parts=self.parts)
         for path in self.folder.glob("part-*.npz"):  # also what a kill left between the state and its removal
             if int(path.stem.removeprefix("part-")) < self.parts:
-                path.unlink()
+                path.unlink(missing_ok=True)
         return self.parts

@@ -7,6 +7,7 @@ a line that says what is wrong with it.
 import json
 import logging
 import pathlib
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -21,6 +22,9 @@ from gspn_jax.runs import averages, manifest
 
 log = logging.getLogger(__name__)
 
+_STEP = re.compile("0|[1-9][0-9]{0,17}")
+"""The name of a checkpoint's folder."""
+
 
 class CheckpointError(ValueError):
     """A checkpoint that cannot be used; the message is one sentence for the user."""
@@ -34,7 +38,7 @@ def folder(run_dir: str | pathlib.Path) -> pathlib.Path:
 def steps(run_dir: str | pathlib.Path) -> list[int]:
     """The steps of the checkpoints of a run, ascending, whole or not."""
     where = folder(run_dir)
-    return sorted(int(p.name) for p in where.iterdir() if p.name.isdigit()) if where.is_dir() else []
+    return sorted(int(p.name) for p in where.iterdir() if _STEP.fullmatch(p.name)) if where.is_dir() else []
 
 
 def newest_whole(
@@ -155,11 +159,14 @@ def read_items(where: pathlib.Path, targets: dict[str, Any]) -> dict[str, Any]:
 
     Not strict: meshes pad weights differently (`sharding.stored`), and orbax drops or adds zeros at the end of an axis.
     """
-    with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as reader:
-        read = reader.restore(
-            where,
-            args=ocp.args.Composite(
-                **{name: ocp.args.StandardRestore(target, strict=False) for name, target in targets.items()}
-            ),
-        )
+    try:
+        with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as reader:
+            read = reader.restore(
+                where,
+                args=ocp.args.Composite(
+                    **{name: ocp.args.StandardRestore(target, strict=False) for name, target in targets.items()}
+                ),
+            )
+    except ValueError as error:  # in other words than ours, such as for a path that tensorstore cannot read
+        raise CheckpointError(f"{where} cannot be read: {str(error).strip().splitlines()[0][:300]}") from error
     return {name: read[name] for name in targets}

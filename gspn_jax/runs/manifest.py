@@ -25,8 +25,12 @@ def _sha256(path: pathlib.Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def write(folder: pathlib.Path) -> None:
-    """Hashes the files of `folder` into its manifest. Raises OSError."""
+def write(folder: pathlib.Path, step: int | None = None) -> None:
+    """Hashes the files of `folder` into its manifest, as the checkpoint of `step` or of what the folder is called.
+
+    Raises OSError.
+    """
+    step = int(folder.name) if step is None else step
     skipped = {folder / name for name in (NAME, *LATER)}
     paths = sorted(path for path in folder.rglob("*") if path.is_file() and path not in skipped)
     with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
@@ -36,12 +40,12 @@ def write(folder: pathlib.Path) -> None:
         for path, digest in zip(paths, hashes, strict=True)
     }
     with replacing(folder / NAME) as temporary:
-        temporary.write_text(json.dumps({"version": 1, "files": files}, indent=1) + "\n")
+        temporary.write_text(json.dumps({"version": 1, "step": step, "files": files}, indent=1) + "\n")
 
 
 def size(folder: pathlib.Path) -> int:
     """Bytes of a checkpoint as its manifest has them."""
-    return sum(file["bytes"] for file in _read(folder).values())
+    return sum(file["bytes"] for file in _read(folder)[1].values())
 
 
 def problem(folder: pathlib.Path, wanted: Callable[[str], bool] = lambda item: True) -> str | None:
@@ -50,11 +54,13 @@ def problem(folder: pathlib.Path, wanted: Callable[[str], bool] = lambda item: T
     Only the files of items (the checkpoint's sub-folders) that are `wanted` are read.
     """
     try:
-        files = _read(folder)
+        step, files = _read(folder)
     except FileNotFoundError:
         return f"it has no {NAME}: it was never finished"
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f"its {NAME} cannot be read ({type(error).__name__}: {error})"
+    if step is not None and str(step) != folder.name:
+        return f"it is the checkpoint of step {step} under another name"
     files = {name: file for name, file in files.items() if wanted(name.split("/")[0])}
 
     def check(entry: tuple[str, dict]) -> str | None:
@@ -76,11 +82,15 @@ def problem(folder: pathlib.Path, wanted: Callable[[str], bool] = lambda item: T
         return next((found for found in pool.map(check, files.items()) if found), None)
 
 
-def _read(folder: pathlib.Path) -> dict[str, dict]:
-    """{path: {"bytes", "sha256"}}. Raises OSError, ValueError, KeyError, TypeError or AttributeError."""
-    files = json.loads((folder / NAME).read_text())["files"]
+def _read(folder: pathlib.Path) -> tuple[int | None, dict[str, dict]]:
+    """(step, {path: {"bytes", "sha256"}}); the step is None in a manifest of an earlier version.
+
+    Raises OSError, ValueError, KeyError, TypeError or AttributeError.
+    """
+    content = json.loads((folder / NAME).read_text())
+    files = content["files"]
     if not files:
         raise ValueError("it names no file")
     for file in files.values():
         int(file["bytes"]), file["sha256"].lower()
-    return files
+    return content.get("step"), files

@@ -19,7 +19,7 @@ def check_same_run(meta: dict[str, Any], config: RunConfig, fingerprint: str) ->
     """
     allowed = config.train.allow_change
     old = from_dict(meta["config"], type(config))
-    saved, now = (_flat(json.loads(json.dumps(to_dict(one)))) for one in (old, config))
+    saved, now = (flat(json.loads(json.dumps(to_dict(one)))) for one in (old, config))
     changes = {name: f"{name} {saved[name]!r}, found {now[name]!r}" for name in sorted(now) if saved[name] != now[name]}
     for name, change in changes.items():
         if not name.startswith(config.FIXED) or name in config.FREE:
@@ -45,9 +45,9 @@ def check_same_run(meta: dict[str, Any], config: RunConfig, fingerprint: str) ->
         log.warning("%s, as --train.allow-change asks", said)
 
 
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """{"train": {"steps": 3}} -> {"train.steps": 3}."""
     flat = {}
     for name, value in values.items():
-        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+        flat |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
     return flat

@@ -4,7 +4,8 @@ A run that has checkpoints never starts anew by itself.
 """
 
 import concurrent.futures
-import fcntl
+import contextlib
+import json
 import logging
 import os
 import pathlib
@@ -18,9 +19,10 @@ from typing import Any, Protocol, Self, TypeVar
 import jax
 import orbax.checkpoint as ocp
 
-from gspn_jax.config import RunConfig, to_dict
-from gspn_jax.parallel.agreement import agree
-from gspn_jax.runs import checkpoints, manifest, same_run
+from gspn_jax.config import RunConfig, from_dict, to_dict
+from gspn_jax.files import ClaimedError, claim
+from gspn_jax.parallel.agreement import agree, on_first_host
+from gspn_jax.runs import checkpoints, manifest, readback, same_run
 from gspn_jax.runs.checkpoints import CheckpointError, folder, newest_whole, steps
 from gspn_jax.runs.evaluations import Evaluations
 
@@ -46,27 +48,25 @@ class Checkpoints:
     """The checkpoints of a run that trains; use it in a `with` statement, whose end waits for the last save.
 
     `notes` is a dict of JSON values that is saved with each checkpoint and comes back with `restore`. The best step of
-    `evaluations` is kept beside the latest and the periodic ones. Raises CheckpointError when another process trains in
-    the same run directory.
+    `evaluations` is kept beside the latest and the periodic ones; what was saved by a run with `train.keep_every` is
+    kept whatever a later one says. The first save of a run is read back. Raises CheckpointError when another process
+    trains in the same run directory.
     """
 
     def __init__(self, config: RunConfig, fingerprint: str, class_names: Sequence[str]):
         self._config, self._fingerprint = config, fingerprint
         self._meta = {"config": to_dict(config), "fingerprint": fingerprint, "class_names": list(class_names)}
         self.notes: dict[str, Any] = {}
+        self.restored_config: RunConfig | None = None
+        """Of the checkpoint that `restore` gave."""
         self._folder = folder(config.run_dir)
+        readback.check_path(config.run_dir, "run_dir")
         self._folder.mkdir(parents=True, exist_ok=True)
         self._first_host = jax.process_index() == 0
-        if self._first_host:
-            self._lock = (self._folder.parent / "lock").open("w")  # held until closed, however the process ends
-            try:
-                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                self._lock.close()
-                raise CheckpointError(
-                    f"another process is training in {config.run_dir}: wait for it, or choose another run_dir"
-                ) from error
-            self._sweep()
+        self._claim = contextlib.ExitStack()
+        on_first_host(self._claim_run, CheckpointError, OSError)
+        self._read_back = bool(agree(len(steps(config.run_dir))))
+        self._promised: dict[int, bool] = {}
         self.evaluations = Evaluations(config.run_dir)
         self._saving: pathlib.Path | None = None
         self._writer = ocp.AsyncCheckpointer(
@@ -91,13 +91,24 @@ class Checkpoints:
         finally:
             self._pool.shutdown()
             self._writer.close()
-            if self._first_host:
-                self._lock.close()
+            self._claim.close()
+
+    def _claim_run(self) -> None:
+        run = self._folder.parent
+        try:
+            self._claim.enter_context(claim(run, lock=run / "lock"))
+        except ClaimedError as error:
+            raise CheckpointError(
+                f"another process is training in {self._config.run_dir}, {error.holder}: wait for it, or choose "
+                "another run_dir"
+            ) from error
+        self._sweep()
 
     def save(self, step: int, state: State) -> None:
         """Copies the state to the host and writes it in the background; a step that is saved already is left alone.
 
-        Raises CheckpointError when the save before this one failed, or the disk has no room for this one.
+        The first one of a run is waited for and read back. Raises CheckpointError when the save before this one failed,
+        the disk has no room for this one, or the first one cannot be read.
         """
         self.wait()
         if step in steps(self._config.run_dir):
@@ -128,6 +139,12 @@ class Checkpoints:
         if failure:
             raise failure
         self._commit = self._pool.submit(self._finish)
+        if not self._read_back:
+            self.wait()
+            wrong = readback.difference(self._saving, items)
+            if wrong:
+                raise CheckpointError(f"the first checkpoint of the run, {self._saving}, cannot be read back: {wrong}")
+            self._read_back = True
 
     def wait(self) -> None:
         """Until the last save is committed. Raises CheckpointError when it failed."""
@@ -155,10 +172,12 @@ class Checkpoints:
         start = time.perf_counter()
         step = self._agree_on_step()
         if step is None:
+            readback.try_folder(self._folder)
             return None
         _, meta = checkpoints.read_meta(self._config.run_dir, step)
         self.notes = dict(meta.get("notes", {}))
         same_run.check_same_run(meta, self._config, self._fingerprint)
+        self.restored_config = from_dict(meta["config"], type(self._config))
         verified = time.perf_counter()
         where, items = self._folder / str(step), target.items()
         stored = {name: checkpoints.stored_name(where, name) for name in items}
@@ -212,7 +231,7 @@ class Checkpoints:
     def _write_manifest(self) -> None:
         """Called by orbax on the first host when all hosts have written and nothing is committed yet."""
         (written,) = self._folder.glob(f"{self._saving.name}.orbax-checkpoint-tmp*")
-        manifest.write(written)
+        manifest.write(written, int(self._saving.name))
 
     def _finish(self) -> None:
         """In the background: after the commit, what is no longer kept is deleted."""
@@ -224,13 +243,19 @@ class Checkpoints:
                 shutil.rmtree(going)
 
     def _kept(self) -> set[int]:
-        found, every = steps(self._config.run_dir), self._config.train.keep_every
-        periodic = {step for step in found if every and step % every == 0}
-        return set(found[-LATEST:]) | {self.evaluations.best_step} | periodic
+        found = steps(self._config.run_dir)
+        return set(found[-LATEST:]) | {self.evaluations.best_step} | {step for step in found if self._is_kept(step)}
+
+    def _is_kept(self, step: int) -> bool:
+        """Whether a checkpoint is kept for good: by what this run says, or by what the one said that saved it."""
+        every = self._config.train.keep_every
+        if step not in self._promised:
+            self._promised[step] = _promised(self._folder / str(step), step)
+        return bool(every and step % every == 0) or self._promised[step]
 
     def _sweep(self) -> None:
         """Removes what a killed save or deletion left: orbax does not."""
-        for pattern in ("*orbax-checkpoint-tmp*", "deleting-*"):
+        for pattern in ("*orbax-checkpoint-tmp*", "deleting-*", readback.TRIAL):
             for left in self._folder.glob(pattern):
                 log.warning("removing the unfinished checkpoint %s", left)
                 shutil.rmtree(left, ignore_errors=True)  # a failed save may be writing still: swept at the next start
@@ -254,3 +279,12 @@ class Checkpoints:
             if found
             else "the run has none yet"
         )
+
+
+def _promised(where: pathlib.Path, step: int) -> bool:
+    """Whether the config that was saved with a checkpoint keeps it for good; also when it cannot be read."""
+    try:
+        every = json.loads((where / "meta" / "metadata").read_text())["config"]["train"]["keep_every"]
+        return bool(every and step % every == 0)
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return True

@@ -2,15 +2,17 @@
 
 import json
 import logging
+import os
 import pathlib
 import time
-from typing import Any
+from collections.abc import Callable
 
 import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
 from gspn_jax.files import replacing
+from gspn_jax.training.events import Events
 
 log = logging.getLogger(__name__)
 
@@ -26,8 +28,8 @@ class RunLog:
         self._dir.mkdir(parents=True, exist_ok=True)
         path = self._dir / "metrics.jsonl"
         _truncate(path, start_step)
-        self._jsonl = path.open("a", buffering=1)
-        self._events = _events(self._dir, start_step)
+        self._jsonl = _Lines(path)
+        self._events = self._open_events(start_step)
         self._bar = tqdm(total=steps, initial=start_step, unit="step", dynamic_ncols=True, smoothing=0.05)
 
     def __enter__(self) -> "RunLog":
@@ -37,20 +39,18 @@ class RunLog:
         if self._enabled:
             self._bar.close()
             self._jsonl.close()
-            if self._events:
-                self._events.close()
+            self._event(lambda events: events.close())
 
     def rewind(self, step: int) -> None:
         """Forgets what was logged after `step`, to which the run goes back."""
         if not self._enabled:
             return
         self._jsonl.close()
-        if self._events:
-            self._events.close()
+        self._event(lambda events: events.close())
         path = self._dir / "metrics.jsonl"
         _truncate(path, step)
-        self._jsonl = path.open("a", buffering=1)
-        self._events = _events(self._dir, step)
+        self._jsonl = _Lines(path)
+        self._events = self._open_events(step)
         self._bar.reset()
         self._bar.update(step)
 
@@ -62,9 +62,8 @@ class RunLog:
         """One JSONL line, one TensorBoard point a value, and the numbers behind the progress bar."""
         if not self._enabled:
             return
-        self._jsonl.write(json.dumps({"step": step, "time": time.time(), **values}) + "\n")
-        for name, value in values.items() if self._events else ():
-            self._events.add_scalar(name, value, step)
+        self._jsonl.add(json.dumps({"step": step, "time": time.time(), **values}) + "\n")
+        self._event(lambda events: events.scalars(step, values))
         if "loss" in values:
             shown = {
                 "loss": f"{values['loss']:.4f}",
@@ -78,10 +77,31 @@ class RunLog:
         if not self._enabled:
             return
         path = self._dir / name / f"step_{step:07d}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        image.save(path)
-        if self._events:
-            self._events.add_image(name, np.asarray(image.convert("RGB")), step, dataformats="HWC")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with replacing(path) as temporary:
+                image.save(temporary, "png")
+        except OSError as error:
+            log.warning("%s could not be written (%s); the run goes on without it", path, error.strerror or error)
+        self._event(lambda events: events.image(step, name, np.asarray(image.convert("RGB"))))
+
+    def _open_events(self, start_step: int) -> Events | None:
+        """None on a bare machine, which has no tensorboardX, and where they cannot be written."""
+        try:
+            return Events(self._dir / "tensorboard", start_step + 1)
+        except ModuleNotFoundError:
+            log.info("no TensorBoard events are written: tensorboardX is not installed; metrics.jsonl has all of it")
+        except OSError as error:
+            _without_events(error)
+        return None
+
+    def _event(self, write: Callable[[Events], None]) -> None:
+        try:
+            if self._events:
+                write(self._events)
+        except OSError as error:
+            _without_events(error)
+            self._events = None
 
     def say(self, line: str) -> None:
         """A line of text that does not break the progress bar."""
@@ -89,14 +109,38 @@ class RunLog:
             tqdm.write(line)
 
 
-def _events(run_dir: pathlib.Path, start_step: int) -> Any:
-    """A tensorboardX.SummaryWriter; None on a bare machine, which has none."""
-    try:
-        import tensorboardX
-    except ModuleNotFoundError:
-        log.info("no TensorBoard events are written: tensorboardX is not installed; metrics.jsonl has all of it")
-        return None
-    return tensorboardX.SummaryWriter(str(run_dir / "tensorboard"), purge_step=start_step + 1)
+def _without_events(error: OSError) -> None:
+    log.warning("no more TensorBoard events are written (%s); metrics.jsonl has all of it", error.strerror or error)
+
+
+class _Lines:
+    """A file to which lines are added whole. Those that a full disk refuses wait for the next that is added."""
+
+    def __init__(self, path: pathlib.Path):
+        self._path = path
+        self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+        self._waiting: list[str] = []
+
+    def add(self, line: str) -> None:
+        self._waiting.append(line)
+        size = os.fstat(self._file).st_size
+        left = "".join(self._waiting).encode()
+        try:
+            while left:
+                left = left[os.write(self._file, left) :]
+        except OSError as error:
+            os.ftruncate(self._file, size)  # no half of a line
+            if len(self._waiting) == 1:
+                log.warning("%s cannot be written (%s); its lines wait until it can", self._path, error.strerror)
+        else:
+            self._waiting.clear()
+
+    def close(self) -> None:
+        if self._waiting:
+            self.add("")
+        if self._waiting:
+            log.error("%d lines of %s could not be written and are lost", len(self._waiting) - 1, self._path)
+        os.close(self._file)
 
 
 def _truncate(path: pathlib.Path, last_step: int) -> None:

@@ -7,6 +7,7 @@ from jax.sharding import Mesh
 
 from gspn_jax.config import Config, RunConfig
 from gspn_jax.parallel import sharding
+from gspn_jax.runs import same_hosts
 from gspn_jax.runs.saving import Checkpoints
 from gspn_jax.training import hooks
 from gspn_jax.training.batches import Batches
@@ -39,6 +40,7 @@ def train_task(task: Task) -> pathlib.Path:
     mesh = sharding.make_mesh(config.mesh)
     sharding.check_batch(config, mesh)
     source = task.source()
+    same_hosts.check(config, source.fingerprint, source.class_names)
     evaluation = task.evaluation(mesh)
     frozen = task.frozen(mesh)
     run_dir = pathlib.Path(config.run_dir)

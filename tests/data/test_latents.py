@@ -1,5 +1,6 @@
 """Latents from disk: what is drawn is what the moments say, resumed runs see the same, and misfits get a sentence."""
 
+import contextlib
 import dataclasses
 import itertools
 import json
@@ -10,8 +11,9 @@ import numpy as np
 import pytest
 
 from gspn_jax.config import ConfigError, DataConfig
-from gspn_jax.data import DataError, make_loader, make_source
+from gspn_jax.data import DataError, latents, make_loader, make_source
 from gspn_jax.data.latents import METADATA, LatentMetadata, shard_name, write_shard, write_synthetic
+from gspn_jax.files import replacing
 
 COUNT, SHAPE, CLASSES = 40, (4, 4, 3), 5
 
@@ -242,8 +244,15 @@ def test_a_shard_is_whole_or_absent(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_disk_that_fills_up_leaves_no_shard(tmp_path):
-    (tmp_path / "shard.tmp").symlink_to("/dev/full")
+def test_a_disk_that_fills_up_leaves_no_shard(tmp_path, monkeypatch):
+    @contextlib.contextmanager
+    def on_a_full_disk(path):
+        with replacing(path) as temporary:
+            temporary.unlink()
+            temporary.symlink_to("/dev/full")
+            yield temporary
+
+    monkeypatch.setattr(latents, "replacing", on_a_full_disk)
     with pytest.raises(OSError, match=r"shard cannot be written: .*[Nn]o space left"):
         write_shard(tmp_path / "shard", np.zeros(9, np.int32), np.zeros((9, 2, 32, 32, 8), np.float16))
     assert list(tmp_path.iterdir()) == []

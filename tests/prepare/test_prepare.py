@@ -127,7 +127,8 @@ def test_a_killed_preparation_goes_on_and_ends_in_the_same_bytes(vae, images, tm
     run("parts", kill_at=2)
     assert not (tmp_path / "parts" / METADATA).exists()
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "parts").glob("*.array_record")}
-    (tmp_path / "parts/latents-00013-of-00014.array_record.tmp").write_bytes(b"what a kill within a shard leaves")
+    left = tmp_path / "parts/.latents-00013-of-00014.array_record.0123456789abcdef.unfinished"
+    left.write_bytes(b"what a kill within a shard leaves")
     run("parts")
     assert contents(tmp_path / "parts") == contents(tmp_path / "whole")
     assert {path: path.stat().st_mtime_ns for path in before} == before
@@ -251,4 +252,4 @@ def test_a_full_disk_and_other_settings_are_found_before_any_work(vae, images, t
     prepare.main(flags(vae, tmp_path / "out", images=images, num_hosts=2))  # one of two hosts: begun, not finished
     assert "was begun with other settings (shard_size, batch_size)" in said(shard_size=5, batch_size=2)
     prepare.main(flags(vae, tmp_path / "out", images=images))
-    assert "holds latents of other weights, another size or other flips" in said(image_size=10)
+    assert "is complete, with other settings (image_size)" in said(image_size=10)

@@ -229,7 +229,7 @@ def test_a_bad_image_is_named_or_left_out_and_counted(weights, images, tmp_path,
 def test_a_mistake_gets_one_sentence_and_code_2(weights, images, tmp_path, capsys, options, wanted):
     text = said(capsys, *flags(**{"weights": weights, "output": tmp_path / "ref.npz", "images": images} | options))
     assert wanted in text and "Traceback" not in text
-    assert not (tmp_path / "ref.npz.partial").exists()
+    assert not (tmp_path / "ref.npz.gspn-partial").exists()
 
 
 def test_other_settings_and_a_finished_file_are_left_alone(made, weights, images, tmp_path, capsys, monkeypatch):

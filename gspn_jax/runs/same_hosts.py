@@ -1,0 +1,63 @@
+"""Whether the hosts that are about to work together do the same, with the same code."""
+
+import dataclasses
+import hashlib
+import os
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jaxlib
+
+import gspn_jax
+from gspn_jax.config import ConfigError, RunConfig
+from gspn_jax.parallel.agreement import difference
+from gspn_jax.runs.same_run import flat
+
+OWN = ("data.path", "data.workers", "eval.reference", "eval.inception", "eval.vae")
+"""Settings that each host may have for itself, such as a copy of the data on its own disk."""
+OWN_FLAGS = ("vae", "inception", "reference", "images", "tars", "tfds_dir", "threads")
+"""The same among the flags of commands."""
+
+
+def check(config: RunConfig, fingerprint: str, class_names: Sequence[str]) -> None:
+    """Raises ConfigError on every host when one has another config, data set, JAX, or code than the first.
+
+    Every host must call this before the first step.
+    """
+    settings = {name: value for name, value in flat(dataclasses.asdict(config)).items() if name not in OWN}
+    data = {"the fingerprint of the data": fingerprint, "the class names": list(class_names)}
+    _check(settings | data)
+
+
+def check_flags(flags: Any, **more: Any) -> None:
+    """As `check`, for the flags of a command (a dataclass) and `more` JSON values by their names."""
+    _check({name: value for name, value in flat(dataclasses.asdict(flags)).items() if name not in OWN_FLAGS} | more)
+
+
+def _check(values: dict[str, Any]) -> None:
+    if jax.process_count() == 1:
+        return
+    versions = {
+        "the version of JAX": f"{jax.__version__}, jaxlib {jaxlib.__version__}",
+        "the digest of the code": code_digest(),
+    }
+    found = difference(values | versions)
+    if found:
+        raise ConfigError(f"all hosts must do the same, but {found}: start the same command everywhere")
+
+
+def code_digest() -> str:
+    """16 hex digits over the package's own Python files."""
+    root, total = pathlib.Path(gspn_jax.__file__).parent, hashlib.sha256()
+    files = (
+        pathlib.Path(folder, name)
+        for folder, _, names in os.walk(root, followlinks=True)
+        for name in names
+        if name.endswith(".py")
+    )
+    for path in sorted(files):
+        total.update(path.relative_to(root).as_posix().encode())
+        total.update(path.read_bytes())
+    return total.hexdigest()[:16]
