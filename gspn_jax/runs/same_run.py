@@ -47,7 +47,7 @@ def check_same_run(meta: dict[str, Any], config: RunConfig, fingerprint: str) ->
 
 def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """{"train": {"steps": 3}} -> {"train.steps": 3}."""
-    flat = {}
+    found = {}
     for name, value in values.items():
-        flat |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
-    return flat
+        found |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return found
