@@ -203,6 +203,9 @@ class OptimizerConfig:
     learning_rate: float = 1e-4
     final_learning_rate: float = 1e-6
     warmup_steps: int = 0
+    decay_steps: int | None = None
+    """The step at which `final_learning_rate` is reached, and kept from then on; None is the last one. A run that is
+    made longer goes on without a jump with the steps that it had."""
     weight_decay: float = 0.0
     b1: float = 0.9
     b2: float = 0.999
@@ -217,6 +220,12 @@ class OptimizerConfig:
             self.final_learning_rate,
         )
         _check(self.warmup_steps >= 0, "optimizer.warmup_steps", "0 or more", self.warmup_steps)
+        _check(
+            self.decay_steps is None or self.decay_steps >= max(1, self.warmup_steps),
+            "optimizer.decay_steps",
+            f"1 or more and at least optimizer.warmup_steps ({self.warmup_steps}), or None",
+            self.decay_steps,
+        )
         _check(self.weight_decay >= 0, "optimizer.weight_decay", "0 or more", self.weight_decay)
         _fraction(self, "optimizer", "b1", "b2")
 

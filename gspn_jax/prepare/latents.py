@@ -214,14 +214,18 @@ def _encode_shards(arguments: Latents, source, vae, shards: dict[pathlib.Path, r
     waited, start, done = 0.0, time.perf_counter(), 0
     indices = [index for part in shards.values() for index in part]
     ahead = 4 * max(arguments.batch_size, arguments.threads)
+    claims = contextlib.ExitStack()
+    for path in [*shards][:1]:  # before there is a bar
+        claims.enter_context(claim(path))
     with (
+        claims,
         tqdm(total=len(indices), unit="image", dynamic_ncols=True, desc="encoding") as bar,
-        contextlib.ExitStack() as claims,
         concurrent.futures.ThreadPoolExecutor(arguments.threads) as pool,
         contextlib.closing(read_ahead(pool, source, indices, ahead)) as decoded,
     ):
-        for path, part in shards.items():
-            claims.enter_context(claim(path))
+        for number, (path, part) in enumerate(shards.items()):
+            if number:
+                claims.enter_context(claim(path))
             moments, labels, skipped = [], [], 0
             for first in range(0, len(part), arguments.batch_size):
                 images = []

@@ -1,5 +1,6 @@
 """What a run writes for people: the progress line, metrics.jsonl (the source of truth) and TensorBoard events."""
 
+import contextlib
 import json
 import logging
 import os
@@ -101,6 +102,8 @@ class RunLog:
                 write(self._events)
         except OSError as error:
             _without_events(error)
+            with contextlib.suppress(OSError):
+                self._events.close()
             self._events = None
 
     def say(self, line: str) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 
+from gspn_jax.runs.checkpoints import CheckpointError
 from gspn_jax.runs.saving import Checkpoints
 from gspn_jax.training.batches import Batches
 from gspn_jax.training.guard import Guard, Verdict
@@ -15,7 +16,7 @@ from gspn_jax.training.logs import RunLog
 from gspn_jax.training.signals import Stop
 from gspn_jax.training.state import TrainState
 from gspn_jax.training.step import Step
-from gspn_jax.training.task import Metrics
+from gspn_jax.training.task import Batch, Metrics
 from gspn_jax.training.throughput import Throughput
 
 logger = logging.getLogger(__name__)
@@ -57,8 +58,14 @@ class Loop:
         if run.asked:
             raise Interrupted(f"stopped by {run.asked} while evaluating step {run.step}; the same command goes on")
         while run.step < run.steps:
+            try:
+                with self.meter.waiting():
+                    batch = next(self.batches)
+            except Exception:  # of a thread or process that reads
+                self._rescue(run, window)
+                raise
             with jax.profiler.StepTraceAnnotation("train", step_num=run.step + 1):
-                window.append(self._step(run, compiles=run.step + 1 == first))
+                window.append(self._step(run, batch, compiles=run.step + 1 == first))
             self.run_log.advance(run.step)
             run.asked = self.stop.asked()
             self.checkpoints.check()
@@ -81,9 +88,7 @@ class Loop:
                 self.checkpoints.wait()
                 raise Interrupted(f"stopped by {run.asked} and saved at step {run.step}; the same command goes on")
 
-    def _step(self, run: Run, *, compiles: bool) -> Metrics:
-        with self.meter.waiting():
-            batch = next(self.batches)
+    def _step(self, run: Run, batch: Batch, *, compiles: bool) -> Metrics:
         run.step += 1
         if compiles:
             with self.meter.pause():
@@ -93,6 +98,24 @@ class Loop:
                 run.state, metrics = self.train_step(run.state, batch, *self.frozen)
             self.meter.add(self.batch_size)
         return metrics
+
+    def _rescue(self, run: Run, window: list[Metrics]) -> None:
+        """Saves the last good step when there is no batch to go on with. Among several hosts, of which the others still
+        have theirs, nothing is saved: they are stopped by the loss of this one."""
+        if jax.process_count() > 1 or run.step == run.saved:
+            return
+        values = jax.device_get(window)
+        verdict = self.guard.judge(run.step, values, run.saved)
+        step = verdict.good_step if verdict.action == "stop" else run.step
+        if verdict.action == "roll back" or step is None or step <= run.saved:
+            return
+        try:
+            self.save.save(run, step)
+            self.checkpoints.wait()
+        except CheckpointError as error:
+            logger.error("%s", error)  # what ends the run is raised already
+        else:
+            logger.error("there is no batch for step %d: step %d is saved", run.step + 1, step)
 
     def _stop(self, run: Run, verdict: Verdict) -> None:
         """Raises the verdict's error, after saving a good step that is not saved yet."""

@@ -4,11 +4,12 @@ from typing import Any
 
 import optax
 
-from gspn_jax.config import OptimizerConfig
+from gspn_jax.config import OptimizerConfig, RunConfig
 
 
 def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
-    """Linear warm-up, then half a cosine down to `final_learning_rate` at `steps`."""
+    """Linear warm-up, then half a cosine down to `final_learning_rate` at `decay_steps`, by default `steps`."""
+    steps = config.decay_steps or steps
     if config.warmup_steps >= steps:  # nothing is left to decay over
         return optax.linear_schedule(0.0, config.learning_rate, config.warmup_steps)
     return optax.warmup_cosine_decay_schedule(
@@ -18,6 +19,22 @@ def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
         steps,
         config.final_learning_rate,
     )
+
+
+def jump(before: RunConfig, now: RunConfig, step: int) -> str | None:
+    """What to say of a run that was trained to `step` with the schedule of `before` and goes on with that of `now`;
+    None where its learning rate does not change by more than a percent."""
+    old, new = (float(learning_rate(one.optimizer, one.train.steps)(step)) for one in (before, now))
+    if abs(new - old) <= 0.01 * max(new, old):
+        return None
+    said = f"the learning rate goes from {old:.3g} to {new:.3g} in one step, after step {step}"
+    end = before.optimizer.decay_steps or before.train.steps
+    if now.train.steps != before.train.steps and now.optimizer.decay_steps is None:
+        said += (
+            f", because its decay now ends at step {now.train.steps} and ended at {end}: --optimizer.decay-steps {end} "
+            "goes on without this"
+        )
+    return said
 
 
 def make_optimizer(config: OptimizerConfig, steps: int, decayed: Any = None) -> optax.GradientTransformation:

@@ -1,5 +1,6 @@
 """A training run, read top to bottom: what it needs is built here; `loop` owns the order."""
 
+import logging
 import pathlib
 
 import jax
@@ -7,7 +8,7 @@ from jax.sharding import Mesh
 
 from gspn_jax.config import Config, RunConfig
 from gspn_jax.parallel import sharding
-from gspn_jax.runs import same_hosts
+from gspn_jax.runs import readback, same_hosts
 from gspn_jax.runs.saving import Checkpoints
 from gspn_jax.training import hooks
 from gspn_jax.training.batches import Batches
@@ -16,11 +17,14 @@ from gspn_jax.training.guard import Guard, advice
 from gspn_jax.training.hooks import Run
 from gspn_jax.training.logs import RunLog
 from gspn_jax.training.loop import Loop
+from gspn_jax.training.optimizer import jump
 from gspn_jax.training.signals import Stop
 from gspn_jax.training.state import abstract_state, create_state
 from gspn_jax.training.step import make_step
 from gspn_jax.training.task import Task
 from gspn_jax.training.throughput import Throughput, peak_flops
+
+logger = logging.getLogger(__name__)
 
 
 def train(config: Config) -> pathlib.Path:
@@ -37,6 +41,7 @@ def train_task(task: Task) -> pathlib.Path:
     """
     # --- what can be wrong is found first
     config = task.config
+    readback.check_path(config.run_dir, "run_dir")
     mesh = sharding.make_mesh(config.mesh)
     sharding.check_batch(config, mesh)
     source = task.source()
@@ -51,6 +56,10 @@ def train_task(task: Task) -> pathlib.Path:
         # --- state: the latest checkpoint, or born sharded
         target = abstract_state(task, mesh)
         first_step, state = checkpoints.restore(target) or (0, create_state(task, mesh))
+        if checkpoints.restored_config and first_step < config.train.steps:
+            said = jump(checkpoints.restored_config, config, first_step)
+            if said:
+                logger.warning("%s", said)
         checkpoints.evaluations.rewind(first_step)
         guard = Guard(config.guard, checkpoints.notes, advice=advice(config))
 
