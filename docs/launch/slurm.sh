@@ -15,6 +15,8 @@
 #SBATCH --signal=TERM@120
 
 PYTHON=${PYTHON:-.venv/bin/python}
+# how long the slowest host may take to start
+export GSPN_JOIN_SECONDS=${GSPN_JOIN_SECONDS:-900}
 # no --kill-on-bad-exit: a host that fails is noticed by the others, which end by themselves with a code that says why
 srun "$PYTHON" train_dit.py "$@"
 code=$?

@@ -87,7 +87,7 @@ def _arguments(address: str, count: str, index: str, patience: int) -> dict[str,
         return arguments
     own = os.environ.get(BIND_ADDRESS)
     listening = own or address
-    _check_free(listening, told=own is not None)
+    _check_free(listening, patience, told=own is not None)
     host, port = _split(listening)
     return arguments | {"coordinator_bind_address": f"{_quoted(_resolve(host, port)[-1][0])}:{port}"}
 
@@ -131,9 +131,16 @@ def _wait_for_coordinator(address: str, seconds: int) -> None:
         time.sleep(min(0.2, seconds))
 
 
-def _check_free(address: str, *, told: bool) -> None:
-    """Raises ConfigError unless this process can listen at an address."""
+def _check_free(address: str, seconds: int, *, told: bool) -> None:
+    """Raises ConfigError unless this process can listen at an address, whose name may take a while to be known."""
     host, port = _split(address)
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        try:
+            _resolve(host, port)
+            break
+        except socket.gaierror:
+            time.sleep(0.2)
     name = BIND_ADDRESS if told else "--coordinator"
     try:
         family, kind, protocol, _, where = _resolve(host, port)

@@ -1,7 +1,7 @@
 """What a user, a disk or a stranger's file does wrong, a row each; and the one way in which every row is tried.
 
 A row (`Attack`) says what is done, how it is made, and what must come of it: the exit code, key words of the one
-sentence, and that every file that was there is as it was. The rows stand in `test_lost.py`, `test_foreign.py` and
+sentence, and that every file that was there is as it was. The rows stand in `test_lost*.py`, `test_foreign.py` and
 `test_sentences.py`; a row more is a line more. `python -m tests.attacks.table` writes them into docs/faults.md.
 """
 

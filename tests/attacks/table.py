@@ -7,7 +7,7 @@ import re
 from tests.attacks.attack import Attack
 
 PAGE = pathlib.Path(__file__).parents[2] / "docs" / "faults.md"
-MODULES = ("test_lost", "test_foreign", "test_sentences")
+MODULES = ("test_lost", "test_lost_hosts", "test_lost_outputs", "test_lost_progress", "test_foreign", "test_sentences")
 BEGIN, END = "<!-- made by python -m tests.attacks.table -->\n", "<!-- end of the table -->\n"
 
 

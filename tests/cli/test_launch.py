@@ -61,7 +61,7 @@ def test_the_kubernetes_job_starts_the_run_on_every_host():
     config = cli.parse_config(container["args"], program="train_dit.py", description="")
     assert config.run_dir == "/runs/xl" and config.data.path == "/data/latents"
     env = {variable["name"]: variable for variable in container["env"]}
-    assert set(env) == set(HOSTS.values())
+    assert set(env) == {*HOSTS.values(), "GSPN_JOIN_SECONDS"}
     assert int(env["JAX_NUM_PROCESSES"]["value"]) == job["spec"]["completions"] == job["spec"]["parallelism"]
     name = job["metadata"]["name"]
     assert env["JAX_COORDINATOR_ADDRESS"]["value"] == f"{name}-0.{pod['subdomain']}:1234"

@@ -44,13 +44,14 @@ def start(arguments: list[str], *, devices: int = 1, **more: str) -> subprocess.
     )
 
 
-def start_hosts(arguments: list[str], count: int, **settings) -> list[subprocess.Popen]:
+def start_hosts(arguments: list[str] | list[list[str]], count: int, **settings) -> list[subprocess.Popen]:
+    """Processes of the same arguments, or each of its own, that are one job."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
     return [
         start(
-            arguments,
+            arguments[i] if isinstance(arguments[0], list) else arguments,
             JAX_COORDINATOR_ADDRESS=address,
             JAX_NUM_PROCESSES=str(count),
             JAX_PROCESS_ID=str(i),

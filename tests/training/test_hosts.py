@@ -8,6 +8,7 @@ import json
 import os
 import re
 import signal
+import socket
 
 import jax
 import numpy as np
@@ -102,6 +103,42 @@ def test_the_loss_of_a_host_stops_the_others_who_say_so(tmp_path, alone, count, 
     assert checkpoints.steps(run_dir)[-1] >= 4
     finish(run_dir, hosts=count)
     (assert_same_run if count == 2 else assert_same_run_but_for_rounding)(run_dir, alone(count))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("flag", "values", "said"),
+    [
+        (
+            "--optimizer.learning-rate",
+            ("0.001", "0.002"),
+            "optimizer.learning_rate is 0.001 on host 0 and 0.002 on host 1",
+        ),
+        ("--train.steps", ("40", "44"), "train.steps is 40 on host 0 and 44 on host 1"),
+    ],
+)
+def test_hosts_that_differ_train_nothing_and_say_so(tmp_path, flag, values, said):
+    """Both exit 0 with a result of neither before, or the one with more steps waited for ever."""
+    run_dir = tmp_path / "run"
+    arguments = command(run_dir)
+    ended = end(*start_hosts([[*arguments, flag, value] for value in values], 2))
+    for code, errors in ended:
+        assert code == 2 and f"error: all hosts must do the same, but {said}" in errors, errors
+        assert "Traceback" not in errors
+    assert not checkpoints.steps(run_dir)
+
+
+@pytest.mark.slow
+def test_a_port_where_something_else_listens_is_no_coordinator(tmp_path):
+    """JAX ends a process that cannot join by abort(), with a stack of C++."""
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        address = f"127.0.0.1:{other.getsockname()[1]}"
+        place = ("--coordinator", address, "--num-processes", "2", "--process-id", "1")
+        ((code, errors),) = end(start([*command(tmp_path / "run"), *place], GSPN_JOIN_SECONDS="5"), timeout=120)
+    assert code == 2 and f"error: the other processes could not be joined at {address}" in errors, errors
+    assert "***" not in errors and len(errors.strip().splitlines()) < 5, errors
 
 
 SPIKE = """

@@ -1,0 +1,174 @@
+"""Attacks on hosts that are one job, and on seeds (A): nothing is a mixture of two, or the same as another."""
+
+import contextlib
+import json
+import socket
+
+import pytest
+
+import train_dit
+from gspn_jax import sample
+from tests.attacks.attack import GOES_ON, Attack, Call, draw, rows, train
+from tests.attacks.attack import evaluate as evaluated
+from tests.attacks.lost import function
+from tests.training import tiny
+
+# --- A2: hosts that differ
+
+
+def two_hosts(check, **other):
+    """`check()` where another host says `other` of what is compared."""
+
+    def action(given, here, patch):
+        import jax
+
+        from gspn_jax.parallel import agreement
+
+        patch.setattr(jax, "process_count", lambda: 2)
+        patch.setattr(agreement, "texts", lambda own: [own, json.dumps(json.loads(own) | other)])
+        check()
+
+    return function(action)
+
+
+def same_run():
+    from gspn_jax.runs import same_hosts
+
+    same_hosts.check(tiny.config("run"), "f", ["cat", "dog"])
+
+
+def same_samples():
+    from gspn_jax.runs import same_hosts
+
+    same_hosts.check_flags(sample.Arguments(run="run", seed=1))
+
+
+def joined(address, index, *, environment=(), listening=None):
+    """train_dit.py as one of two processes; `listening` makes a port that is in use."""
+
+    def make(given, here):
+        def main(argv):
+            with contextlib.ExitStack() as stack:
+                patch = stack.enter_context(pytest.MonkeyPatch.context())
+                for name, value in (("GSPN_JOIN_SECONDS", "1"), *environment):
+                    patch.setenv(name, value)
+                port = 1
+                if listening is not None:
+                    other = stack.enter_context(socket.socket())
+                    other.bind(("127.0.0.1", 0))
+                    port = other.getsockname()[1]
+                    if listening:
+                        other.listen()
+                place = ("--coordinator", address.format(port=port), "--num-processes", "2", "--process-id", str(index))
+                train_dit.main(["--config", str(given.digits), *place])
+
+        return Call(main)
+
+    return make
+
+
+A2 = [
+    Attack("A2", f"another host has {what}", two_hosts(same_run, **{name: value}), f"{name} is {said} on host 1")
+    for what, name, value, said in (
+        ("another learning rate", "optimizer.learning_rate", 0.1, "0.001 on host 0 and 0.1"),
+        ("another seed", "train.seed", 9, "0 on host 0 and 9"),
+        ("another number of steps", "train.steps", 99, "20 on host 0 and 99"),
+        ("another run directory", "run_dir", "other", '"run" on host 0 and "other"'),
+        ("other data", "the fingerprint of the data", "g", '"f" on host 0 and "g"'),
+        (
+            "the classes in another order",
+            "the class names",
+            ["dog", "cat"],
+            '["cat", "dog"] on host 0 and ["dog", "cat"]',
+        ),
+    )
+] + [
+    Attack("A2", "another host has another JAX", two_hosts(same_run, **{"the version of JAX": "0.1"}), "JAX is"),
+    Attack("A2", "another host has other code", two_hosts(same_run, **{"the digest of the code": "0"}), "code is"),
+    Attack(
+        "A2", "another host samples with another seed", two_hosts(same_samples, seed=2), "seed is 1 on host 0 and 2"
+    ),
+    Attack("A2", "another host has nothing else", two_hosts(same_run), "", code=GOES_ON),
+    Attack(
+        "A2",
+        "a coordinator of a name that no host has",
+        joined("no-such-host.invalid:1234", 1),
+        ("--coordinator must be where", "no such host"),
+    ),
+    Attack(
+        "A2",
+        "a coordinator where nothing listens",
+        joined("127.0.0.1:{port}", 1, listening=False),
+        ("--coordinator must be where", "Connection refused", "GSPN_JOIN_SECONDS waits longer"),
+    ),
+    Attack(
+        "A2",
+        "the first process on a port that is in use",
+        joined("127.0.0.1:{port}", 0, listening=True),
+        "is in use by another program",
+    ),
+    Attack(
+        "A2",
+        "the first process at an address of another machine",
+        joined("192.0.2.1:1234", 0),
+        ("--coordinator must be an address of the host of process 0", "JAX_COORDINATOR_BIND_ADDRESS says"),
+    ),
+    Attack("A2", "a port of six digits", joined("localhost:123456", 1), "--coordinator must be HOST:PORT"),
+    Attack(
+        "A2",
+        "a time to wait that is none",
+        joined("localhost:1", 1, environment=(("GSPN_JOIN_SECONDS", "²"),)),
+        "GSPN_JOIN_SECONDS must be a number of seconds",
+    ),
+]
+
+
+# --- A8: seeds
+
+A8 = [
+    Attack("A8", f"{what} with seed {name}", make(value), f"{said}, found {value}")
+    for what, make, said, values in (
+        (
+            "sampled",
+            lambda value: draw("--seed", str(value)),
+            "--seed must be in 0..2**64-1",
+            {"-1": -1, "2**64": 2**64},
+        ),
+        (
+            "samples by the thousand",
+            lambda value: draw("--num-samples", "4", "--output", "{here}/q.npz", "--seed", str(value)),
+            "--seed must be in 0..2**64-1",
+            {"2**64": 2**64},
+        ),
+        (
+            "evaluated",
+            lambda value: evaluated("--run", "{run}", "--seed", str(value)),
+            "--seed must be in 0..2**64-1",
+            {"2**64": 2**64},
+        ),
+        (
+            "trained",
+            lambda value: train("--train.seed", str(value)),
+            "train.seed must be 0 or more and below 2**32",
+            {"2**32": 2**32},
+        ),
+        (
+            "evaluated in training",
+            lambda value: train("--eval.seed", str(value)),
+            "eval.seed must be 0 or more and below 2**64",
+            {"2**64": 2**64},
+        ),
+    )
+    for name, value in values.items()
+] + [
+    Attack("A8", f"sampled with seed {name}", draw("--seed", str(value)), "", code=GOES_ON)
+    for name, value in (("2**32", 2**32), ("2**63", 2**63), ("2**64-1", 2**64 - 1))
+]
+
+
+ATTACKS = [*A2, *A8]
+
+
+@rows(ATTACKS)
+def test_nothing_is_mixed(attack, withstand):
+    withstand(attack)
