@@ -161,7 +161,7 @@ class Scorer:
         warnings: Iterable[str],
     ) -> dict[str, Any]:
         log.info("%s images are scored; computing %s", f"{collector.count:,}", ", ".join(self.names))
-        reference = self.reference
+        reference, samples = self.reference, samples | {"count": collector.count}
         said = [
             *warnings,
             *report.unfair(

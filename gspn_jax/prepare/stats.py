@@ -71,7 +71,9 @@ class Stats(ImageFlags):
 
     def source(self, image_size: int) -> Source:
         """As `ImageFlags.source`, but images need not lie in class folders."""
-        return FlatFolder(self.images, image_size) if self.images else super().source(image_size)
+        if not self.images:
+            return super().source(image_size)
+        return FlatFolder(self.images, image_size, skip_bad=self.bad_images == "skip")
 
 
 class _Set:
