@@ -3,7 +3,6 @@
 import concurrent.futures
 import contextlib
 import dataclasses
-import hashlib
 import json
 import logging
 import pathlib
@@ -14,7 +13,7 @@ import numpy as np
 
 from gspn_jax.config import ConfigError
 from gspn_jax.data.ahead import read_ahead
-from gspn_jax.files import replacing
+from gspn_jax.files import replacing, sha256_of
 from gspn_jax.prepare.images import CHANNELS, ImageFlags
 
 log = logging.getLogger(__name__)
@@ -28,7 +27,13 @@ class Latents(ImageFlags):
     """Encode images once: give --images, --tars or --tfds."""
 
     vae: str
-    """Weights of the autoencoder: sd-vae-ft-ema or sd-vae-ft-mse, .safetensors or .bin (both encode alike)."""
+    """The autoencoder: a folder of diffusers, or a file such as sd-vae-ft-ema's or sd-vae-ft-mse's (both encode alike),
+    .safetensors or .bin."""
+    vae_scale: float | None = None
+    """What latents are multiplied by, where no config.json beside the weights tells: 0.18215 (Stable Diffusion 1 and 2)
+    by default, 0.13025 of SDXL's."""
+    vae_shift: float | None = None
+    """What is taken off latents before, 0 by default."""
     output: str
     """The folder to write, which a training run then takes as data.path."""
     image_size: int = 256
@@ -47,6 +52,16 @@ class Latents(ImageFlags):
         self.check_positive("image_size", "shard_size", "num_hosts")
         if not 0 <= self.host < self.num_hosts:
             raise ConfigError(f"--host must be in 0..{self.num_hosts - 1}, found {self.host}")
+
+    def scale(self) -> "autoencoder.Scale | None":
+        """Scale and shift that the flags tell."""
+        from gspn_jax import autoencoder
+
+        if self.vae_scale is None:
+            if self.vae_shift is not None:
+                raise ConfigError(f"--vae-shift needs --vae-scale, found {self.vae_shift} alone")
+            return None
+        return autoencoder.check_scale(self.vae_scale, self.vae_shift or 0.0, "--vae-scale")
 
 
 def prepare_latents(arguments: Latents) -> None:
@@ -67,18 +82,19 @@ def prepare_latents(arguments: Latents) -> None:
 
     # --- what can be wrong is found first
     output = pathlib.Path(arguments.output)
-    weights, config = autoencoder.load(arguments.vae)
+    vae_file = autoencoder.weights_file(arguments.vae)
+    weights, config = autoencoder.load(vae_file, arguments.scale())
     if config.image_channels != CHANNELS or arguments.image_size % config.factor:
         raise ConfigError(
             f"--image-size must be a multiple of {config.factor} and the autoencoder one of RGB images, "
             f"found {arguments.image_size} and {config.image_channels} channels"
         )
     source = arguments.source(arguments.image_size)
-    with open(arguments.vae, "rb") as file:
-        vae_sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+    vae_sha256 = sha256_of(vae_file)
     output.mkdir(parents=True, exist_ok=True)
     settings = {
         "vae_sha256": vae_sha256,
+        "scale": [config.scaling_factor, config.shift_factor],
         "images": source.fingerprint,
         "image_size": arguments.image_size,
         "flips": arguments.flips,
@@ -88,9 +104,10 @@ def prepare_latents(arguments: Latents) -> None:
     }
     if (output / METADATA).exists():
         found = LatentMetadata.read(output)
-        if (found.vae_sha256, found.image_size, found.flips) != (vae_sha256, arguments.image_size, arguments.flips):
+        wanted = (vae_sha256, arguments.image_size, arguments.flips, config.scaling_factor, config.shift_factor)
+        if (found.vae_sha256, found.image_size, found.flips, found.scaling_factor, found.shift_factor) != wanted:
             raise ConfigError(
-                f"{output} holds latents of other weights, another size or other flips: choose another "
+                f"{output} holds latents of other weights, another scale, another size or other flips: choose another "
                 "--output, or delete it"
             )
         _remove_notes(output)  # unless a kill came between the metadata and this
@@ -140,7 +157,8 @@ def prepare_latents(arguments: Latents) -> None:
             image_size=arguments.image_size,
             latent_shape=latent_shape,
             flips=arguments.flips,
-            scaling_factor=autoencoder.LATENT_SCALE,
+            scaling_factor=config.scaling_factor,
+            shift_factor=config.shift_factor,
             class_names=source.class_names,
             class_counts=(),
             shards=(),
