@@ -65,8 +65,7 @@ class Arguments:
     @contextlib.contextmanager
     def claimed(self):
         """The file to write, which no other process writes until the block ends: `output`, or what it stands for."""
-        from gspn_jax.autoencoder import weights_file
-    from gspn_jax.files import claim_free, claim_new
+        from gspn_jax.files import claim_free, claim_new
 
         folder = pathlib.Path(self.run)
         if self.output or self.num_samples:
