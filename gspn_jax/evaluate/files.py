@@ -4,7 +4,6 @@ import collections
 import concurrent.futures
 import contextlib
 import dataclasses
-import json
 import logging
 import os
 import pathlib
@@ -31,6 +30,8 @@ log = logging.getLogger(__name__)
 
 CHUNK = 64
 """Images that are read at a time."""
+_SETTINGS, _OF_SAMPLER = {"step", "ema_decay", "sampler", "seed", "labels"}, {"name", "steps", "guidance_scale"}
+"""Fields of what sample.py writes beside its images."""
 _LOSSY = (".jpg", ".jpeg", ".webp", ".gif")
 
 
@@ -111,10 +112,12 @@ def _npz(flags: FileFlags, path: pathlib.Path) -> _Samples:
         raise ConfigError("--image-size is for the images of a folder, found an .npz, which is scored as it is")
     images = npz.StoredImages(path, "--samples")
     found = npz.names(path, "--samples")
-    labels = npz.read(path, "arr_1") if "arr_1" in found else None
-    if labels is not None and (labels.shape != (len(images),) or labels.dtype.kind not in "iu"):
-        labels = None  # something else that another program keeps there
-    about = json.loads(str(npz.read(path, "settings"))) if "settings" in found else {}
+    labels = None
+    if "arr_1" in found:
+        claimed = npz.header(path, "arr_1")
+        if claimed.shape == (len(images),) and claimed.dtype.kind in "iu":  # else another program keeps something there
+            labels = npz.read(path, "arr_1")
+    about = _settings(npz.read_text(path, "settings")) if "settings" in found else {}
     return _Samples(
         size=images.shape[1:3],
         count=len(images),
@@ -123,6 +126,15 @@ def _npz(flags: FileFlags, path: pathlib.Path) -> _Samples:
         warnings=[],
         chunks=images.batches(CHUNK),
     )
+
+
+def _settings(about: dict[str, Any]) -> dict[str, Any]:
+    """Settings that sample.py wrote beside its images; nothing of those of another program."""
+    sampler = about.get("sampler")
+    if not isinstance(sampler, dict) or not about.keys() >= _SETTINGS or not sampler.keys() >= _OF_SAMPLER:
+        return {}
+    numbers = (about["ema_decay"], sampler["guidance_scale"])
+    return about if all(isinstance(number, float | int) for number in numbers) else {}
 
 
 def _folder(flags: FileFlags, path: pathlib.Path) -> _Samples:

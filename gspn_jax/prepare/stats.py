@@ -212,6 +212,7 @@ def prepare_stats(arguments: Stats) -> None:
         *(sums.moments[part].gaussian() for part in _PARTS),
         features=sums.features() if len(chosen) else None,
         num_images=count,
+        image_size=images.side,
         inception_sha256=sha256,
     )
     kept = None
