@@ -32,7 +32,7 @@ class Arguments:
     """Where to write; in the run directory by default: grid_0.png, grid_1.png, ... or samples.npz for --num-samples.
     A file that exists is never overwritten."""
     classes: tuple[str, ...] = ()
-    """Classes of the grid by number or name; the first ten by default."""
+    """Classes of the grid by name, or by number where none is called so; the first ten by default."""
     per_class: int = 8
     """Images of each class in the grid."""
     num_samples: int = 0
@@ -141,6 +141,7 @@ def _draw(arguments: Arguments, config: Config, step: int, labels, names: list[s
     """Draws an image a label into `path`, which only the first host has."""
     import numpy as np
 
+    from gspn_jax.autoencoder import weights_file
     from gspn_jax.files import replacing, sha256_of
     from gspn_jax.parallel import sharding
     from gspn_jax.sampling.decoding import load_autoencoder
@@ -171,7 +172,7 @@ def _draw(arguments: Arguments, config: Config, step: int, labels, names: list[s
             settings = made | {
                 "labels": arguments.labels,
                 "seed": arguments.seed,
-                "vae_sha256": sha256_of(arguments.vae) if vae else None,
+                "vae_sha256": sha256_of(weights_file(arguments.vae)) if vae else None,
             }
             write_npz(
                 path,
@@ -219,11 +220,11 @@ _DONE = -1
 
 
 def _class(name: str, names: list[str]) -> int:
-    """The number of a class given by number or name."""
-    if name.isdigit() and int(name) < len(names):
-        return int(name)
+    """The number of a class given by name or, where none is called so, by number."""
     if name in names:
         return names.index(name)
+    if name.isascii() and name.isdigit() and len(name) < 10 and int(name) < len(names):
+        return int(name)
     shown = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
     raise ConfigError(f"--classes must be numbers in 0..{len(names) - 1} or names ({shown}), found {name!r}")
 

@@ -15,7 +15,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Shaped
 
 from gspn_jax.config import ConfigError
-from gspn_jax.state_dict import WeightsError
+from gspn_jax.state_dict import WeightsError, refuse_pointer
 
 NetworkConfig = TypeVar("NetworkConfig")
 
@@ -41,6 +41,7 @@ class TensorFiles(Mapping[str, np.ndarray]):
         self._homes: dict[str, tuple[pathlib.Path, safe_open]] = {}
         for path in paths:
             try:
+                refuse_pointer(path)
                 file = safe_open(path, "np")
             except (SafetensorError, OSError) as error:
                 raise WeightsError(f"{path} must be a safetensors file, it cannot be read: {error}") from error

@@ -2,16 +2,19 @@
 
 from gspn_jax.autoencoder.model import LATENT_SCALE, AutoencoderConfig, decode, encode
 from gspn_jax.autoencoder.runner import Autoencoder, decode_to_uint8
-from gspn_jax.autoencoder.weights import expected_shapes, from_state_dict, load
+from gspn_jax.autoencoder.weights import Scale, check_scale, expected_shapes, from_state_dict, load, weights_file
 
 __all__ = [
     "LATENT_SCALE",
     "Autoencoder",
     "AutoencoderConfig",
+    "Scale",
+    "check_scale",
     "decode",
     "decode_to_uint8",
     "encode",
     "expected_shapes",
     "from_state_dict",
     "load",
+    "weights_file",
 ]

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 LATENT_SCALE = 0.18215
-"""Brings latents to about unit variance (CompVis/latent-diffusion, arXiv 2112.10752)."""
+"""Brings latents of Stable Diffusion 1 and 2 to about unit variance (CompVis/latent-diffusion, arXiv 2112.10752)."""
 
 _EPSILON = 1e-6
 
@@ -32,6 +32,9 @@ class AutoencoderConfig:
     image_channels: int = 3
     groups: int = 32
     """Of every group normalisation."""
+    scaling_factor: float = LATENT_SCALE
+    shift_factor: float = 0.0
+    """Latents are trained on as (latent - shift_factor) * scaling_factor."""
 
     @property
     def factor(self) -> int:
@@ -56,7 +59,7 @@ def encode(params: Params, config: AutoencoderConfig, images: Float[Array, "B H 
 
 
 def decode(params: Params, config: AutoencoderConfig, latents: Float[Array, "B h w D"]) -> Float[Array, "B H W C"]:
-    """The images, about [-1, 1], of unscaled latents (a sample of the posterior, before LATENT_SCALE)."""
+    """The images, about [-1, 1], of unscaled latents (a sample of the posterior, neither shifted nor scaled)."""
     _check(latents, "latents", config.latent_channels, 1)
     x = _conv(params, "decoder.conv_in", _conv(params, "post_quant_conv", latents))
     x = _middle(params, "decoder.mid_block", x, config.groups)

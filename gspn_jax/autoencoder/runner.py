@@ -8,15 +8,16 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Float32, UInt8
 
 from gspn_jax.autoencoder import model
-from gspn_jax.autoencoder.model import LATENT_SCALE, AutoencoderConfig
+from gspn_jax.autoencoder.model import AutoencoderConfig
 from gspn_jax.pixels import from_uint8, to_uint8
 
 
 def decode_to_uint8(
     params: Mapping[str, Float32[Array, "..."]], config: AutoencoderConfig, latents: Float[Array, "N h w D"]
 ) -> UInt8[Array, "N H W C"]:
-    """0..255 images of latents in the scale that is trained on (times LATENT_SCALE)."""
-    return to_uint8(model.decode(params, config, latents / LATENT_SCALE))
+    """0..255 images of latents as they are trained on, shifted and scaled."""
+    latents = latents / config.scaling_factor
+    return to_uint8(model.decode(params, config, latents + config.shift_factor if config.shift_factor else latents))
 
 
 class Autoencoder:
@@ -53,7 +54,7 @@ class Autoencoder:
         return self._run(self._encode, images)
 
     def decode(self, latents: Float[np.ndarray, "N h w D"]) -> UInt8[np.ndarray, "N H W C"]:
-        """0..255 images of latents in the scale that is trained on (times LATENT_SCALE)."""
+        """0..255 images of latents as they are trained on, shifted and scaled."""
         return self._run(self._decode, np.asarray(latents, np.float32))
 
     def _run(self, function: Callable, inputs: np.ndarray) -> np.ndarray:

@@ -1,32 +1,112 @@
 """Published weight files to the weights of `model`, checked name by name."""
 
+import dataclasses
+import logging
+import math
 import pathlib
 import re
 from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float32
 
-from gspn_jax.autoencoder.model import AutoencoderConfig
+from gspn_jax.autoencoder.model import LATENT_SCALE, AutoencoderConfig
+from gspn_jax.config import ConfigError
 from gspn_jax.state_dict import WeightsError, read_state_dict
+from gspn_jax.tensor_files import VARIANTS, read_json
+
+log = logging.getLogger(__name__)
+
+STEM = "diffusion_pytorch_model"
+CONFIG = "config.json"
 
 _NEW_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 """Attention in older files -> in newer ones."""
-_LEVEL = re.compile(r"encoder\.down_blocks\.(\d+)\.resnets\.(\d+)\.conv1\.weight")
+_LEVEL = re.compile(r"encoder\.down_blocks\.(\d{1,3})\.resnets\.(\d{1,3})\.conv1\.weight")
 
 
-def load(path: str | pathlib.Path) -> tuple[dict[str, Float32[np.ndarray, "..."]], AutoencoderConfig]:
-    """Reads a file of diffusers' `AutoencoderKL`, such as `diffusion_pytorch_model.safetensors` or `.bin`.
+class Scale(NamedTuple):
+    """How latents are trained on: (latent - shift) * factor."""
 
-    Raises FileNotFoundError, ImportError for a .bin file without PyTorch, and WeightsError for other contents.
+    factor: float = LATENT_SCALE
+    shift: float = 0.0
+
+
+def load(
+    path: str | pathlib.Path, scale: Scale | None = None
+) -> tuple[dict[str, Float32[np.ndarray, "..."]], AutoencoderConfig]:
+    """Reads diffusers' `AutoencoderKL`: its folder, that of a model with a folder `vae`, or one file of weights.
+
+    Scale and shift of latents are those of the `config.json` beside the weights. Where there is none, or it does not
+    tell, they are those of `scale`, known from elsewhere, or Stable Diffusion 1's, which is logged.
+    Raises FileNotFoundError, ImportError for a .bin file without PyTorch, WeightsError for other contents, and
+    ConfigError where `config.json` is of another network or tells another scale than `scale`.
     """
+    file = weights_file(path)
+    told = read_scale(file.parent / CONFIG)
+    if None not in (told, scale) and told != scale:
+        raise ConfigError(
+            f"{file.parent / CONFIG} tells of latents of scaling_factor {told.factor:g} and shift_factor "
+            f"{told.shift:g}, found {scale.factor:g} and {scale.shift:g} asked for"
+        )
+    if told is None and scale is None:
+        log.info(
+            "%s does not tell the scale of its latents: taken for Stable Diffusion 1's, %g (a %s beside it would tell)",
+            file, LATENT_SCALE, CONFIG,
+        )  # fmt: skip
     try:
-        state_dict = read_state_dict(path)
+        state_dict = read_state_dict(file)
         config = infer_config(state_dict)
+        factor, shift = told or scale or Scale()
+        config = dataclasses.replace(config, scaling_factor=factor, shift_factor=shift)
         return from_state_dict(state_dict, config), config
     except WeightsError as error:
-        where = "" if str(path) in str(error) else f"{path}: "
+        where = "" if str(file) in str(error) else f"{file}: "
         raise WeightsError(f"{where}{error}") from error
+
+
+def weights_file(path: str | pathlib.Path) -> pathlib.Path:
+    """The file of weights that `path` is, or that lies in the folder `path` or in its folder `vae`."""
+    path = pathlib.Path(path)
+    if not path.is_dir():
+        return path
+    names = [f"{STEM}{variant}{kind}" for kind in (".safetensors", ".bin") for variant in VARIANTS]
+    found = [folder / name for folder in (path, path / "vae") for name in names if (folder / name).is_file()]
+    if not found:
+        raise FileNotFoundError(
+            f"the folder of an autoencoder must hold {STEM}.safetensors, or a folder vae with it, found none in {path}"
+        )
+    return found[0]
+
+
+def read_scale(path: pathlib.Path) -> Scale | None:
+    """What a `config.json` of diffusers tells of the scale of latents; None if there is none, or it does not tell.
+
+    Raises ConfigError for one of a network other than `model`'s, and for numbers that are none.
+    """
+    if not path.is_file():
+        return None
+    content = read_json(path)
+    if content.get("_class_name", "AutoencoderKL") != "AutoencoderKL" and "scaling_factor" not in content:
+        return None  # of something else in the same folder
+    for name, value in (("norm_num_groups", 32), ("act_fn", "silu")):
+        if content.get(name, value) != value:
+            raise ConfigError(f"{path}: the autoencoder's {name} must be {value!r}, found {content[name]!r}")
+    if content.get("latents_mean") is not None or content.get("latents_std") is not None:
+        raise ConfigError(f"{path}: latents must have one scale and shift, found latents_mean or latents_std")
+    factor, shift = content.get("scaling_factor"), content.get("shift_factor")
+    if factor is None:
+        return None
+    return check_scale(factor, 0.0 if shift is None else shift, f"{path}: the autoencoder's scaling_factor")
+
+
+def check_scale(factor: Any, shift: Any, what: str) -> Scale:
+    """Raises ConfigError unless `factor` is a finite number above 0 and `shift` a finite number."""
+    numbers = all(isinstance(value, float | int) and not isinstance(value, bool) for value in (factor, shift))
+    if not numbers or not (math.isfinite(factor) and math.isfinite(shift)) or factor <= 0:
+        raise ConfigError(f"{what} must be greater than 0 and its shift a number, found {factor!r} and {shift!r}")
+    return Scale(float(factor), float(shift))
 
 
 def infer_config(state_dict: Mapping[str, np.ndarray]) -> AutoencoderConfig:

@@ -1,11 +1,11 @@
-"""A file of weights -> a run directory: of the original DiT, or of what `export` wrote."""
+"""A file of weights -> a run directory: of the original DiT or SiT, or of what `export` wrote."""
 
 import dataclasses
 import json
 import pathlib
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -18,6 +18,7 @@ from gspn_jax.config import (
     DataConfig,
     DiffusionConfig,
     ModelConfig,
+    Objective,
     SamplerConfig,
     TrainConfig,
     from_dict,
@@ -25,13 +26,16 @@ from gspn_jax.config import (
 )
 from gspn_jax.convert.exporting import FORMAT_VERSION, HEADER, named
 from gspn_jax.files import check_new_folder, new_folder
-from gspn_jax.models.convert import dit_from_torch
+from gspn_jax.models.convert import dit_from_sit, dit_from_torch
 from gspn_jax.runs import averages, checkpoints, manifest, readback
 from gspn_jax.runs.digest import digest_of
-from gspn_jax.state_dict import WeightsError, read_state_dict
+from gspn_jax.state_dict import AVERAGES, Weights, WeightsError, layer_numbers, read_weights
 
 DIT_EMA_DECAY, DIT_BATCH_SIZE = 0.9999, 256
 """Of the published checkpoints (arXiv 2212.09748, section 4), which hold the average only."""
+DIT_TABLE = 1001
+"""Rows of their table of classes, of which the last is the null class of guidance."""
+_TABLE = "y_embedder.embedding_table.weight"
 _BLOCK = re.compile(r"blocks\.(\d+)\.")
 
 
@@ -40,7 +44,7 @@ class Import:
     """Make a run directory, to sample and evaluate, of a file of weights."""
 
     weights: str
-    """A checkpoint of the original DiT (.pt or .safetensors), or a model.safetensors that `export` wrote."""
+    """A checkpoint of the original DiT or SiT (.pt or .safetensors), or a model.safetensors that `export` wrote."""
     output: str
     """The run directory to write, which must not exist."""
     step: int | None = None
@@ -50,6 +54,11 @@ class Import:
     """Attention heads of a DiT whose width and depth are those of no preset."""
     image_size: int | None = None
     """Side of the latents of a DiT whose file has no pos_embed."""
+    objective: Objective | None = None
+    """What a model of DiT's names was trained for: flow for SiT (linear path, velocity), ddpm for DiT (the default)."""
+    null_row: Literal["last", "none"] | None = None
+    """Whether the table of classes ends in the null class of guidance, or has none (trained without label dropout).
+    Must be given unless the table has DiT's 1,001 rows, whose last is the null class."""
 
     def __post_init__(self) -> None:
         for name, least in (("step", 0), ("heads", 1), ("image_size", 1)):
@@ -64,13 +73,13 @@ def import_weights(arguments: Import) -> None:
     check_new_folder(output)
     readback.check_path(output, "--output")
     header = _header(arguments.weights)
-    state_dict = read_state_dict(arguments.weights)
+    weights = read_weights(arguments.weights)
     try:
         if header is None:
-            step, config, params = arguments.step or 0, *_of_dit(state_dict, arguments)
+            step, config, params = arguments.step or 0, *_of_dit(weights, arguments)
             about = {"fingerprint": "unknown", "class_names": [str(i) for i in range(config.data.num_classes)]}
         else:
-            step, config, params = _of_ours(state_dict, header, arguments)
+            step, config, params = _of_ours(weights.tensors, header, arguments)
             about = {name: header[name] for name in ("fingerprint", "class_names")}
     except WeightsError as error:
         raise WeightsError(f"{arguments.weights}: {error}") from error
@@ -84,9 +93,24 @@ def import_weights(arguments: Import) -> None:
             {"config": to_dict(config), "notes": {"imported_from": arguments.weights}} | about,
         )
     print(
-        f"{config.model.preset} ({models.count_parameters(config) / 1e6:.1f}M parameters) of step {step}, EMA "
-        f"{config.train.ema_decays[0]:g}, in {output}: it can be sampled and evaluated, not trained on"
+        f"{_described(config)} ({models.count_parameters(config) / 1e6:.1f}M parameters) of step {step}, "
+        f"{_average(config)}, in {output}: it can be sampled and evaluated, not trained on"
     )
+    if header is None and arguments.objective is None:
+        print("it was taken for a model of DDPM: a SiT has the same names and needs --objective flow")
+
+
+def _described(config: Config) -> str:
+    """The preset, or where the sizes are those of none, the sizes."""
+    found, arch = models.resolve(config.model), models.PRESETS[config.model.preset]
+    if (found.hidden, found.depth, found.patch) == (arch.hidden, arch.depth, arch.patch):
+        return config.model.preset
+    return f"a network of width {found.hidden}, depth {found.depth}, patch {found.patch}"
+
+
+def _average(config: Config) -> str:
+    decay = config.train.ema_decays[0]
+    return f"EMA {decay:g}" if decay else "the parameters themselves, not an average"
 
 
 def _header(path: str) -> dict[str, Any] | None:
@@ -119,7 +143,7 @@ def _header(path: str) -> dict[str, Any] | None:
 def _of_ours(
     state_dict: Mapping[str, np.ndarray], header: dict[str, Any], arguments: Import
 ) -> tuple[int, Config, Any]:
-    for name in ("step", "heads", "image_size"):
+    for name in ("step", "heads", "image_size", "objective", "null_row"):
         if getattr(arguments, name) is not None:
             raise ConfigError(
                 f"--{name.replace('_', '-')} is for a DiT of elsewhere, found {arguments.weights}, which tells its own"
@@ -152,9 +176,25 @@ def _by_name(state_dict: Mapping[str, np.ndarray], config: Config) -> Any:
     return jax.tree.unflatten(jax.tree.structure(shapes), [state_dict[name] for name in expected])
 
 
-def _of_dit(state_dict: Mapping[str, np.ndarray], arguments: Import) -> tuple[Config, Any]:
-    config = dit_config(state_dict, heads=arguments.heads, image_size=arguments.image_size, step=arguments.step or 0)
-    return config, _dit(state_dict, config)
+def _of_dit(weights: Weights, arguments: Import) -> tuple[Config, Any]:
+    objective = arguments.objective or ("flow" if "path_type" in weights.settings else "ddpm")
+    for name, known in (("path_type", "Linear"), ("prediction", "velocity")):
+        found = weights.settings.get(name, known)
+        if objective == "flow" and found != known:
+            raise WeightsError(f"a SiT must be of {name} {known!r}, found {found!r}")
+    config = dit_config(
+        weights.tensors,
+        heads=arguments.heads,
+        image_size=arguments.image_size,
+        step=arguments.step or 0,
+        objective=objective,
+        null_row=arguments.null_row,
+        average=weights.wrapper is None or weights.wrapper in AVERAGES,
+    )
+    tensors = weights.tensors
+    if config.diffusion.label_dropout == 0:  # the row that guidance would use is there, and is never used
+        tensors = tensors | {_TABLE: np.pad(tensors[_TABLE], ((0, 1), (0, 0)))}
+    return config, _dit(dit_from_sit(tensors) if objective == "flow" else tensors, config)
 
 
 def _dit(state_dict: Mapping[str, np.ndarray], config: Config) -> Any:
@@ -167,31 +207,42 @@ def _dit(state_dict: Mapping[str, np.ndarray], config: Config) -> Any:
 
 
 def dit_config(
-    state_dict: Mapping[str, np.ndarray], *, heads: int | None = None, image_size: int | None = None, step: int = 0
+    state_dict: Mapping[str, np.ndarray],
+    *,
+    heads: int | None = None,
+    image_size: int | None = None,
+    step: int = 0,
+    objective: Objective = "ddpm",
+    null_row: Literal["last", "none"] | None = None,
+    average: bool = True,
 ) -> Config:
     """What the tensors of an original DiT tell of it, on latents, with DiT's diffusion: 1,000 steps of linear betas.
 
-    Samples are drawn as behind DiT's published numbers: 250 DDPM steps, guidance of three of four channels, float32.
+    Samples are drawn as behind DiT's published numbers: 250 DDPM steps (or Heun steps of a SiT), guidance of three of
+    four channels, float32. `average` tells whether they are an average of the parameters.
     Raises WeightsError for tensors of something else, ConfigError for what must be said and was not.
     """
     shapes = {name: value.shape for name, value in state_dict.items()}
     patches, table, final = (
-        shapes.get(f"{name}.weight", ())
-        for name in ("x_embedder.proj", "y_embedder.embedding_table", "final_layer.linear")
+        shapes.get(name, ()) for name in ("x_embedder.proj.weight", _TABLE, "final_layer.linear.weight")
     )
-    blocks = [int(match[1]) for match in map(_BLOCK.match, shapes) if match]
-    if (len(patches), len(table), len(final)) != (4, 2, 2) or not blocks:
+    depth = len(layer_numbers(_BLOCK, state_dict))
+    if (len(patches), len(table), len(final)) != (4, 2, 2) or not depth:
         raise WeightsError(
             "the weights must be those of a DiT, as facebookresearch/DiT names them, or of what `python "
             f"-m gspn_jax.convert export` wrote, found {len(shapes)} tensors named "
             f"{', '.join(sorted(shapes)[:3])}, ..."
         )
     hidden, channels, patch, _ = patches
-    depth = 1 + max(blocks)
     outputs = final[0] // max(patch, 1) ** 2
     if outputs not in (channels, 2 * channels):
         raise WeightsError(
             f"final_layer.linear.weight must give {channels} or {2 * channels} channels, found {outputs}"
+        )
+    if null_row is None and table[0] != DIT_TABLE:
+        raise ConfigError(
+            f"--null-row must be last or none for a table of {table[0]:,} classes, found neither: its last row may be "
+            "the null class of guidance, or a class"
         )
     positions = shapes.get("pos_embed", ())
     if len(positions) != 3 and image_size is None:
@@ -218,14 +269,24 @@ def dit_config(
         run_dir="unknown",
         model=dataclasses.replace(model, drop_path=0.0, learn_sigma=outputs == 2 * channels),
         data=DataConfig(
-            source="latents", path="unknown", image_size=side, channels=channels, num_classes=table[0] - 1, flip=True
+            source="latents",
+            path="unknown",
+            image_size=side,
+            channels=channels,
+            num_classes=table[0] - (null_row != "none"),
+            flip=True,
         ),
-        diffusion=DiffusionConfig(objective="ddpm", timesteps=1000, beta_schedule="linear"),
-        sampler=SamplerConfig(name="ddpm", steps=250, guidance_channels="first3"),
+        diffusion=DiffusionConfig(
+            objective=objective,
+            timesteps=1000,
+            beta_schedule="linear",
+            label_dropout=0.0 if null_row == "none" else 0.1,
+        ),
+        sampler=SamplerConfig(name="heun" if objective == "flow" else "ddpm", steps=250, guidance_channels="first3"),
         train=TrainConfig(
             steps=max(step, 1),
             batch_size=DIT_BATCH_SIZE,
-            ema_decays=(DIT_EMA_DECAY,),
+            ema_decays=(DIT_EMA_DECAY if average else 0.0,),
             precision="params=float32,compute=float32",
         ),
     )

@@ -63,11 +63,12 @@ class LatentMetadata:
     latent_shape: tuple[int, int, int]
     """[h, w, C] of a latent; the moments have 2C channels."""
     scaling_factor: float
-    """What a latent is multiplied by before it is trained on."""
+    """What a latent is multiplied by before it is trained on, after `shift_factor` was taken off."""
     class_names: tuple[str, ...]
     class_counts: tuple[int, ...]
     shards: tuple[Shard, ...]
     flips: bool = True
+    shift_factor: float = 0.0
     crop: str = "adm_center"
     """The rule by which images were cropped: openai/guided-diffusion, `center_crop_arr`."""
     moments: str = "mean, logvar; unscaled"
@@ -102,7 +103,8 @@ class LatentMetadata:
                     f"{path} must be of format version {FORMAT_VERSION}, found {version!r}: prepare the latents again"
                 )
             shards = tuple(Shard(**shard) for shard in values["shards"])
-            values = {"images": None} | values
+            # sets from before these were written
+            values = {"images": None, "shift_factor": 0.0} | values
             fields = {field.name: values[field.name] for field in dataclasses.fields(cls)}
             fields = {name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}
             metadata, count = cls(**fields | {"shards": shards}), values["count"]
@@ -179,6 +181,8 @@ class LatentSource:
                 )
         self.class_names = metadata.class_names
         about = {name: value for name, value in dataclasses.asdict(metadata).items() if name not in _NOTED}
+        if not metadata.shift_factor:  # as sets from before it was written
+            del about["shift_factor"]
         self.fingerprint = hash_of(["latents", json.dumps(about, sort_keys=True)])
         self._records = ArrayRecordDataSource(
             [_Instruction(str(folder / shard.name), 0, shard.records, shard.records) for shard in metadata.shards]
@@ -252,7 +256,7 @@ class LatentBatches:
         scale = np.float32(source.metadata.scaling_factor)
         values = np.arange(2**16, dtype=np.uint16).view(np.float16)
         values = np.where(np.isfinite(values), values, 0).astype(np.float32)
-        self._means = scale * values
+        self._means = scale * (values - np.float32(source.metadata.shift_factor))
         self._deviations = scale * np.exp(np.clip(values, MIN_LOG_VARIANCE, MAX_LOG_VARIANCE) / 2)
 
     def __call__(self, batch: int) -> dict[str, np.ndarray]:

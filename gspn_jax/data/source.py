@@ -11,7 +11,6 @@ from typing import Protocol
 
 import numpy as np
 
-IMAGE_EXTENSIONS = (".jpeg", ".jpg", ".png")
 MAX_BAD_IN_A_ROW = 100
 """A set with so many bad images in a row is broken as a whole: replacing them would train on something else."""
 

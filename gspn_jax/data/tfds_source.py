@@ -1,6 +1,9 @@
 """A tensorflow-datasets image classification set prepared as array_record, read without TensorFlow."""
 
+import contextlib
 import os
+import re
+from collections.abc import Iterator
 
 import numpy as np
 import tensorflow_datasets as tfds
@@ -8,6 +11,8 @@ import tensorflow_datasets as tfds
 from gspn_jax.config import ConfigError
 from gspn_jax.data.decoding import decode_image
 from gspn_jax.data.source import hash_of
+
+_OWN_FEATURES = "tensorflow_datasets.core.features."
 
 
 class TfdsSource:
@@ -63,9 +68,43 @@ class TfdsSource:
         }
 
 
-def _prepared_builder(name: str, data_dir: str | None) -> tfds.core.DatasetBuilder:
+class _ForeignClassError(Exception):
+    """A features.json names a class that is not tensorflow-datasets' own."""
+
+
+@contextlib.contextmanager
+def _own_features_only() -> Iterator[None]:
+    """Inside, a features.json builds features of tensorflow-datasets only, which otherwise imports whatever module the
+    file names, and so runs it. Raises _ForeignClassError for another."""
+    base = tfds.features.FeatureConnector
+    theirs = base.__dict__["cls_from_name"]
+
+    def checked(cls: type, python_class_name: str) -> type:
+        if not str(python_class_name).startswith(_OWN_FEATURES):
+            raise _ForeignClassError(python_class_name)
+        return theirs.__get__(None, cls)(python_class_name)
+
+    base.cls_from_name = classmethod(checked)
     try:
-        builder = tfds.builder(name, data_dir=data_dir)
+        yield
+    finally:
+        base.cls_from_name = theirs
+
+
+def _prepared_builder(name: str, data_dir: str | None) -> tfds.core.DatasetBuilder:
+    if re.search(r":(?![\d*])", name):
+        raise ConfigError(
+            f"data.name must be a set of tensorflow-datasets or one prepared in data.path, found {name!r}, whose "
+            "description is code from elsewhere"
+        )
+    try:
+        with _own_features_only():
+            builder = tfds.builder(name, data_dir=data_dir)
+    except _ForeignClassError as error:
+        raise ConfigError(
+            f"the features of {name!r} in data.path={data_dir!r} must be tensorflow-datasets' own, found the class "
+            f"{str(error)!r} in features.json, whose code is not run"
+        ) from error
     except ValueError as error:  # DatasetNotFoundError, a malformed name, an unknown config
         raise ConfigError(
             f"data.name must be a tensorflow-datasets name or a set prepared in data.path, found "

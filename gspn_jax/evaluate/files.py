@@ -1,14 +1,15 @@
 """Evaluation of images that are there: an .npz of the ADM layout, or a folder."""
 
+import collections
 import concurrent.futures
 import contextlib
 import dataclasses
-import json
+import logging
 import os
 import pathlib
 import time
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -17,15 +18,22 @@ from tqdm import tqdm
 
 from gspn_jax.config import ConfigError, MeshConfig
 from gspn_jax.data.ahead import read_ahead
+from gspn_jax.data.decoding import DataError
 from gspn_jax.data.flat_folder import FlatFolder
+from gspn_jax.data.listing import describe, kind_of
 from gspn_jax.evaluate.scoring import FEWEST, ScoreFlags, Scorer, finish
 from gspn_jax.files import sha256_of
 from gspn_jax.metrics import npz
 from gspn_jax.parallel import sharding
 from gspn_jax.runs import same_hosts
 
+log = logging.getLogger(__name__)
+
 CHUNK = 64
 """Images that are read at a time."""
+_SETTINGS, _OF_SAMPLER = {"step", "ema_decay", "sampler", "seed", "labels"}, {"name", "steps", "guidance_scale"}
+"""Fields of what sample.py writes beside its images."""
+_LOSSY = (".jpg", ".jpeg", ".webp", ".gif")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -33,11 +41,13 @@ class FileFlags(ScoreFlags):
     """Scores images that are there; the result goes beside them unless --output says where."""
 
     samples: str
-    """An .npz with uint8 images [N, H, W, 3] as arr_0, or a folder with PNG or JPEG files."""
+    """An .npz with uint8 images [N, H, W, 3] as arr_0, or a folder of images."""
     image_size: int | None = None
     """Scale and crop the images of a folder to a square of this size, as ADM does; by default they are not touched."""
     threads: int = os.cpu_count() or 1
     """Threads that decode the images of a folder."""
+    bad_images: Literal["error", "skip"] = "error"
+    """What a corrupt image of a folder does: stop with its name, or be left out with a warning."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -104,10 +114,12 @@ def _npz(flags: FileFlags, path: pathlib.Path) -> _Samples:
         raise ConfigError("--image-size is for the images of a folder, found an .npz, which is scored as it is")
     images = npz.StoredImages(path, "--samples")
     found = npz.names(path, "--samples")
-    labels = npz.read(path, "arr_1") if "arr_1" in found else None
-    if labels is not None and (labels.shape != (len(images),) or labels.dtype.kind not in "iu"):
-        labels = None  # something else that another program keeps there
-    about = json.loads(str(npz.read(path, "settings"))) if "settings" in found else {}
+    labels = None
+    if "arr_1" in found:
+        claimed = npz.header(path, "arr_1")
+        if claimed.shape == (len(images),) and claimed.dtype.kind in "iu":  # else another program keeps something there
+            labels = npz.read(path, "arr_1")
+    about = _settings(npz.read_text(path, "settings")) if "settings" in found else {}
     return _Samples(
         size=images.shape[1:3],
         count=len(images),
@@ -118,12 +130,21 @@ def _npz(flags: FileFlags, path: pathlib.Path) -> _Samples:
     )
 
 
+def _settings(about: dict[str, Any]) -> dict[str, Any]:
+    """Settings that sample.py wrote beside its images; nothing of those of another program."""
+    sampler = about.get("sampler")
+    if not isinstance(sampler, dict) or not about.keys() >= _SETTINGS or not sampler.keys() >= _OF_SAMPLER:
+        return {}
+    numbers = (about["ema_decay"], sampler["guidance_scale"])
+    return about if all(isinstance(number, float | int) for number in numbers) else {}
+
+
 def _folder(flags: FileFlags, path: pathlib.Path) -> _Samples:
     if (path / "checkpoints").is_dir():
         raise ConfigError(
             f"--samples must be an .npz file or a folder of images, found the run directory {path}: give it as --run"
         )
-    folder = FlatFolder(path, flags.image_size)
+    folder = FlatFolder(path, flags.image_size, skip_bad=flags.bad_images == "skip")
     # files are often sorted by class, which would be the end of the Inception score
     order = np.random.default_rng(0).permutation(len(folder))
 
@@ -132,22 +153,36 @@ def _folder(flags: FileFlags, path: pathlib.Path) -> _Samples:
             concurrent.futures.ThreadPoolExecutor(flags.threads) as pool,
             contextlib.closing(read_ahead(pool, folder, order, 2 * max(CHUNK, flags.threads))) as decoded,
         ):
-            waiting = []
+            waiting, bad = [], 0
             for record in decoded:
-                waiting.append(record()["image"])
+                try:
+                    waiting.append(record()["image"])
+                except DataError as error:
+                    if flags.bad_images == "error":
+                        raise
+                    log.warning("%s; it is left out", error)
+                    bad += 1
                 if len(waiting) == CHUNK:
                     yield np.stack(waiting)
                     waiting = []
             if waiting:
                 yield np.stack(waiting)
+            if len(folder) - bad < FEWEST:
+                raise DataError(
+                    f"--samples must hold {FEWEST} images or more that can be read, found {len(folder) - bad}"
+                )
+            if bad:
+                warnings.append(f"{bad:,} of the {len(folder):,} files could not be read and were left out")
 
-    warnings = []
+    warnings = [f"left out of the folder: {folder.left_out}"] if folder.left_out else []
     if flags.image_size is not None:
         warnings.append(
             f"the images were scaled and cropped to {flags.image_size}x{flags.image_size} here, by ADM's "
             "filter: another filter gives another FID"
         )
-    jpeg = sum(not name.lower().endswith(".png") for name in folder.files)
-    if jpeg:
-        warnings.append(f"{jpeg:,} of the samples are JPEG files: what compression took away counts against them")
+    lossy = collections.Counter(kind_of(name) for name in folder.files if kind_of(name) in _LOSSY)
+    if lossy:
+        warnings.append(
+            f"{describe(lossy)} of the samples are files of lossy compression: what it took away counts against them"
+        )
     return _Samples(size=folder.shape[:2], count=len(folder), labels=None, about={}, warnings=warnings, chunks=chunks())

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from gspn_jax.autoencoder import weights_file
 from gspn_jax.config import Config, ConfigError, MeshConfig, SamplerConfig
 from gspn_jax.diffusion.samplers import sampler_name
 from gspn_jax.evaluate import plots, report
@@ -109,7 +110,7 @@ def _evaluate_scales(flags: RunFlags, config: Config, step: int) -> list[dict[st
         about = drawing.settings() | {
             "labels": flags.labels,
             "seed": flags.seed,
-            "vae_sha256": sha256_of(flags.vae) if flags.vae else None,
+            "vae_sha256": sha256_of(weights_file(flags.vae)) if flags.vae else None,
         }
         result = None if flags.output or flags.save_samples else _finished(folder, flags, about, scorer)
         if result is None:

@@ -40,7 +40,9 @@ class ScoreFlags:
     metrics: tuple[str, ...] = ()
     """Some of fid, sfid, is, kid, precision, recall; by default all that the reference allows."""
     float16: bool = False
-    """Compare for precision and recall in float16, as the ADM evaluator does."""
+    """Round distances for precision and recall to float16, as the ADM evaluator does; where one overflows, its block of
+    10,000 x 10,000 is of float32, as there. Ties then decide a part of the result, and sums in another order other
+    ties: it is near the evaluator's, not equal to it."""
     output: str | None = None
     """The JSON file to write, which must not exist."""
     batch_size: int = 64
@@ -93,12 +95,11 @@ class Scorer:
         """What of the reference belongs into a result, as JSON values."""
         if self._reference is None:
             return None
-        images = self._reference.images
         return {
             "path": self._reference.path,
             "sha256": self._reference.sha256,
             "num_images": self._reference.num_images,
-            "image_size": list(images.shape[1:3]) if images else None,
+            "image_size": self._reference.image_size and list(self._reference.image_size),
         }
 
     def settings(self) -> dict[str, Any]:
@@ -161,7 +162,7 @@ class Scorer:
         warnings: Iterable[str],
     ) -> dict[str, Any]:
         log.info("%s images are scored; computing %s", f"{collector.count:,}", ", ".join(self.names))
-        reference = self.reference
+        reference, samples = self.reference, samples | {"count": collector.count}
         said = [
             *warnings,
             *report.unfair(

@@ -2,7 +2,7 @@
 
 Dialects: the ADM evaluator's (`arr_0` images, `mu`, `sigma`, `mu_s`, `sigma_s`), `ref_mu` and `ref_sigma`, `mu` and
 `sigma` alone (pytorch-fid), and what `python -m gspn_jax.prepare stats` writes: ADM's names, and beside or in place of
-the images `features`, their pool features, with `inception_sha256`, `num_images` and `source`.
+the images `features`, their pool features, with `inception_sha256`, `num_images`, `image_size` and `source`.
 """
 
 import dataclasses
@@ -58,6 +58,8 @@ class Reference:
     images: npz.StoredImages | None = None
     num_images: int | None = None
     """How many images the statistics are of, where the file says so."""
+    image_size: tuple[int, int] | None = None
+    """Height and width of the images that the statistics are of, where the file says so or holds images."""
     inception_sha256: str | None = None
     """Of the weights behind the statistics (`inception.digest`), where the file says so."""
     _radii: dict[bool, np.ndarray] = dataclasses.field(default_factory=dict, repr=False, compare=False)
@@ -131,6 +133,8 @@ class Reference:
     ) -> None:
         """Writes everything but `images`, of which those given take the place, in ADM's names; whole or not at all."""
         arrays = {"num_images": np.array(self.num_images), "source": np.array(source)}
+        if self.image_size:
+            arrays["image_size"] = np.array(self.image_size)
         if self.inception_sha256:
             arrays["inception_sha256"] = np.array(self.inception_sha256)
         for part in ("pool", "spatial"):
@@ -150,14 +154,12 @@ def read_reference(path: str | pathlib.Path, what: str = "the reference") -> Ref
     Raises ConfigError for what is no .npz, holds none of the known names, or has them in other shapes.
     """
     found = npz.names(path, what)
-    count = int(npz.read(path, "num_images")) if "num_images" in found else None
+    count = int(npz.read(path, "num_images", kinds="iu", shape=())) if "num_images" in found else None
     parts = {part: _gaussian(path, found, part, count) for part in _SIZES} | {"num_images": count}
     if "features" in found:
-        features = npz.read(path, "features")
-        if features.ndim != 2 or features.shape[1] != _SIZES["pool"] or not np.isfinite(features).all():
-            raise ConfigError(
-                f"'features' in {path} must be finite [N, {_SIZES['pool']}], found {list(features.shape)}"
-            )
+        features = npz.read(path, "features", kinds="fiu", shape=(None, _SIZES["pool"]))
+        if not np.isfinite(features).all():
+            raise ConfigError(f"'features' in {path} must be finite, found NaN or infinity")
         parts["features"] = features.astype(np.float32)
     if "arr_0" in found:
         parts["images"] = npz.StoredImages(path, what)
@@ -167,7 +169,11 @@ def read_reference(path: str | pathlib.Path, what: str = "the reference") -> Ref
             f"{', '.join(found) or 'nothing'} in {path}"
         )
     if "inception_sha256" in found:
-        parts["inception_sha256"] = str(npz.read(path, "inception_sha256"))
+        parts["inception_sha256"] = str(npz.read(path, "inception_sha256", kinds="U", shape=()))
+    if "image_size" in found:
+        parts["image_size"] = tuple(npz.read(path, "image_size", kinds="iu", shape=(2,)).tolist())
+    elif parts.get("images"):
+        parts["image_size"] = parts["images"].shape[1:3]
     return Reference(str(path), sha256_of(path), **parts)
 
 
@@ -179,13 +185,13 @@ def _listed(names: Iterable[str]) -> str:
 def _gaussian(path: str | pathlib.Path, found: Sequence[str], part: str, count: int | None) -> Gaussian | None:
     for mean_name, cov_name in _DIALECTS[part]:
         if mean_name in found and cov_name in found:
-            mean, cov = (npz.read(path, name) for name in (mean_name, cov_name))
             size = _SIZES[part]
-            if mean.shape != (size,) or cov.shape != (size, size):
+            if [npz.header(path, name).shape for name in (mean_name, cov_name)] != [(size,), (size, size)]:
                 raise ConfigError(
                     f"{mean_name!r} and {cov_name!r} in {path} must be of {size} features, found "
-                    f"{list(mean.shape)} and {list(cov.shape)}"
+                    f"{list(npz.header(path, mean_name).shape)} and {list(npz.header(path, cov_name).shape)}"
                 )
+            mean, cov = (npz.read(path, name, kinds="fiu") for name in (mean_name, cov_name))
             if not (np.isfinite(mean).all() and np.isfinite(cov).all()):
                 raise ConfigError(f"{mean_name!r} and {cov_name!r} in {path} must be finite, found NaN or infinity")
             return Gaussian(mean.astype(np.float64), cov.astype(np.float64), count)

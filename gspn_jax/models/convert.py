@@ -3,11 +3,12 @@
 from collections.abc import Mapping
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from gspn_jax import models
 from gspn_jax.config import Config, ConfigError
-from gspn_jax.models.embeddings import sincos_positions
+from gspn_jax.models.embeddings import MAX_PERIOD, TIME_FREQUENCIES, sincos_positions
 from gspn_jax.models.presets import resolve
 
 # Our path -> the original's name. A stack of blocks is one array here and one array a block there ("{}").
@@ -26,6 +27,7 @@ _NAMES = {
 }
 _LEAVES = {"kernel": "weight", "embedding": "weight", "bias": "bias"}
 _POSITIONS = "pos_embed"
+_RIDGE = 1e-14
 
 
 def dit_from_torch(state_dict: Mapping[str, np.ndarray], config: Config) -> dict:
@@ -133,11 +135,59 @@ def _to_theirs(name: str, array: np.ndarray, config: Config) -> np.ndarray:
     return np.ascontiguousarray(array.reshape(shape))
 
 
+def dit_from_sit(state_dict: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Weights of SiT (willisma/SiT, linear path, velocity), which have DiT's names, in our convention of flow matching.
+
+    SiT's time s runs from 0 (noise) to 1 (clean) and enters as it is; its velocity is clean - noise. Ours is
+    t = 1 - s, enters as 1000 t, and the velocity is noise - clean. So the last layer changes its sign, and the first
+    layer of the time MLP takes up the map from our cosines and sines to SiT's (`_sit_frequencies`).
+    """
+    first = "t_embedder.mlp.0.weight"
+    changed = {name: -np.asarray(state_dict[name]) for name in ("final_layer.linear.weight", "final_layer.linear.bias")}
+    changed[first] = (np.asarray(state_dict[first], np.float64) @ _sit_frequencies()).astype(np.float32)
+    return dict(state_dict) | changed
+
+
+def _sit_frequencies() -> np.ndarray:
+    """The matrix M [256, 256] with M @ f(1000 t) = f(1 - t) for t in [0, 1], f as in `timestep_frequencies`.
+
+    Our frequencies 96 to 127 are SiT's 0 to 31; SiT's others change so slowly over [0, 1] that a few of ours give them
+    to 1e-7. Solved by least squares with a small ridge, which keeps the coefficients small.
+    """
+    half = TIME_FREQUENCIES // 2
+    rate = MAX_PERIOD ** -(np.arange(half) / half)
+    t = np.linspace(0, 1, 1001)[:, None]
+
+    def features(time: np.ndarray) -> np.ndarray:
+        return np.concatenate([np.cos(time * rate), np.sin(time * rate)], axis=1)
+
+    slow = np.flatnonzero(np.tile(1000 * rate <= 1 + 1e-9, 2))
+    ours, theirs = features(1000 * t)[:, slow], features(1 - t)
+    gram = ours.T @ ours + _RIDGE * len(t) * np.eye(len(slow))
+    matrix = np.zeros((TIME_FREQUENCIES, TIME_FREQUENCIES))
+    matrix[:, slow] = np.linalg.solve(gram, ours.T @ theirs).T
+    return matrix
+
+
 def _check_positions(found: np.ndarray, hidden: int) -> None:
     """We compute positions for any grid; weights trained with other ones would be silently wrong."""
     side = round(found.shape[1] ** 0.5) if found.ndim == 3 else 0
     if found.shape != (1, side * side, hidden):
         raise ValueError(f"{_POSITIONS} must have shape (1, rows * rows, {hidden}), found {found.shape}")
-    error = np.abs(found - np.asarray(sincos_positions(side, side, hidden)).reshape(found.shape)).max()
-    if not error < 1e-4:
-        raise ValueError(f"{_POSITIONS} must be the fixed sine-cosine table of DiT, found one that is {error:.2g} off")
+    table = np.asarray(sincos_positions(side, side, hidden)).reshape(found.shape)
+    error = np.abs(found - table)
+    relative, absolute = _rounding(found)
+    if not (error <= 1e-4 + absolute + relative * np.abs(table)).all():
+        raise ValueError(
+            f"{_POSITIONS} must be the fixed sine-cosine table of DiT, found one that is {error.max():.2g} off"
+        )
+
+
+def _rounding(values: np.ndarray) -> tuple[float, float]:
+    """Relative and absolute rounding of the narrowest type that holds all `values`: that in which they were stored."""
+    for dtype in (jnp.float8_e5m2, jnp.float8_e4m3fn, jnp.bfloat16, jnp.float16):
+        with np.errstate(over="ignore"):
+            if np.array_equal(values.astype(dtype).astype(np.float32), values):
+                about = jnp.finfo(dtype)
+                return float(about.eps) / 2, float(about.smallest_subnormal) / 2
+    return 0.0, 0.0

@@ -27,7 +27,13 @@ class Latents(ImageFlags):
     """Encode images once: give --images, --tars or --tfds."""
 
     vae: str
-    """Weights of the autoencoder: sd-vae-ft-ema or sd-vae-ft-mse, .safetensors or .bin (both encode alike)."""
+    """The autoencoder: a folder of diffusers, or a file such as sd-vae-ft-ema's or sd-vae-ft-mse's (both encode alike),
+    .safetensors or .bin."""
+    vae_scale: float | None = None
+    """What latents are multiplied by, where no config.json beside the weights tells: 0.18215 (Stable Diffusion 1 and 2)
+    by default, 0.13025 of SDXL's."""
+    vae_shift: float | None = None
+    """What is taken off latents before, 0 by default."""
     output: str
     """The folder to write, which a training run then takes as data.path."""
     image_size: int = 256
@@ -46,6 +52,16 @@ class Latents(ImageFlags):
         self.check_positive("image_size", "shard_size", "num_hosts")
         if not 0 <= self.host < self.num_hosts:
             raise ConfigError(f"--host must be in 0..{self.num_hosts - 1}, found {self.host}")
+
+    def scale(self) -> "autoencoder.Scale | None":
+        """Scale and shift that the flags tell."""
+        from gspn_jax import autoencoder
+
+        if self.vae_scale is None:
+            if self.vae_shift is not None:
+                raise ConfigError(f"--vae-shift needs --vae-scale, found {self.vae_shift} alone")
+            return None
+        return autoencoder.check_scale(self.vae_scale, self.vae_shift or 0.0, "--vae-scale")
 
 
 def prepare_latents(arguments: Latents) -> None:
@@ -66,17 +82,19 @@ def prepare_latents(arguments: Latents) -> None:
 
     # --- what can be wrong is found first
     output = pathlib.Path(arguments.output)
-    weights, config = autoencoder.load(arguments.vae)
+    vae_file = autoencoder.weights_file(arguments.vae)
+    weights, config = autoencoder.load(vae_file, arguments.scale())
     if config.image_channels != CHANNELS or arguments.image_size % config.factor:
         raise ConfigError(
             f"--image-size must be a multiple of {config.factor} and the autoencoder one of RGB images, "
             f"found {arguments.image_size} and {config.image_channels} channels"
         )
     source = arguments.source(arguments.image_size)
-    vae_sha256 = sha256_of(arguments.vae)
+    vae_sha256 = sha256_of(vae_file)
     output.mkdir(parents=True, exist_ok=True)
     settings = {
         "vae_sha256": vae_sha256,
+        "scale": [config.scaling_factor, config.shift_factor],
         "images": source.fingerprint,
         "image_size": arguments.image_size,
         "flips": arguments.flips,
@@ -131,7 +149,8 @@ def prepare_latents(arguments: Latents) -> None:
             image_size=arguments.image_size,
             latent_shape=latent_shape,
             flips=arguments.flips,
-            scaling_factor=autoencoder.LATENT_SCALE,
+            scaling_factor=config.scaling_factor,
+            shift_factor=config.shift_factor,
             class_names=source.class_names,
             class_counts=(),
             shards=(),
@@ -143,6 +162,8 @@ def prepare_latents(arguments: Latents) -> None:
 def _check_finished(output: pathlib.Path, found, settings: dict, source) -> None:
     """Says that a set is complete. Raises ConfigError unless it is what would be made now."""
     changed = [name for name in ("vae_sha256", "image_size", "flips") if getattr(found, name) != settings[name]]
+    if [found.scaling_factor, found.shift_factor] != settings["scale"]:
+        changed.append("scale")
     if found.images not in (None, settings["images"]) or tuple(found.class_names) != tuple(source.class_names):
         changed.append("images")
     if changed:

@@ -79,7 +79,9 @@ class Stats(ImageFlags):
 
     def source(self, image_size: int) -> Source:
         """As `ImageFlags.source`, but images need not lie in class folders."""
-        return FlatFolder(self.images, image_size) if self.images else super().source(image_size)
+        if not self.images:
+            return super().source(image_size)
+        return FlatFolder(self.images, image_size, skip_bad=self.bad_images == "skip")
 
 
 class _Set:
@@ -223,6 +225,7 @@ def _prepare(arguments: Stats, output: pathlib.Path) -> None:
         *(sums.moments[part].gaussian() for part in _PARTS),
         features=sums.features() if len(chosen) else None,
         num_images=count,
+        image_size=images.side,
         inception_sha256=sha256,
     )
     kept = None

@@ -1,5 +1,6 @@
 """From what a sampler draws to RGB: latents are decoded, greyscale gets three channels."""
 
+import pathlib
 from collections.abc import Callable
 
 import jax
@@ -10,6 +11,7 @@ from gspn_jax import autoencoder
 from gspn_jax.config import Config, ConfigError
 from gspn_jax.parallel import sharding
 from gspn_jax.pixels import to_rgb
+from gspn_jax.tensor_files import read_json
 
 DECODED_AT_A_TIME, DECODED_PIXELS = 16, 16 * 256**2
 """Bound the memory of decoding, which at 256 pixels is more than that of sampling."""
@@ -18,15 +20,26 @@ DECODED_AT_A_TIME, DECODED_PIXELS = 16, 16 * 256**2
 def load_weights(path: str, flag: str, config: Config) -> tuple[dict[str, np.ndarray], autoencoder.AutoencoderConfig]:
     """The autoencoder's weights in `path`, which `flag` named, for the latents of a run.
 
+    Where the set of latents that the run was trained on is there, it tells scale and shift.
     Raises ConfigError for an autoencoder of other latents, and as `autoencoder.load`.
     """
-    weights, sizes = autoencoder.load(path)
+    weights, sizes = autoencoder.load(path, _trained_scale(config))
     if sizes.latent_channels != config.data.channels:
         raise ConfigError(
             f"{flag} must be of {config.data.channels} latent channels, as the run is, found "
             f"{sizes.latent_channels} in {path}"
         )
     return weights, sizes
+
+
+def _trained_scale(config: Config) -> autoencoder.Scale | None:
+    metadata = pathlib.Path(config.data.path or "", "metadata.json")  # of `gspn_jax.data.latents`, which needs Grain
+    if not config.data.latents or not metadata.is_file():
+        return None
+    content = read_json(metadata)
+    return autoencoder.check_scale(
+        content.get("scaling_factor"), content.get("shift_factor", 0.0), f"{metadata}: scaling_factor"
+    )
 
 
 def load_autoencoder(

@@ -1,5 +1,6 @@
 """A folder of Stable Diffusion 1, 2 or SDXL as diffusers writes it: every part read, and checked against the others."""
 
+import dataclasses
 import pathlib
 from collections.abc import Mapping
 from typing import Any, NamedTuple, get_args
@@ -103,7 +104,7 @@ def _read_autoencoder(folder: pathlib.Path) -> tuple[dict[str, Float32[np.ndarra
         if not isinstance(scale, float | int) or not scale > 0:
             raise ConfigError(f"the autoencoder's scaling_factor must be a number greater than 0, found {scale!r}")
         tensors = open_folder(folder, "diffusion_pytorch_model")
-        config = infer_config(tensors)
+        config = dataclasses.replace(infer_config(tensors), scaling_factor=float(scale))
         return autoencoder.from_state_dict(tensors, config), config, float(scale)
 
 

@@ -49,6 +49,8 @@ def folder(tmp_path_factory):
             str(folder / "dit.safetensors"),
             "--heads",
             "2",
+            "--null-row",
+            "last",
             "--step",
             "7",
             "--output",
@@ -294,6 +296,7 @@ def refused(capsys, *arguments) -> str:
 )
 def test_a_wrong_dit_gets_a_sentence(folder, tmp_path, capsys, change, flags, said):
     weights = changed(folder, tmp_path, change)
+    flags = ["--null-row", "last", *flags]
     assert said in refused(capsys, "import", "--weights", weights, "--output", tmp_path / "run", *flags)
     assert [path.name for path in tmp_path.iterdir()] == ["other.safetensors"]
 
@@ -371,7 +374,8 @@ def test_a_torch_file_gives_the_run_of_its_safetensors(folder, tmp_path, wrapped
     tensors = {name: torch.tensor(value) for name, value in load_file(folder / "dit.safetensors").items()}
     other = {name: torch.zeros_like(value) for name, value in tensors.items()}
     torch.save({"model": other, "ema": tensors} if wrapped else tensors, tmp_path / "dit.pt")
-    convert.main(["import", "--weights", str(tmp_path / "dit.pt"), "--heads", "2", "--output", str(tmp_path / "run")])
+    to = ["--heads", "2", "--null-row", "last", "--output", str(tmp_path / "run")]
+    convert.main(["import", "--weights", str(tmp_path / "dit.pt"), *to])
     steps = ["--sampler.steps", "4"]
     np.testing.assert_array_equal(
         drawn(folder, tmp_path / "run", tmp_path / "a.npz", *steps),

@@ -1,14 +1,22 @@
 """Whatever file a data set holds, it becomes the RGB or grey square that a person would expect, or is named."""
 
+import concurrent.futures
 import contextlib
 import io
 import math
+import multiprocessing
+import os
+import resource
+import struct
+import subprocess
+import zlib
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from gspn_jax.data.decoding import DataError, decode_image, fit_image
+from gspn_jax.data import decoding
+from gspn_jax.data.decoding import DataError, decode_image, fit_image, read_image
 
 
 def encode(image: Image.Image, kind: str = "PNG", **options) -> bytes:
@@ -56,7 +64,10 @@ def resize(image: np.ndarray, height: int, width: int, kernel, support: float) -
     return resample(image.transpose(1, 0, 2), width, kernel, support).transpose(1, 0, 2)
 
 
-@pytest.mark.parametrize("width, height", [(91, 70), (40, 67), (33, 33), (20, 25)])
+@pytest.mark.parametrize(
+    "width, height",
+    [(91, 70), (40, 67), (33, 33), (20, 25), (3, 300), (301, 4), (16, 1100), (40, 2700)],  # the last four: over 64 to 1
+)
 def test_crop_is_adms(width, height):
     # Halve with a box filter while both sides reach 2 * size, scale bicubically to the short side, crop the centre.
     size = 16
@@ -77,6 +88,17 @@ def test_an_image_of_the_right_size_is_not_touched():
     np.testing.assert_array_equal(decode_image(encode(image), "x", 24, 3), np.asarray(image))
     wide = smooth_image(30, 24)
     np.testing.assert_array_equal(decode_image(encode(wide), "x", 24, 3), np.asarray(wide)[:, 3:27])
+
+
+@pytest.mark.parametrize("width, height", [(320, 325), (325, 320)])
+def test_sides_are_rounded_as_adm_rounds_them(width, height):
+    """`center_crop_arr` of openai/guided-diffusion for a size that is no power of two, where the order counts."""
+    size, image = 224, smooth_image(width, height)
+    scale = size / min(width, height)
+    assert round(325 * scale) != round(325 * size / 320)
+    scaled = np.asarray(image.resize((round(width * scale), round(height * scale)), Image.Resampling.BICUBIC))
+    top, left = (scaled.shape[0] - size) // 2, (scaled.shape[1] - size) // 2
+    np.testing.assert_array_equal(fit_image(image, size, 3), scaled[top : top + size, left : left + size])
 
 
 def solid(mode: str, color) -> Image.Image:
@@ -176,3 +198,127 @@ def test_damaged_bytes_give_an_image_or_a_data_error_and_nothing_else(encoded):
             damaged[position] = rng.integers(256)
         with contextlib.suppress(DataError):
             assert decode_image(bytes(damaged), "x", 8, 3).shape == (8, 8, 3)
+
+
+def png(depth: int, colour: int, row: bytes, transparent: bytes, width: int = 2) -> bytes:
+    """A PNG of one row in a layout that Pillow does not write (W3C PNG specification, 11.2 and 11.3)."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", width, 1, depth, colour, 0, 0, 0)
+    chunks = chunk(b"IHDR", header) + chunk(b"tRNS", transparent) + chunk(b"IDAT", zlib.compress(b"\0" + row))
+    return b"\x89PNG\r\n\x1a\n" + chunks + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize(
+    ("encoded", "expected"),
+    [
+        (png(16, 0, struct.pack(">2H", 0, 77 * 257), struct.pack(">H", 0)), [[255] * 3, [77] * 3]),
+        (png(16, 0, struct.pack(">2H", 257, 300 * 257 // 2), struct.pack(">H", 257)), [[255] * 3, [150] * 3]),
+        (png(4, 0, bytes([0x80]), struct.pack(">H", 8)), [[255] * 3, [0] * 3]),
+        (png(2, 0, bytes([0b10_01_0000]), struct.pack(">H", 2)), [[255] * 3, [85] * 3]),
+        (png(1, 0, bytes([0b01_000000]), struct.pack(">H", 0)), [[255] * 3, [255] * 3]),
+        (png(8, 0, bytes([5, 6]), struct.pack(">H", 5)), [[255] * 3, [6] * 3]),
+        (
+            png(
+                16,
+                2,
+                struct.pack(">6H", *(257 * v for v in (200, 3, 7, 200, 3, 8))),
+                struct.pack(">3H", 51400, 771, 1799),
+            ),
+            [[255] * 3, [200, 3, 8]],
+        ),
+        (png(8, 2, bytes([9, 8, 7, 9, 8, 6]), struct.pack(">3H", 9, 8, 7)), [[255] * 3, [9, 8, 6]]),
+    ],
+    ids=["grey-16-black", "grey-16", "grey-4", "grey-2", "grey-1", "grey-8", "rgb-16", "rgb-8"],
+)
+def test_the_transparent_colour_of_every_depth_shows_white(encoded, expected):
+    np.testing.assert_array_equal(decode_image(encoded, "x", None, 3)[0], expected)
+
+
+def test_transparency_of_a_large_image_is_laid_over_white_as_that_of_a_small_one(monkeypatch):
+    rng = np.random.default_rng(0)
+    image = encode(Image.fromarray(rng.integers(0, 256, (50, 7, 4), np.uint8), "RGBA"))
+    whole = decode_image(image, "x", None, 3)
+    monkeypatch.setattr(decoding, "_BAND", 20)
+    np.testing.assert_array_equal(decode_image(image, "x", None, 3), whole)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF"])
+def test_every_format_of_the_list_is_read(kind):
+    assert np.abs(decode_image(encode(solid("RGB", (200, 100, 50)), kind), "x", 8, 3) - [200.0, 100, 50]).max() <= 3
+
+
+@pytest.mark.parametrize("kind", ["GIF", "PNG", "TIFF", "WEBP"])
+def test_of_several_frames_the_first_is_read(kind):
+    frames = [solid("RGB", (level,) * 3) for level in (40, 200)]
+    encoded = encode(frames[0], kind, save_all=True, append_images=frames[1:])
+    assert np.abs(decode_image(encoded, "x", 8, 3) - 40.0).max() <= 3
+
+
+@pytest.mark.parametrize("kind", ["PPM", "TGA", "PCX", "ICO", "EPS", "JPEG2000", "PDF"])
+def test_no_other_format_is_opened_whatever_the_file_is_called(kind, monkeypatch):
+    def run(*_, **__):
+        raise AssertionError("a program was started")
+
+    monkeypatch.setattr(subprocess, "Popen", run)  # Ghostscript, for an EPS
+    with pytest.raises(DataError, match=r"x\.jpg is not a usable image: its format is not recognised"):
+        decode_image(encode(smooth_image(16, 16), kind), "x.jpg", 8, 3)
+
+
+def test_a_pointer_of_git_lfs_is_called_one():
+    text = b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 3\n"
+    with pytest.raises(DataError, match=r"x\.jpg is not a usable image: it is a Git LFS pointer"):
+        decode_image(text, "x.jpg", 8, 3)
+
+
+def claiming(encoded: bytes, width: int, height: int) -> bytes:
+    """The PNG with another size in its header."""
+    header = encoded[12:16] + struct.pack(">II", width, height) + encoded[24:29]
+    return encoded[:12] + header + struct.pack(">I", zlib.crc32(header)) + encoded[33:]
+
+
+def _decode_thin() -> int:
+    """Bytes by which the largest memory of this process grows when a thin image becomes a square."""
+    encoded = encode(Image.new("RGB", (1, 20000)))
+    decode_image(PNG, "x", 8, 3)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    assert decode_image(encoded, "x", 256, 3).shape == (256, 256, 3)
+    return 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+
+
+def test_a_thin_image_takes_the_memory_of_what_is_asked_for():
+    with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        assert pool.submit(_decode_thin).result() < 32e6  # 5.5 GB when the whole was scaled
+
+
+def test_a_size_that_is_claimed_is_looked_at_before_it_is_decoded():
+    for width, height in ((2**31 - 1, 1), (24, 5898244), (10_000, 8_948)):
+        with pytest.raises(DataError, match=r"x is not a usable image: .*(exceeds limit|not at most 89,478,485)"):
+            decode_image(claiming(PNG, width, height), "x", 256, 3)
+
+
+@pytest.mark.slow
+def test_a_large_jpeg_is_decoded_at_a_fraction():
+    gradient = np.broadcast_to(np.linspace(0, 255, 10_000)[:, None], (10_000, 9_000)).astype(np.uint8)
+    encoded = encode(Image.fromarray(gradient), "JPEG")
+    found = decode_image(encoded, "x", 16, 1)
+    truth = np.linspace(0, 255, 10_000)[500:9_500].reshape(16, -1).mean(1)
+    np.testing.assert_allclose(found[1:-1, :, 0], np.broadcast_to(truth[1:-1, None], (14, 16)), atol=4)
+    with pytest.raises(DataError, match="not at most 89,478,485"):
+        decode_image(encoded, "x", None, 1)
+
+
+def test_pipes_devices_folders_and_giants_are_no_images(tmp_path, monkeypatch):
+    os.mkfifo(tmp_path / "pipe.png")
+    for path in (tmp_path / "pipe.png", "/dev/zero"):
+        with pytest.raises(DataError, match="it is no regular file"):
+            read_image(path, 8, 3)
+    with pytest.raises(DataError, match=r"cannot be read: Is a directory|it is no regular file"):
+        read_image(tmp_path, 8, 3)
+    (tmp_path / "image.png").write_bytes(PNG)
+    assert read_image(tmp_path / "image.png", 8, 3).shape == (8, 8, 3)
+    monkeypatch.setattr(decoding, "MAX_BYTES", 100)
+    with pytest.raises(DataError, match="bytes, not at most"):
+        read_image(tmp_path / "image.png", 8, 3)

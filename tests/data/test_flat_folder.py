@@ -31,7 +31,7 @@ def test_images_anywhere_below_are_read_as_they_are(tmp_path):
 def test_images_of_several_sizes_are_named_or_fitted(tmp_path):
     save(tmp_path / "0.png")
     save(tmp_path / "1.png", 6, 4)
-    with pytest.raises(DataError, match=r"1\.png must be of 5x4 as .*0\.png is, found 6x4: --image-size fits all"):
+    with pytest.raises(ConfigError, match=r"1\.png must be of 5x4 as .*0\.png is, found 6x4: --image-size fits all"):
         FlatFolder(tmp_path)[1]
     fitted = FlatFolder(tmp_path, 3)
     assert [fitted[i]["image"].shape for i in range(2)] == [(3, 3, 3)] * 2
@@ -47,5 +47,16 @@ def test_the_fingerprint_is_of_names_and_sizes_wherever_the_folder_lies(tmp_path
 
 
 def test_a_folder_without_images_is_refused(tmp_path):
-    with pytest.raises(ConfigError, match="a folder of images must hold JPEG or PNG files, found none below"):
+    with pytest.raises(ConfigError, match=r"a folder of images must hold JPEG, PNG, .* files, found none below"):
         FlatFolder(tmp_path)
+
+
+def test_a_bad_first_file_does_not_hide_the_others(tmp_path):
+    (tmp_path / "!.png").write_bytes(b"")
+    image = save(tmp_path / "0.png")
+    assert len(FlatFolder(tmp_path, 3)) == 2  # nothing is decoded to know the size
+    with pytest.raises(DataError, match="the file is empty"):
+        FlatFolder(tmp_path)
+    folder = FlatFolder(tmp_path, skip_bad=True)
+    assert folder.shape == (5, 4, 3)
+    np.testing.assert_array_equal(folder[1]["image"], image)

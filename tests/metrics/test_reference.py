@@ -141,7 +141,7 @@ def broken(path, kind):
         ("sizes", r"'mu' and 'sigma' in .* must be of 2048 features, found \[64\] and \[64, 64\]"),
         ("nan", "must be finite, found NaN or infinity"),
         ("float images", r"must have images as uint8 \[N, H, W, 3\], found float64 \[11, 6, 5, 3\]"),
-        ("features", r"'features' in .* must be finite \[N, 2048\], found \[3, 64\]"),
+        ("features", r"'features' in .* must be numbers \[N, 2048\], found float64 \[3, 64\]"),
     ],
 )
 def test_a_file_that_cannot_be_used_gets_a_sentence(tmp_path, kind, said):

@@ -233,7 +233,7 @@ def test_a_bad_image_is_named_or_left_out_and_counted(vae, images, tmp_path, cap
         ({"host": 2, "num_hosts": 2}, "--host must be in 0..1, found 2"),
         ({"vae": "/absent.safetensors"}, "the weights must be a file, found nothing at /absent.safetensors"),
         ({"vae": "broken.safetensors"}, "broken.safetensors must be a safetensors file, it cannot be read"),
-        ({"images": None, "tars": "/absent"}, "--tars must be a folder of tar files"),
+        ({"images": None, "tars": "/absent"}, "--tars must be a tar file or a folder of tar files"),
         ({"images": "/absent"}, "found nothing at '/absent'"),
         ({"images": None, "tfds": "no_such_set"}, "found 'no_such_set'"),
     ],
