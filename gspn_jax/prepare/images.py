@@ -4,7 +4,7 @@ import dataclasses
 import os
 from typing import ClassVar, Literal
 
-from gspn_jax.config import ConfigError
+from gspn_jax.config import ConfigError, check_numbers
 from gspn_jax.data.source import Source
 
 CHANNELS = 3
@@ -38,6 +38,7 @@ class ImageFlags:
             *first, last = (f"--{kind}" for kind in self.KINDS)
             found = " ".join(f"--{kind} {getattr(self, kind)}" for kind in self.KINDS)
             raise ConfigError(f"one of {', '.join(first)} and {last} must be given, found {found}")
+        check_numbers(self)
         self.check_positive("batch_size", "threads")
 
     def check_positive(self, *names: str) -> None:

@@ -16,6 +16,7 @@ from gspn_jax.config import ConfigError
 from gspn_jax.data.ahead import read_ahead
 from gspn_jax.files import replacing
 from gspn_jax.prepare.images import CHANNELS, ImageFlags
+from gspn_jax.small_files import DamagedFile, read_as
 
 log = logging.getLogger(__name__)
 
@@ -106,7 +107,7 @@ def prepare_latents(arguments: Latents) -> None:
         for start in range(0, len(source), arguments.shard_size)
     ]
     paths = [output / shard_name(number, len(parts)) for number in range(len(parts))]
-    mine = [number for number in range(arguments.host, len(parts), arguments.num_hosts) if not paths[number].exists()]
+    mine = [number for number in range(arguments.host, len(parts), arguments.num_hosts) if not _is_done(paths[number])]
     _check_disk(output, [len(parts[number]) for number in mine], latent_shape, arguments.flips)
     with replacing(_settings_path(output, arguments.host)) as temporary:
         temporary.write_text(json.dumps(settings))
@@ -156,10 +157,34 @@ def _counts_path(shard: pathlib.Path) -> pathlib.Path:
     return shard.with_suffix(".json")
 
 
+COUNTS = {"classes": list[int], "skipped": int}
+"""What lies beside a shard until the metadata has it."""
+
+
+def _is_done(shard: pathlib.Path) -> bool:
+    """Whether a shard is there with its counts; where those are damaged, both are made again."""
+    if not shard.exists():
+        return False
+    try:
+        read_as(_counts_path(shard), COUNTS)
+    except FileNotFoundError:
+        return False
+    except DamagedFile as error:
+        log.warning("%s: the shard is encoded again", error)
+        return False
+    return True
+
+
 def _check_settings(output: pathlib.Path, settings: dict) -> None:
     """What goes on must go on as it began, or the shards would not belong together."""
     for path in output.glob(_settings_path(output, "*").name):
-        before = json.loads(path.read_text())
+        try:
+            before = read_as(path, dict)
+        except DamagedFile as error:
+            raise ConfigError(
+                f"{output} must say with which settings it was begun, but {error}: choose another --output, or "
+                "delete it"
+            ) from error
         changed = [name for name in settings if before.get(name) != settings[name]]
         if changed:
             raise ConfigError(
@@ -244,7 +269,7 @@ def _finish(output: pathlib.Path, paths: list[pathlib.Path], metadata) -> None:
     """Writes the metadata from the notes on each shard, which are then removed."""
     from gspn_jax.data.latents import Shard
 
-    parts = [json.loads(_counts_path(path).read_text()) for path in paths]
+    parts = [read_as(_counts_path(path), COUNTS) for path in paths]
     shards = tuple(
         Shard(path.name, sum(part["classes"]), path.stat().st_size) for path, part in zip(paths, parts, strict=True)
     )

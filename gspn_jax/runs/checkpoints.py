@@ -4,7 +4,6 @@ Each carries a manifest (`runs.manifest`) that is verified before it is restored
 a line that says what is wrong with it.
 """
 
-import json
 import logging
 import pathlib
 from collections.abc import Callable, Sequence
@@ -15,11 +14,16 @@ import orbax.checkpoint as ocp
 from jax.sharding import Mesh
 
 from gspn_jax import models
-from gspn_jax.config import C, Config, from_dict
+from gspn_jax.config import C, Config, from_dict, whole_number
 from gspn_jax.parallel import sharding
 from gspn_jax.runs import averages, manifest
+from gspn_jax.small_files import DamagedFile, read_as
 
 log = logging.getLogger(__name__)
+
+
+META = {"config": dict, "fingerprint": str, "class_names": list[str], "notes": dict | None}
+"""What is saved beside the arrays, as JSON."""
 
 
 class CheckpointError(ValueError):
@@ -34,7 +38,8 @@ def folder(run_dir: str | pathlib.Path) -> pathlib.Path:
 def steps(run_dir: str | pathlib.Path) -> list[int]:
     """The steps of the checkpoints of a run, ascending, whole or not."""
     where = folder(run_dir)
-    return sorted(int(p.name) for p in where.iterdir() if p.name.isdigit()) if where.is_dir() else []
+    numbers = (whole_number(path.name) for path in where.iterdir()) if where.is_dir() else ()
+    return sorted(number for number in numbers if number is not None)
 
 
 def newest_whole(
@@ -80,12 +85,9 @@ def read_meta(run_dir: str | pathlib.Path, step: int | None = None) -> tuple[int
         _verify(run_dir, step, "meta")
     path = folder(run_dir) / str(step) / "meta" / "metadata"
     try:
-        meta = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} must be the JSON that was saved with the checkpoint, found {error}") from error
-    if not isinstance(meta, dict) or not {"config", "fingerprint", "class_names"} <= meta.keys():
-        raise CheckpointError(f"{path} must have the config, fingerprint and class_names of a run, found other JSON")
-    return step, meta
+        return step, read_as(path, META)
+    except (OSError, DamagedFile) as error:
+        raise CheckpointError(f"{path} must be what was saved with the checkpoint, but {error}") from error
 
 
 def read_config(run_dir: str | pathlib.Path, step: int | None = None, cls: type[C] = Config) -> tuple[int, C]:

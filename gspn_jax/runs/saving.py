@@ -226,7 +226,7 @@ class Checkpoints:
     def _kept(self) -> set[int]:
         found, every = steps(self._config.run_dir), self._config.train.keep_every
         periodic = {step for step in found if every and step % every == 0}
-        return set(found[-LATEST:]) | {self.evaluations.best_step} | periodic
+        return set(found[-LATEST:]) | self.evaluations.kept | periodic
 
     def _sweep(self) -> None:
         """Removes what a killed save or deletion left: orbax does not."""

@@ -11,6 +11,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from gspn_jax.files import replacing
+from gspn_jax.small_files import DamagedFile, read_lines, set_aside
 
 log = logging.getLogger(__name__)
 
@@ -100,15 +101,14 @@ def _events(run_dir: pathlib.Path, start_step: int) -> Any:
 
 
 def _truncate(path: pathlib.Path, last_step: int) -> None:
-    """Keeps the whole lines of steps up to `last_step`; the file is replaced at once, never half-written."""
-    if not path.exists():
-        return
-    kept = []
-    for line in path.read_text().splitlines():
-        try:
-            if json.loads(line)["step"] <= last_step:
-                kept.append(line)
-        except (json.JSONDecodeError, KeyError):
-            continue  # the line that a kill cut short
-    with replacing(path) as temporary:
-        temporary.write_text("".join(line + "\n" for line in kept))
+    """Keeps the whole lines of steps up to `last_step`; the file is replaced at once, never half-written. One with
+    other lines is set aside first."""
+    try:
+        lines, wrong = read_lines(path, {"step": int})
+    except DamagedFile as error:
+        lines, wrong = [], [error]
+    if wrong:
+        set_aside(path, f"{wrong[0]} ({len(wrong):,} damaged in all)" if len(wrong) > 1 else str(wrong[0]))
+    if lines or wrong or path.exists():
+        with replacing(path) as temporary:
+            temporary.write_bytes(b"".join(line for line, values in lines if values["step"] <= last_step))
