@@ -6,8 +6,9 @@ Every error is a `ConfigError` whose message is one sentence naming the field, w
 """
 
 import dataclasses
+import math
 from collections.abc import Callable
-from typing import Any, ClassVar, Literal, TypeVar, get_args
+from typing import Any, ClassVar, Literal, TypeVar, get_args, get_origin
 
 SourceName = Literal["digits", "folder", "tfds", "latents", "records"]
 Layout = Literal["paper", "dit"]
@@ -32,6 +33,60 @@ class ConfigError(ValueError):
 def _check(condition: bool, field: str, expected: str, found: Any) -> None:
     if not condition:
         raise ConfigError(f"{field} must be {expected}, found {found!r}")
+
+
+def whole_number(text: str) -> int | None:
+    """The number that `text` writes as we do, in the digits 0 to 9; None for all else ("²", "٣", "-1", "01")."""
+    plain = text.isascii() and text.isdigit() and len(text) < 20 and (text == "0" or not text.startswith("0"))
+    return int(text) if plain else None
+
+
+LARGEST = 2**31 - 1
+"""Steps are counted in 32 bits."""
+LIMITS = {
+    "seed": 2**64 - 1,
+    "timesteps": 10**6,
+    "num_samples": 10**8,
+    "per_class": 10**6,
+    "image_size": 2**16,
+    "hidden": 2**20,
+    "depth": 2**16,
+    "threads": 2**12,
+    "workers": 2**12,
+}
+"""Where another number is the largest, by the field's name: more would not end, or fit anywhere."""
+
+
+def check_numbers(owner: Any, prefix: str = "") -> None:
+    """Raises ConfigError unless each field of the dataclass `owner` that holds numbers, by its type, holds such ones:
+    whole where they must be, finite, and within `LIMITS`. Without `prefix` fields are named as flags, --batch-size."""
+    for field in dataclasses.fields(owner):
+        kinds = _kinds(field.type)
+        if not kinds & {int, float}:
+            continue
+        name = f"{prefix}.{field.name}" if prefix else f"--{field.name.replace('_', '-')}"
+        found, inner = getattr(owner, field.name), get_args(field.type)
+        if get_origin(field.type) is tuple:
+            wanted = "several numbers" if inner[-1] is ... else f"{len(inner)} numbers"
+            several = isinstance(found, tuple | list) and (inner[-1] is ... or len(found) == len(inner))
+            _check(several, name, wanted, found)
+        for value in found if isinstance(found, tuple | list) else (found,):
+            if type(value) in kinds - {int, float}:
+                continue
+            whole = isinstance(value, int) and not isinstance(value, bool)
+            expected = "a number" if float in kinds else "a whole number"
+            _check(whole or (float in kinds and isinstance(value, float)), name, expected, value)
+            _check(math.isfinite(value), name, "finite", value)
+            limit = LIMITS.get(field.name, LARGEST)
+            _check(not whole or abs(value) <= limit, name, f"at most {limit:,}", value)
+
+
+def _kinds(annotation: Any) -> set[Any]:
+    """The types of single values that an annotation allows."""
+    if get_origin(annotation) is Literal:
+        return {type(value) for value in get_args(annotation)}
+    inner = [one for one in get_args(annotation) if one is not ...]
+    return set().union(*map(_kinds, inner)) if inner else {annotation}
 
 
 def _one_of(field: str, found: Any, allowed: tuple) -> None:
@@ -79,6 +134,7 @@ class ModelConfig:
     backend: Backend | None = None
 
     def __post_init__(self) -> None:
+        check_numbers(self, "model")
         for name in ("hidden", "depth", "heads", "patch", "groups"):
             value = getattr(self, name)
             _check(value is None or value > 0, f"model.{name}", "greater than 0 or None", value)
@@ -115,6 +171,7 @@ class DataConfig:
     feed fast devices. The batches are the same; Grain is not needed."""
 
     def __post_init__(self) -> None:
+        check_numbers(self, "data")
         _one_of("data.source", self.source, get_args(SourceName))
         _one_of("data.bad_images", self.bad_images, ("error", "skip"))
         _positive(self, "data", "image_size", "channels", "num_classes")
@@ -158,6 +215,7 @@ class DiffusionConfig:
     label_dropout: float = 0.1
 
     def __post_init__(self) -> None:
+        check_numbers(self, "diffusion")
         _one_of("diffusion.objective", self.objective, get_args(Objective))
         _one_of("diffusion.beta_schedule", self.beta_schedule, ("linear", "cosine"))
         _one_of("diffusion.time_distribution", self.time_distribution, ("logit_normal", "uniform"))
@@ -182,6 +240,7 @@ class SamplerConfig:
     """Clips each predicted clean image to [-1, 1]: for pixels, not for latents."""
 
     def __post_init__(self) -> None:
+        check_numbers(self, "sampler")
         _one_of("sampler.name", self.name, (*get_args(SamplerName), None))
         _one_of("sampler.guidance_channels", self.guidance_channels, ("all", "first3"))
         _positive(self, "sampler", "steps")
@@ -212,6 +271,7 @@ class OptimizerConfig:
     clip_norm: float = 1.0
 
     def __post_init__(self) -> None:
+        check_numbers(self, "optimizer")
         _positive(self, "optimizer", "learning_rate", "clip_norm")
         _check(
             0 <= self.final_learning_rate <= self.learning_rate,
@@ -239,6 +299,7 @@ class MeshConfig:
     tensor: int = 1
 
     def __post_init__(self) -> None:
+        check_numbers(self, "mesh")
         _check(self.data == -1 or self.data > 0, "mesh.data", "-1 or greater than 0", self.data)
         _positive(self, "mesh", "fsdp", "tensor")
 
@@ -268,6 +329,7 @@ class TrainConfig:
     "train.batch_size", "train.accumulate", "train.seed"."""
 
     def __post_init__(self) -> None:
+        check_numbers(self, "train")
         _positive(self, "train", "steps", "batch_size", "accumulate", "log_every", "save_every")
         _check(
             self.batch_size % self.accumulate == 0,
@@ -321,6 +383,7 @@ class EvalConfig:
     """The noise of sample i comes from the seed and i, at each evaluation the same."""
 
     def __post_init__(self) -> None:
+        check_numbers(self, "eval")
         _check(self.every >= 0, "eval.every", "0 or more", self.every)
         _check(self.num_samples > 3, "eval.num_samples", "4 or more", self.num_samples)
         _check(
@@ -361,6 +424,7 @@ class GuardConfig:
     """Spikes a run may answer by going back before it stops."""
 
     def __post_init__(self) -> None:
+        check_numbers(self, "guard")
         _one_of("guard.nonfinite", self.nonfinite, ("stop", "skip"))
         _positive(self, "guard", "spike_steps", "spike_window")
         for name in ("nonfinite_limit", "spike_factor", "max_rollbacks"):
@@ -376,9 +440,9 @@ class ProfileConfig:
 
     def __post_init__(self) -> None:
         if self.steps is not None:
-            first, _, last = self.steps.partition(":")
+            first, _, last = (whole_number(part) for part in self.steps.partition(":"))
             _check(
-                first.isdigit() and last.isdigit() and 1 <= int(first) <= int(last),
+                first is not None and last is not None and 1 <= first <= last <= LARGEST,
                 "profile.steps",
                 "FIRST:LAST with 1 <= FIRST <= LAST",
                 self.steps,

@@ -15,7 +15,7 @@ import sys
 from typing import Literal
 
 from gspn_jax import cli, extras
-from gspn_jax.config import Config, ConfigError, MeshConfig, SamplerConfig
+from gspn_jax.config import Config, ConfigError, MeshConfig, SamplerConfig, check_numbers, whole_number
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,6 +54,7 @@ class Arguments:
     def __post_init__(self) -> None:
         from gspn_jax.sampling import seeds
 
+        check_numbers(self)
         for name, least in (("per_class", 1), ("num_samples", 0), ("batch_size", 1)):
             if getattr(self, name) < least:
                 raise ConfigError(f"--{name.replace('_', '-')} must be {least} or more, found {getattr(self, name)}")
@@ -223,8 +224,9 @@ def _class(name: str, names: list[str]) -> int:
     """The number of a class given by name or, where none is called so, by number."""
     if name in names:
         return names.index(name)
-    if name.isascii() and name.isdigit() and len(name) < 10 and int(name) < len(names):
-        return int(name)
+    number = whole_number(name)
+    if number is not None and number < len(names):
+        return number
     shown = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
     raise ConfigError(f"--classes must be numbers in 0..{len(names) - 1} or names ({shown}), found {name!r}")
 

@@ -4,7 +4,6 @@ No code in a file is run: only safetensors are read, and types stay what they ar
 """
 
 import contextlib
-import json
 import pathlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
@@ -14,6 +13,7 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Shaped
 
+from gspn_jax import small_files
 from gspn_jax.config import ConfigError
 from gspn_jax.state_dict import WeightsError, refuse_pointer
 
@@ -133,8 +133,8 @@ def read_json(path: pathlib.Path) -> dict:
     if not path.is_file():
         raise FileNotFoundError(f"{path} must exist, found nothing there")
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+        content = small_files.read_json(path)
+    except small_files.DamagedFile as error:
         raise WeightsError(f"{path} must be a JSON file, it cannot be read: {error}") from error
     if not isinstance(content, dict):
         raise WeightsError(f"{path} must hold a JSON object, found {type(content).__name__}")

@@ -197,7 +197,7 @@ MISTAKES = [
     (train(*LATENTS, "{}/miscounted"), "must count the same latents"),
     (train(*LATENTS, "{}/no_shard"), "array_record"),
     (train(*LATENTS, "{}/cut_shard"), "array_record"),
-    (train(*LATENTS, "{}/bad_json"), "JSONDecodeError"),
+    (train(*LATENTS, "{}/bad_json"), "metadata.json is no JSON"),
     (train(*LATENTS, "{}/latents", "--data.image-size", "4"), "data.image_size"),
     # a run that goes on as another, or has nothing whole to go on from
     (train("--train.seed", "1", config="{}/run.py"), "was started with train.seed 0, found 1"),

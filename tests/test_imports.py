@@ -8,7 +8,7 @@ import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 
-FOUNDATION = ("config", "extras", "files", "pixels", "state_dict", "tensor_files")
+FOUNDATION = ("config", "extras", "files", "pixels", "small_files", "state_dict", "tensor_files")
 """Modules that everything may import, and that import nothing of the project but one another."""
 LEAVES = ("diffusion", "data", "metrics", "autoencoder", "text", "unet")
 COMMANDS = ("prepare", "evaluate", "convert", "classify", "text_to_image", "doctor", "demo", "train", "sample")

@@ -1,14 +1,18 @@
 """The model card: what a stranger must know of a file of weights, from the config and the results of the run."""
 
 import json
+import logging
 import pathlib
 from typing import Any
 
 from gspn_jax.config import Config, from_dict
-from gspn_jax.evaluate.report import NAMES
+from gspn_jax.evaluate.report import NAMES, read_result
 from gspn_jax.files import sha256_of
 from gspn_jax.models import learns_sigma, resolve
 from gspn_jax.runs.evaluations import Record
+from gspn_jax.small_files import DamagedFile
+
+log = logging.getLogger(__name__)
 
 AUTOENCODER_FACTOR = 8
 """Of Stable Diffusion's autoencoder: side of the image over that of the latent."""
@@ -68,21 +72,21 @@ def scores(run: pathlib.Path, config: Config, step: int, decay: float, parameter
     found = []
     for path in sorted((run / "evaluation").glob("*.json")):
         try:
-            result = json.loads(path.read_text())
-            samples = result["samples"]
-            if samples.get("parameters_sha256") != parameters_sha256:
-                continue
-            values = ", ".join(f"{NAMES[name]} {value:.5g}" for name, value in result["metrics"].items())
-            sampler = samples["sampler"]
-            found.append(
-                (
-                    values,
-                    f"{samples['count']:,} samples, {sampler['name']} {sampler['steps']} steps, guidance "
-                    f"{sampler['guidance_scale']:g}, {samples['labels']} labels",
-                )
+            result = read_result(path)
+        except DamagedFile as error:
+            log.warning("a result is left out of the model card: %s", error)
+            continue
+        samples, sampler = result["samples"], result["samples"]["sampler"]
+        if samples.get("parameters_sha256") != parameters_sha256:
+            continue
+        values = ", ".join(f"{NAMES.get(name, name)} {value:.5g}" for name, value in result["metrics"].items())
+        found.append(
+            (
+                values,
+                f"{samples['count']:,} samples, {sampler['name']} {sampler['steps']} steps, guidance "
+                f"{sampler['guidance_scale']:g}, {samples['labels']} labels",
             )
-        except (KeyError, TypeError, AttributeError, ValueError):
-            continue  # another program's file
+        )
     record, settings = Record.read(run), config.eval
     average = config.train.ema_decays[0] if settings.ema is None else settings.ema
     if record.best_step == step and record.best is not None and average == decay:

@@ -1,7 +1,6 @@
 """A file of weights -> a run directory: of the original DiT or SiT, or of what `export` wrote."""
 
 import dataclasses
-import json
 import pathlib
 import re
 from collections.abc import Mapping
@@ -21,6 +20,7 @@ from gspn_jax.config import (
     Objective,
     SamplerConfig,
     TrainConfig,
+    check_numbers,
     from_dict,
     to_dict,
 )
@@ -29,6 +29,7 @@ from gspn_jax.files import check_new_folder, new_folder
 from gspn_jax.models.convert import dit_from_sit, dit_from_torch
 from gspn_jax.runs import averages, checkpoints, manifest, readback
 from gspn_jax.runs.digest import digest_of
+from gspn_jax.small_files import DamagedFile, parse, typed
 from gspn_jax.state_dict import AVERAGES, Weights, WeightsError, layer_numbers, read_weights
 
 DIT_EMA_DECAY, DIT_BATCH_SIZE = 0.9999, 256
@@ -61,6 +62,7 @@ class Import:
     Must be given unless the table has DiT's 1,001 rows, whose last is the null class."""
 
     def __post_init__(self) -> None:
+        check_numbers(self)
         for name, least in (("step", 0), ("heads", 1), ("image_size", 1)):
             value = getattr(self, name)
             if value is not None and value < least:
@@ -113,6 +115,17 @@ def _average(config: Config) -> str:
     return f"EMA {decay:g}" if decay else "the parameters themselves, not an average"
 
 
+HEADER_FIELDS = {
+    "config": dict,
+    "step": int,
+    "names": str,
+    "fingerprint": str,
+    "class_names": list[str],
+    "parameters_sha256": str,
+}
+"""What is read again of what `export` wrote beside the tensors."""
+
+
 def _header(path: str) -> dict[str, Any] | None:
     """What `export` wrote beside the tensors; None for a file of another origin. No tensor is read."""
     if pathlib.Path(path).suffix != ".safetensors" or not pathlib.Path(path).is_file():
@@ -127,17 +140,15 @@ def _header(path: str) -> dict[str, Any] | None:
     if text is None:
         return None
     try:
-        header = json.loads(text)
+        header = typed(parse(text, "its header"), {"version": int}, "its header")
         version = header["version"]
-        wanted = {"config", "step", "names", "fingerprint", "class_names", "parameters_sha256"} - header.keys()
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise WeightsError(f"{path} must have what `export` writes beside the tensors, found other text") from error
-    if version != FORMAT_VERSION or wanted:
-        raise WeightsError(
-            f"{path} must be of format version {FORMAT_VERSION} with its fields, found version "
-            f"{version!r}" + (f" without {', '.join(sorted(wanted))}" if wanted else "")
-        )
-    return header
+        if version != FORMAT_VERSION:
+            raise WeightsError(
+                f"{path} must be of format version {FORMAT_VERSION} with its fields, found version {version}"
+            )
+        return typed(header, HEADER_FIELDS, "its header")
+    except DamagedFile as error:
+        raise WeightsError(f"{path} must have what `export` writes beside the tensors, but {error}") from error
 
 
 def _of_ours(
@@ -149,7 +160,7 @@ def _of_ours(
                 f"--{name.replace('_', '-')} is for a DiT of elsewhere, found {arguments.weights}, which tells its own"
             )
     config, step, names = from_dict(header["config"]), header["step"], header["class_names"]
-    if not isinstance(step, int) or step < 0 or not isinstance(names, list) or len(names) != config.data.num_classes:
+    if step < 0 or len(names) != config.data.num_classes:
         raise WeightsError(
             f"the file must tell its step and {config.data.num_classes} names of classes, found step "
             f"{step!r} and other names"

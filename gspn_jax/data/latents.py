@@ -21,6 +21,7 @@ from gspn_jax.config import ConfigError, DataConfig
 from gspn_jax.data.decoding import DataError
 from gspn_jax.data.source import hash_of
 from gspn_jax.files import replacing
+from gspn_jax.small_files import DamagedFile, is_within, read_as, typed
 
 FORMAT_VERSION = 1
 METADATA = "metadata.json"
@@ -96,25 +97,20 @@ class LatentMetadata:
                 f"found no {METADATA} in {str(folder)!r}"
             )
         try:
-            values = json.loads(path.read_text())
-            version = values["version"]
-            if version != FORMAT_VERSION:
+            about = read_as(path, {"version": int, "count": int})
+            if about["version"] != FORMAT_VERSION:
                 raise ConfigError(
-                    f"{path} must be of format version {FORMAT_VERSION}, found {version!r}: prepare the latents again"
+                    f"{path} must be of format version {FORMAT_VERSION}, found {about['version']!r}: prepare the "
+                    "latents again"
                 )
-            shards = tuple(Shard(**shard) for shard in values["shards"])
-            # sets from before these were written
-            values = {"images": None, "shift_factor": 0.0} | values
-            fields = {field.name: values[field.name] for field in dataclasses.fields(cls)}
-            fields = {name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}
-            metadata, count = cls(**fields | {"shards": shards}), values["count"]
-            whole = count == metadata.count == sum(metadata.class_counts)
-        except (json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError) as error:
-            raise ConfigError(
-                f"{path} must be the metadata of a set of latents, found a file that cannot be read as "
-                f"such ({type(error).__name__}: {error})"
-            ) from error
-        if not whole:
+            about = {"shift_factor": 0.0} | about  # sets from before it was written
+            metadata, count = typed(about, cls, path.name), about["count"]
+            outside = next((shard.name for shard in metadata.shards if not is_within(shard.name)), None)
+            if outside is not None:
+                raise DamagedFile(f"{path.name} names the shard {outside!r}, which is no path within the folder")
+        except DamagedFile as error:
+            raise ConfigError(f"{path} must be the metadata of a set of latents, but {error}") from error
+        if not count == metadata.count == sum(metadata.class_counts):
             raise ConfigError(
                 f"{path} must count the same latents in all, in its shards and in its classes, found "
                 f"{count}, {metadata.count} and {sum(metadata.class_counts)}"

@@ -4,7 +4,7 @@ Only results that can be compared are joined by a line: of as many samples, draw
 """
 
 import collections
-import json
+import logging
 import pathlib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
@@ -12,8 +12,11 @@ from typing import Any, Literal, NamedTuple
 from gspn_jax import extras
 from gspn_jax.config import ConfigError
 from gspn_jax.diffusion.samplers import sampler_name
-from gspn_jax.evaluate.report import NAMES
+from gspn_jax.evaluate.report import DRAWN, NAMES, read_result
 from gspn_jax.runs import checkpoints
+from gspn_jax.small_files import DamagedFile, read_lines
+
+log = logging.getLogger(__name__)
 
 Against = Literal["images", "guidance"]
 
@@ -70,9 +73,10 @@ def _points_at(path: pathlib.Path, against: Against) -> list[Point]:
 
 def _logged(run: pathlib.Path) -> list[Point]:
     """The evaluations during training that metrics.jsonl tells of, drawn as the latest checkpoint's config says."""
-    log = run / "metrics.jsonl"
-    lines = [json.loads(line) for line in log.read_text().splitlines()] if log.is_file() else []
-    evaluated = [line for line in lines if "eval/fid" in line]
+    lines, wrong = read_lines(run / "metrics.jsonl", {"step": int, "eval/fid": float | None})
+    if wrong:
+        log.warning("%d lines of %s are left out: %s", len(wrong), run / "metrics.jsonl", wrong[0])
+    evaluated = [line for _, line in lines if line["eval/fid"] is not None]
     if not evaluated:
         return []
     config = checkpoints.read_config(run)[1]
@@ -98,12 +102,9 @@ def _label(run: str, when: str, ema: float, sampler: str, steps: int, guidance: 
 
 def _read(path: pathlib.Path) -> dict[str, Any]:
     try:
-        result = json.loads(path.read_text())
-        if "sampler" in result["samples"]:
-            return result
-    except (ValueError, KeyError, TypeError):  # no JSON, or other JSON
-        pass
-    raise ConfigError(f"{path} must be the result of an evaluation of a run's samples, found something else")
+        return read_result(path, DRAWN)
+    except DamagedFile as error:
+        raise ConfigError(f"{path} must be the result of an evaluation of a run's samples, but {error}") from error
 
 
 def _point(result: Mapping[str, Any], against: Against) -> Point:

@@ -16,6 +16,7 @@ from jaxtyping import Int
 from gspn_jax.config import ConfigError
 from gspn_jax.files import claim_free, numbered, replacing
 from gspn_jax.metrics.reference import NEEDS
+from gspn_jax.small_files import read_as, typed
 
 PUBLISHED_SAMPLES = 50_000
 """That published numbers are computed of."""
@@ -30,6 +31,29 @@ NAMES = {
 }
 
 _PACKAGES = ("gspn-jax", "jax", "jaxlib", "flax", "numpy", "scipy")
+
+
+RESULT = {
+    "samples": {"count": int, "labels": str | None, "sampler": {"name": str, "steps": int, "guidance_scale": float}},
+    "metrics": dict[str, float],
+}
+"""What every reader of a result needs."""
+DRAWN = {"samples": {"run": str, "step": int, "images_seen": int, "ema_decay": float}}
+"""What a picture needs besides."""
+SHOWN = {
+    "samples": {"step": int, "ema_decay": float, "seed": int, "image_size": list[int], "source": str},
+    "reference": dict | None,
+    "warnings": list[str],
+}
+"""What `table` needs besides."""
+
+
+def read_result(path: str | pathlib.Path, besides: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """The result of a run's samples that an evaluation wrote, with the fields of `RESULT` and those `besides`.
+
+    Raises OSError, and DamagedFile for other files.
+    """
+    return typed(read_as(path, RESULT, nan=True), besides or {}, pathlib.Path(path).name)
 
 
 def unfair(

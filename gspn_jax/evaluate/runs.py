@@ -1,7 +1,7 @@
 """Evaluation of a checkpoint: images are drawn, decoded and scored in one pass, for one guidance scale or several."""
 
 import dataclasses
-import json
+import logging
 import pathlib
 import time
 from typing import Any
@@ -23,6 +23,9 @@ from gspn_jax.sampling import seeds
 from gspn_jax.sampling.decoding import load_autoencoder
 from gspn_jax.sampling.drawing import Drawing, Labels, draw_labels
 from gspn_jax.sampling.files import write_npz
+from gspn_jax.small_files import DamagedFile
+
+log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -57,6 +60,8 @@ class RunFlags(ScoreFlags):
         if self.num_samples < FEWEST:
             raise ConfigError(f"--num-samples must be {FEWEST} or more, found {self.num_samples}")
         seeds.check(self.seed)
+        for scale in self.guidance_scales:
+            dataclasses.replace(self.sampler, guidance_scale=scale)  # checks it before the first is computed
         if len(self.guidance_scales) > 1 and (self.output or self.save_samples):
             raise ConfigError(
                 "--output and --save-samples are for one guidance scale, found --guidance-scales "
@@ -182,10 +187,11 @@ def _finished(folder: pathlib.Path, flags: RunFlags, about: dict[str, Any], scor
     about = {name: value for name, value in about.items() if name != "run"} | {"count": flags.num_samples}  # may move
     for path in sorted(folder.glob("*.json")):
         try:
-            result = json.loads(path.read_text())
-        except json.JSONDecodeError:
+            result = report.read_result(path, report.SHOWN)
+        except DamagedFile as error:
+            log.warning("a result is passed over: %s", error)
             continue
-        same = result.get("settings") == scorer.settings() and about.items() <= result.get("samples", {}).items()
+        same = result.get("settings") == scorer.settings() and about.items() <= result["samples"].items()
         if same and set(scorer.names) <= result["metrics"].keys():
             print(f"\n{report.table(result)}\nfrom {path}, which has it already")
             return result

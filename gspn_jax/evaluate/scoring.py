@@ -12,7 +12,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Int, UInt8
 
-from gspn_jax.config import ConfigError
+from gspn_jax.config import ConfigError, check_numbers
 from gspn_jax.evaluate import report
 from gspn_jax.files import claim_new, sha256_of
 from gspn_jax.metrics import inception
@@ -49,6 +49,7 @@ class ScoreFlags:
     """Images at a time, over all devices."""
 
     def __post_init__(self) -> None:
+        check_numbers(self)
         if self.batch_size < 1:
             raise ConfigError(f"--batch-size must be 1 or more, found {self.batch_size}")
         if self.metrics:

@@ -5,7 +5,7 @@ import logging
 import os
 from typing import ClassVar, Literal
 
-from gspn_jax.config import ConfigError
+from gspn_jax.config import ConfigError, check_numbers
 from gspn_jax.data.source import Source, shorten
 
 log = logging.getLogger(__name__)
@@ -44,6 +44,7 @@ class ImageFlags:
             *first, last = (f"--{kind}" for kind in self.KINDS)
             found = " ".join(f"--{kind} {getattr(self, kind)}" for kind in self.KINDS)
             raise ConfigError(f"one of {', '.join(first)} and {last} must be given, found {found}")
+        check_numbers(self)
         self.check_positive("batch_size", "threads")
         if self.num_classes is not None:
             self.check_positive("num_classes")

@@ -15,6 +15,7 @@ from gspn_jax.config import ConfigError
 from gspn_jax.data.ahead import read_ahead
 from gspn_jax.files import claim, replacing, sha256_of
 from gspn_jax.prepare.images import CHANNELS, ImageFlags
+from gspn_jax.small_files import DamagedFile, read_as
 
 log = logging.getLogger(__name__)
 
@@ -185,25 +186,34 @@ def _counts_path(shard: pathlib.Path) -> pathlib.Path:
     return shard.with_suffix(".json")
 
 
+NOTE = {"classes": list[int], "skipped": int, "bytes": int, "sha256": str}
+"""What lies beside a shard until the metadata has it."""
+
+
 def _is_done(shard: pathlib.Path) -> bool:
     """Whether a shard is there as its note has it, which is written after it; else both are made again."""
     try:
-        note = json.loads(_counts_path(shard).read_text())
+        note = read_as(_counts_path(shard), NOTE)
         if shard.stat().st_size == note["bytes"] and sha256_of(shard) == note["sha256"]:
             return True
-        said = "has changed since it was written"
+        log.warning("%s has changed since it was written and is encoded again", shard)
     except FileNotFoundError:
         return False
-    except (ValueError, KeyError, TypeError, RecursionError):
-        said = "has a note that cannot be read"
-    log.warning("%s %s and is encoded again", shard, said)
+    except DamagedFile as error:
+        log.warning("%s: the shard is encoded again", error)
     return False
 
 
 def _check_settings(output: pathlib.Path, settings: dict) -> None:
     """What goes on must go on as it began, or the shards would not belong together."""
     for path in output.glob(_settings_path(output, "*").name):
-        before = json.loads(path.read_text())
+        try:
+            before = read_as(path, dict)
+        except DamagedFile as error:
+            raise ConfigError(
+                f"{output} must say with which settings it was begun, but {error}: choose another --output, or "
+                "delete it"
+            ) from error
         changed = [name for name in settings if before.get(name) != settings[name]]
         if changed:
             raise ConfigError(
@@ -305,7 +315,7 @@ def _finish(output: pathlib.Path, paths: list[pathlib.Path], metadata) -> None:
 def _write_metadata(output: pathlib.Path, paths: list[pathlib.Path], metadata) -> None:
     from gspn_jax.data.latents import Shard
 
-    parts = [json.loads(_counts_path(path).read_text()) for path in paths]
+    parts = [read_as(_counts_path(path), NOTE) for path in paths]
     shards = tuple(
         Shard(path.name, sum(part["classes"]), path.stat().st_size) for path, part in zip(paths, parts, strict=True)
     )

@@ -4,7 +4,6 @@ Each carries a manifest (`runs.manifest`) that is verified before it is restored
 a line that says what is wrong with it.
 """
 
-import json
 import logging
 import pathlib
 import re
@@ -19,11 +18,16 @@ from gspn_jax import models
 from gspn_jax.config import C, Config, from_dict
 from gspn_jax.parallel import sharding
 from gspn_jax.runs import averages, manifest
+from gspn_jax.small_files import DamagedFile, read_as
 
 log = logging.getLogger(__name__)
 
 _STEP = re.compile("0|[1-9][0-9]{0,17}")
 """The name of a checkpoint's folder."""
+
+
+META = {"config": dict, "fingerprint": str, "class_names": list[str], "notes": dict | None}
+"""What is saved beside the arrays, as JSON."""
 
 
 class CheckpointError(ValueError):
@@ -84,12 +88,9 @@ def read_meta(run_dir: str | pathlib.Path, step: int | None = None) -> tuple[int
         _verify(run_dir, step, "meta")
     path = folder(run_dir) / str(step) / "meta" / "metadata"
     try:
-        meta = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} must be the JSON that was saved with the checkpoint, found {error}") from error
-    if not isinstance(meta, dict) or not {"config", "fingerprint", "class_names"} <= meta.keys():
-        raise CheckpointError(f"{path} must have the config, fingerprint and class_names of a run, found other JSON")
-    return step, meta
+        return step, read_as(path, META)
+    except (OSError, DamagedFile) as error:
+        raise CheckpointError(f"{path} must be what was saved with the checkpoint, but {error}") from error
 
 
 def read_config(run_dir: str | pathlib.Path, step: int | None = None, cls: type[C] = Config) -> tuple[int, C]:

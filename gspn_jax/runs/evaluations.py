@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import logging
 import math
 import pathlib
 from typing import NamedTuple
@@ -10,6 +11,9 @@ import jax
 
 from gspn_jax.files import replacing
 from gspn_jax.runs import checkpoints
+from gspn_jax.small_files import DamagedFile, read_json, set_aside, typed
+
+log = logging.getLogger(__name__)
 
 RECORD = "evaluation.json"
 """The file of a run directory that holds its `Record`."""
@@ -30,23 +34,36 @@ class Record:
     step: int = -1
     best_step: int | None = None
     best: float | None = None
+    spared: tuple[int, ...] | None = None
+    """Checkpoints that were there when the record before this one was found damaged: one of them may be the best."""
 
     @classmethod
-    def read(cls, run_dir: str | pathlib.Path) -> "Record":
-        """Reads the record of a run, empty before its first evaluation; a best checkpoint that is gone is forgotten."""
-        path = pathlib.Path(run_dir) / RECORD
-        if not path.exists():
+    def read(cls, run_dir: str | pathlib.Path, *, set_damaged_aside: bool = False) -> "Record":
+        """Reads the record of a run, empty before its first evaluation; a best checkpoint that is gone is forgotten.
+
+        In place of a damaged one comes an empty one that spares the checkpoints there are, with a line that says so.
+        """
+        path, saved = pathlib.Path(run_dir) / RECORD, checkpoints.steps(run_dir)
+        try:
+            values = read_json(path)
+            if isinstance(values, dict) and "best_fid" in values:  # its name when FID was the only score
+                values["best"] = values.pop("best_fid")
+            record = typed(values, cls, path.name)
+        except FileNotFoundError:
             return cls()
-        values = json.loads(path.read_text())
-        if "best_fid" in values:  # its name when FID was the only score
-            values["best"] = values.pop("best_fid")
-        record = cls(**values)
-        return record if record.best_step in checkpoints.steps(run_dir) else cls(record.step)
+        except DamagedFile as error:
+            log.warning("which checkpoint of %s is the best is not known, all are kept: %s", run_dir, error)
+            record = cls(spared=tuple(saved))
+            if set_damaged_aside:
+                set_aside(path, str(error))
+                record.write(run_dir)
+        return record if record.best_step in (None, *saved) else cls(record.step, spared=record.spared)
 
     def until(self, step: int) -> "Record":
         """Without what was found after `step`."""
         known = self.best_step is not None and self.best_step <= step
-        return Record(min(self.step, step), *((self.best_step, self.best) if known else (None, None)))
+        best = (self.best_step, self.best) if known else (None, None)
+        return Record(min(self.step, step), *best, self.spared)
 
     def add(self, step: int, score: float | None, *, higher: bool = False) -> "Record":
         """With the evaluation of `step`, whose score is NaN or None if there is none; the lowest is the best, unless
@@ -55,7 +72,7 @@ class Record:
         best = math.inf if self.best is None else sign * self.best
         if score is None or not sign * score < best:  # NaN is not better
             return dataclasses.replace(self, step=step)
-        return Record(step, step, score)
+        return Record(step, step, score, self.spared)
 
     def write(self, run_dir: str | pathlib.Path) -> None:
         with replacing(pathlib.Path(run_dir) / RECORD) as temporary:
@@ -70,11 +87,16 @@ class Evaluations:
 
     def __init__(self, run_dir: str | pathlib.Path):
         self._run_dir = run_dir
-        self.record = Record.read(run_dir)
+        self.record = Record.read(run_dir, set_damaged_aside=jax.process_index() == 0)
 
     @property
     def best_step(self) -> int | None:
         return self.record.best_step
+
+    @property
+    def kept(self) -> set[int]:
+        """Steps whose checkpoints must stay: the best, and those that may be."""
+        return {self.record.best_step, *(self.record.spared or ())} - {None}
 
     def add(self, step: int, score: float | None, *, higher: bool = False) -> None:
         """Notes the evaluation of `step`, whose checkpoint is saved."""

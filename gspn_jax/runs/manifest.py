@@ -9,9 +9,11 @@ import hashlib
 import json
 import os
 import pathlib
+import stat
 from collections.abc import Callable
 
 from gspn_jax.files import replacing
+from gspn_jax.small_files import DamagedFile, is_within, read_as, typed
 
 NAME = "manifest.json"
 LATER = ("_CHECKPOINT_METADATA",)
@@ -55,19 +57,29 @@ def problem(folder: pathlib.Path, wanted: Callable[[str], bool] = lambda item: T
     """
     try:
         step, files = _read(folder)
+        items = sorted(path.name for path in folder.iterdir() if path.is_dir())
     except FileNotFoundError:
         return f"it has no {NAME}: it was never finished"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        return f"its {NAME} cannot be read ({type(error).__name__}: {error})"
+    except DamagedFile as error:
+        return f"its manifest is damaged: {error}"
+    except OSError as error:
+        return f"its {NAME} cannot be read ({error.strerror})"
     if step is not None and str(step) != folder.name:
         return f"it is the checkpoint of step {step} under another name"
+    named = {name.split("/")[0] for name in files}
+    unnamed = next((item for item in items if wanted(item) and item not in named), None)
+    if unnamed:
+        return f"its {NAME} names no file of {unnamed}"
     files = {name: file for name, file in files.items() if wanted(name.split("/")[0])}
 
     def check(entry: tuple[str, dict]) -> str | None:
         name, expected = entry
         path = folder / name
         try:
-            found = path.stat().st_size
+            about = path.stat()
+            found = about.st_size
+            if not stat.S_ISREG(about.st_mode):
+                return f"{name} is no file"  # a pipe would wait, a device never end
             if found != expected["bytes"]:
                 return f"{name} has {found} bytes, not the {expected['bytes']} that were written"
             if _sha256(path) != expected["sha256"]:
@@ -83,14 +95,14 @@ def problem(folder: pathlib.Path, wanted: Callable[[str], bool] = lambda item: T
 
 
 def _read(folder: pathlib.Path) -> tuple[int | None, dict[str, dict]]:
-    """(step, {path: {"bytes", "sha256"}}); the step is None in a manifest of an earlier version.
-
-    Raises OSError, ValueError, KeyError, TypeError or AttributeError.
-    """
-    content = json.loads((folder / NAME).read_text())
+    """(step, {path: {"bytes", "sha256"}}), all within the checkpoint; the step is None in a manifest of an earlier
+    version. Raises OSError or DamagedFile."""
+    content = read_as(folder / NAME, {"step": int | None, "files": dict})
     files = content["files"]
     if not files:
-        raise ValueError("it names no file")
-    for file in files.values():
-        int(file["bytes"]), file["sha256"].lower()
-    return content.get("step"), files
+        raise DamagedFile(f"{NAME} names no file")
+    for name, file in files.items():
+        typed(file, {"bytes": int, "sha256": str}, f"{name!r} in {NAME}")
+        if not is_within(name):
+            raise DamagedFile(f"{NAME} names {name!r}, which is no path within the checkpoint")
+    return content["step"], files

@@ -244,7 +244,7 @@ class Checkpoints:
 
     def _kept(self) -> set[int]:
         found = steps(self._config.run_dir)
-        return set(found[-LATEST:]) | {self.evaluations.best_step} | {step for step in found if self._is_kept(step)}
+        return set(found[-LATEST:]) | self.evaluations.kept | {step for step in found if self._is_kept(step)}
 
     def _is_kept(self, step: int) -> bool:
         """Whether a checkpoint is kept for good: by what this run says, or by what the one said that saved it."""

@@ -13,6 +13,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from gspn_jax.files import replacing
+from gspn_jax.small_files import DamagedFile, read_lines, set_aside
 from gspn_jax.training.events import Events
 
 log = logging.getLogger(__name__)
@@ -147,15 +148,14 @@ class _Lines:
 
 
 def _truncate(path: pathlib.Path, last_step: int) -> None:
-    """Keeps the whole lines of steps up to `last_step`; the file is replaced at once, never half-written."""
-    if not path.exists():
-        return
-    kept = []
-    for line in path.read_text().splitlines():
-        try:
-            if json.loads(line)["step"] <= last_step:
-                kept.append(line)
-        except (json.JSONDecodeError, KeyError):
-            continue  # the line that a kill cut short
-    with replacing(path) as temporary:
-        temporary.write_text("".join(line + "\n" for line in kept))
+    """Keeps the whole lines of steps up to `last_step`; the file is replaced at once, never half-written. One with
+    other lines is set aside first."""
+    try:
+        lines, wrong = read_lines(path, {"step": int})
+    except DamagedFile as error:
+        lines, wrong = [], [error]
+    if wrong:
+        set_aside(path, f"{wrong[0]} ({len(wrong):,} damaged in all)" if len(wrong) > 1 else str(wrong[0]))
+    if lines or wrong or path.exists():
+        with replacing(path) as temporary:
+            temporary.write_bytes(b"".join(line for line, values in lines if values["step"] <= last_step))

@@ -99,15 +99,15 @@ def flags(main: Callable, *arguments: str, before: Callable[[Given, pathlib.Path
 
 def train(*arguments: str, config: str = "{digits}", before=None) -> Make:
     """train_dit.py with a config file; the run directory is {here}/run unless `config` or the arguments say."""
-    import train_dit
+    from gspn_jax import train as command
 
     where = ("--run-dir", "{here}/run") if config == "{digits}" and "--run-dir" not in arguments else ()
-    return flags(train_dit.main, "--config", config, *where, *arguments, before=before)
+    return flags(command.main, "--config", config, *where, *arguments, before=before)
 
 
 def draw(*arguments: str, run: str = "{run}", before=None) -> Make:
     """sample.py of a run."""
-    import sample
+    from gspn_jax import sample
 
     return flags(sample.main, "--run", run, *arguments, before=before)
 

@@ -210,7 +210,7 @@ def test_flips_must_have_been_prepared(tmp_path):
             lambda path, values: (path / METADATA).write_text(
                 json.dumps({k: v for k, v in values.items() if k != "flips"})
             ),
-            r"found a file that cannot be read as such \(KeyError: 'flips'\)",
+            r"must be the metadata of a set of latents, but metadata\.json has no 'flips'",
         ),
     ],
 )
