@@ -34,18 +34,18 @@ def stochastic_weights(
     """Weights of the left, center and right neighbour: sigmoid, divided by the sum over the neighbours that exist.
 
     `gates` holds the logits in that order on its fourth axis; logits below -25 count as -25. A weight whose neighbour
-    lies outside the map is 0, and the weights of a pixel sum to 1. Computed in float32, returned in the dtype of
-    `gates`. Source: the row-stochastic matrices of GSPN (arXiv 2501.12381).
+    lies outside the map is 0, and the weights of a pixel sum to 1. Computed in float32 or, from
+    float64, in that; returned in the dtype of `gates`. Source: the row-stochastic matrices of GSPN (arXiv 2501.12381).
 
     Raises ValueError for another rank, a fourth axis that is not 3, or an unknown direction.
     """
     check_direction(direction)
     if gates.ndim != 5 or gates.shape[3] != 3:
         raise ValueError(f"gates must have shape [B, H, W, 3, G], found {list(gates.shape)}.")
-    logits = gates.astype(jnp.float32)
+    logits = gates.astype(jnp.promote_types(gates.dtype, jnp.float32))
     sigmoids = jax.nn.sigmoid(logits + jax.lax.stop_gradient(jnp.maximum(LOGIT_FLOOR - logits, 0.0)))
     left, center, right = sigmoids[..., 0, :], sigmoids[..., 1, :], sigmoids[..., 2, :]
-    has_left, has_right = inside(left.shape, line_axes(direction)[1])
+    has_left, has_right = (there.astype(left.dtype) for there in inside(left.shape, line_axes(direction)[1]))
     left, right = left * has_left, right * has_right
     scale = 1.0 / (left + center + right)
     return tuple((weight * scale).astype(gates.dtype) for weight in (left, center, right))
