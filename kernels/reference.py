@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from gspn_jax.kernels.weights import DIRECTIONS, line_axes, stochastic_weights
+from gspn_jax.kernels.weights import DIRECTIONS, line_axes, stochastic_weights, wide
 
 
 def line_scan(
@@ -82,11 +82,6 @@ def _moved(h: Float[Array, "B position C"], offset: int) -> Float[Array, "B posi
     """Element i is h[i - offset], 0 beyond the ends of the line."""
     padded = jnp.pad(h, ((0, 0), (1, 1), (0, 0)))
     return jax.lax.slice_in_dim(padded, 1 - offset, 1 - offset + h.shape[1], axis=1)
-
-
-def wide(x: Array) -> jnp.dtype:
-    """The type of the computation: float32, for float64 that."""
-    return jnp.promote_types(x.dtype, jnp.float32)
 
 
 def depthwise_conv(x: Float[Array, "B H W C"], kernel: Float[Array, "kh kw C"]) -> Float[Array, "B H W C"]:

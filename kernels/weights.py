@@ -22,6 +22,11 @@ def line_axes(direction: str) -> tuple[int, int]:
     return (1, 2) if direction in ("down", "up") else (2, 1)
 
 
+def wide(array: Array) -> jnp.dtype:
+    """The type in which to compute: float32, and for float64 that."""
+    return jnp.dtype(jnp.float64 if array.dtype == jnp.float64 else jnp.float32)
+
+
 def inside(shape: tuple[int, ...], axis: int) -> tuple[Array, Array]:
     """(has a left neighbour, has a right neighbour) along `axis`, as float32 1 and 0."""
     position = jax.lax.broadcasted_iota(jnp.int32, shape, axis)
@@ -42,7 +47,7 @@ def stochastic_weights(
     check_direction(direction)
     if gates.ndim != 5 or gates.shape[3] != 3:
         raise ValueError(f"gates must have shape [B, H, W, 3, G], found {list(gates.shape)}.")
-    logits = gates.astype(jnp.promote_types(gates.dtype, jnp.float32))
+    logits = gates.astype(wide(gates))
     sigmoids = jax.nn.sigmoid(logits + jax.lax.stop_gradient(jnp.maximum(LOGIT_FLOOR - logits, 0.0)))
     left, center, right = sigmoids[..., 0, :], sigmoids[..., 1, :], sigmoids[..., 2, :]
     has_left, has_right = (there.astype(left.dtype) for there in inside(left.shape, line_axes(direction)[1]))
