@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
+from gspn_jax.kernels.derivatives import differentiable
 from gspn_jax.kernels.sharding import over_shards
 
 try:
@@ -76,28 +77,22 @@ def _log_refusal(reason: str) -> None:
         logger.info("Depthwise convolutions are XLA's: the GPU kernel %s.", reason)
 
 
-@jax.custom_vjp
 def _correlate(x: Float[Array, "B H W C"], kernel: Float[Array, "kh kw C"]) -> Float[Array, "B H W C"]:
     """Without bias: in float32 on a CPU, elsewhere in the type of `x`, for XLA:GPU has a convolution of bfloat16 that
     widens read its arguments in float32 too. The gradients are written out because autodiff of the shifted sum is 5
     times slower."""
-    return _shifted_products(x, kernel) if jax.default_backend() == "cpu" else _grouped(x, kernel)
+    return differentiable(_forward, plain=_forward, pull_back=_backward)((x, kernel))
 
 
-def _correlate_forward(x, kernel):
-    return _correlate(x, kernel), (x, kernel)
+def _forward(arrays: tuple[Array, Array]) -> Array:
+    return _shifted_products(*arrays) if jax.default_backend() == "cpu" else _grouped(*arrays)
 
 
-def _correlate_backward(saved, cotangent):
-    x, kernel = saved
-    if jax.default_backend() == "cpu":
-        by_x, by_kernel = _shifted_gradients(x, kernel, cotangent)
-    else:
-        by_x, by_kernel = _grouped_gradients(x, kernel, cotangent)
-    return by_x.astype(x.dtype), by_kernel.astype(kernel.dtype)
-
-
-_correlate.defvjp(_correlate_forward, _correlate_backward)
+def _backward(arrays: tuple[Array, Array], _: tuple, cotangent: Array) -> tuple[Array, Array]:
+    x, kernel = arrays
+    gradients = _shifted_gradients if jax.default_backend() == "cpu" else _grouped_gradients
+    grad_x, grad_kernel = gradients(x, kernel, cotangent)
+    return grad_x.astype(x.dtype), grad_kernel.astype(kernel.dtype)
 
 
 def _pad(x: Array, kernel: Array) -> Array:

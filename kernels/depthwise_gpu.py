@@ -18,7 +18,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float
 
-from gspn_jax.kernels import compat, devices
+from gspn_jax.kernels import compat, devices, reference
+from gspn_jax.kernels.derivatives import differentiable
 
 SIDES = (3, 5, 7)
 """Heights and widths of kernels. A row of a kernel takes a warpgroup, and a block has up to eight."""
@@ -139,28 +140,29 @@ def refuses(x: Float[Array, "B H W C"], kernel: Float[Array, "kh kw C"]) -> str 
     return None
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def correlate(
     x: Float[Array, "B H W C"], kernel: Float[Array, "kh kw C"], squared_relu: bool
 ) -> Float[Array, "B H W C"]:
-    """See `depthwise.depthwise_conv`; arguments are checked there, and by `refuses`. The kernel is used in float32."""
-    return _correlate(x, kernel, finish=_squared_relu if squared_relu else _unchanged)
+    """See `kernels.depthwise_conv`; arguments are checked there, and by `refuses`. The kernel is used in float32."""
+    finish = _squared_relu if squared_relu else _unchanged
+
+    def forward(arrays: tuple[Array, Array]) -> Array:
+        return _correlate(*arrays, finish=finish)
+
+    def plain(arrays: tuple[Array, Array]) -> Array:
+        return finish(reference.depthwise_conv(*arrays)).astype(arrays[0].dtype)
+
+    backward = functools.partial(_backward, squared_relu=squared_relu)
+    return differentiable(forward, plain=plain, pull_back=backward)((x, kernel))
 
 
-def _forward(x, kernel, squared_relu):
-    return correlate(x, kernel, squared_relu), (x, kernel)
-
-
-def _backward(squared_relu, saved, cotangent):
-    x, kernel = saved
+def _backward(arrays: tuple[Array, Array], _: tuple, cotangent: Array, *, squared_relu: bool) -> tuple[Array, Array]:
+    x, kernel = arrays
     cotangent = cotangent.astype(x.dtype)
     if squared_relu:  # computes the convolution again, which is less than to write it and read it
         cotangent = _correlate(x, kernel, cotangent, finish=_squared_relu_gradient)
     grad_x = _correlate(cotangent, kernel, finish=_unchanged, turned=True)
     return grad_x, kernel_gradient(x, cotangent, kernel.shape[:2]).astype(kernel.dtype)
-
-
-correlate.defvjp(_forward, _backward)
 
 
 def _unchanged(y: Array) -> Array:

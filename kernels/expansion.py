@@ -15,8 +15,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float
 
-from gspn_jax.kernels import tiles
-from gspn_jax.kernels.terms import LAM, OUT_GATE, Inputs
+from gspn_jax.kernels import reference, tiles
+from gspn_jax.kernels.terms import LAM, OUT_GATE, SKIP, Inputs, Job
 from gspn_jax.kernels.walk import Walk
 
 SWIZZLE = 64
@@ -131,6 +131,15 @@ def inputs(
     orders = lines.transpose(0, 2, 1, 3, 4), lines.transpose(0, 3, 1, 2, 4)
     lines = jnp.stack([order.reshape(*order.shape[:2], tiles.ROWS, rank) for order in orders])
     return Inputs(x, None, None, None, None, merge, lines, slabs(plan, up, x.dtype))
+
+
+def plain(job: Job, arrays: tuple[Array, ...]) -> Float[Array, "B H W C"]:
+    """By `reference`, from x, proxy, up and merge as in `inputs`; the terms are float32 and in device memory."""
+    x, proxy, up, merge = arrays
+    up = up.astype(x.dtype).astype(jnp.float32)
+    terms = jnp.einsum("bhwd,kncd->nbhwkc", proxy.astype(jnp.float32), up)
+    gates, skip = jnp.moveaxis(terms[:LAM], 0, 4), terms[SKIP] if job.skip else None
+    return reference.propagate(x, gates, 1 + terms[LAM], 1 + terms[OUT_GATE], merge, skip, job.chunk)
 
 
 def slabs(

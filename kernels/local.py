@@ -21,6 +21,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float
 
 from gspn_jax.kernels import bodies, compat, devices, expansion, launch
+from gspn_jax.kernels.derivatives import differentiable
 from gspn_jax.kernels.terms import LAM, OUT_GATE, SKIP, Job
 from gspn_jax.kernels.weights import DIRECTIONS
 
@@ -447,7 +448,6 @@ def _terms(job: Job) -> tuple[int, int]:
     return job.kinds - LAM, job.kinds - LAM + job.kinds
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def propagate(
     job: Job,
     x: Float[Array, "B H W C"],
@@ -456,6 +456,14 @@ def propagate(
     merge: Float[Array, "4 C"],
 ) -> Float[Array, "B H W C"]:
     """The operator with chunk=2; `proxy` and `up` are as wide as the tensor cores take them."""
+    forward, plain, pull_back = (
+        functools.partial(program, job) for program in (_propagate_forward, expansion.plain, _propagate_backward)
+    )
+    return differentiable(forward, plain=plain, pull_back=pull_back)((x, proxy, up, merge))
+
+
+def _propagate_forward(job: Job, arrays: tuple[Array, ...]) -> Array:
+    x, proxy, up, merge = arrays
     given = _given(x, proxy, up, merge)
     output = jax.ShapeDtypeStruct(given.x.shape, x.dtype)
     (y,) = _run(functools.partial(local_forward, job=job), given, [output])
@@ -525,12 +533,8 @@ def _shared(given: Given) -> Shared:
     )
 
 
-def _propagate_forward(job, x, proxy, up, merge):
-    return propagate(job, x, proxy, up, merge), (x, proxy, up, merge)
-
-
-def _propagate_backward(job, saved, cotangent):
-    x, proxy, up, merge = saved
+def _propagate_backward(job: Job, arrays: tuple[Array, ...], _: tuple, cotangent: Array) -> tuple[Array, ...]:
+    x, proxy, up, merge = arrays
     given = _given(x, proxy, up, merge)._replace(cotangent=_by_parity(cotangent.astype(x.dtype)))
     terms = (CLASSES, x.shape[0], PIXELS, AXES * _terms(job)[1], x.shape[-1])
     outputs = Cotangents(*(jax.ShapeDtypeStruct(shape, x.dtype) for shape in (given.x.shape, terms)))
@@ -544,9 +548,6 @@ def _propagate_backward(job, saved, cotangent):
     scaled = up.at[:, after].multiply(merge[:, None, :, None]).astype(x.dtype)
     by_proxy = _by_proxy(job, scaled, by.terms, proxy.shape).astype(proxy.dtype)
     return by.x.reshape(x.shape), by_proxy, by_up, by_merge
-
-
-propagate.defvjp(_propagate_forward, _propagate_backward)
 
 
 def _terms_of_classes(job: Job) -> list[list[tuple[int, slice]]]:

@@ -6,12 +6,11 @@ docs/kernel.md shows how it walks the image, what is kept where, and the bytes a
 import dataclasses
 import functools
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from gspn_jax.kernels import devices, expansion, launch, local, pullback, tiles
-from gspn_jax.kernels.saved import named
+from gspn_jax.kernels import devices, expansion, launch, local, pullback, reference, tiles
+from gspn_jax.kernels.derivatives import differentiable
 from gspn_jax.kernels.terms import Inputs, Job
 from gspn_jax.kernels.weights import DIRECTIONS
 
@@ -114,22 +113,30 @@ def _padded(job: Job, inputs: Inputs) -> Float[Array, "B H W C"]:
     return _run(job, plan, filled)[:, :height, :width, :channels]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _run(job: Job, plan: tiles.Plan, inputs: Inputs) -> Float[Array, "B H W C"]:
-    return launch.forward(job, plan, inputs, save=False)[0]
+    def forward(inputs: Inputs, *, save: bool) -> tuple[Array, tuple[Array, ...]]:
+        return launch.forward(job, plan, inputs, save=save)
+
+    def pull_back(inputs: Inputs, states: tuple[Array, ...], cotangent: Array) -> Inputs:
+        return launch.backward(job, plan, inputs, states, cotangent)
+
+    return differentiable(
+        lambda inputs: forward(inputs, save=False)[0],
+        plain=functools.partial(_plain, job, plan),
+        pull_back=pull_back,
+        save=functools.partial(forward, save=True),
+    )(inputs)
 
 
-def _run_forward(job, plan, inputs):
-    y, states = launch.forward(job, plan, inputs, save=True)
-    return y, (inputs, named(states))
-
-
-def _run_backward(job, plan, saved, cotangent):
-    inputs, states = saved
-    return (launch.backward(job, plan, inputs, states, cotangent),)
-
-
-_run.defvjp(_run_forward, _run_backward)
+def _plain(job: Job, plan: tiles.Plan, inputs: Inputs) -> Float[Array, "B H W C"]:
+    """The same by `reference`: of the map itself, beyond which what fills it up is zero."""
+    height, width = plan.rows.count, plan.columns.count
+    x, weights, lam, out_gate, skip = (None if a is None else a[:, :height, :width] for a in inputs[:5])
+    if job.logits:
+        y = reference.propagate(x, weights, lam, out_gate, inputs.merge, skip, job.chunk)
+    else:
+        y = reference.line_scan(x, *(weights[:, :, :, 0, n] for n in range(3)), *job.directions, job.chunk)
+    return jnp.pad(y, ((0, 0), (0, plan.height - height), (0, plan.width - width), (0, 0)))
 
 
 def propagate_low_rank(
@@ -160,7 +167,6 @@ def propagate_low_rank(
     return _run_low_rank(job, plan, jnp.pad(x, images), jnp.pad(proxy, images), up, merge)[:batch]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _run_low_rank(
     job: Job,
     plan: tiles.Plan,
@@ -169,20 +175,19 @@ def _run_low_rank(
     up: Float[Array, "4 N C d"],
     merge: Float[Array, "4 C"],
 ) -> Float[Array, "B H W C"]:
-    return launch.forward(job, plan, expansion.inputs(plan, x, proxy, up, merge), save=False)[0]
+    def forward(arrays: tuple[Array, ...], *, save: bool) -> tuple[Array, tuple[Array, ...]]:
+        return launch.forward(job, plan, expansion.inputs(plan, *arrays), save=save)
 
+    def pull_back(arrays: tuple[Array, ...], states: tuple[Array, ...], cotangent: Array) -> tuple[Array, ...]:
+        x, _, up, merge = arrays
+        inputs = expansion.inputs(plan, *arrays)
+        cotangent = cotangent.astype(x.dtype)
+        grad_x, adjoints = launch.adjoint(job, plan, inputs, cotangent)
+        return grad_x, *pullback.pull_back(job, plan, inputs, up, merge, adjoints, states, cotangent)
 
-def _run_low_rank_forward(job, plan, x, proxy, up, merge):
-    y, states = launch.forward(job, plan, expansion.inputs(plan, x, proxy, up, merge), save=True)
-    return y, (x, proxy, up, merge, named(states))
-
-
-def _run_low_rank_backward(job, plan, saved, cotangent):
-    x, proxy, up, merge, states = saved
-    inputs = expansion.inputs(plan, x, proxy, up, merge)
-    cotangent = cotangent.astype(x.dtype)
-    by_x, adjoints = launch.adjoint(job, plan, inputs, cotangent)
-    return by_x, *pullback.pull_back(job, plan, inputs, up, merge, adjoints, states, cotangent)
-
-
-_run_low_rank.defvjp(_run_low_rank_forward, _run_low_rank_backward)
+    return differentiable(
+        lambda arrays: forward(arrays, save=False)[0],
+        plain=functools.partial(expansion.plain, job),
+        pull_back=pull_back,
+        save=functools.partial(forward, save=True),
+    )((x, proxy, up, merge))

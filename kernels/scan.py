@@ -1,4 +1,6 @@
-"""The line scan as one XLA loop over lines: runs on every device, forward and backward.
+"""The line scan as one XLA loop over lines, fast on CPUs: runs on every device, forward and backward.
+
+`reference` says the same in a page, and is what this is tested against.
 
 All directions with the same number of lines advance together in one loop, and each reads its line where it lies in the
 image's frame, so nothing is flipped, rotated or transposed. The backward pass is the adjoint scan written out, from the
@@ -16,8 +18,9 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from gspn_jax.kernels.saved import named
-from gspn_jax.kernels.weights import DIRECTIONS, LOGIT_FLOOR, inside, line_axes
+from gspn_jax.kernels import reference
+from gspn_jax.kernels.derivatives import differentiable
+from gspn_jax.kernels.weights import DIRECTIONS, LOGIT_FLOOR, inside, line_axes, stochastic_weights
 
 
 def propagate(
@@ -29,8 +32,8 @@ def propagate(
     skip: Float[Array, "B H W 4 C"] | None,
     chunk: int | None,
 ) -> Float[Array, "B H W C"]:
-    """See `gspn_jax.kernels.propagate`; arguments are checked there."""
-    states = _scan(x, gates, lam, DIRECTIONS, chunk, True)
+    """See `kernels.propagate`; arguments are checked there."""
+    states = _scan(x, gates, lam, directions=DIRECTIONS, chunk=chunk, logits=True)
     y = jnp.zeros(x.shape, jnp.float32)
     for k in range(len(DIRECTIONS)):
         term = out_gate[..., k, :].astype(jnp.float32) * states[..., k, :]
@@ -50,19 +53,45 @@ def line_scan(
 ) -> Float[Array, "B H W C"]:
     """See `gspn_jax.kernels.line_scan`; arguments are checked there."""
     weights = jnp.stack([left, center, right], axis=3)[..., None, :, :]
-    return _scan(x, weights, None, (direction,), chunk, False)[..., 0, :].astype(x.dtype)
+    states = _scan(x, weights, None, directions=(direction,), chunk=chunk, logits=False)
+    return states[..., 0, :].astype(x.dtype)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
 def _scan(
     x: Float[Array, "B H W C"],
     weights: Float[Array, "B H W K 3 G"],
     lam: Float[Array, "B H W K C"] | None,
+    *,
     directions: tuple[str, ...],
     chunk: int | None,
     logits: bool,
 ) -> Float[Array, "B H W K C"]:
     """States [..., k, :] of the scans of lam[..., k, :] * x in directions[k], float32; `weights` may be logits."""
+    programs = (
+        functools.partial(program, directions=directions, chunk=chunk, logits=logits)
+        for program in (_forward, _plain, _backward)
+    )
+    forward, plain, backward = programs
+    return differentiable(forward, plain=plain, pull_back=backward, saves_result=True)((x, weights, lam))
+
+
+Arrays = tuple[Float[Array, "B H W C"], Float[Array, "B H W K 3 G"], Float[Array, "B H W K C"] | None]
+"""x, weights and lam of `_scan`."""
+
+
+def _plain(arrays: Arrays, *, directions: tuple[str, ...], chunk: int | None, logits: bool) -> Array:
+    x, weights, lam = (None if array is None else array.astype(jnp.float32) for array in arrays)
+    found = []
+    for k, direction in enumerate(directions):
+        of_direction = weights[..., k, :, :]
+        ready = stochastic_weights(of_direction, direction=direction) if logits else jnp.moveaxis(of_direction, 3, 0)
+        drive = x if lam is None else lam[..., k, :] * x
+        found.append(reference.states(drive, *ready, direction, chunk))
+    return jnp.stack(found, axis=3)
+
+
+def _forward(arrays: Arrays, *, directions: tuple[str, ...], chunk: int | None, logits: bool) -> Array:
+    x, weights, lam = arrays
     channels = x.shape[-1]
     states = jnp.zeros_like(jnp.stack([x] * len(directions), axis=3), jnp.float32)
     for loop in _loops(x.shape, directions, chunk):
@@ -84,14 +113,11 @@ def _scan(
     return states
 
 
-def _scan_forward(x, weights, lam, directions, chunk, logits):
-    states = named(_scan(x, weights, lam, directions, chunk, logits))
-    return states, (x, weights, lam, states)
-
-
-def _scan_backward(directions, chunk, logits, saved, cotangent):
+def _backward(
+    arrays: Arrays, states: Array, cotangent: Array, *, directions: tuple[str, ...], chunk: int | None, logits: bool
+) -> Arrays:
     """The adjoint scan: each direction runs from its last line to its first."""
-    x, weights, lam, states = saved
+    x, weights, lam = arrays
     channels, groups = x.shape[-1], weights.shape[-1]
     drives = jnp.zeros_like(states)
     by_weights = jnp.zeros_like(_as_integers(weights))
@@ -128,9 +154,6 @@ def _scan_backward(directions, chunk, logits, saved, cotangent):
     by_x = (drives * lam.astype(jnp.float32)).sum(3)
     by_lam = drives * x.astype(jnp.float32)[..., None, :]
     return by_x.astype(x.dtype), by_weights, by_lam.astype(lam.dtype)
-
-
-_scan.defvjp(_scan_forward, _scan_backward)
 
 
 def _weights(

@@ -22,6 +22,11 @@ def line_axes(direction: str) -> tuple[int, int]:
     return (1, 2) if direction in ("down", "up") else (2, 1)
 
 
+def wide(array: Array) -> jnp.dtype:
+    """The type in which to compute: float32, and for float64 that."""
+    return jnp.dtype(jnp.float64 if array.dtype == jnp.float64 else jnp.float32)
+
+
 def inside(shape: tuple[int, ...], axis: int) -> tuple[Array, Array]:
     """(has a left neighbour, has a right neighbour) along `axis`, as float32 1 and 0."""
     position = jax.lax.broadcasted_iota(jnp.int32, shape, axis)
@@ -34,18 +39,18 @@ def stochastic_weights(
     """Weights of the left, center and right neighbour: sigmoid, divided by the sum over the neighbours that exist.
 
     `gates` holds the logits in that order on its fourth axis; logits below -25 count as -25. A weight whose neighbour
-    lies outside the map is 0, and the weights of a pixel sum to 1. Computed in float32, returned in the dtype of
-    `gates`. Source: the row-stochastic matrices of GSPN (arXiv 2501.12381).
+    lies outside the map is 0, and the weights of a pixel sum to 1. Computed in float32 or, from
+    float64, in that; returned in the dtype of `gates`. Source: the row-stochastic matrices of GSPN (arXiv 2501.12381).
 
     Raises ValueError for another rank, a fourth axis that is not 3, or an unknown direction.
     """
     check_direction(direction)
     if gates.ndim != 5 or gates.shape[3] != 3:
         raise ValueError(f"gates must have shape [B, H, W, 3, G], found {list(gates.shape)}.")
-    logits = gates.astype(jnp.float32)
+    logits = gates.astype(wide(gates))
     sigmoids = jax.nn.sigmoid(logits + jax.lax.stop_gradient(jnp.maximum(LOGIT_FLOOR - logits, 0.0)))
     left, center, right = sigmoids[..., 0, :], sigmoids[..., 1, :], sigmoids[..., 2, :]
-    has_left, has_right = inside(left.shape, line_axes(direction)[1])
+    has_left, has_right = (there.astype(left.dtype) for there in inside(left.shape, line_axes(direction)[1]))
     left, right = left * has_left, right * has_right
     scale = 1.0 / (left + center + right)
     return tuple((weight * scale).astype(gates.dtype) for weight in (left, center, right))

@@ -14,6 +14,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, Key
 
 from gspn_jax.config import Remat
+from gspn_jax.kernels.derivatives import linear_call
 from gspn_jax.models.embeddings import XAVIER
 from gspn_jax.models.mixers import FLOAT32, MIXERS, DepthwiseConv, GSPNMixer
 from gspn_jax.models.presets import Architecture
@@ -273,7 +274,6 @@ def run_stack(
     return x, kept
 
 
-@jax.custom_vjp
 def _put(kept: Float[Array, "L B H W D"], x: Float[Array, "B H W D"], place: Int[Array, ""]):
     """`kept` with `x` in a place that is written to once, or behind its end: then it lands in the last place, whose own
     tokens are still to come.
@@ -281,19 +281,16 @@ def _put(kept: Float[Array, "L B H W D"], x: Float[Array, "B H W D"], place: Int
     Each place is read once in the backward pass, so that nothing needs to be taken out of the cotangent, which XLA may
     do in a copy of it. Of what `kept` holds before, which is replaced, the gradient is not to be asked.
     """
-    return jax.lax.dynamic_update_index_in_dim(kept, x, place, 0, allow_negative_indices=False)
 
+    def put(place, arrays):
+        kept, x = arrays
+        return jax.lax.dynamic_update_index_in_dim(kept, x, place, 0, allow_negative_indices=False)
 
-def _put_forward(kept, x, place):
-    return _put(kept, x, place), place
+    def take(place, cotangent):
+        grad_x = jax.lax.dynamic_index_in_dim(cotangent, place, keepdims=False, allow_negative_indices=False)
+        return cotangent, jnp.where(place < cotangent.shape[0], grad_x, 0)
 
-
-def _put_backward(place, cotangent):
-    grad_x = jax.lax.dynamic_index_in_dim(cotangent, place, keepdims=False, allow_negative_indices=False)
-    return cotangent, jnp.where(place < cotangent.shape[0], grad_x, 0), None
-
-
-_put.defvjp(_put_forward, _put_backward)
+    return linear_call(put, take, place, (kept, x))
 
 
 def _forward(step: Callable, carry: Any, layers: Any, start: int, stop: int) -> Any:

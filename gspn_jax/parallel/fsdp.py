@@ -18,6 +18,7 @@ from jaxtyping import Array
 
 from gspn_jax import kernels, models
 from gspn_jax.config import Config
+from gspn_jax.kernels.derivatives import linear_call
 from gspn_jax.models import blocks
 from gspn_jax.parallel import sharding
 
@@ -119,25 +120,21 @@ def _over_fsdp(spec: PartitionSpec) -> PartitionSpec:
     return PartitionSpec(*(axis if axis == "fsdp" else None for axis in spec))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
 def _gather(part: Array, axis: int, size: int, dtype: DTypeLike) -> Array:
     """The whole of a weight of which every device of "fsdp" has a part: `size` of the gathered `axis`, as `dtype`.
 
     Every block casts its kernels to `compute` before anything else, so that the cast may come first; vectors, such as
-    scales of norms, are gathered as they are.
+    scales of norms, are gathered as they are. The gradient is summed in float32.
     """
-    whole = jax.lax.all_gather(part.astype(dtype), "fsdp", axis=axis, tiled=True)
-    return jax.lax.slice_in_dim(whole, 0, size, axis=axis)
 
+    def gather(_: None, part: Array) -> Array:
+        whole = jax.lax.all_gather(part.astype(dtype), "fsdp", axis=axis, tiled=True)
+        return jax.lax.slice_in_dim(whole, 0, size, axis=axis)
 
-def _gather_forward(part: Array, axis: int, size: int, dtype: DTypeLike) -> tuple[Array, None]:
-    return _gather(part, axis, size, dtype), None
+    def scatter(_: None, gradient: Array) -> Array:
+        padding = -size % jax.lax.axis_size("fsdp")
+        gradient = gradient.astype(jnp.float32)
+        gradient = jnp.pad(gradient, [(0, padding if i == axis else 0) for i in range(gradient.ndim)])
+        return jax.lax.psum_scatter(gradient, "fsdp", scatter_dimension=axis, tiled=True)
 
-
-def _gather_backward(axis: int, size: int, dtype: DTypeLike, _: None, gradient: Array) -> tuple[Array]:
-    padding = -size % jax.lax.axis_size("fsdp")
-    gradient = jnp.pad(gradient.astype(jnp.float32), [(0, padding if i == axis else 0) for i in range(gradient.ndim)])
-    return (jax.lax.psum_scatter(gradient, "fsdp", scatter_dimension=axis, tiled=True),)
-
-
-_gather.defvjp(_gather_forward, _gather_backward)
+    return linear_call(gather, scatter, None, part)
