@@ -24,7 +24,7 @@ ATTACKS = [
         "C18",
         "stdout is closed before a sentence",
         process("train_dit.py", shell='"$@" >&-'),
-        "needs --config configs/NAME.py",
+        "needs --config NAME_OR_FILE",
         slow=True,
     ),
 ]
