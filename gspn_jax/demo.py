@@ -4,7 +4,7 @@ import dataclasses
 import json
 import time
 
-from gspn_jax import cli
+from gspn_jax import cli, extras
 
 PER_CLASS = 100
 
@@ -13,6 +13,7 @@ PER_CLASS = 100
 def main() -> None:
     start = time.perf_counter()
     cli.setup()
+    extras.require("train", "tqdm", by="the demo")
     import numpy as np
     from tqdm import tqdm
 

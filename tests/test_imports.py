@@ -6,10 +6,8 @@ from collections.abc import Iterator
 
 import pytest
 
-ROOT = pathlib.Path(__file__).resolve().parents[1]
+from tests.source_files import package, sources
 
-FOUNDATION = ("config", "extras", "files", "pixels", "small_files", "state_dict", "tensor_files")
-"""Modules that everything may import, and that import nothing of the project but one another."""
 LEAVES = ("diffusion", "data", "metrics", "autoencoder", "text", "unet")
 COMMANDS = ("prepare", "evaluate", "convert", "classify", "text_to_image", "doctor", "demo", "train", "sample")
 
@@ -27,25 +25,6 @@ MAY_IMPORT["sampling"] = MAY_IMPORT["runs"] | {"runs", *LEAVES}
 MAY_IMPORT["training"] = MAY_IMPORT["sampling"] | {"sampling"}
 MAY_IMPORT |= {command: {*MAY_IMPORT["training"], "training", "cli", *COMMANDS} for command in (*COMMANDS, "scripts")}
 """What each package may import beside itself, in any line, also one within a function."""
-
-
-def sources() -> dict[str, pathlib.Path]:
-    """{dotted module name: file} of all that is shipped."""
-    found = {}
-    for top, package in {"gspn_jax": ROOT, "kernels": ROOT / "gspn_jax", "configs": ROOT / "gspn_jax"}.items():
-        for path in (ROOT / top).rglob("*.py"):  # which follows no links: gspn_jax/kernels is one, to kernels
-            found[package / path.relative_to(ROOT)] = path
-    names = {name.relative_to(ROOT).with_suffix("").parts: path for name, path in found.items()}
-    names |= {(name,): ROOT / f"{name}.py" for name in ("train_dit", "sample")}
-    return {".".join(parts).removesuffix(".__init__"): path for parts, path in names.items()}
-
-
-def package(module: str) -> str:
-    """The row of `MAY_IMPORT` that a module belongs to."""
-    top, *rest = module.split(".")
-    if top == "gspn_jax":
-        return "foundation" if not rest or rest[0] in FOUNDATION else rest[0]
-    return top if top in MAY_IMPORT else "scripts"
 
 
 def imported(path: pathlib.Path, known: set[str]) -> Iterator[tuple[int, str]]:

@@ -238,7 +238,7 @@ AROUND = [
         "C18",
         "stdout is closed before a sentence",
         process("train_dit.py", shell='"$@" >&-'),
-        "needs --config",
+        "needs --config NAME_OR_FILE",
         slow=True,
     ),
 ]
