@@ -345,7 +345,7 @@ def block_mixer(preset: str, sizes: Sizes) -> tuple[GSPNMixer, int]:
     arch = models.resolve(ModelConfig(preset=preset, backend="mosaic_gpu"))
     if sizes is TINY:
         arch = dataclasses.replace(arch, hidden=64, groups=64, proxy=16)
-    return GSPNMixer(arch, dtype=jnp.bfloat16, rngs=nnx.Rngs(0)), arch.hidden
+    return arch.options.build(arch.hidden, dtype=jnp.bfloat16, rngs=nnx.Rngs(0)), arch.hidden
 
 
 def blocks(sizes: Sizes, repeats: int) -> Rows:

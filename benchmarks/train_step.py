@@ -108,7 +108,9 @@ def attention_of(model: ModelConfig, arguments: argparse.Namespace, dtype: str) 
     if arch.mixer != "attention":
         return {"attention": None, "no_ratio": None}
     tokens = (arguments.image_size // arch.patch) ** 2
-    choice = attention.choose((arguments.batch_size, tokens, arch.heads, arch.hidden // arch.heads), dtype)
+    choice = attention.choose(
+        (arguments.batch_size, tokens, arch.options.heads, arch.hidden // arch.options.heads), dtype
+    )
     no_ratio = None if choice.fair else f"attention is XLA's: cuDNN's flash attention {choice.reason}"
     return {"attention": choice.implementation, "no_ratio": no_ratio}
 

@@ -8,16 +8,29 @@ Every error is a `ConfigError` whose message is one sentence naming the field, w
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Any, ClassVar, Literal, TypeVar, get_args, get_origin
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar, get_args, get_origin
 
-SourceName = Literal["digits", "folder", "tfds", "latents", "records"]
+from gspn_jax.tables import MIXERS, OBJECTIVES, SAMPLERS, SOURCES, Choice, Table, samplers_of
+
+if TYPE_CHECKING:
+    SourceName = MixerName = ObjectiveName = SamplerName = str
+else:  # the command line offers the table's names as they are when it reads its flags
+
+    class SourceName(Choice):
+        table = SOURCES
+
+    class MixerName(Choice):
+        table = MIXERS
+
+    class ObjectiveName(Choice):
+        table = OBJECTIVES
+
+    class SamplerName(Choice):
+        table = SAMPLERS
+
+
 Layout = Literal["paper", "dit"]
-Mixer = Literal["attention", "gspn"]
 Backend = Literal["scan", "mosaic_gpu"]
-Objective = Literal["ddpm", "flow"]
-SamplerName = Literal["ddpm", "ddim", "dpm++", "euler", "heun"]
-SAMPLERS_OF: dict[Objective, tuple[SamplerName, ...]] = {"ddpm": ("ddpm", "ddim", "dpm++"), "flow": ("heun", "euler")}
-"""The samplers that fit an objective, its default first."""
 Precision = Literal["params=float32,compute=bfloat16", "params=float32,compute=float32"]
 Remat = Literal["none", "dots", "names", "full"]
 Metric = Literal["fid", "sfid", "is", "kid", "precision", "recall"]
@@ -89,7 +102,7 @@ def _kinds(annotation: Any) -> set[Any]:
     return set().union(*map(_kinds, inner)) if inner else {annotation}
 
 
-def _one_of(field: str, found: Any, allowed: tuple) -> None:
+def _one_of(field: str, found: Any, allowed: tuple | Table) -> None:
     _check(found in allowed, field, "one of " + ", ".join(map(repr, allowed)), found)
 
 
@@ -114,7 +127,7 @@ class ModelConfig:
 
     preset: str = "GSPN-B/2"
     layout: Layout | None = None
-    mixer: Mixer | None = None
+    mixer: MixerName | None = None
     hidden: int | None = None
     depth: int | None = None
     heads: int | None = None
@@ -125,6 +138,8 @@ class ModelConfig:
     proxy_ratio: int = 16
     skip: bool = False
     """Adds the per-pixel skip term of the authors' released code (not in the paper)."""
+    mixer_options: tuple[str, ...] = ()
+    """NAME=VALUE of a mixer that has options beside those above."""
     drop_path: float = 0.1
     learn_sigma: bool | None = None
     """None: two outputs per channel (prediction and variance range) under the "ddpm" objective, one under "flow"."""
@@ -139,7 +154,7 @@ class ModelConfig:
             value = getattr(self, name)
             _check(value is None or value > 0, f"model.{name}", "greater than 0 or None", value)
         _one_of("model.layout", self.layout, (*get_args(Layout), None))
-        _one_of("model.mixer", self.mixer, (*get_args(Mixer), None))
+        _one_of("model.mixer", self.mixer, (*MIXERS, None))
         _one_of("model.remat", self.remat, get_args(Remat))
         _one_of("model.backend", self.backend, (*get_args(Backend), None))
         _positive(self, "model", "proxy_ratio")
@@ -172,7 +187,7 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         check_numbers(self, "data")
-        _one_of("data.source", self.source, get_args(SourceName))
+        _one_of("data.source", self.source, SOURCES)
         _one_of("data.bad_images", self.bad_images, ("error", "skip"))
         _positive(self, "data", "image_size", "channels", "num_classes")
         _check(self.workers >= 0, "data.workers", "0 or more", self.workers)
@@ -207,7 +222,7 @@ class DataConfig:
 class DiffusionConfig:
     """The training objective: "ddpm" (iDDPM: epsilon, learned range variance, hybrid loss) or "flow" (velocity)."""
 
-    objective: Objective = "ddpm"
+    objective: ObjectiveName = "ddpm"
     timesteps: int = 1000
     beta_schedule: Literal["linear", "cosine"] = "linear"
     time_distribution: Literal["logit_normal", "uniform"] = "logit_normal"
@@ -216,7 +231,7 @@ class DiffusionConfig:
 
     def __post_init__(self) -> None:
         check_numbers(self, "diffusion")
-        _one_of("diffusion.objective", self.objective, get_args(Objective))
+        _one_of("diffusion.objective", self.objective, OBJECTIVES)
         _one_of("diffusion.beta_schedule", self.beta_schedule, ("linear", "cosine"))
         _one_of("diffusion.time_distribution", self.time_distribution, ("logit_normal", "uniform"))
         _check(self.timesteps > 1, "diffusion.timesteps", "greater than 1", self.timesteps)
@@ -225,7 +240,7 @@ class DiffusionConfig:
 
 @dataclasses.dataclass(frozen=True)
 class SamplerConfig:
-    """How images are drawn. `name` None: "ddpm" for the ddpm objective, "heun" for flow."""
+    """How images are drawn. `name` None is the objective's own: "ddpm" for ddpm, "heun" for flow."""
 
     name: SamplerName | None = None
     steps: int = 250
@@ -241,7 +256,7 @@ class SamplerConfig:
 
     def __post_init__(self) -> None:
         check_numbers(self, "sampler")
-        _one_of("sampler.name", self.name, (*get_args(SamplerName), None))
+        _one_of("sampler.name", self.name, (*SAMPLERS, None))
         _one_of("sampler.guidance_channels", self.guidance_channels, ("all", "first3"))
         _positive(self, "sampler", "steps")
         _check(self.guidance_scale >= 0, "sampler.guidance_scale", "0 or more", self.guidance_scale)
@@ -544,15 +559,14 @@ class Config(RunConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        flow = self.diffusion.objective == "flow"
-        allowed = (*SAMPLERS_OF[self.diffusion.objective], None)
+        allowed = (*samplers_of(self.diffusion.objective), None)
         _check(
             self.sampler.name in allowed,
             "sampler.name",
             f"one of {allowed} with diffusion.objective={self.diffusion.objective!r}",
             self.sampler.name,
         )
-        if not flow:
+        if OBJECTIVES[self.diffusion.objective].discrete:
             _check(
                 self.sampler.steps <= self.diffusion.timesteps,
                 "sampler.steps",
@@ -563,7 +577,7 @@ class Config(RunConfig):
             self._check_eval()
 
     def _check_eval(self) -> None:
-        if self.diffusion.objective != "flow":
+        if OBJECTIVES[self.diffusion.objective].discrete:
             _check(
                 (self.eval.steps or 1) <= self.diffusion.timesteps,
                 "eval.steps",

@@ -93,8 +93,6 @@ def main(argv: list[str] | None = None, *, program: str = "gspn-sample") -> None
 def _parse(argv: list[str] | None, program: str) -> tuple[Arguments, Config, int]:
     """The flags (defaults from the checkpoint's config), that config, and the step."""
     extras.require("train", "tyro", by=program)
-    import tyro
-
     from gspn_jax.runs import checkpoints
 
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
@@ -108,7 +106,7 @@ def _parse(argv: list[str] | None, program: str) -> tuple[Arguments, Config, int
         raise ConfigError(f"{program} needs --run RUN_DIRECTORY")
     step, config = checkpoints.read_config(chosen.run, chosen.step)
     default = Arguments(run=chosen.run, step=step, sampler=config.sampler)
-    arguments = tyro.cli(Arguments, args=rest, default=default, prog=f"{program} --run {chosen.run}")
+    arguments = cli.parse(Arguments, args=rest, default=default, prog=f"{program} --run {chosen.run}")
     return arguments, dataclasses.replace(config, sampler=arguments.sampler), step
 
 

@@ -1,8 +1,17 @@
 """What the commands share: flags and config files, hosts, log lines, exit codes and errors as one sentence."""
 
-from gspn_jax.cli.config_files import load_config, parse_config
+from gspn_jax.cli.config_files import load_config, parse, parse_config
 from gspn_jax.cli.exits import INTERRUPTED, USAGE_ERROR, user_errors
 from gspn_jax.cli.hosts import join_other_hosts
 from gspn_jax.cli.process import setup
 
-__all__ = ["INTERRUPTED", "USAGE_ERROR", "join_other_hosts", "load_config", "parse_config", "setup", "user_errors"]
+__all__ = [
+    "INTERRUPTED",
+    "USAGE_ERROR",
+    "join_other_hosts",
+    "load_config",
+    "parse",
+    "parse_config",
+    "setup",
+    "user_errors",
+]

@@ -5,9 +5,13 @@ import importlib.util
 import pathlib
 import sys
 from collections.abc import Sequence
+from typing import Any, TypeVar
 
 from gspn_jax import extras
 from gspn_jax.config import C, Config, ConfigError
+from gspn_jax.tables import Choice
+
+T = TypeVar("T")
 
 CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
 
@@ -55,8 +59,6 @@ def load_config(name: str | pathlib.Path, cls: type[C] = Config) -> C:
 def parse_config(argv: Sequence[str] | None, *, program: str, description: str, cls: type[C] = Config) -> C:
     """--config FILE, then any field of it by its dotted name. A wrong flag or value exits with code 2 (tyro)."""
     extras.require("train", "tyro", by=program)
-    import tyro  # here, so that training itself needs no command-line package
-
     first = argparse.ArgumentParser(prog=program, description=description, add_help=False, allow_abbrev=False)
     first.add_argument("--config")
     chosen, rest = first.parse_known_args(argv)
@@ -68,10 +70,33 @@ def parse_config(argv: Sequence[str] | None, *, program: str, description: str, 
             )
             sys.exit(0)
         raise ConfigError(f"{program} needs --config NAME_OR_FILE")
-    return tyro.cli(
+    return parse(
         cls,
         args=rest,
         default=load_config(chosen.config, cls),
         prog=f"{program} --config {chosen.config}",
         description=description,
     )
+
+
+def parse(cls: type[T], **settings: Any) -> T:
+    """`tyro.cli`, where fields that name a line of a table (`tables.Choice`) offer the names that it has now."""
+    import tyro  # here, so that training itself needs no command-line package
+
+    registry = tyro.constructors.ConstructorRegistry()
+
+    @registry.primitive_rule
+    def _(info: Any) -> Any:
+        if not (isinstance(info.type, type) and issubclass(info.type, Choice)):
+            return None
+        names = tuple(info.type.table)
+        return tyro.constructors.PrimitiveConstructorSpec(
+            nargs=1,
+            metavar="{" + ",".join(names) + "}",
+            instance_from_str=lambda words: words[0],
+            is_instance=lambda value: isinstance(value, str),
+            str_from_instance=lambda value: [value],
+            choices=names,
+        )
+
+    return tyro.cli(cls, registry=registry, **settings)

@@ -11,6 +11,7 @@ from gspn_jax.files import sha256_of
 from gspn_jax.models import learns_sigma, resolve
 from gspn_jax.runs.evaluations import Record
 from gspn_jax.small_files import DamagedFile
+from gspn_jax.tables import OBJECTIVES
 
 log = logging.getLogger(__name__)
 
@@ -101,7 +102,7 @@ def _table(head: tuple[str, str], rows: list[tuple[str, str]]) -> str:
 def _architecture(config: Config) -> str:
     arch = resolve(config.model)
     layout = {"paper": "GSPN, the paper's layout", "dit": f"DiT with {arch.mixer}"}[arch.layout]
-    heads = f", {arch.heads} heads" if arch.mixer == "attention" else ""
+    heads = f", {arch.options.heads} heads" if arch.mixer == "attention" else ""
     return f"{layout}: width {arch.hidden}, depth {arch.depth}, patch {arch.patch}{heads}"
 
 
@@ -117,11 +118,7 @@ def _resolution(config: Config) -> str:
 
 
 def _objective(config: Config) -> str:
-    diffusion = config.diffusion
-    if diffusion.objective == "flow":
-        return "flow matching (velocity)"
-    variance = "learned" if learns_sigma(config) else "fixed"
-    return f"DDPM: epsilon, {diffusion.timesteps:,} steps of {diffusion.beta_schedule} betas, {variance} variance"
+    return OBJECTIVES[config.diffusion.objective].describe(config.diffusion, learns_sigma(config))
 
 
 def _training(config: Config, header: dict[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""The sources by name, and the one that a config asks for."""
+"""The kinds of sources, and the one that a config asks for."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -7,11 +7,15 @@ from gspn_jax import extras
 from gspn_jax.config import ConfigError, DataConfig
 from gspn_jax.data.memory import MemorySource
 from gspn_jax.data.source import Source, shorten
+from gspn_jax.tables import SOURCES
 
 
 class Kind(NamedTuple):
-    """A kind of source: how it is made, with images fitted to squares of a size or with None as they are, and what it
-    is called in an error."""
+    """A kind of source, a line of `tables.SOURCES`: how it is made, with images fitted to squares of a size or with None
+    as they are, and what it is called in an error.
+
+    Modules are imported when a source is made: each needs packages that others do without.
+    """
 
     make: Callable[[DataConfig, int | None], Source]
     describe: Callable[[DataConfig], str]
@@ -50,15 +54,11 @@ def _tfds(config: DataConfig, size: int | None) -> Source:
     return TfdsSource(config.name, config.path, config.split, size, config.channels)
 
 
-SOURCES: dict[str, Kind] = {
-    "digits": Kind(_digits, lambda config: "the digits set"),
-    "folder": Kind(_folder, lambda config: f"the folder {config.path!r}"),
-    "records": Kind(_records, lambda config: f"the set of records {config.path!r}"),
-    "tfds": Kind(_tfds, lambda config: config.name),
-    "latents": Kind(_latents, lambda config: f"the set of latents {config.path!r}"),
-}
-"""What `data.source` can name. Modules are imported when a source is made: each needs packages that others do without.
-"""
+DIGITS = Kind(_digits, lambda config: "the digits set")
+FOLDER = Kind(_folder, lambda config: f"the folder {config.path!r}")
+RECORDS = Kind(_records, lambda config: f"the set of records {config.path!r}")
+TFDS = Kind(_tfds, lambda config: config.name)
+LATENTS = Kind(_latents, lambda config: f"the set of latents {config.path!r}")
 
 
 def make_source(config: DataConfig, *, whole: bool = False) -> Source:

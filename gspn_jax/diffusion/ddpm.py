@@ -6,11 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.scipy.special import ndtr
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, PyTree
 
 from gspn_jax.diffusion.schedules import Schedule
 
-Denoise = Callable[[Float[Array, "B H W C"], Float[Array, "B"], Int[Array, "B"]], Float[Array, "B H W O"]]
+Denoise = Callable[..., Float[Array, "B H W O"]]
+"""denoise(x_t, time, condition) -> output, as `gspn_jax.diffusion` says."""
 Metrics = dict[str, Float[Array, "B"]]
 
 
@@ -18,7 +19,7 @@ def training_loss(
     denoise: Denoise,
     schedule: Schedule,
     x0: Float[Array, "B H W C"],
-    y: Int[Array, "B"],
+    condition: PyTree[Array],
     *,
     t: Int[Array, "B"],
     noise: Float[Array, "B H W C"],
@@ -33,7 +34,7 @@ def training_loss(
     sigma = _at(np.sqrt(1.0 - schedule.alphas_cumprod), t)
     x_t = signal * x0 + sigma * noise
     time = jnp.asarray(schedule.timesteps, jnp.float32)[t]
-    epsilon, variance_range = split_output(denoise(x_t, time, y), x0.shape[-1])
+    epsilon, variance_range = split_output(denoise(x_t, time, condition), x0.shape[-1])
 
     mse = jnp.mean(jnp.square(noise - epsilon), axis=(1, 2, 3))
     if variance_range is None:

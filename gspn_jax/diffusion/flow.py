@@ -4,7 +4,7 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Float, Key, PyTree
 
 from gspn_jax.diffusion.ddpm import Denoise, Metrics, split_output
 
@@ -24,7 +24,7 @@ def sample_times(
 def training_loss(
     denoise: Denoise,
     x0: Float[Array, "B H W C"],
-    y: Int[Array, "B"],
+    condition: PyTree[Array],
     *,
     t: Float[Array, "B"],
     noise: Float[Array, "B H W C"],
@@ -35,6 +35,6 @@ def training_loss(
     """
     time = t[:, None, None, None]
     x_t = (1.0 - time) * x0 + time * noise
-    velocity, _ = split_output(denoise(x_t, TIME_SCALE * t, y), x0.shape[-1])
+    velocity, _ = split_output(denoise(x_t, TIME_SCALE * t, condition), x0.shape[-1])
     mse = jnp.mean(jnp.square(noise - x0 - velocity), axis=(1, 2, 3))
     return mse, {"mse": mse}

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, PyTree
 
 from gspn_jax.config import SamplerConfig
 from gspn_jax.diffusion.ddpm import Denoise
@@ -29,20 +29,28 @@ def guide(
 
 
 def guided_denoiser(
-    config: SamplerConfig, denoise: Denoise, noise_time: Float[np.ndarray, "S"], channels: int, null_class: int
-) -> Callable[[Bool[Array, ""], Float[Array, "N H W C"], Float[Array, "N"], Int[Array, "N"]], Float[Array, "N H W O"]]:
-    """`(is_guided, x, time, labels) -> output`, where `is_guided` is this step's entry of `guided_steps`.
+    config: SamplerConfig,
+    denoise: Denoise,
+    noise_time: Float[np.ndarray, "S"],
+    channels: int,
+    null: PyTree[Array | int],
+) -> Callable[[Bool[Array, ""], Float[Array, "N H W C"], Float[Array, "N"], PyTree[Array]], Float[Array, "N H W O"]]:
+    """`(is_guided, x, time, condition) -> output`, where `is_guided` is this step's entry of `guided_steps`.
 
     The batch is doubled only where guidance acts: with scale 1 never, outside the interval not (one branch of a cond).
     """
     steps = guided_steps(config, noise_time)
     guided_channels = min(3, channels) if config.guidance_channels == "first3" else channels
 
-    def with_guidance(x, time, labels):
+    def paired(leaf, none):
         # The pair of one image stays together, so that a batch sharded over devices is doubled without moving.
-        pairs = jnp.stack([labels, jnp.full_like(labels, null_class)], axis=1).reshape(-1)
+        none = jnp.broadcast_to(jnp.asarray(none, leaf.dtype), leaf.shape)
+        return jnp.stack([leaf, none], axis=1).reshape(-1, *leaf.shape[1:])
+
+    def with_guidance(x, time, condition):
+        pairs = jax.tree.map(paired, condition, null)
         output = denoise(jnp.repeat(x, 2, axis=0), jnp.repeat(time, 2), pairs)
-        output = output.reshape(len(labels), 2, *output.shape[1:])
+        output = output.reshape(len(x), 2, *output.shape[1:])
         return guide(output[:, 0], output[:, 1], config.guidance_scale, guided_channels)
 
     if steps.all():

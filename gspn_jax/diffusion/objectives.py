@@ -1,33 +1,146 @@
-"""What training minimises, for either objective, from one key."""
+"""What training minimises, by objective, and what a denoiser that was trained so tells a sampler.
+
+An objective is an object, a line of `tables.OBJECTIVES`. A condition is what a denoiser is told beside image and time:
+a pytree of arrays [B, ...], such as labels; "no condition" (`null`) is one of the same structure without the axis B.
+"""
+
+import dataclasses
+from typing import ClassVar, Protocol
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Float, Key, PyTree
 
 from gspn_jax.config import DiffusionConfig
 from gspn_jax.diffusion import ddpm, flow
 from gspn_jax.diffusion.ddpm import Denoise, Metrics
+from gspn_jax.diffusion.samplers import SamplerKind, Table
 from gspn_jax.diffusion.schedules import make_schedule
+from gspn_jax.tables import OBJECTIVES
+
+
+class Objective(Protocol):
+    """How a denoiser is trained, and what its output means."""
+
+    sampler: ClassVar[str]
+    """The sampler that is taken when none is named."""
+    learns_sigma: ClassVar[bool]
+    """Whether it trains a second output per channel, the range of the variance, where the denoiser has one."""
+    discrete: ClassVar[bool]
+    """Whether there are `diffusion.timesteps` times, and no more steps of sampling than those."""
+
+    def fits(self, kind: SamplerKind) -> bool:
+        """Whether images can be drawn by a kind of sampler."""
+        ...
+
+    def loss(
+        self,
+        config: DiffusionConfig,
+        denoise: Denoise,
+        x0: Float[Array, "B H W C"],
+        condition: PyTree[Array],
+        key: Key[Array, ""],
+    ) -> tuple[Float[Array, "B"], Metrics]:
+        """Loss and metrics of each image, float32, at times and with noise drawn from `key`.
+
+        `denoise` gives its output, or with `features=(i, ...)` (output, {i: tokens after block i}).
+        """
+        ...
+
+    def prediction(
+        self, output: Float[Array, "N H W C"], x: Float[Array, "N H W C"], row: Table, clip: bool
+    ) -> Float[Array, "N H W C"]:
+        """What samplers that fit move: x_0 or the velocity, from the output at `x`; with `clip` that of an x_0 in
+        [-1, 1]. `row` has the scalars of this evaluation."""
+        ...
+
+    def describe(self, config: DiffusionConfig, learned_variance: bool) -> str:
+        """A line for people."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Epsilon:
+    """iDDPM's: the noise, with a learned variance range where the denoiser has outputs for it."""
+
+    sampler = "ddpm"
+    learns_sigma = True
+    discrete = True
+
+    def fits(self, kind: SamplerKind) -> bool:
+        return kind.moves == "x0"
+
+    def loss(self, config, denoise, x0, condition, key):
+        time_key, noise = _noise(key, x0)
+        schedule = make_schedule(config)
+        t = jax.random.randint(time_key, (x0.shape[0],), 0, schedule.num_timesteps)
+        return ddpm.training_loss(denoise, schedule, x0, condition, t=t, noise=noise)
+
+    def prediction(self, output, x, row, clip):
+        x0 = (x - row.sigma * output) / row.signal
+        return jnp.clip(x0, -1.0, 1.0) if clip else x0
+
+    def describe(self, config, learned_variance):
+        variance = "learned" if learned_variance else "fixed"
+        return f"DDPM: epsilon, {config.timesteps:,} steps of {config.beta_schedule} betas, {variance} variance"
+
+
+@dataclasses.dataclass(frozen=True)
+class Velocity:
+    """Flow matching's: noise - x_0 on straight paths."""
+
+    sampler = "heun"
+    learns_sigma = False
+    discrete = False
+
+    def fits(self, kind: SamplerKind) -> bool:
+        return kind.moves == "velocity"
+
+    def loss(self, config, denoise, x0, condition, key):
+        time_key, noise = _noise(key, x0)
+        t = flow.sample_times(time_key, x0.shape[0], config.time_distribution)
+        return flow.training_loss(denoise, x0, condition, t=t, noise=noise)
+
+    def prediction(self, output, x, row, clip):
+        return (x - jnp.clip(x - row.sigma * output, -1.0, 1.0)) / row.sigma if clip else output
+
+    def describe(self, config, learned_variance):
+        return "flow matching (velocity)"
+
+
+EPSILON, VELOCITY = Epsilon(), Velocity()
+
+
+def _noise(key: Key[Array, ""], x0: Float[Array, "B H W C"]) -> tuple[Key[Array, ""], Float[Array, "B H W C"]]:
+    """(a key for times, noise like `x0`)."""
+    time_key, noise_key = jax.random.split(key)
+    return time_key, jax.random.normal(noise_key, x0.shape, jnp.float32)
 
 
 def loss(
-    config: DiffusionConfig, denoise: Denoise, x0: Float[Array, "B H W C"], y: Int[Array, "B"], key: Key[Array, ""]
+    config: DiffusionConfig,
+    denoise: Denoise,
+    x0: Float[Array, "B H W C"],
+    condition: PyTree[Array],
+    key: Key[Array, ""],
 ) -> tuple[Float[Array, "B"], Metrics]:
     """Loss and metrics of each image, float32, at times and with noise drawn from `key` for the whole batch.
 
     The draw depends on the global batch shape and the key only, not on how the batch is sharded.
     """
-    time_key, noise_key = jax.random.split(key)
-    x0 = x0.astype(jnp.float32)
-    noise = jax.random.normal(noise_key, x0.shape, jnp.float32)
-    if config.objective == "flow":
-        t = flow.sample_times(time_key, x0.shape[0], config.time_distribution)
-        return flow.training_loss(denoise, x0, y, t=t, noise=noise)
-    schedule = make_schedule(config)
-    t = jax.random.randint(time_key, (x0.shape[0],), 0, schedule.num_timesteps)
-    return ddpm.training_loss(denoise, schedule, x0, y, t=t, noise=noise)
+    return OBJECTIVES[config.objective].loss(config, denoise, x0.astype(jnp.float32), condition, key)
 
 
-def drop_labels(key: Key[Array, ""], y: Int[Array, "B"], rate: float, null_class: int) -> Int[Array, "B"]:
-    """Replaces each label by `null_class` with probability `rate`, so that guidance has a null class."""
-    return jnp.where(jax.random.bernoulli(key, rate, y.shape), jnp.asarray(null_class, y.dtype), y)
+def drop_condition(
+    key: Key[Array, ""], condition: PyTree[Array], rate: float, null: PyTree[Array | int]
+) -> PyTree[Array]:
+    """Replaces the condition of an image by `null` with probability `rate`, so that guidance has what to lead away
+    from."""
+    leaves = jax.tree.leaves(condition)
+    dropped = jax.random.bernoulli(key, rate, leaves[0].shape[:1])
+
+    def one(leaf: Array, none: Array | int) -> Array:
+        which = dropped.reshape(-1, *[1] * (leaf.ndim - 1))
+        return jnp.where(which, jnp.asarray(none, leaf.dtype), leaf)
+
+    return jax.tree.map(one, condition, null)

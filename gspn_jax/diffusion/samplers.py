@@ -1,26 +1,28 @@
-"""Samplers: each is a table of coefficients, and one loop runs any of them.
+"""Samplers: each is a table of coefficients, and one loop runs any of them; `tables.SAMPLERS` has them by name.
 
 Every sampler here moves a linear combination of the state, the current and the previous prediction, and fresh noise:
 
     x <- on_x * x + on_prediction * prediction + on_previous * previous_prediction + on_noise * noise
 
-where the prediction is x_0 under "ddpm" and the velocity under "flow". One row of the table is one evaluation of the
-denoiser. A step of Heun's method is two rows, and a second-order multistep method is the third term.
+where the prediction is x_0 or the velocity, which the objective makes of the denoiser's output. One row of the table is
+one evaluation of the denoiser. A step of Heun's method is two rows, and a second-order multistep method is the third
+term. A sampler that moves otherwise has a function for it.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Float, Int, Key, PyTree
 
-from gspn_jax.config import SAMPLERS_OF, ConfigError, DiffusionConfig, SamplerConfig
+from gspn_jax.config import ConfigError, DiffusionConfig, SamplerConfig
 from gspn_jax.diffusion.ddpm import Denoise, interpolate_log_variance, split_output
 from gspn_jax.diffusion.flow import TIME_SCALE
 from gspn_jax.diffusion.guidance import guided_denoiser, guided_steps
 from gspn_jax.diffusion.schedules import Schedule, make_schedule, respace
+from gspn_jax.tables import OBJECTIVES, SAMPLERS, samplers_of
 
 
 class Table(NamedTuple):
@@ -42,38 +44,61 @@ class Table(NamedTuple):
     """The range of the learned log variance; only "ddpm" uses it."""
 
 
+def linear(
+    x: Float[Array, "N H W C"], prediction: Float[Array, "N H W C"], previous: Float[Array, "N H W C"], row: Table
+) -> Float[Array, "N H W C"]:
+    """The linear combination of a row, without its noise."""
+    return row.on_x * x + row.on_prediction * prediction + row.on_previous * previous
+
+
+class SamplerKind(NamedTuple):
+    """A sampler, a line of `tables.SAMPLERS`."""
+
+    moves: Literal["x0", "velocity"]
+    """What it takes for the prediction; objectives say which they give."""
+    table: Callable[[SamplerConfig, DiffusionConfig], Table]
+    """Its rows for a config. Raises ConfigError where they do not fit."""
+    learned_variance: bool = False
+    """Whether the learned variance range, where there is one, takes the place of `on_noise` where that is not 0."""
+    move: Callable[[Array, Array, Array, Table], Array] = linear
+    """move(x, prediction, previous prediction, row) -> x, before noise."""
+
+
 def sample(
     config: SamplerConfig,
     diffusion: DiffusionConfig,
     denoise: Denoise,
     shape: tuple[int, int, int],
-    labels: Int[Array, "N"],
+    condition: PyTree[Array],
     keys: Key[Array, "N"],
     *,
-    null_class: int,
+    null: PyTree[Array | int],
     learn_sigma: bool,
     progress: Callable[[int, int], None] | None = None,
 ) -> Float[Array, "N H W C"]:
-    """Draws one image of `shape` (H, W, C) for each label and key, float32, not rounded or clipped at the end.
+    """Draws one image of `shape` (H, W, C) for each condition and key, float32, not rounded or clipped at the end.
 
-    Pure: call it inside jit with everything static but `labels`, `keys` and what `denoise` closes over. All noise of
+    Pure: call it inside jit with everything static but `condition`, `keys` and what `denoise` closes over. All noise of
     image i comes from keys[i] (typed threefry keys, JAX's default) and the step, so neither the batch size nor the
-    sharding of labels and keys changes an image beyond rounding.
+    sharding of conditions and keys changes an image beyond rounding.
+
+    `condition` is a tree of arrays [N, ...], such as labels, and `null` that of no condition, from which guidance leads
+    away, without the axis N: for labels the number of classes.
 
     `learn_sigma` says whether the denoiser has 2C outputs; the variance range sets the noise of the "ddpm" sampler,
     which without it has the posterior's variance. `progress(done, total)` is called on the host after each network
     evaluation, in no guaranteed order. `config.clip_denoised` clips each predicted x_0 to [-1, 1]: right for pixels,
     not for latents. Raises ValueError for inputs that do not fit together and ConfigError for settings that do not.
     """
-    if not jnp.issubdtype(keys.dtype, jax.dtypes.prng_key) or keys.shape != labels.shape or labels.ndim != 1:
+    leaves = jax.tree.leaves(condition)
+    if not jnp.issubdtype(keys.dtype, jax.dtypes.prng_key) or any(leaf.shape[:1] != keys.shape for leaf in leaves):
         raise ValueError(
-            "sample needs labels [N] and as many typed keys [N] (jax.random.key), "
-            f"found labels {labels.dtype}{list(labels.shape)} and keys {keys.dtype}{list(keys.shape)}"
+            "sample needs conditions [N, ...] and as many typed keys [N] (jax.random.key), found conditions "
+            f"{', '.join(f'{leaf.dtype}{list(leaf.shape)}' for leaf in leaves)} and keys {keys.dtype}{list(keys.shape)}"
         )
-    table = make_table(config, diffusion)
-    is_flow = diffusion.objective == "flow"
-    name = sampler_name(config, diffusion)
-    guided = guided_denoiser(config, denoise, table.noise_time, shape[-1], null_class)
+    kind, objective = SAMPLERS[sampler_name(config, diffusion)], OBJECTIVES[diffusion.objective]
+    table = kind.table(config, diffusion)
+    guided = guided_denoiser(config, denoise, table.noise_time, shape[-1], null)
     total = len(table.time)
 
     def draw(step: Int[Array, ""]) -> Float[Array, "N H W C"]:
@@ -82,22 +107,18 @@ def sample(
     def evaluate(carry, row):
         x, previous = carry
         index, is_guided, step = row
-        output = guided(is_guided, x, jnp.broadcast_to(step.time, labels.shape), labels)
+        output = guided(is_guided, x, jnp.broadcast_to(step.time, keys.shape), condition)
         prediction, variance_range = split_output(output, shape[-1])
         if (variance_range is not None) != learn_sigma:
             raise ValueError(
                 f"learn_sigma={learn_sigma} does not fit a denoiser with {output.shape[-1]} outputs for "
                 f"{shape[-1]}-channel images"
             )
-        if not is_flow:
-            prediction = (x - step.sigma * prediction) / step.signal
-            prediction = jnp.clip(prediction, -1.0, 1.0) if config.clip_denoised else prediction
-        elif config.clip_denoised:
-            prediction = (x - jnp.clip(x - step.sigma * prediction, -1.0, 1.0)) / step.sigma
-        moved = step.on_x * x + step.on_prediction * prediction + step.on_previous * previous
+        prediction = objective.prediction(prediction, x, step, config.clip_denoised)
+        moved = kind.move(x, prediction, previous, step)
         if table.on_noise.any():
             std = step.on_noise
-            if name == "ddpm" and learn_sigma:
+            if kind.learned_variance and learn_sigma:
                 log_variance = interpolate_log_variance(variance_range, step.log_posterior, step.log_beta)
                 std = jnp.where(step.on_noise > 0, jnp.exp(0.5 * log_variance), 0.0)
             moved += std * draw(index + 1)
@@ -118,9 +139,9 @@ def sample(
 def sampler_name(config: SamplerConfig, diffusion: DiffusionConfig) -> str:
     """`config.name`, or the objective's default: "heun" for flow, "ddpm" for ddpm.
 
-    Raises ConfigError for a sampler of the other objective.
+    Raises ConfigError for a sampler that does not fit the objective.
     """
-    names = SAMPLERS_OF[diffusion.objective]
+    names = samplers_of(diffusion.objective)
     if config.name not in (*names, None):
         raise ConfigError(
             f"sampler.name must be one of {', '.join(map(repr, names))} with "
@@ -131,14 +152,7 @@ def sampler_name(config: SamplerConfig, diffusion: DiffusionConfig) -> str:
 
 def make_table(config: SamplerConfig, diffusion: DiffusionConfig) -> Table:
     """The table of the sampler and number of steps that the config says; raises ConfigError where they do not fit."""
-    name = sampler_name(config, diffusion)
-    if diffusion.objective == "flow":
-        return {"heun": heun, "euler": euler}[name](config.steps)
-    schedule = make_schedule(diffusion)
-    if name == "dpm++":
-        return dpm_solver(schedule, config.steps)
-    spaced = respace(schedule, config.steps)
-    return ddpm(spaced) if name == "ddpm" else ddim(spaced, config.ddim_eta)
+    return SAMPLERS[sampler_name(config, diffusion)].table(config, diffusion)
 
 
 def ddpm(schedule: Schedule) -> Table:
@@ -234,3 +248,14 @@ def _table(**columns: Float[np.ndarray, "S"]) -> Table:
     """A table in which the columns that are not given are 0."""
     zeros = np.zeros_like(columns["time"])
     return Table(**{name: columns.get(name, zeros) for name in Table._fields})
+
+
+def _spaced(config: SamplerConfig, diffusion: DiffusionConfig) -> Schedule:
+    return respace(make_schedule(diffusion), config.steps)
+
+
+DDPM = SamplerKind("x0", lambda config, diffusion: ddpm(_spaced(config, diffusion)), learned_variance=True)
+DDIM = SamplerKind("x0", lambda config, diffusion: ddim(_spaced(config, diffusion), config.ddim_eta))
+DPM_SOLVER = SamplerKind("x0", lambda config, diffusion: dpm_solver(make_schedule(diffusion), config.steps))
+EULER = SamplerKind("velocity", lambda config, diffusion: euler(config.steps))
+HEUN = SamplerKind("velocity", lambda config, diffusion: heun(config.steps))

@@ -91,7 +91,7 @@ def main(argv: list[str] | None = None) -> None:
 
             rest = cli.join_other_hosts(rest)
             evaluate_files(
-                tyro.cli(
+                cli.parse(
                     FileFlags,
                     args=rest,
                     default=FileFlags(samples=chosen.samples),
@@ -105,7 +105,7 @@ def main(argv: list[str] | None = None) -> None:
             rest = cli.join_other_hosts(rest)
             step, config = checkpoints.read_config(chosen.run, chosen.step)
             default = RunFlags(run=chosen.run, step=step, sampler=config.sampler)
-            flags = tyro.cli(RunFlags, args=rest, default=default, prog=f"{PROGRAM} --run {chosen.run}")
+            flags = cli.parse(RunFlags, args=rest, default=default, prog=f"{PROGRAM} --run {chosen.run}")
             evaluate_run(flags, config, step)
 
 

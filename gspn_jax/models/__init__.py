@@ -1,5 +1,6 @@
 """Denoisers: `create` builds one from a config; `split`, `apply`, `init` and `abstract` serve training and sampling."""
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -7,13 +8,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Float, Key, PyTree
 
 from gspn_jax.config import Config, ConfigError
 from gspn_jax.models import blocks
 from gspn_jax.models.denoisers import Denoiser
+from gspn_jax.models.embeddings import LabelEmbed
 from gspn_jax.models.flops import forward_flops
+from gspn_jax.models.parameters import shapes_of
 from gspn_jax.models.presets import PRESETS, Architecture, Preset, resolve
+from gspn_jax.tables import OBJECTIVES
 
 __all__ = [
     "PRESETS", "Architecture", "Denoiser", "Preset", "abstract", "abstract_of", "apply", "count_parameters", "create",
@@ -25,17 +29,24 @@ Params = dict[str, Any]
 
 
 def learns_sigma(config: Config) -> bool:
-    """Whether the denoiser also predicts the range of the variance: as set, else under the "ddpm" objective."""
+    """Whether the denoiser also predicts the range of the variance: as set, else where the objective trains it."""
     learn_sigma = config.model.learn_sigma
-    return config.diffusion.objective == "ddpm" if learn_sigma is None else learn_sigma
+    return OBJECTIVES[config.diffusion.objective].learns_sigma if learn_sigma is None else learn_sigma
 
 
-def create(config: Config, *, rngs: nnx.Rngs) -> Denoiser:
-    """Builds the denoiser of a config. Raises ConfigError for settings that do not fit together."""
-    return Denoiser(**_arguments(config), rngs=rngs)
+Embedder = Callable[..., nnx.Module]
+"""embedder(hidden, rngs=rngs) -> a module that maps a condition, a tree of arrays [B, ...], to [B, hidden]."""
 
 
-def _arguments(config: Config) -> dict[str, Any]:
+def create(config: Config, *, rngs: nnx.Rngs, embedder: Embedder | None = None) -> Denoiser:
+    """Builds the denoiser of a config, which is told a class or what `embedder` embeds.
+
+    Raises ConfigError for settings that do not fit together.
+    """
+    return Denoiser(**_arguments(config, embedder), rngs=rngs)
+
+
+def _arguments(config: Config, embedder: Embedder | None) -> dict[str, Any]:
     arch = resolve(config.model)
     if config.data.image_size % arch.patch:
         raise ConfigError(
@@ -44,7 +55,7 @@ def _arguments(config: Config) -> dict[str, Any]:
     return {
         "arch": arch,
         "channels": config.data.channels,
-        "num_classes": config.data.num_classes,
+        "embedder": embedder or functools.partial(LabelEmbed, config.data.num_classes),
         "learn_sigma": learns_sigma(config),
         "dtype": config.train.compute,
     }
@@ -57,11 +68,11 @@ def split(model: nnx.Module) -> tuple[nnx.GraphDef, Params]:
 
 
 def apply(
-    graphdef: nnx.GraphDef, params: Params, x: Float[Array, "B H W C"], t: Float[Array, "B"], y: Int[Array, "B"], *,
-    drop_path_key: Key[Array, ""] | None = None,
-) -> Float[Array, "B H W O"]:  # fmt: skip
+    graphdef: nnx.GraphDef, params: Params, x: Float[Array, "B H W C"], t: Float[Array, "B"], y: PyTree[Array], *,
+    drop_path_key: Key[Array, ""] | None = None, features: tuple[int, ...] = (),
+) -> Float[Array, "B H W O"] | tuple[Float[Array, "B H W O"], dict[int, Float[Array, "B h w D"]]]:  # fmt: skip
     """Calls the denoiser that `split` took apart; see `Denoiser.__call__`."""
-    return nnx.merge(graphdef, params)(x, t, y, drop_path_key=drop_path_key)
+    return nnx.merge(graphdef, params)(x, t, y, drop_path_key=drop_path_key, features=features)
 
 
 def prepared(config: Config, params: Params) -> Params:
@@ -69,29 +80,31 @@ def prepared(config: Config, params: Params) -> Params:
 
     Of those that are split over devices (`blocks.Machine.runner`) a block still has more to do.
     """
-    arguments = _arguments(config)
+    arch, shapes = resolve(config.model), abstract(config)[1]["trunk"]
     trunk = {
-        name: blocks.prepared_stack(stack, arguments["arch"], arguments["dtype"]) if name.endswith("blocks") else stack
+        name: blocks.prepared_stack(stack, shapes[name], arch, config.train.compute)
         for name, stack in params["trunk"].items()
     }
     return params | {"trunk": trunk}
 
 
-def init(config: Config, seed: int | Key[Array, ""]) -> Params:
+def init(config: Config, seed: int | Key[Array, ""], *, embedder: Embedder | None = None) -> Params:
     """Fresh parameters from a seed or a key. Can be jitted with `config` static, to be born sharded."""
     is_key = isinstance(seed, jax.Array) and jnp.issubdtype(seed.dtype, jax.dtypes.prng_key)
-    return split(create(config, rngs=nnx.Rngs(seed if is_key else jax.random.key(seed))))[1]
+    rngs = nnx.Rngs(seed if is_key else jax.random.key(seed))
+    return split(create(config, rngs=rngs, embedder=embedder))[1]
 
 
-def abstract(config: Config) -> tuple[nnx.GraphDef, Params]:
-    """What `split` would give, with shapes in place of arrays; allocates nothing."""
-    arguments = _arguments(config)  # outside of the trace, where JAX would add a note to an error
+def abstract(config: Config, *, embedder: Embedder | None = None) -> tuple[nnx.GraphDef, Params]:
+    """What `split` would give, with the `ParamShape` of each parameter in its place; allocates nothing."""
+    arguments = _arguments(config, embedder)  # outside of the trace, where JAX would add a note to an error
     return abstract_of(lambda: Denoiser(**arguments, rngs=nnx.Rngs(0)))
 
 
 def abstract_of(build: Callable[[], nnx.Module]) -> tuple[nnx.GraphDef, Params]:
     """`abstract` for any network, which `build` makes."""
-    return split(nnx.eval_shape(build))
+    graphdef, state = nnx.split(nnx.eval_shape(build))
+    return graphdef, shapes_of(state)
 
 
 def count_parameters(config: Config) -> int:

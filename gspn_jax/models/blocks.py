@@ -3,7 +3,7 @@
 import contextlib
 import contextvars
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -16,7 +16,8 @@ from jaxtyping import Array, Float, Int, Key
 from gspn_jax.config import Remat
 from gspn_jax.kernels.derivatives import linear_call
 from gspn_jax.models.embeddings import XAVIER
-from gspn_jax.models.mixers import FLOAT32, MIXERS, DepthwiseConv, GSPNMixer
+from gspn_jax.models.mixers import DepthwiseConv
+from gspn_jax.models.parameters import cast, logical, shapes_of
 from gspn_jax.models.presets import Architecture
 from gspn_jax.models.remat import checkpointed, named
 from gspn_jax.models.width import pad_block
@@ -31,10 +32,10 @@ NORM_EPSILON = 1e-6
 class Machine(NamedTuple):
     """How blocks run where they run: chosen by who compiles them, in no config and no checkpoint."""
 
-    runner: Callable[[Callable, str], Callable] | None = None
-    """`run_stack` calls runner(apply, name) for every block in place of apply(params, x, *others): the parameters of
-    one block as they are stored, and arrays (or None) with a leading batch axis; the result has it too. `name` is where
-    the stack is among the parameters ("trunk/blocks").
+    runner: Callable[[Callable, Any], Callable] | None = None
+    """`run_stack` calls runner(apply, shapes) for every block in place of apply(params, x, *others): the parameters of
+    one block as they are stored, and arrays (or None) with a leading batch axis; the result has it too. `shapes` has
+    the `ParamShape` of each of them.
 
     It is here that weights split over devices are gathered, one block at a time. They are gathered again for the
     backward pass, so that `remat` "none", which would keep them, becomes "dots"."""
@@ -123,7 +124,15 @@ class Modulation(nnx.Module):
     """The adaLN vectors of a condition: SiLU, then a linear that starts at zero."""
 
     def __init__(self, hidden: int, vectors: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
-        self.linear = nnx.LinearGeneral(hidden, (vectors, hidden), kernel_init=ZEROS, dtype=dtype, rngs=rngs)
+        self.linear = nnx.LinearGeneral(
+            hidden,
+            (vectors, hidden),
+            kernel_init=ZEROS,
+            dtype=dtype,
+            rngs=rngs,
+            kernel_metadata=logical("embed", None, None),
+            bias_metadata=logical(),
+        )
 
     def __call__(self, condition: Float[Array, "B D"]) -> list[Float[Array, "B D"]]:
         vectors = self.linear(jax.nn.silu(condition))
@@ -134,8 +143,9 @@ class Mlp(nnx.Module):
     """Two linears around a tanh-approximated GELU."""
 
     def __init__(self, hidden: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
-        self.fc1 = nnx.Linear(hidden, MLP_RATIO * hidden, kernel_init=XAVIER, dtype=dtype, rngs=rngs)
-        self.fc2 = nnx.Linear(MLP_RATIO * hidden, hidden, kernel_init=XAVIER, dtype=dtype, rngs=rngs)
+        wide, into, out = MLP_RATIO * hidden, logical("embed", "mlp"), logical("mlp", "embed")
+        self.fc1 = nnx.Linear(hidden, wide, kernel_init=XAVIER, dtype=dtype, rngs=rngs, kernel_metadata=into)
+        self.fc2 = nnx.Linear(wide, hidden, kernel_init=XAVIER, dtype=dtype, rngs=rngs, kernel_metadata=out)
 
     def __call__(self, x: Float[Array, "B H W D"]) -> Float[Array, "B H W D"]:
         return self.fc2(jax.nn.gelu(named(self.fc1(x), "fc1"), approximate=True))
@@ -146,7 +156,7 @@ class DiTBlock(nnx.Module):
 
     def __init__(self, arch: Architecture, *, dtype: DTypeLike, rngs: nnx.Rngs):
         self.modulation = Modulation(arch.hidden, 6, dtype=dtype, rngs=rngs)
-        self.mixer = MIXERS[arch.mixer](arch, dtype=dtype, rngs=rngs)
+        self.mixer = arch.options.build(arch.hidden, dtype=dtype, rngs=rngs)
         self.mlp = Mlp(arch.hidden, dtype=dtype, rngs=rngs)
 
     def __call__(
@@ -162,7 +172,7 @@ class DiTBlock(nnx.Module):
 
 
 class GSPNBlock(nnx.Module):
-    """Block of the paper layout: GSPN mixer, depthwise 3x3, y * relu(y), linear; no MLP and no modulation.
+    """Block of the paper layout: mixer, depthwise 3x3, y * relu(y), linear; no MLP and no modulation.
 
     With `long_skip` the tokens are first joined with those of an earlier block (concatenation, then a linear).
     """
@@ -170,7 +180,7 @@ class GSPNBlock(nnx.Module):
     def __init__(self, arch: Architecture, *, long_skip: bool, dtype: DTypeLike, rngs: nnx.Rngs):
         self.hidden = hidden = arch.hidden
         self.join = nnx.Linear(2 * hidden, hidden, kernel_init=XAVIER, dtype=dtype, rngs=rngs) if long_skip else None
-        self.mixer = GSPNMixer(arch, dtype=dtype, rngs=rngs)
+        self.mixer = arch.options.build(hidden, dtype=dtype, rngs=rngs)
         self.conv = DepthwiseConv(3, hidden, squared_relu=True, dtype=dtype, rngs=rngs)
         self.out_proj = nnx.Linear(hidden, hidden, kernel_init=XAVIER, dtype=dtype, rngs=rngs)
 
@@ -194,63 +204,53 @@ class GSPNBlock(nnx.Module):
         return x @ upper + jax.lax.optimization_barrier(long_skip @ lower) + self.join.bias[...].astype(x.dtype)
 
 
-def prepared(params: Any, arch: Architecture, dtype: DTypeLike) -> Any:
-    """Parameters of a block, or of a stack of them, as blocks compute with them: in `dtype`, but for those that are
-    used in float32, and on a machine with tensor cores in the widths that those take."""
-    params = _cast(params, dtype)
+def prepared(params: Any, shapes: Any, arch: Architecture, dtype: DTypeLike) -> Any:
+    """Parameters of a block, or of a stack of them, as blocks compute with them: in `dtype`, but for those that stay
+    float32, and on a machine with tensor cores in the widths that those take."""
+    params = cast(params, shapes, dtype)
     return pad_block(params, arch) if tensor_cores() and arch.layout == "paper" else params
 
 
-def prepared_stack(params: Any, arch: Architecture, dtype: DTypeLike) -> Any:
+def prepared_stack(params: Any, shapes: Any, arch: Architecture, dtype: DTypeLike) -> Any:
     """What of `prepared` can be done for all blocks at once: of parameters that are split over devices the cast."""
-    return _cast(params, dtype) if _machine.get().runner else prepared(params, arch, dtype)
-
-
-def _cast(params: Any, dtype: DTypeLike) -> Any:
-    return jax.tree_util.tree_map_with_path(
-        lambda path, leaf: leaf if path[-1].key in FLOAT32 else leaf.astype(dtype), params
-    )
-
-
-def stack(make: Callable[[nnx.Rngs], nnx.Module], count: int, rngs: nnx.Rngs) -> nnx.Module:
-    """`count` blocks made by `make` as one module whose every parameter has a leading axis of that length.
-
-    They are drawn one after the other: a vmap would compile several times longer.
-    """
-    graphdef = nnx.graphdef(nnx.eval_shape(lambda: make(nnx.Rngs(0))))
-    keys = jax.random.split(rngs.params(), count)
-    return nnx.merge(graphdef, jax.lax.map(lambda key: nnx.to_pure_dict(nnx.state(make(nnx.Rngs(key)))), keys))
+    return cast(params, shapes, dtype) if _machine.get().runner else prepared(params, shapes, arch, dtype)
 
 
 def run_stack(
     blocks: nnx.Module, x: Float[Array, "B H W D"], condition: Float[Array, "B D"] | None = None, *,
-    name: str = "blocks", chunks: tuple[int | None, ...], remat: Remat, drop_path: DropPath | None = None,
+    chunks: tuple[int | None, ...], remat: Remat, drop_path: DropPath | None = None,
     long_skips: Float[Array, "L B H W D"] | None = None, keep: bool = False,
-    prepare: Callable[[Any], Any] = lambda params: params,
-) -> tuple[Float[Array, "B H W D"], Float[Array, "L-1 B H W D"] | None]:  # fmt: skip
+    prepare: Callable[[Any, Any], Any] = lambda params, shapes: params, features: Collection[int] = (),
+) -> tuple[
+    Float[Array, "B H W D"], Float[Array, "L-1 B H W D"] | None, dict[int, Float[Array, "B H W D"]]
+]:  # fmt: skip
     """Runs a stack of blocks by a scan over its leading axis, so that compile time does not depend on the depth.
 
-    `name` is its path among the parameters, for a `Machine` that splits them. `chunks` (one entry a block) is static,
-    so each stretch of equal entries is a scan of its own. `drop_path` and `long_skips` have one entry a block too.
-    `prepare` makes what is computed with of parameters, of a block or of all.
-    Returns the tokens and, with `keep`, those between the blocks, the last first: the order of those that read them.
+    `chunks` (one entry a block) is static, so each stretch of equal entries is a scan of its own. `drop_path` and
+    `long_skips` have one entry a block too. `prepare` makes what is computed with of parameters and their
+    `ParamShape`s, of a block or of all.
+    Returns the tokens; with `keep` those between the blocks, the last first: the order of those that read them; and
+    those after the blocks that `features` numbers, by their number. After each of these a scan ends.
     """
-    graphdef, params = nnx.split(blocks)
-    params = nnx.to_pure_dict(params)
+    graphdef, state = nnx.split(blocks)
+    params = nnx.to_pure_dict(state)
+    shapes = shapes_of(state)
+    layer = jax.tree.map(lambda own: own.layer, shapes)
     machine = _machine.get()
     runner = machine.runner
-    layers = (jnp.arange(len(chunks)), params if runner else prepare(params), drop_path, long_skips)
+    layers = (jnp.arange(len(chunks)), params if runner else prepare(params, shapes), drop_path, long_skips)
     policy = "dots" if runner and remat == "none" else remat
     kept = jnp.zeros((len(chunks) - 1, *x.shape), x.dtype) if keep else None
-    start = 0
-    for chunk, stretch in itertools.groupby(chunks):
+    start, found = 0, {}
+    parts = [(chunk, sum(feature < i for feature in features)) for i, chunk in enumerate(chunks)]
+    for (chunk, _), stretch in itertools.groupby(parts):
         stop = start + len(list(stretch))
 
         def apply(params, x, condition, drop_path, long_skip, chunk=chunk):
-            block = nnx.merge(graphdef, prepare(params) if runner else params)
+            block = nnx.merge(graphdef, prepare(params, layer) if runner else params)
             return block(x, condition, chunk=chunk, drop_path=drop_path, long_skip=long_skip)
 
-        run = runner(apply, name) if runner else apply
+        run = runner(apply, layer) if runner else apply
 
         def one(x, params, drop_path, long_skip, run=run):
             return run(params, x, condition, drop_path and drop_path.draw(x.shape[0]), long_skip)
@@ -271,7 +271,9 @@ def run_stack(
             part = layers if whole else jax.tree.map(lambda a, start=start, stop=stop: a[start:stop], layers)
             (x, kept), _ = jax.lax.scan(step, (x, kept), part)
         start = stop
-    return x, kept
+        if stop - 1 in features:
+            found[stop - 1] = x
+    return x, kept, found
 
 
 def _put(kept: Float[Array, "L B H W D"], x: Float[Array, "B H W D"], place: Int[Array, ""]):

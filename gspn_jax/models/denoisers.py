@@ -5,12 +5,13 @@ around it is common to both.
 """
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Float, Key, PyTree
 
 from gspn_jax.models.blocks import (
     ZEROS,
@@ -22,40 +23,44 @@ from gspn_jax.models.blocks import (
     modulate,
     prepared,
     run_stack,
-    stack,
     tensor_cores,
 )
-from gspn_jax.models.embeddings import LabelEmbed, PatchEmbed, TimestepEmbed, sincos_positions, unpatchify
+from gspn_jax.models.embeddings import PatchEmbed, TimestepEmbed, sincos_positions, unpatchify
+from gspn_jax.models.parameters import stack
 from gspn_jax.models.presets import Architecture
 from gspn_jax.models.width import pad_tokens, widths
 
 
 class DiTTrunk(nnx.Module):
-    """Blocks that each take the condition. Attention needs positions, line scans do not."""
+    """Blocks that each take the condition. Positions are added for mixers that do not know them."""
 
     def __init__(self, arch: Architecture, *, dtype: DTypeLike, rngs: nnx.Rngs):
         self.arch, self.dtype = arch, dtype
         self.blocks = stack(lambda rngs: DiTBlock(arch, dtype=dtype, rngs=rngs), arch.blocks, rngs)
 
     def __call__(
-        self, x: Float[Array, "B H W D"], condition: Float[Array, "B D"], drop_path: DropPath | None
-    ) -> Float[Array, "B H W D"]:
-        remat = self.arch.remat
-        if self.arch.mixer == "attention":
+        self,
+        x: Float[Array, "B H W D"],
+        condition: Float[Array, "B D"],
+        drop_path: DropPath | None,
+        features: tuple[int, ...],
+    ) -> tuple[Float[Array, "B H W D"], dict[int, Float[Array, "B H W D"]]]:
+        mixer, remat = self.arch.options, self.arch.remat
+        if mixer.needs_positions:
             x = x + sincos_positions(*x.shape[1:]).astype(x.dtype)
-            if remat == "none" and jax.default_backend() == "cpu":
-                remat = "dots"  # a CPU computes what is elementwise as fast as it reads it, in a third of the memory
-        x, _ = run_stack(
+        if remat == "none" and jax.default_backend() == "cpu":
+            remat = mixer.remat_on_cpu
+        x, _, found = run_stack(
             self.blocks,
             x,
             condition,
-            name="trunk/blocks",
             chunks=self.arch.chunks,
             remat=remat,
             drop_path=drop_path,
             prepare=functools.partial(prepared, arch=self.arch, dtype=self.dtype),
+            features=features,
         )
-        return x
+        return x, found
 
 
 class GSPNTrunk(nnx.Module):
@@ -73,8 +78,12 @@ class GSPNTrunk(nnx.Module):
         )
 
     def __call__(
-        self, x: Float[Array, "B H W D"], condition: Float[Array, "B D"], drop_path: DropPath | None
-    ) -> Float[Array, "B H W D"]:
+        self,
+        x: Float[Array, "B H W D"],
+        condition: Float[Array, "B D"],
+        drop_path: DropPath | None,
+        features: tuple[int, ...],
+    ) -> tuple[Float[Array, "B H W D"], dict[int, Float[Array, "B H W D"]]]:
         arch, half = self.arch, self.arch.depth // 2
         drop_in, drop_out = (
             jax.tree.map(lambda a, part=part: a[part], drop_path)
@@ -84,27 +93,28 @@ class GSPNTrunk(nnx.Module):
         if tensor_cores():
             x = pad_tokens(x, widths(arch)["hidden"])
         prepare = functools.partial(prepared, arch=arch, dtype=self.dtype)
-        x, kept = run_stack(
+        x, kept, found = run_stack(
             self.in_blocks,
             x,
-            name="trunk/in_blocks",
             chunks=arch.chunks[: half + 1],
             remat=arch.remat,
             drop_path=drop_in,
             keep=True,
             prepare=prepare,
+            features=[i for i in features if i <= half],
         )
-        x, _ = run_stack(
+        x, _, later = run_stack(
             self.out_blocks,
             x,
-            name="trunk/out_blocks",
             chunks=arch.chunks[half + 1 :],
             remat=arch.remat,
             drop_path=drop_out,
             long_skips=kept,
             prepare=prepare,
+            features=[i - half - 1 for i in features if i > half],
         )
-        return x[..., : arch.hidden]
+        found |= {half + 1 + i: tokens for i, tokens in later.items()}
+        return x[..., : arch.hidden], {i: tokens[..., : arch.hidden] for i, tokens in found.items()}
 
 
 class FinalLayer(nnx.Module):
@@ -120,40 +130,45 @@ class FinalLayer(nnx.Module):
 
 
 class Denoiser(nnx.Module):
-    """Predicts from a noised image, its time and its class.
+    """Predicts from a noised image, its time and a condition: its class, or what the embedder embeds.
 
     `channels` of the image; with `learn_sigma` the output has twice as many, the prediction and then the range of the
     variance. `dtype` is that of the computation; parameters, norms, softmax, scan state and output are float32.
     """
 
     def __init__(
-        self, arch: Architecture, *, channels: int, num_classes: int, learn_sigma: bool, dtype: DTypeLike,
-        rngs: nnx.Rngs,
+        self, arch: Architecture, *, channels: int, embedder: Callable[..., nnx.Module], learn_sigma: bool,
+        dtype: DTypeLike, rngs: nnx.Rngs,
     ):  # fmt: skip
         self.arch = arch
         out_channels = 2 * channels if learn_sigma else channels
         trunk = {"dit": DiTTrunk, "paper": GSPNTrunk}[arch.layout]
         self.patch_embed = PatchEmbed(arch.patch, channels, arch.hidden, dtype=dtype, rngs=rngs)
         self.time_embed = TimestepEmbed(arch.hidden, rngs=rngs)
-        self.label_embed = LabelEmbed(num_classes, arch.hidden, rngs=rngs)
+        self.label_embed = embedder(arch.hidden, rngs=rngs)
         self.trunk = trunk(arch, dtype=dtype, rngs=rngs)
         self.final = FinalLayer(arch.hidden, arch.patch**2 * out_channels, rngs=rngs)
 
     def __call__(
-        self, x: Float[Array, "B H W C"], t: Float[Array, "B"], y: Int[Array, "B"], *,
-        drop_path_key: Key[Array, ""] | None = None,
-    ) -> Float[Array, "B H W O"]:  # fmt: skip
-        """`t` is in 0..1000, `y` in 0..num_classes (the last is "no class"); O = 2C with learn_sigma, else C.
+        self, x: Float[Array, "B H W C"], t: Float[Array, "B"], y: PyTree[Array], *,
+        drop_path_key: Key[Array, ""] | None = None, features: tuple[int, ...] = (),
+    ) -> Float[Array, "B H W O"] | tuple[Float[Array, "B H W O"], dict[int, Float[Array, "B h w D"]]]:  # fmt: skip
+        """`t` is in 0..1000, `y` what the embedder embeds: a class in 0..num_classes (the last is "no class"), or a
+        tree of arrays [B, ...]. O = 2C with learn_sigma, else C.
 
         H and W may be any multiples of the patch. With a `drop_path_key` blocks are dropped at random, the more the
         deeper (linearly up to `drop_path`); without one the function is deterministic.
-        Raises ValueError if the patch does not divide H and W.
+        With `features`, numbers of blocks in the order of execution from 0, it gives (output, {i: tokens after block
+        i}). Raises ValueError for other numbers, and if the patch does not divide H and W.
         """
+        if not set(features) <= set(range(self.arch.blocks)):
+            raise ValueError(f"features must be numbers of blocks in 0..{self.arch.blocks - 1}, found {features}")
         drop_path = None
         if drop_path_key is not None and self.arch.drop_path > 0:
             blocks = self.arch.blocks
             rates = jnp.linspace(0, self.arch.drop_path, blocks, dtype=jnp.float32)
             drop_path = DropPath(jax.random.split(drop_path_key, blocks), rates)
         condition = self.time_embed(t) + self.label_embed(y)
-        tokens = self.trunk(self.patch_embed(x), condition, drop_path)
-        return unpatchify(self.final(tokens, condition), self.arch.patch)
+        tokens, found = self.trunk(self.patch_embed(x), condition, drop_path, features)
+        output = unpatchify(self.final(tokens, condition), self.arch.patch)
+        return (output, found) if features else output

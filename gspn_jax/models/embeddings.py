@@ -9,6 +9,8 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
+from gspn_jax.models.parameters import logical
+
 # Named once, so that two models built alike have equal graph definitions.
 XAVIER = jax.nn.initializers.xavier_uniform()
 NORMAL = jax.nn.initializers.normal(0.02)
@@ -90,7 +92,8 @@ class LabelEmbed(nnx.Module):
     """A row for each class and, at index `num_classes`, one for "no class" (classifier-free guidance)."""
 
     def __init__(self, num_classes: int, hidden: int, *, rngs: nnx.Rngs):
-        self.embedding = nnx.Param(NORMAL(rngs.params(), (num_classes + 1, hidden), jnp.float32))
+        rows = NORMAL(rngs.params(), (num_classes + 1, hidden), jnp.float32)
+        self.embedding = nnx.Param(rows, **logical(None, "embed"))
 
     def __call__(self, y: Int[Array, "B"]) -> Float[Array, "B D"]:
         return self.embedding[...][y]

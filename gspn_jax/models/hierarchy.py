@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from typing import Any, Protocol
+from typing import Protocol
 
 import jax
 import jax.numpy as jnp
@@ -11,8 +11,9 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Key
 
 from gspn_jax.config import Remat
-from gspn_jax.models.blocks import MLP_RATIO, DropPath, run_stack, stack
+from gspn_jax.models.blocks import MLP_RATIO, DropPath, run_stack
 from gspn_jax.models.embeddings import NORMAL
+from gspn_jax.models.parameters import cast, logical, stack
 from gspn_jax.models.remat import named
 from gspn_jax.models.scan_mixer import CONVOLUTION, LayerNorm
 
@@ -115,8 +116,9 @@ class Mlp(nnx.Module):
     """Two linears around an exact GELU."""
 
     def __init__(self, width: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
-        self.fc1 = nnx.Linear(width, MLP_RATIO * width, kernel_init=NORMAL, dtype=dtype, rngs=rngs)
-        self.fc2 = nnx.Linear(MLP_RATIO * width, width, kernel_init=NORMAL, dtype=dtype, rngs=rngs)
+        wide, into, out = MLP_RATIO * width, logical("embed", "mlp"), logical("mlp", "embed")
+        self.fc1 = nnx.Linear(width, wide, kernel_init=NORMAL, dtype=dtype, rngs=rngs, kernel_metadata=into)
+        self.fc2 = nnx.Linear(wide, width, kernel_init=NORMAL, dtype=dtype, rngs=rngs, kernel_metadata=out)
 
     def __call__(self, x: Float[Array, "B H W D"]) -> Float[Array, "B H W D"]:
         return self.fc2(jax.nn.gelu(named(self.fc1(x), "fc1"), approximate=False))
@@ -147,28 +149,20 @@ class StageOfBlocks(nnx.Module):
     """What brings the map to the stage's size and width, then its blocks, in one scan a stretch of equal chunks."""
 
     def __init__(self, stage: Stage, inputs: int, *, number: int, remat: Remat, dtype: DTypeLike, rngs: nnx.Rngs):
-        self.name, self.chunks, self.remat, self.dtype = f"backbone/stage{number}/blocks", stage.chunks, remat, dtype
+        self.chunks, self.remat, self.dtype = stage.chunks, remat, dtype
         self.down = (Stem if number == 1 else Downsample)(inputs, stage.width, dtype=dtype, rngs=rngs)
         self.blocks = stack(lambda rngs: Block(stage, dtype=dtype, rngs=rngs), len(stage.chunks), rngs)
 
     def __call__(self, x: Float[Array, "B H W D"], drop_path: DropPath | None) -> Float[Array, "B h w E"]:
-        x, _ = run_stack(
+        x, _, _ = run_stack(
             self.blocks,
             self.down(x),
-            name=self.name,
             chunks=self.chunks,
             remat=self.remat,
             drop_path=drop_path,
-            prepare=functools.partial(_cast_kernels, dtype=self.dtype),
+            prepare=functools.partial(cast, dtype=self.dtype),
         )
         return x
-
-
-def _cast_kernels(params: Any, dtype: DTypeLike) -> Any:
-    """Weights of products in the type they are computed in; norms and merge weights stay float32."""
-    return jax.tree_util.tree_map_with_path(
-        lambda path, leaf: leaf.astype(dtype) if path[-1].key == "kernel" else leaf, params
-    )
 
 
 class Backbone(nnx.Module):

@@ -1,4 +1,11 @@
-"""What lets tokens see one another: attention, or the line scans of GSPN. Both map [B, H, W, D] to [B, H, W, D]."""
+"""What lets tokens see one another: attention, or the line scans of GSPN. Both map [B, H, W, D] to [B, H, W, D].
+
+A mixer is two things: its options, a frozen dataclass that knows what follows from them (`MixerOptions`), and the
+module that they build, whose parameters say how they are split and cast (`parameters.logical`).
+"""
+
+import dataclasses
+from typing import ClassVar, Protocol, Self
 
 import jax
 import jax.numpy as jnp
@@ -6,29 +13,115 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from gspn_jax.kernels import depthwise_conv, propagate_low_rank
+from gspn_jax.config import ConfigError, ModelConfig, Remat
+from gspn_jax.kernels import available_backends, depthwise_conv, propagate_low_rank
 from gspn_jax.models.attention import attention
 from gspn_jax.models.embeddings import XAVIER
-from gspn_jax.models.presets import Architecture
+from gspn_jax.models.parameters import MATRIX, logical
 from gspn_jax.models.remat import named
 
 DIRECTIONS = 4
 NEIGHBOURS = 3
 MIXER_KERNEL = 7
-FLOAT32 = ("merge",)
-"""Parameters that are used in float32 whatever the type of the computation; the other ones are cast to it first."""
-
 # Uniform in +-1/sqrt(kernel area): the usual default for a depthwise convolution.
 DEPTHWISE = jax.nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform", in_axis=(0, 1), out_axis=2)
+
+
+class MixerOptions(Protocol):
+    """The choices of a mixer and what follows from them; a frozen dataclass, for programs are compiled by it."""
+
+    needs_positions: ClassVar[bool]
+    """Whether it sees tokens without their places, so that positions are added to them."""
+    has_chunks: ClassVar[bool]
+    """Whether `chunk`, the lines of a local scan, means something to it."""
+    remat_on_cpu: ClassVar[Remat]
+    """What "none" is on a CPU."""
+    aligned: ClassVar[bool]
+    """Whether `width` knows how to round its parameters up for tensor cores."""
+
+    @classmethod
+    def of(cls, model: ModelConfig) -> Self:
+        """Those of a config in which layout, hidden and heads are those of the network. Raises ConfigError."""
+        ...
+
+    def build(self, width: int, *, dtype: DTypeLike, rngs: nnx.Rngs) -> nnx.Module:
+        """A module that maps [B, H, W, width] to the same, with the keyword `chunk`: an int, or None for the map."""
+        ...
+
+    def flops(self, width: int, tokens: int) -> float:
+        """Operations on a map of so many tokens: 2 per multiply-add."""
+        ...
+
+
+def own_options(cls: type, model: ModelConfig) -> dict[str, object]:
+    """`model.mixer_options` ("NAME=VALUE") as values of fields of the dataclass `cls`. Raises ConfigError."""
+    fields = {field.name: field.type for field in dataclasses.fields(cls)}
+    found = {}
+    for entry in model.mixer_options:
+        name, _, text = entry.partition("=")
+        try:
+            found[name] = {"True": True, "False": False}[text] if fields[name] is bool else fields[name](text)
+        except (KeyError, ValueError) as error:
+            known = ", ".join(f"{name}={kind.__name__.upper()}" for name, kind in fields.items()) or "none"
+            raise ConfigError(
+                f"model.mixer_options must be some of {known} with model.mixer={model.mixer!r}, found {entry!r}"
+            ) from error
+    return found
+
+
+def _no_options(model: ModelConfig) -> None:
+    if model.mixer_options:
+        raise ConfigError(
+            f"model.mixer_options must be empty with model.mixer={model.mixer!r}, which has fields of its own, found "
+            f"{model.mixer_options!r}"
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class AttentionOptions:
+    """Options of `Attention`."""
+
+    heads: int
+
+    needs_positions = True
+    has_chunks = False
+    remat_on_cpu = "dots"
+    """A CPU computes what is elementwise as fast as it reads it, in a third of the memory."""
+    aligned = False
+
+    @classmethod
+    def of(cls, model: ModelConfig) -> Self:
+        _no_options(model)
+        hidden, heads = model.hidden, model.heads
+        _check(heads is not None and hidden % heads == 0, "model.heads", f"a divisor of model.hidden ({hidden})", heads)
+        _check(model.groups is None, "model.groups", "None with model.mixer='attention'", model.groups)
+        return cls(heads)
+
+    def build(self, width: int, *, dtype: DTypeLike, rngs: nnx.Rngs) -> "Attention":
+        return Attention(width, self, dtype=dtype, rngs=rngs)
+
+    def flops(self, width: int, tokens: int) -> float:
+        """qkv and output linears, and two products of [tokens, tokens] with the heads."""
+        return 2.0 * tokens * width * 4 * width + 2 * 2.0 * tokens * tokens * width
 
 
 class Attention(nnx.Module):
     """Multi-head self-attention over all tokens, softmax in float32 (DiT, after ViT)."""
 
-    def __init__(self, arch: Architecture, *, dtype: DTypeLike, rngs: nnx.Rngs):
-        self.heads = arch.heads
-        self.qkv = nnx.LinearGeneral(arch.hidden, (3, arch.hidden), kernel_init=XAVIER, dtype=dtype, rngs=rngs)
-        self.proj = nnx.Linear(arch.hidden, arch.hidden, kernel_init=XAVIER, dtype=dtype, rngs=rngs)
+    def __init__(self, width: int, options: AttentionOptions, *, dtype: DTypeLike, rngs: nnx.Rngs):
+        self.heads = options.heads
+        self.qkv = nnx.LinearGeneral(
+            width,
+            (3, width),
+            kernel_init=XAVIER,
+            dtype=dtype,
+            rngs=rngs,
+            kernel_metadata=logical("embed", None, "heads"),
+            bias_metadata=logical(),
+        )
+        self.proj = nnx.Linear(
+            width, width, kernel_init=XAVIER, dtype=dtype, rngs=rngs, kernel_metadata=logical("heads", "embed")
+        )
 
     def __call__(self, x: Float[Array, "B H W D"], *, chunk: int | None = None) -> Float[Array, "B H W D"]:
         """`chunk` has no meaning here; every mixer takes it."""
@@ -51,13 +144,69 @@ class Attention(nnx.Module):
 class DepthwiseConv(nnx.Module):
     """One odd square kernel a channel, zero padding, no bias; with `squared_relu` y * relu(y) of it."""
 
-    def __init__(self, size: int, hidden: int, *, squared_relu: bool = False, dtype: DTypeLike, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        size: int,
+        hidden: int,
+        *,
+        axes: tuple[str | None, ...] = MATRIX,
+        squared_relu: bool = False,
+        dtype: DTypeLike,
+        rngs: nnx.Rngs,
+    ):
+        """`axes` are the names of those of the kernel (`parameters.logical`)."""
         self.dtype, self.squared_relu = dtype, squared_relu
-        self.kernel = nnx.Param(DEPTHWISE(rngs.params(), (size, size, hidden), jnp.float32))
+        self.kernel = nnx.Param(DEPTHWISE(rngs.params(), (size, size, hidden), jnp.float32), **logical(*axes))
 
     def __call__(self, x: Float[Array, "B H W D"]) -> Float[Array, "B H W D"]:
         kernel = self.kernel[...].astype(self.dtype)
         return depthwise_conv(x.astype(self.dtype), kernel, squared_relu=self.squared_relu)
+
+
+@dataclasses.dataclass(frozen=True)
+class GSPNOptions:
+    """Options of `GSPNMixer`: sets of propagation weights, width of the proxy that they come from, the skip term of the
+    authors' code, and the kernel's backend (None is chosen where it runs)."""
+
+    groups: int
+    proxy: int
+    skip: bool = False
+    backend: str | None = None
+
+    needs_positions = False
+    has_chunks = True
+    remat_on_cpu = "none"
+    aligned = True
+
+    @classmethod
+    def of(cls, model: ModelConfig) -> Self:
+        _no_options(model)
+        hidden, backends = model.hidden, available_backends()
+        _check(
+            model.backend in (None, *backends),
+            "model.backend",
+            f"None or one of {', '.join(map(repr, backends))} here",
+            model.backend,
+        )
+        groups = hidden if model.groups is None else model.groups
+        _check(hidden % groups == 0, "model.groups", f"a divisor of model.hidden ({hidden})", groups)
+        _check(model.proxy_ratio <= hidden, "model.proxy_ratio", f"at most model.hidden ({hidden})", model.proxy_ratio)
+        return cls(groups, hidden // model.proxy_ratio, model.skip, model.backend)
+
+    def build(self, width: int, *, dtype: DTypeLike, rngs: nnx.Rngs) -> "GSPNMixer":
+        return GSPNMixer(width, self, dtype=dtype, rngs=rngs)
+
+    def flops(self, width: int, tokens: int) -> float:
+        """Linears, the 7x7 convolution and the scans."""
+        expanded = DIRECTIONS * (NEIGHBOURS * self.groups + (3 if self.skip else 2) * width)
+        linears = 2 * width * width + width * self.proxy + self.proxy * expanded
+        # Of each channel in each direction: lam * x, three neighbours plus x, out_gate * h, times merge and sum; skip*x
+        scan = DIRECTIONS * (1 + 2 * NEIGHBOURS + 1 + 2 + (2 if self.skip else 0))
+        return tokens * (2.0 * linears + width * (2.0 * MIXER_KERNEL**2 + scan))
+
+
+CHANNELS = (None, None, "channels")
+"""Axes of a parameter that has a number for each scanned channel: they are independent from `in_proj` to `out_proj`."""
 
 
 class GSPNMixer(nnx.Module):
@@ -71,21 +220,34 @@ class GSPNMixer(nnx.Module):
     no biases beyond those of the linears: with them the parameter counts are those of the paper.
     """
 
-    def __init__(self, arch: Architecture, *, dtype: DTypeLike, rngs: nnx.Rngs):
-        self.backend = arch.backend
-        self.in_proj = nnx.Linear(arch.hidden, arch.hidden, kernel_init=XAVIER, dtype=dtype, rngs=rngs)
-        self.conv = DepthwiseConv(MIXER_KERNEL, arch.hidden, dtype=dtype, rngs=rngs)
-        self.proxy = nnx.Linear(arch.hidden, arch.proxy, kernel_init=XAVIER, dtype=dtype, rngs=rngs)
+    def __init__(self, width: int, options: GSPNOptions, *, dtype: DTypeLike, rngs: nnx.Rngs):
+        self.backend = options.backend
+
+        def linear(features: int, *axes: str) -> nnx.Linear:
+            return nnx.Linear(
+                width, features, kernel_init=XAVIER, dtype=dtype, rngs=rngs, kernel_metadata=logical(*axes)
+            )
 
         def expand(*shape: int) -> nnx.LinearGeneral:
-            return nnx.LinearGeneral(arch.proxy, shape, use_bias=False, kernel_init=XAVIER, dtype=dtype, rngs=rngs)
+            return nnx.LinearGeneral(
+                options.proxy,
+                shape,
+                use_bias=False,
+                kernel_init=XAVIER,
+                dtype=dtype,
+                rngs=rngs,
+                kernel_metadata=logical(*CHANNELS),
+            )
 
-        self.gates = expand(DIRECTIONS * NEIGHBOURS, arch.groups)
-        self.lam = expand(DIRECTIONS, arch.hidden)
-        self.out_gate = expand(DIRECTIONS, arch.hidden)
-        self.skip = expand(DIRECTIONS, arch.hidden) if arch.skip else None
-        self.merge = nnx.Param(jnp.full((DIRECTIONS,), 1 / DIRECTIONS, jnp.float32))
-        self.out_proj = nnx.Linear(arch.hidden, arch.hidden, kernel_init=XAVIER, dtype=dtype, rngs=rngs)
+        self.in_proj = linear(width, "embed", "channels")
+        self.conv = DepthwiseConv(MIXER_KERNEL, width, axes=CHANNELS, dtype=dtype, rngs=rngs)
+        self.proxy = linear(options.proxy, "channels", "embed")
+        self.gates = expand(DIRECTIONS * NEIGHBOURS, options.groups)
+        self.lam = expand(DIRECTIONS, width)
+        self.out_gate = expand(DIRECTIONS, width)
+        self.skip = expand(DIRECTIONS, width) if options.skip else None
+        self.merge = nnx.Param(jnp.full((DIRECTIONS,), 1 / DIRECTIONS, jnp.float32), **logical(float32=True))
+        self.out_proj = linear(width, "channels", "embed")
 
     def __call__(self, x: Float[Array, "B H W D"], *, chunk: int | None = None) -> Float[Array, "B H W D"]:
         """`chunk` lines a local scan, None for the whole map."""
@@ -102,4 +264,6 @@ class GSPNMixer(nnx.Module):
         return named(self.out_proj(named(y, "scan")), "out_proj")
 
 
-MIXERS = {"attention": Attention, "gspn": GSPNMixer}
+def _check(condition: bool, field: str, expected: str, found: object) -> None:
+    if not condition:
+        raise ConfigError(f"{field} must be {expected}, found {found!r}")

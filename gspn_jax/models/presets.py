@@ -2,8 +2,9 @@
 
 import dataclasses
 
-from gspn_jax.config import ConfigError, Layout, Mixer, ModelConfig, Remat
-from gspn_jax.kernels import available_backends
+from gspn_jax.config import ConfigError, Layout, ModelConfig, Remat
+from gspn_jax.models.mixers import MixerOptions
+from gspn_jax.tables import MIXERS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -11,7 +12,7 @@ class Preset:
     """What a name such as "GSPN-XL/2" stands for. `heads` is None where no attention is foreseen."""
 
     layout: Layout
-    mixer: Mixer
+    mixer: str
     hidden: int
     depth: int
     patch: int
@@ -41,25 +42,20 @@ GLOBAL_BLOCKS = 2
 class Architecture:
     """A denoiser with every choice made.
 
-    `chunks` has one entry a block in the order of execution: the local scan length, or None for a global scan.
-    `groups` is the number of sets of propagation weights and `proxy` the width of the bottleneck they come from.
-    `learn_sigma` None leaves the choice to the training objective.
+    `options` are those of the mixer, which is named `mixer`. `chunks` has one entry a block in the order of execution:
+    the local scan length, or None for a global scan. `learn_sigma` None leaves the choice to the training objective.
     """
 
     layout: Layout
-    mixer: Mixer
+    mixer: str
+    options: MixerOptions
     hidden: int
     depth: int
     patch: int
-    heads: int | None
     chunks: tuple[int | None, ...]
-    groups: int
-    proxy: int
-    skip: bool
     drop_path: float
     learn_sigma: bool | None
     remat: Remat
-    backend: str | None
 
     @property
     def blocks(self) -> int:
@@ -74,36 +70,28 @@ def resolve(model: ModelConfig) -> Architecture:
     """
     if model.preset not in PRESETS:
         raise ConfigError(f"model.preset must be one of {', '.join(PRESETS)}, found {model.preset!r}")
-    preset = PRESETS[model.preset]
-
-    def choose(name: str):
-        override = getattr(model, name)
-        return getattr(preset, name) if override is None else override
-
-    layout, mixer, hidden, depth, heads = (choose(name) for name in ("layout", "mixer", "hidden", "depth", "heads"))
-    _check(mixer == "gspn" or layout == "dit", "model.mixer", "'gspn' with model.layout='paper'", mixer)
-    _check(layout == "dit" or depth % 2 == 0, "model.depth", "even with model.layout='paper'", depth)
-    if mixer == "attention":
-        _check(heads is not None and hidden % heads == 0, "model.heads", f"a divisor of model.hidden ({hidden})", heads)
+    preset = dataclasses.asdict(PRESETS[model.preset])
+    chosen = {name: value for name, value in preset.items() if getattr(model, name) is None}
+    model = dataclasses.replace(model, **chosen)
+    layout, mixer, hidden, depth = model.layout, MIXERS[model.mixer], model.hidden, model.depth
+    if layout == "paper":
+        free = [name for name, kind in MIXERS.items() if not kind.needs_positions]
+        _check(model.mixer in free, "model.mixer", f"{_one_of(free)} with model.layout='paper'", model.mixer)
+        _check(depth % 2 == 0, "model.depth", "even with model.layout='paper'", depth)
+    if mixer.needs_positions:
         _check(hidden % 4 == 0, "model.hidden", "a multiple of 4 for the sine-cosine positions", hidden)
-        _check(model.chunk in ("preset", None), "model.chunk", "'preset' with model.mixer='attention'", model.chunk)
-        _check(model.groups is None, "model.groups", "None with model.mixer='attention'", model.groups)
-    backends = available_backends()
-    _check(
-        model.backend in (None, *backends),
-        "model.backend",
-        f"None or one of {', '.join(map(repr, backends))} here",
-        model.backend,
-    )
-    groups = hidden if model.groups is None else model.groups
-    _check(hidden % groups == 0, "model.groups", f"a divisor of model.hidden ({hidden})", groups)
-    _check(model.proxy_ratio <= hidden, "model.proxy_ratio", f"at most model.hidden ({hidden})", model.proxy_ratio)
+    if not mixer.has_chunks:
+        expected = f"'preset' with model.mixer={model.mixer!r}"
+        _check(model.chunk in ("preset", None), "model.chunk", expected, model.chunk)
     return Architecture(
-        layout=layout, mixer=mixer, hidden=hidden, depth=depth, patch=choose("patch"), heads=heads,
-        chunks=_chunks(model.chunk, layout, _blocks(layout, depth)), groups=groups, proxy=hidden // model.proxy_ratio,
-        skip=model.skip, drop_path=model.drop_path, learn_sigma=model.learn_sigma, remat=model.remat,
-        backend=model.backend,
+        layout=layout, mixer=model.mixer, options=mixer.of(model), hidden=hidden, depth=depth, patch=model.patch,
+        chunks=_chunks(model.chunk, layout, _blocks(layout, depth)), drop_path=model.drop_path,
+        learn_sigma=model.learn_sigma, remat=model.remat,
     )  # fmt: skip
+
+
+def _one_of(names: list[str]) -> str:
+    return " or ".join(map(repr, names))
 
 
 def _blocks(layout: Layout, depth: int) -> int:

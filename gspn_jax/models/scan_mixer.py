@@ -10,7 +10,8 @@ from jaxtyping import Array, Float
 
 from gspn_jax.kernels import propagate, propagate_low_rank
 from gspn_jax.models.embeddings import NORMAL
-from gspn_jax.models.mixers import DIRECTIONS, NEIGHBOURS, DepthwiseConv
+from gspn_jax.models.mixers import CHANNELS, DIRECTIONS, NEIGHBOURS, DepthwiseConv
+from gspn_jax.models.parameters import logical
 from gspn_jax.models.remat import named
 
 NORM_EPSILON = 1e-5
@@ -26,7 +27,10 @@ class LayerNorm(nnx.LayerNorm):
     """Layer norm with scale and bias over the channels, computed in float32, in the type of its input."""
 
     def __init__(self, width: int, *, rngs: nnx.Rngs):
-        super().__init__(width, epsilon=NORM_EPSILON, use_fast_variance=False, rngs=rngs)
+        kept = logical(float32=True)
+        super().__init__(
+            width, epsilon=NORM_EPSILON, use_fast_variance=False, rngs=rngs, scale_metadata=kept, bias_metadata=kept
+        )
 
     def __call__(self, x: Float[Array, "B H W D"]) -> Float[Array, "B H W D"]:
         return super().__call__(x.astype(jnp.float32)).astype(x.dtype)
@@ -39,8 +43,7 @@ class GlobalResponseNorm(nnx.Module):
     """
 
     def __init__(self, width: int, *, rngs: nnx.Rngs):
-        self.gamma = nnx.Param(jnp.zeros((width,), jnp.float32))
-        self.beta = nnx.Param(jnp.zeros((width,), jnp.float32))
+        self.gamma, self.beta = (nnx.Param(jnp.zeros((width,), jnp.float32), **logical(float32=True)) for _ in "ab")
 
     def __call__(self, x: Float[Array, "B H W D"]) -> Float[Array, "B H W D"]:
         dtype, x = x.dtype, x.astype(jnp.float32)
@@ -104,17 +107,31 @@ class ScanMixer(nnx.Module):
         self.options = options
         channels = options.channels(width)
 
-        def linear(inputs: int, features: int, init: jax.nn.initializers.Initializer) -> nnx.Linear:
-            return nnx.Linear(inputs, features, use_bias=False, kernel_init=init, dtype=dtype, rngs=rngs)
+        def linear(inputs: int, features: int, init: jax.nn.initializers.Initializer, *axes: str) -> nnx.Linear:
+            return nnx.Linear(
+                inputs,
+                features,
+                use_bias=False,
+                kernel_init=init,
+                dtype=dtype,
+                rngs=rngs,
+                kernel_metadata=logical(*axes),
+            )
 
         def expand(*shape: int) -> nnx.LinearGeneral:
             return nnx.LinearGeneral(
-                options.proxy, shape, use_bias=False, kernel_init=CONVOLUTION, dtype=dtype, rngs=rngs
+                options.proxy,
+                shape,
+                use_bias=False,
+                kernel_init=CONVOLUTION,
+                dtype=dtype,
+                rngs=rngs,
+                kernel_metadata=logical(*CHANNELS),
             )
 
-        self.in_proj = linear(width, channels, NORMAL)
-        self.conv = DepthwiseConv(options.kernel, channels, dtype=dtype, rngs=rngs)
-        self.proxy = linear(channels, options.proxy, CONVOLUTION)
+        self.in_proj = linear(width, channels, NORMAL, "embed", "channels")
+        self.conv = DepthwiseConv(options.kernel, channels, axes=CHANNELS, dtype=dtype, rngs=rngs)
+        self.proxy = linear(channels, options.proxy, CONVOLUTION, "channels", "embed")
         self.gates = expand(DIRECTIONS * NEIGHBOURS, options.groups or channels)
         self.lam = expand(DIRECTIONS, channels)
         self.out_gate = expand(DIRECTIONS, channels)
@@ -122,11 +139,12 @@ class ScanMixer(nnx.Module):
         self.merge = nnx.Param(
             CONVOLUTION(rngs.params(), (DIRECTIONS, 1), jnp.float32)[:, 0]
             if options.released
-            else jnp.full((DIRECTIONS,), 1 / DIRECTIONS, jnp.float32)
+            else jnp.full((DIRECTIONS,), 1 / DIRECTIONS, jnp.float32),
+            **logical(float32=True),
         )
         self.norm = LayerNorm(channels, rngs=rngs)
         self.grn = GlobalResponseNorm(channels, rngs=rngs)
-        self.out_proj = linear(channels, width, NORMAL)
+        self.out_proj = linear(channels, width, NORMAL, "channels", "embed")
 
     def __call__(self, x: Float[Array, "B H W d"], *, chunk: int | None = None) -> Float[Array, "B H W d"]:
         """`chunk` lines a local scan, None for the whole map."""

@@ -35,11 +35,15 @@ _AXES = (
 
 
 def widths(arch: Architecture) -> dict[str, int]:
-    """{"hidden", "proxy"} as they are computed. Groups of channels that share weights would not stay together."""
-    kept = () if arch.groups in (1, arch.hidden) else ("hidden",)
+    """{"hidden", "proxy"} as they are computed. Groups of channels that share weights would not stay together, and of
+    other mixers than GSPN's nothing is known."""
+    options = arch.options
+    if not options.aligned:
+        return {"hidden": arch.hidden}
+    kept = () if options.groups in (1, arch.hidden) else ("hidden",)
     return {
         name: size if name in kept or size % ALIGNED == 0 else -(-size // QUANTA[name]) * QUANTA[name]
-        for name, size in (("hidden", arch.hidden), ("proxy", arch.proxy))
+        for name, size in (("hidden", arch.hidden), ("proxy", options.proxy))
     }
 
 
@@ -50,13 +54,15 @@ def pad_tokens(array: Array, width: int) -> Array:
 
 def pad_block(params: Any, arch: Architecture) -> Any:
     """Parameters of a block of the paper layout, or of a stack of them, in the widths of `widths`; those that have them
-    already are left alone."""
+    already are left alone, as are all of a mixer that is not `aligned`."""
+    if not arch.options.aligned:
+        return params
     to = widths(arch)
 
     def one(path, leaf):
         name = jax.tree_util.keystr(path, simple=True, separator="/")
         axes = next(axes for pattern, axes in _AXES if re.search(pattern, name))
-        if name.endswith("gates/kernel") and arch.groups == 1:
+        if name.endswith("gates/kernel") and arch.options.groups == 1:
             axes = (*axes[:-1], None)
         for axis, kind in zip(range(-len(axes), 0), axes, strict=True):
             if kind == "halves":

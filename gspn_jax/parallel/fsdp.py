@@ -7,7 +7,7 @@ in float32. Left to itself the compiler splits products over "fsdp" as if it wer
 
 import contextlib
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -16,33 +16,23 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 from jaxtyping import Array
 
-from gspn_jax import kernels, models
-from gspn_jax.config import Config
+from gspn_jax import kernels
 from gspn_jax.kernels.derivatives import linear_call
 from gspn_jax.models import blocks
 from gspn_jax.parallel import sharding
 
 
 @contextlib.contextmanager
-def sharded_model(config: Config, mesh: Mesh, *, forward_only: bool = False) -> Iterator[None]:
-    """Inside, denoisers are traced for what each device has: images over "data" and "fsdp", channels over "tensor"."""
-    with sharded_blocks(models.abstract(config)[1], mesh, config.train.compute, forward_only=forward_only):
-        yield
-
-
-@contextlib.contextmanager
-def sharded_blocks(shapes: Any, mesh: Mesh, compute: DTypeLike, *, forward_only: bool = False) -> Iterator[None]:
-    """`sharded_model` for any network whose stacks run by `blocks.run_stack`, computed in the type `compute`.
-
-    `shapes` are those of its parameters, unpadded; they are read where the mesh has "fsdp".
-    """
+def sharded_blocks(mesh: Mesh, compute: DTypeLike, *, forward_only: bool = False) -> Iterator[None]:
+    """Inside, blocks that compute in the type `compute` are traced for what each device has: images over "data" and
+    "fsdp", channels over "tensor"."""
     tensor_cores = uses_tensor_cores(mesh)
     if mesh.shape["fsdp"] == 1:
         machine = blocks.Machine(tensor_cores=tensor_cores, forward_only=forward_only)
         with blocks.run_blocks_on(machine), kernels.sharded(mesh, batch=sharding.BATCH_AXES, channels=("tensor",)):
             yield
         return
-    with blocks.run_blocks_on(blocks.Machine(_runner(shapes, mesh, compute), tensor_cores, forward_only)):
+    with blocks.run_blocks_on(blocks.Machine(_runner(mesh, compute), tensor_cores, forward_only)):
         yield
 
 
@@ -57,51 +47,60 @@ def outside_blocks(shapes: Any, mesh: Mesh, params: Any) -> Any:
     if mesh.shape["fsdp"] == 1:
         return params
 
-    def one(path, leaf, shape):
-        name = _name(path)
-        if sharding.STACK.search(name):
+    def one(leaf, own):
+        if getattr(own, "stacked", False):
             return leaf
-        spec = sharding.partition_spec(name, shape.shape, mesh)
+        spec = sharding.partition_spec(own, mesh)
         whole = PartitionSpec(*(None if axis == "fsdp" else axis for axis in spec))
         leaf = jax.lax.with_sharding_constraint(leaf, NamedSharding(mesh, whole))
-        return jax.lax.slice(leaf, (0,) * leaf.ndim, shape.shape)
+        return jax.lax.slice(leaf, (0,) * leaf.ndim, own.shape)
 
-    return jax.tree_util.tree_map_with_path(one, params, shapes)
-
-
-def _name(path: tuple) -> str:
-    return jax.tree_util.keystr(path, simple=True, separator="/")
+    return jax.tree.map(one, params, shapes)
 
 
-def _runner(shapes: Any, mesh: Mesh, compute: DTypeLike):
+def placed(make: Callable[[], Any], shapes: Any, mesh: Mesh) -> Any:
+    """Parameters of these `shapes` as `make` makes them, where a step reads what it does not train (`Task.frozen`):
+    stacks of blocks as they are stored, what is in no block whole on every device."""
+    whole = sharding.replicated(mesh)
+    where = jax.tree.map(
+        lambda own, stored: stored.sharding if getattr(own, "stacked", False) else whole,
+        shapes,
+        sharding.stored(shapes, mesh),
+    )
+
+    def one(own, leaf, padded):
+        return padded if getattr(own, "stacked", False) else leaf
+
+    def build():
+        params = make()
+        return jax.tree.map(one, shapes, params, sharding.pad(params, shapes, mesh))
+
+    return jax.jit(build, out_shardings=where)()
+
+
+def _runner(mesh: Mesh, compute: DTypeLike):
     """For `blocks.Machine`."""
-    layers = {}  # path -> (where, shape) of the weight of one block
-    for path, leaf in jax.tree_util.tree_leaves_with_path(shapes):
-        if sharding.STACK.search(_name(path)):
-            spec = sharding.partition_spec(_name(path), leaf.shape, mesh)
-            layers[_name(path)] = (PartitionSpec(*spec[1:]), leaf.shape[1:])
     by_image = PartitionSpec(sharding.BATCH_AXES)
     manual = set(sharding.BATCH_AXES if mesh.shape["tensor"] > 1 else sharding.AXES)
 
-    def gathered(stack, path, leaf):
-        spec, shape = layers[f"{stack}/{_name(path)}"]
+    def gathered(leaf, own):
+        spec = sharding.partition_spec(own, mesh)
         if "fsdp" not in spec:
             return leaf
         axis = spec.index("fsdp")
-        return _gather(leaf, axis, shape[axis], compute if _name(path).endswith("kernel") else leaf.dtype)
+        return _gather(leaf, axis, own.shape[axis], leaf.dtype if own.float32 else compute)
 
-    def runner(apply, stack):
+    def runner(apply, shapes):
+        where = jax.tree.map(lambda own: _over_fsdp(sharding.partition_spec(own, mesh)), shapes)
+
         def local(params, *arrays):
-            params = jax.tree_util.tree_map_with_path(functools.partial(gathered, stack), params)
+            params = jax.tree.map(gathered, params, shapes)
             if mesh.shape["tensor"] == 1:
                 return apply(params, *arrays)
             with kernels.sharded(jax.sharding.get_abstract_mesh(), channels=("tensor",)):
                 return apply(params, *arrays)
 
         def run(params, *arrays):
-            where = jax.tree_util.tree_map_with_path(
-                lambda path, _: _over_fsdp(layers[f"{stack}/{_name(path)}"][0]), params
-            )
             return jax.shard_map(
                 local,
                 mesh=mesh,
@@ -121,10 +120,10 @@ def _over_fsdp(spec: PartitionSpec) -> PartitionSpec:
 
 
 def _gather(part: Array, axis: int, size: int, dtype: DTypeLike) -> Array:
-    """The whole of a weight of which every device of "fsdp" has a part: `size` of the gathered `axis`, as `dtype`.
+    """The whole of a parameter of which every device of "fsdp" has a part: `size` of the gathered `axis`, as `dtype`.
 
-    Every block casts its kernels to `compute` before anything else, so that the cast may come first; vectors, such as
-    scales of norms, are gathered as they are. The gradient is summed in float32.
+    Every block casts to the type it computes in before anything else, so that the cast may come first; what stays
+    float32 (`parameters.logical`) is gathered as it is. The gradient is summed in float32.
     """
 
     def gather(_: None, part: Array) -> Array:

@@ -1,8 +1,7 @@
-"""The device mesh and where each parameter lives on it, from one table of logical names."""
+"""The device mesh and where each parameter lives on it, from the names that its axes have."""
 
 import logging
 import math
-import re
 from typing import Any
 
 import jax
@@ -14,27 +13,8 @@ from gspn_jax.config import ConfigError, MeshConfig, RunConfig
 AXES = ("data", "fsdp", "tensor")
 BATCH_AXES = ("data", "fsdp")
 
-MESH_AXIS = {"embed": "fsdp", "heads": "tensor", "mlp": "tensor", "channels": "tensor", None: None}
-"""Logical axis of a weight -> mesh axis."""
-
-RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
-    # attention and MLP of the DiT layout
-    (r"mixer/qkv/kernel$", ("embed", None, "heads")),
-    (r"mixer/proj/kernel$", ("heads", "embed")),
-    (r"mlp/fc1/kernel$", ("embed", "mlp")),
-    (r"mlp/fc2/kernel$", ("mlp", "embed")),
-    # GSPN: channels are independent from the first projection to the last
-    (r"mixer/in_proj/kernel$", ("embed", "channels")),
-    (r"mixer/conv/kernel$", (None, None, "channels")),
-    (r"mixer/proxy/kernel$", ("channels", "embed")),
-    (r"mixer/(gates|lam|out_gate|skip)/kernel$", (None, None, "channels")),
-    (r"mixer/out_proj/kernel$", ("channels", "embed")),
-    (r"modulation/linear/kernel$", ("embed", None, None)),
-    # everything else: input by output
-    (r"kernel$", ("embed", None)),
-    (r"embedding$", (None, "embed")),
-)
-"""The first pattern that matches a parameter's path names its trailing axes; a stack of layers has one in front."""
+MESH_AXIS = {"embed": "fsdp", "heads": "tensor", "mlp": "tensor", "channels": "tensor"}
+"""Logical axis of a parameter (`models.parameters`) -> mesh axis; an axis of another name is not split by its name."""
 
 
 def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Mesh:
@@ -72,38 +52,31 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-STACK = re.compile(r"blocks/")
-"""In the paths of parameters that are stacks of layers: the first axis is never split, for a scan runs over it."""
-
 MIN_SHARDED_SIZE = 2**10
 """Parameters that have fewer numbers a layer (merge weights, the narrow biases) are not worth a gather."""
 
 
-def partition_spec(path: str, shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> PartitionSpec:
-    """Where the parameter at `path` ("in_blocks/mixer/in_proj/kernel") lives.
+def partition_spec(own: jax.ShapeDtypeStruct, mesh: Mesh | AbstractMesh, path: str | None = None) -> PartitionSpec:
+    """Where a parameter lives; `own` is its `ParamShape`, and a plain shape is that of one without named axes.
 
-    "tensor" takes the axis that the table says if it divides it. "fsdp" takes the axis that needs the least padding
-    (`stored_shape`), of equals the one that the table says and then the longest.
+    "tensor" takes the axis whose name says so if it divides it. "fsdp" takes the axis that needs the least padding
+    (`stored_shape`), of equals the one whose name says so and then the longest; the axis of layers is never split, for
+    a scan runs over it. With its `path` a parameter that cannot be split is named in a log line.
     """
-    logical = next((axes for pattern, axes in RULES if re.search(pattern, path)), ())
+    shape, logical, first = own.shape, getattr(own, "axes", ()), int(getattr(own, "stacked", False))
     axes: list[str | None] = [None] * len(shape)
-    offset, first = len(shape) - len(logical), 1 if STACK.search(path) else 0
+    offset = len(shape) - len(logical)
     for i, name in enumerate(logical, start=offset):
-        if (
-            offset >= first
-            and MESH_AXIS[name] == "tensor"
-            and mesh.shape["tensor"] > 1
-            and shape[i] % mesh.shape["tensor"] == 0
-        ):
+        if MESH_AXIS.get(name) == "tensor" and mesh.shape["tensor"] > 1 and shape[i] % mesh.shape["tensor"] == 0:
             axes[i] = "tensor"
     fsdp = mesh.shape["fsdp"]
     free = [i for i in range(first, len(shape)) if axes[i] is None]
     if fsdp > 1 and free and math.prod(shape[first:]) >= MIN_SHARDED_SIZE:
-        embed = offset + logical.index("embed") if "embed" in logical else None
-        best = min(free, key=lambda i: (_padded(shape[i], fsdp) / shape[i], i != embed, -shape[i]))
+        named = {offset + i for i, name in enumerate(logical) if MESH_AXIS.get(name) == "fsdp"}
+        best = min(free, key=lambda i: (_padded(shape[i], fsdp) / shape[i], i not in named, -shape[i]))
         if _padded(shape[best], fsdp) <= 2 * shape[best]:
             axes[best] = "fsdp"
-        else:
+        elif path is not None:
             logging.getLogger(__name__).warning(
                 "no axis of %s %s can be split by mesh.fsdp=%d: it is kept whole on every device", path, shape, fsdp
             )
@@ -125,11 +98,11 @@ def stored_shape(shape: tuple[int, ...], spec: PartitionSpec, mesh: Mesh | Abstr
 
 
 def stored(params: Any, mesh: Mesh | AbstractMesh) -> Any:
-    """What `params` (arrays or ShapeDtypeStructs in their own shapes) are on the devices: a tree of ShapeDtypeStruct
-    with padded shapes and shardings."""
+    """What `params` (a tree of `ParamShape`, in their own shapes) are on the devices: a tree of ShapeDtypeStruct with
+    padded shapes and shardings."""
 
     def one(path, leaf):
-        spec = partition_spec(jax.tree_util.keystr(path, simple=True, separator="/"), leaf.shape, mesh)
+        spec = partition_spec(leaf, mesh, jax.tree_util.keystr(path, simple=True, separator="/"))
         shape = stored_shape(leaf.shape, spec, mesh)
         return jax.ShapeDtypeStruct(shape, leaf.dtype, sharding=NamedSharding(mesh, spec))
 
@@ -141,10 +114,10 @@ def param_shardings(params: Any, mesh: Mesh | AbstractMesh) -> Any:
     return jax.tree.map(lambda s: s.sharding, stored(params, mesh))
 
 
-def pad(params: Any, mesh: Mesh | AbstractMesh) -> Any:
-    """Parameters in their own shapes -> as they are stored."""
+def pad(params: Any, shapes: Any, mesh: Mesh | AbstractMesh) -> Any:
+    """Parameters in their own `shapes` -> as they are stored."""
 
     def one(leaf, target):
         return jnp.pad(leaf, [(0, to - size) for size, to in zip(leaf.shape, target.shape, strict=True)])
 
-    return jax.tree.map(one, params, stored(params, mesh))
+    return jax.tree.map(one, params, stored(shapes, mesh))

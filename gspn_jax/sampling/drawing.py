@@ -69,7 +69,7 @@ class Drawing:
             decode=vae.decode if vae else None,
         )
         trained = config.data.image_size
-        if models.resolve(config.model).mixer == "attention" and (height, width) != (trained, trained):
+        if models.resolve(config.model).options.needs_positions and (height, width) != (trained, trained):
             raise ConfigError(
                 f"--image-size must be the one that a model with attention was trained on, {trained} "
                 f"{trained}, whose positions it knows, found {height} {width}: GSPN takes any"

@@ -57,7 +57,7 @@ class Sampler:
 
         def draw(params, labels, numbers, seed):
             keys = seeds.image_keys(seed, numbers)
-            with fsdp.sharded_model(config, mesh, forward_only=True):
+            with fsdp.sharded_blocks(mesh, config.train.compute, forward_only=True):
                 params = models.prepared(config, fsdp.outside_blocks(shapes, mesh, params))
 
                 def denoise(x, t, y):
@@ -70,7 +70,7 @@ class Sampler:
                     shape,
                     labels,
                     keys,
-                    null_class=config.data.num_classes,
+                    null=config.data.num_classes,
                     learn_sigma=learn_sigma,
                     progress=progress,
                 )

@@ -37,30 +37,45 @@ class DiffusionTask(Task):
 
     @functools.cached_property
     def _abstract(self) -> tuple[Any, Any]:
-        return models.abstract(self.config)
+        return models.abstract(self.config, embedder=self.embedder)
 
     @property
     def shapes(self) -> Any:
         return self._abstract[1]
 
     def init(self, key: Key[Array, ""]) -> Any:
-        return models.init(self.config, key)
+        return models.init(self.config, key, embedder=self.embedder)
+
+    def condition(self, batch: Batch) -> Any:
+        """What of a batch the denoiser is told: a tree of arrays [B, ...] that its `embedder` embeds."""
+        return batch["label"]
+
+    @property
+    def no_condition(self) -> Any:
+        """What takes the place of one that is dropped: such a tree without the axis B."""
+        return self.config.data.num_classes
+
+    embedder: Callable[..., Any] | None = None
+    """As `models.create` has it; None embeds labels."""
 
     def loss(self, params: Any, batch: Batch, key: Key[Array, ""]) -> tuple[Float[Array, ""], Metrics]:
         """That of a batch {"image": uint8 or, for latents, float32 [B, S, S, C], "label": int32 [B]}.
 
-        Dropped labels, times, noise and DropPath come from `key`.
+        Dropped conditions, times, noise and DropPath come from `key`.
         """
         config, graphdef = self.config, self._abstract[0]
         label_key, noise_key, path_key = jax.random.split(key, 3)
-        y = objectives.drop_labels(label_key, batch["label"], config.diffusion.label_dropout, config.data.num_classes)
+        condition = objectives.drop_condition(
+            label_key, self.condition(batch), config.diffusion.label_dropout, self.no_condition
+        )
 
-        def denoise(x, t, y):
-            return models.apply(graphdef, params, x, t, y, drop_path_key=path_key if self._arch.drop_path else None)
+        def denoise(x, t, condition, features=()):
+            key = path_key if self._arch.drop_path else None
+            return models.apply(graphdef, params, x, t, condition, drop_path_key=key, features=features)
 
         image = batch["image"]
         x0 = from_uint8(image) if image.dtype == jnp.uint8 else image  # latents are floats, in their final scale
-        losses, metrics = objectives.loss(config.diffusion, denoise, x0, y, noise_key)
+        losses, metrics = objectives.loss(config.diffusion, denoise, x0, condition, noise_key)
         return losses.mean(), {name: value.mean() for name, value in metrics.items()}
 
     def forward_flops(self) -> float:

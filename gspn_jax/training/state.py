@@ -51,7 +51,7 @@ class TrainState:
 
 
 def _build(task: Task, mesh: Mesh | AbstractMesh, key: jax.Array) -> TrainState:
-    params = sharding.pad(task.init(key), mesh)
+    params = sharding.pad(task.init(key), task.shapes, mesh)
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,

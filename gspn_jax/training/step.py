@@ -68,7 +68,7 @@ def make_step(task: Task, mesh: Mesh, frozen: Sequence[Any] = ()) -> Step:
 
     def step(state: TrainState, batch: Batch, *frozen: Any) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(jax.random.key(train.seed), state.step)
-        with fsdp.sharded_blocks(task.shapes, mesh, train.compute):
+        with fsdp.sharded_blocks(mesh, train.compute):
             (loss, metrics), grads = gradient(state.params, batch, key, *frozen)
         grad_norm = optax.tree.norm(grads)
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)

@@ -49,8 +49,7 @@ class Evaluation(Protocol):
 class Task(abc.ABC):
     """What is trained, on what, and what is looked at on the way.
 
-    Building one checks what its config alone decides, and allocates nothing. Parameters are nested dicts of arrays; the
-    path of a stack of blocks has "blocks/" in it (`sharding.STACK`), and is the `name` that `blocks.run_stack` is told.
+    Building one checks what its config alone decides, and allocates nothing. Parameters are nested dicts of arrays.
     """
 
     def __init__(self, config: RunConfig):
@@ -60,7 +59,7 @@ class Task(abc.ABC):
     @property
     @abc.abstractmethod
     def shapes(self) -> Any:
-        """The parameters as ShapeDtypeStructs, in their own shapes."""
+        """The parameters in their own shapes: what `models.abstract_of` gives for a network of ours."""
 
     @abc.abstractmethod
     def init(self, key: Key[Array, ""]) -> Any:

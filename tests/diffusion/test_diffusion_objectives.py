@@ -10,7 +10,7 @@ import scipy.special
 import scipy.stats
 
 from gspn_jax.config import DiffusionConfig
-from gspn_jax.diffusion import ddpm, drop_labels, flow, loss, make_schedule
+from gspn_jax.diffusion import ddpm, drop_condition, flow, loss, make_schedule
 from gspn_jax.diffusion.schedules import linear_schedule
 from tests.diffusion import gaussian_oracle as oracle
 
@@ -241,12 +241,12 @@ def test_images_of_any_type_are_noised_in_float32():
 def test_dropped_labels_are_null_at_the_asked_rate():
     """10,000 labels: the standard error of the rate is 0.003; the tolerance is four of them."""
     labels = jnp.arange(10_000, dtype=jnp.int32) % 10
-    dropped = np.asarray(drop_labels(jax.random.key(0), labels, 0.1, 10))
+    dropped = np.asarray(drop_condition(jax.random.key(0), labels, 0.1, 10))
     assert dropped.dtype == np.int32
     np.testing.assert_allclose(np.mean(dropped == 10), 0.1, atol=0.012)
     kept = dropped != 10
     np.testing.assert_array_equal(dropped[kept], np.asarray(labels)[kept])
-    np.testing.assert_array_equal(drop_labels(jax.random.key(0), labels, 0.0, 10), labels)
+    np.testing.assert_array_equal(drop_condition(jax.random.key(0), labels, 0.0, 10), labels)
 
 
 def test_default_schedule_is_that_of_the_config():

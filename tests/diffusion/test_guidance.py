@@ -17,9 +17,7 @@ def draw(config, diffusion, denoise, labels, shape=(4, 4, 1), learn_sigma=False)
     labels = jnp.asarray(labels, jnp.int32)
     keys = jax.random.split(jax.random.key(0), len(labels))
     step = jax.jit(
-        lambda labels, keys: sample(
-            config, diffusion, denoise, shape, labels, keys, null_class=NULL, learn_sigma=learn_sigma
-        )
+        lambda labels, keys: sample(config, diffusion, denoise, shape, labels, keys, null=NULL, learn_sigma=learn_sigma)
     )
     return np.asarray(step(labels, keys))
 

@@ -17,7 +17,7 @@ SAMPLERS = [("ddpm", "ddpm"), ("ddpm", "ddim"), ("ddpm", "dpm++"), ("flow", "eul
 def sampler(config, diffusion, denoise, shape, learn_sigma=False, **options):
     return jax.jit(
         lambda labels, keys: sample(
-            config, diffusion, denoise, shape, labels, keys, null_class=NULL, learn_sigma=learn_sigma, **options
+            config, diffusion, denoise, shape, labels, keys, null=NULL, learn_sigma=learn_sigma, **options
         )
     )
 
@@ -262,9 +262,9 @@ def test_what_does_not_fit_is_named():
     keys = jax.random.split(jax.random.key(0), 3)
 
     def run(config=SamplerConfig(steps=3), labels=labels, keys=keys, learn_sigma=False):  # noqa: B008
-        sample(config, diffusion, lambda x, t, y: x, (2, 2, 1), labels, keys, null_class=NULL, learn_sigma=learn_sigma)
+        sample(config, diffusion, lambda x, t, y: x, (2, 2, 1), labels, keys, null=NULL, learn_sigma=learn_sigma)
 
-    with pytest.raises(ValueError, match=r"as many typed keys .* found labels int32\[3\] and keys key<fry>\[2\]"):
+    with pytest.raises(ValueError, match=r"as many typed keys .* found conditions int32\[3\] and keys key<fry>\[2\]"):
         run(keys=keys[:2])
     with pytest.raises(ValueError, match=r"typed keys .* uint32\[3\]"):
         run(keys=jnp.zeros(3, jnp.uint32))

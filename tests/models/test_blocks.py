@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from gspn_jax.models.blocks import DropPath, layer_norm, run_stack, stack
+from gspn_jax.models.blocks import DropPath, layer_norm, run_stack
+from gspn_jax.models.parameters import stack
 
 
 class Affine(nnx.Module):
@@ -28,7 +29,7 @@ def test_blocks_run_in_order_each_with_its_own_parameters_chunk_and_skip(chunks,
     assert len(set(bias.tolist())) == 4
     skips = np.arange(4.0, dtype=np.float32).reshape(4, 1, 1, 1, 1)
     x = np.ones((1, 1, 1, 1), np.float32)
-    found, kept = run_stack(
+    found, kept, _ = run_stack(
         blocks, jnp.asarray(x), chunks=chunks, remat=remat, long_skips=jnp.asarray(skips), keep=True
     )
     expected = []
@@ -43,7 +44,7 @@ def test_stack_drops_by_the_rate_of_each_block():
     blocks = stack(Affine, 3, nnx.Rngs(0))
     blocks.bias[...] = jnp.array([1.0, 10.0, 100.0])
     drop_path = DropPath(jax.random.split(jax.random.key(0), 3), jnp.array([0.0, 0.0, 0.999999]))
-    found, _ = run_stack(blocks, jnp.zeros((64, 1, 1, 1)), chunks=(None,) * 3, remat="none", drop_path=drop_path)
+    found, _, _ = run_stack(blocks, jnp.zeros((64, 1, 1, 1)), chunks=(None,) * 3, remat="none", drop_path=drop_path)
     np.testing.assert_array_equal(found, np.full((64, 1, 1, 1), 2 * 1.0 + 10.0))
 
 

@@ -23,7 +23,7 @@ def test_products_are_those_of_the_traced_program(model, change):
     jaxpr = jax.make_jaxpr(lambda p, *args: models.apply(graphdef, p, *args))(params, *inputs).jaxpr
     pointwise = 0
     if arch.mixer == "gspn":
-        scan = 4 * (10 + 2 * arch.skip)  # lam, 3 multiply-adds, out_gate, merge and sum; skip: a multiply-add
+        scan = 4 * (10 + 2 * arch.options.skip)  # lam, 3 multiply-adds, out_gate, merge and sum; skip: a multiply-add
         convolutions = 2 * 49 + (2 * 9 if arch.layout == "paper" else 0)
         pointwise = arch.blocks * 4 * 6 * arch.hidden * (scan + convolutions)
     assert forward_flops(arch, 3, 8, 12) - pointwise == pytest.approx(traced_products(jaxpr), rel=1e-9)

@@ -55,7 +55,7 @@ def test_counting_allocates_nothing():
 
 def test_overrides_replace_the_preset_and_nothing_else():
     arch = resolve(ModelConfig(preset="GSPN-B/2", hidden=64, patch=1, groups=4, proxy_ratio=8))
-    assert (arch.hidden, arch.patch, arch.groups, arch.proxy) == (64, 1, 4, 8)
+    assert (arch.hidden, arch.patch, arch.options.groups, arch.options.proxy) == (64, 1, 4, 8)
     assert (arch.layout, arch.mixer, arch.depth, arch.blocks) == ("paper", "gspn", 30, 31)
 
 

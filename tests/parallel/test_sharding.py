@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec as P
 from benchmarks.collectives import collectives
 from gspn_jax import models
 from gspn_jax.config import ConfigError, DataConfig, MeshConfig, ModelConfig
+from gspn_jax.models.parameters import MATRIX, ParamShape
 from gspn_jax.parallel import fsdp, sharding
 from gspn_jax.training.diffusion import DiffusionTask
 from gspn_jax.training.state import abstract_state
@@ -46,7 +47,7 @@ def test_every_large_weight_is_split_over_fsdp_and_no_two_axes_share_one(gspn):
     _, shapes = models.abstract(config)
     for path, leaf in jax.tree_util.tree_leaves_with_path(shapes):
         name = jax.tree_util.keystr(path, simple=True, separator="/")
-        spec = sharding.partition_spec(name, leaf.shape, mesh)
+        spec = sharding.partition_spec(leaf, mesh)
         used = [axis for axis in spec if axis is not None]
         assert len(used) == len(set(used)), (name, spec)
         if leaf.size / (leaf.shape[0] if "blocks/" in name else 1) >= sharding.MIN_SHARDED_SIZE:
@@ -57,9 +58,7 @@ def test_gspn_channels_are_split_over_tensor_from_first_to_last_projection():
     mesh = sharding.make_mesh(MeshConfig(tensor=2, fsdp=2))
     _, shapes = models.abstract(tiny.config(gspn=True))
     specs = {
-        jax.tree_util.keystr(path, simple=True, separator="/"): sharding.partition_spec(
-            jax.tree_util.keystr(path, simple=True, separator="/"), leaf.shape, mesh
-        )
+        jax.tree_util.keystr(path, simple=True, separator="/"): sharding.partition_spec(leaf, mesh)
         for path, leaf in jax.tree_util.tree_leaves_with_path(shapes)
     }
     assert specs["trunk/in_blocks/mixer/in_proj/kernel"] == P(None, "fsdp", "tensor")
@@ -83,15 +82,20 @@ def test_optimizer_moments_and_averages_live_where_their_parameters_do():
 
 def test_fsdp_takes_the_axis_that_needs_the_least_padding():
     mesh = sharding.make_mesh(MeshConfig(fsdp=8))
-    for path, shape, spec, stored in [
-        ("x/kernel", (1500, 1500), P("fsdp", None), (1504, 1500)),
-        ("x/kernel", (1500, 4096), P(None, "fsdp"), (1500, 4096)),
-        ("x/kernel", (4096, 4096), P("fsdp", None), (4096, 4096)),
-        ("blocks/x/kernel", (8, 1500, 1500), P(None, "fsdp", None), (8, 1504, 1500)),  # not over the layers
-        ("blocks/mixer/proxy/kernel", (8, 1500, 93), P(None, "fsdp", None), (8, 1504, 93)),
-        ("x/bias", (8,), P(None), (8,)),
+    for own, spec, stored in [
+        (ParamShape((1500, 1500), jnp.float32, axes=MATRIX), P("fsdp", None), (1504, 1500)),
+        (ParamShape((1500, 4096), jnp.float32, axes=MATRIX), P(None, "fsdp"), (1500, 4096)),
+        (ParamShape((4096, 4096), jnp.float32, axes=(None, "embed")), P(None, "fsdp"), (4096, 4096)),
+        (ParamShape((8, 1500, 1500), jnp.float32, axes=MATRIX, stacked=True), P(None, "fsdp", None), (8, 1504, 1500)),
+        (
+            ParamShape((8, 1500, 93), jnp.float32, axes=("channels", "embed"), stacked=True),
+            P(None, "fsdp", None),
+            (8, 1504, 93),
+        ),
+        (ParamShape((8,), jnp.float32), P(None), (8,)),
     ]:
-        assert sharding.partition_spec(path, shape, mesh) == spec
+        shape = own.shape
+        assert sharding.partition_spec(own, mesh) == spec
         assert sharding.stored_shape(shape, spec, mesh) == stored
 
 
@@ -133,7 +137,7 @@ def test_weights_are_gathered_and_gradients_reduced_one_layer_at_a_time(remat):
     params = sharding.stored(shapes, mesh)
 
     def gradient(params, batch):
-        with fsdp.sharded_model(config, mesh):
+        with fsdp.sharded_blocks(mesh, config.train.compute):
             return make_gradient(task, mesh)(params, batch, jax.random.key(0))[1]
 
     lowered = jax.jit(

@@ -1,0 +1,84 @@
+"""What a parameter says of itself: the names of its axes, whether it stays float32, whether it is a stack of layers.
+
+A module says it where it makes the parameter, as metadata (`logical`); meshes, FSDP and casts read it from there
+(`ParamShape`) and know no module by name.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+
+MATRIX = ("embed", None)
+"""The axes of a parameter of two axes or more that names none: those of inputs and outputs are its last two."""
+
+
+def logical(*axes: str | None, float32: bool = False) -> dict[str, Any]:
+    """Metadata of a parameter: `axes` are its trailing ones by name (`sharding.MESH_AXIS`), None for those without.
+
+    With `float32` blocks compute with it in that type, whatever theirs is; other parameters are cast first.
+    """
+    return {"axes": axes, "float32": float32}
+
+
+class ParamShape(jax.ShapeDtypeStruct):
+    """Shape and type of a parameter in its own shape, with what it says of itself.
+
+    `stacked`: the first axis runs over layers, and is not among the trailing `axes`.
+    """
+
+    def __init__(self, shape, dtype, *, axes: tuple[str | None, ...] = (), stacked=False, float32=False, **others):
+        super().__init__(shape, dtype, **others)
+        self.axes, self.stacked, self.float32 = axes, stacked, float32
+
+    @property
+    def layer(self) -> "ParamShape":
+        """That of one layer."""
+        return ParamShape(self.shape[1:], self.dtype, axes=self.axes, float32=self.float32) if self.stacked else self
+
+
+def shapes_of(state: nnx.State) -> dict[str, Any]:
+    """The parameters of a network that `nnx.split` took apart, as a nested dict of `ParamShape`; `stack` marks stacks
+    by the metadata "layer", the shape of a layer, which stored parameters may exceed (`sharding.stored`)."""
+
+    def one(variable: nnx.Variable) -> ParamShape:
+        metadata = variable.get_metadata()
+        layer = metadata.get("layer")
+        shape = variable.shape if layer is None else (variable.shape[0], *layer)
+        default = MATRIX if len(shape if layer is None else layer) > 1 else ()
+        axes, float32 = metadata.get("axes", default), metadata.get("float32", False)
+        return ParamShape(shape, variable.dtype, axes=axes, stacked=layer is not None, float32=float32)
+
+    shapes: dict[str, Any] = {}
+    for path, variable in nnx.to_flat_state(state):
+        inner = shapes
+        for name in path[:-1]:
+            inner = inner.setdefault(name, {})
+        inner[path[-1]] = one(variable)
+    return shapes
+
+
+def cast(params: Any, shapes: Any, dtype: DTypeLike) -> Any:
+    """Parameters of blocks in the type that blocks compute in, but for those that stay float32."""
+    return jax.tree.map(lambda leaf, own: leaf.astype(jnp.float32 if own.float32 else dtype), params, shapes)
+
+
+def stack(make: Any, count: int, rngs: nnx.Rngs) -> nnx.Module:
+    """`count` blocks made by `make` of an `nnx.Rngs` as one module whose every parameter has a leading axis of that
+    length.
+
+    They are drawn one after the other: a vmap would compile several times longer.
+    """
+
+    def marked() -> nnx.Module:
+        block = make(nnx.Rngs(0))
+        for _, node in nnx.iter_graph(block):
+            if isinstance(node, nnx.Variable):
+                node.set_metadata(layer=node.shape)
+        return block
+
+    graphdef = nnx.graphdef(nnx.eval_shape(marked))
+    keys = jax.random.split(rngs.params(), count)
+    return nnx.merge(graphdef, jax.lax.map(lambda key: nnx.to_pure_dict(nnx.state(make(nnx.Rngs(key)))), keys))

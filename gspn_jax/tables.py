@@ -1,0 +1,90 @@
+"""The names that a config can say, each once: tables of sources, mixers, objectives, samplers, metrics, networks.
+
+A line of a table is what the name stands for, or where that is ("module:name"), which is imported when it is first
+asked for: the names are known to configs, to the command line and to errors without what stands behind them. To add
+something of one's own, write it and add a line, before the config that names it is built:
+
+    from gspn_jax.tables import SAMPLERS
+    SAMPLERS["mine"] = SamplerKind(...)
+"""
+
+import importlib
+from collections.abc import Iterator, MutableMapping
+from typing import Any
+
+
+class Table(MutableMapping[str, Any]):
+    """Names in the order in which they are offered, and what they stand for."""
+
+    def __init__(self, lines: dict[str, Any]):
+        self._lines = dict(lines)
+
+    def __getitem__(self, name: str) -> Any:
+        line = self._lines[name]
+        if isinstance(line, str):
+            module, _, attribute = line.partition(":")
+            line = importlib.import_module(module)
+            line = self._lines[name] = getattr(line, attribute) if attribute else line
+        return line
+
+    def __setitem__(self, name: str, line: Any) -> None:
+        self._lines[name] = line
+
+    def __delitem__(self, name: str) -> None:
+        del self._lines[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._lines
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._lines)
+
+    def __len__(self) -> int:
+        return len(self._lines)
+
+
+class _OfStrings(type):
+    def __instancecheck__(cls, value: object) -> bool:
+        return isinstance(value, str)
+
+
+class Choice(str, metaclass=_OfStrings):
+    """The type of a field of a config that names a line of its `table`; values are plain strings."""
+
+    table: Table
+
+
+SOURCES = Table(
+    {
+        "digits": "gspn_jax.data.sources:DIGITS",
+        "folder": "gspn_jax.data.sources:FOLDER",
+        "records": "gspn_jax.data.sources:RECORDS",
+        "tfds": "gspn_jax.data.sources:TFDS",
+        "latents": "gspn_jax.data.sources:LATENTS",
+    }
+)
+"""`data.source`: `data.sources.Kind`s."""
+
+MIXERS = Table({"attention": "gspn_jax.models.mixers:AttentionOptions", "gspn": "gspn_jax.models.mixers:GSPNOptions"})
+"""`model.mixer`: classes of `models.mixers.MixerOptions`."""
+
+OBJECTIVES = Table({"ddpm": "gspn_jax.diffusion.objectives:EPSILON", "flow": "gspn_jax.diffusion.objectives:VELOCITY"})
+"""`diffusion.objective`: `diffusion.objectives.Objective`s."""
+
+SAMPLERS = Table(
+    {
+        "ddpm": "gspn_jax.diffusion.samplers:DDPM",
+        "ddim": "gspn_jax.diffusion.samplers:DDIM",
+        "dpm++": "gspn_jax.diffusion.samplers:DPM_SOLVER",
+        "euler": "gspn_jax.diffusion.samplers:EULER",
+        "heun": "gspn_jax.diffusion.samplers:HEUN",
+    }
+)
+"""`sampler.name`: `diffusion.samplers.SamplerKind`s."""
+
+
+def samplers_of(objective: str) -> tuple[str, ...]:
+    """The samplers that fit an objective, its default first."""
+    chosen = OBJECTIVES[objective]
+    names = [name for name, kind in SAMPLERS.items() if chosen.fits(kind)]
+    return tuple(sorted(names, key=lambda name: name != chosen.sampler))
