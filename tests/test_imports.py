@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.source_files import package, sources
+from tests.source_files import ROOT, package, sources
 
 LEAVES = ("diffusion", "data", "metrics", "autoencoder", "text", "unet")
 COMMANDS = ("prepare", "evaluate", "convert", "classify", "text_to_image", "doctor", "demo", "train", "sample")

@@ -11,8 +11,8 @@ from gspn_jax.tables import SOURCES
 
 
 class Kind(NamedTuple):
-    """A kind of source, a line of `tables.SOURCES`: how it is made, with images fitted to squares of a size or with None
-    as they are, and what it is called in an error.
+    """A kind of source, a line of `tables.SOURCES`: how it is made, with images fitted to squares of a size or as they
+    are (None), and what it is called in an error.
 
     Modules are imported when a source is made: each needs packages that others do without.
     """

@@ -6,7 +6,6 @@ in float32. Left to itself the compiler splits products over "fsdp" as if it wer
 """
 
 import contextlib
-import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
