@@ -157,6 +157,7 @@ def _prepare(arguments: Stats, output: pathlib.Path) -> None:
     from gspn_jax.metrics.reference import Reference
     from gspn_jax.parallel.agreement import meet
     from gspn_jax.prepare.hosts import wait_until
+    from gspn_jax.runs import same_hosts
 
     # --- what can be wrong is found first
     weights = inception.read(inception.require(arguments.inception, "--inception"))
@@ -179,6 +180,7 @@ def _prepare(arguments: Stats, output: pathlib.Path) -> None:
         "batch_size": extractor.batch_size,
         "save_every": arguments.save_every,
     }
+    same_hosts.check_values(settings | {"output": arguments.output})
 
     # --- this host's parts that are not there yet
     progress = _Progress(output.with_name(output.name + PARTIAL), settings)
