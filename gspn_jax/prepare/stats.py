@@ -335,6 +335,8 @@ class _Progress:
         for path in self._files():
             try:
                 before = json.loads(str(_read(path)["settings"]))
+                if before.get("file") != path.name:
+                    raise DamagedError(f"{path} is {before.get('file')} under another name")
             except DamagedError as error:
                 log.warning("%s: it is computed again", error)
                 path.unlink(missing_ok=True)
@@ -371,7 +373,10 @@ class _Progress:
         return number < self.parts or self._part(number).exists()
 
     def save(self, number: int, computed: _Sums) -> None:
-        computed.write(self._part(number), settings=json.dumps(self._settings))
+        computed.write(self._part(number), settings=self._about(self._part(number)))
+
+    def _about(self, path: pathlib.Path) -> str:
+        return json.dumps(self._settings | {"file": path.name})
 
     def take_in(self) -> int:
         """Adds the parts that are next, notes it, removes their files; returns how many parts are in. For one host."""
@@ -380,7 +385,7 @@ class _Progress:
             self.sums.merge(self._part(self.parts))
             self.parts += 1
         if self.parts > done:
-            self.sums.write(self._state, settings=json.dumps(self._settings), parts=self.parts)
+            self.sums.write(self._state, settings=self._about(self._state), parts=self.parts)
         for path in self.folder.glob("part-*.npz"):  # also what a kill left between the state and its removal
             if int(path.stem.removeprefix("part-")) < self.parts:
                 path.unlink(missing_ok=True)
