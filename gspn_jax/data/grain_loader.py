@@ -15,6 +15,7 @@ import numpy as np
 from absl import flags
 
 from gspn_jax.config import ConfigError, DataConfig
+from gspn_jax.data.decoding import DataError
 from gspn_jax.data.image_batches import Augment, ImageBatches, report_problems
 from gspn_jax.data.latents import LatentBatches
 from gspn_jax.data.source import Source
@@ -52,7 +53,16 @@ class GrainLoader:
     def __next__(self) -> dict[str, np.ndarray]:
         if not self._open:
             raise ValueError("the loader is closed")
-        batch = report_problems(next(self._open[0]), self.bad_images)
+        try:
+            batch = next(self._open[0])
+        except RuntimeError as error:
+            if "terminated unexpectedly" not in str(error):
+                raise
+            raise DataError(
+                "a process that reads images has ended by itself, such as for want of memory "
+                f"({str(error).splitlines()[0]}): start the same command again, or with fewer data.workers"
+            ) from error
+        batch = report_problems(batch, self.bad_images)
         # Copied out of the memory shared with a worker, which can then go at once.
         return {name: np.array(values) for name, values in batch.items()} if self._shared else batch
 

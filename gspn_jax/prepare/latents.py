@@ -76,6 +76,7 @@ def prepare_latents(arguments: Latents) -> None:
     from gspn_jax.data.latents import METADATA, LatentMetadata, shard_name
     from gspn_jax.parallel.agreement import meet
     from gspn_jax.prepare.hosts import wait_until
+    from gspn_jax.runs import same_hosts
 
     together = jax.process_count() > 1
     if together:
@@ -103,6 +104,7 @@ def prepare_latents(arguments: Latents) -> None:
         "shard_size": arguments.shard_size,
         "batch_size": arguments.batch_size,
     }
+    same_hosts.check_values(settings | {"output": arguments.output})
     if (output / METADATA).exists():
         _check_finished(output, LatentMetadata.read(output), settings, source)
         return

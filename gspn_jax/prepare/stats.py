@@ -157,6 +157,7 @@ def _prepare(arguments: Stats, output: pathlib.Path) -> None:
     from gspn_jax.metrics.reference import Reference
     from gspn_jax.parallel.agreement import meet
     from gspn_jax.prepare.hosts import wait_until
+    from gspn_jax.runs import same_hosts
 
     # --- what can be wrong is found first
     weights = inception.read(inception.require(arguments.inception, "--inception"))
@@ -179,6 +180,7 @@ def _prepare(arguments: Stats, output: pathlib.Path) -> None:
         "batch_size": extractor.batch_size,
         "save_every": arguments.save_every,
     }
+    same_hosts.check_values(settings | {"output": arguments.output})
 
     # --- this host's parts that are not there yet
     progress = _Progress(output.with_name(output.name + PARTIAL), settings)
@@ -333,6 +335,8 @@ class _Progress:
         for path in self._files():
             try:
                 before = json.loads(str(_read(path)["settings"]))
+                if before.get("file") != path.name:
+                    raise DamagedError(f"{path} is {before.get('file')} under another name")
             except DamagedError as error:
                 log.warning("%s: it is computed again", error)
                 path.unlink(missing_ok=True)
@@ -369,7 +373,10 @@ class _Progress:
         return number < self.parts or self._part(number).exists()
 
     def save(self, number: int, computed: _Sums) -> None:
-        computed.write(self._part(number), settings=json.dumps(self._settings))
+        computed.write(self._part(number), settings=self._about(self._part(number)))
+
+    def _about(self, path: pathlib.Path) -> str:
+        return json.dumps(self._settings | {"file": path.name})
 
     def take_in(self) -> int:
         """Adds the parts that are next, notes it, removes their files; returns how many parts are in. For one host."""
@@ -378,7 +385,7 @@ class _Progress:
             self.sums.merge(self._part(self.parts))
             self.parts += 1
         if self.parts > done:
-            self.sums.write(self._state, settings=json.dumps(self._settings), parts=self.parts)
+            self.sums.write(self._state, settings=self._about(self._state), parts=self.parts)
         for path in self.folder.glob("part-*.npz"):  # also what a kill left between the state and its removal
             if int(path.stem.removeprefix("part-")) < self.parts:
                 path.unlink(missing_ok=True)

@@ -28,15 +28,18 @@ def check(config: RunConfig, fingerprint: str, class_names: Sequence[str]) -> No
     """
     settings = {name: value for name, value in flat(dataclasses.asdict(config)).items() if name not in OWN}
     data = {"the fingerprint of the data": fingerprint, "the class names": list(class_names)}
-    _check(settings | data)
+    check_values(settings | data)
 
 
 def check_flags(flags: Any, **more: Any) -> None:
     """As `check`, for the flags of a command (a dataclass) and `more` JSON values by their names."""
-    _check({name: value for name, value in flat(dataclasses.asdict(flags)).items() if name not in OWN_FLAGS} | more)
+    check_values(
+        {name: value for name, value in flat(dataclasses.asdict(flags)).items() if name not in OWN_FLAGS} | more
+    )
 
 
-def _check(values: dict[str, Any]) -> None:
+def check_values(values: dict[str, Any]) -> None:
+    """As `check`, for JSON values by their names."""
     if jax.process_count() == 1:
         return
     versions = {

@@ -5,7 +5,6 @@ A run that has checkpoints never starts anew by itself.
 
 import concurrent.futures
 import contextlib
-import json
 import logging
 import os
 import pathlib
@@ -25,9 +24,12 @@ from gspn_jax.parallel.agreement import agree, on_first_host
 from gspn_jax.runs import checkpoints, manifest, readback, same_run
 from gspn_jax.runs.checkpoints import CheckpointError, folder, newest_whole, steps
 from gspn_jax.runs.evaluations import Evaluations
+from gspn_jax.small_files import DamagedFile, read_as
 
 log = logging.getLogger(__name__)
 
+_KEEPS = {"config": {"train": {"keep_every": int}}}
+"""What the config that is saved with a checkpoint says of keeping it."""
 LATEST = 2
 """Checkpoints that are kept beside the periodic ones."""
 
@@ -284,7 +286,7 @@ class Checkpoints:
 def _promised(where: pathlib.Path, step: int) -> bool:
     """Whether the config that was saved with a checkpoint keeps it for good; also when it cannot be read."""
     try:
-        every = json.loads((where / "meta" / "metadata").read_text())["config"]["train"]["keep_every"]
-        return bool(every and step % every == 0)
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        every = read_as(where / "meta" / "metadata", _KEEPS)["config"]["train"]["keep_every"]
+    except (OSError, DamagedFile):
         return True
+    return bool(every and step % every == 0)

@@ -14,6 +14,7 @@ from jaxtyping import Int, UInt8
 
 from gspn_jax.config import ConfigError
 from gspn_jax.files import replacing
+from gspn_jax.small_files import DamagedFile, parse, read_json, typed
 
 log = logging.getLogger(__name__)
 
@@ -94,8 +95,8 @@ class _Partial:
 
     def _saved_settings(self) -> Any:
         try:
-            return json.loads(self._settings.read_text())
-        except (OSError, ValueError, RecursionError):
+            return read_json(self._settings)
+        except (OSError, DamagedFile):
             return None
 
     def count(self, labels: Int[np.ndarray, " N"], indices: Int[np.ndarray, " N"], image_bytes: int) -> int:
@@ -107,11 +108,11 @@ class _Partial:
         with open(self.pixels, "rb") as file:
             for line in lines:
                 try:
-                    number, digest = json.loads(line)
-                    batch = slice(count, count + number)
-                    whole = number > 0 and batch.stop <= len(labels) and batch.stop * image_bytes <= size
-                except (ValueError, TypeError):  # the line that a kill cut short, or other bytes
+                    number, digest = typed(parse(line, _BATCHES), tuple[int, str], _BATCHES)
+                except DamagedFile:  # the line that a kill cut short, or other bytes
                     break
+                batch = slice(count, count + number)
+                whole = number > 0 and batch.stop <= len(labels) and batch.stop * image_bytes <= size
                 if not whole or _digest(file.read(number * image_bytes), labels[batch], indices[batch]) != digest:
                     break
                 count = batch.stop

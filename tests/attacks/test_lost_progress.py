@@ -249,6 +249,14 @@ A4 = (
         ),
         Attack(
             "A4",
+            "a part of unfinished statistics under the name of another",
+            damaged_sums("part-00001.npz", lambda path: path.rename(path.with_name("part-00002.npz")), [0]),
+            "part-00002.npz is part-00001.npz under another name",
+            code=GOES_ON,
+            writes=("ref*",),
+        ),
+        Attack(
+            "A4",
             "a user's file among unfinished statistics",
             damaged_sums("precious", lambda path: path.write_text("x"), []),
             "found precious in it",

@@ -285,6 +285,17 @@ def test_workers_outlive_signals_to_the_job_but_not_their_main_process(folder, t
         script.communicate(timeout=20)  # reads to the end: until no process holds the script's output any more
 
 
+@pytest.mark.slow
+def test_a_worker_that_is_killed_is_a_sentence():
+    data = config(workers=2)
+    with make_loader(data, make_source(data), batch_size=8, seed=0) as loader:
+        next(loader)
+        os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
+        with pytest.raises(DataError, match=r"a process that reads images has ended by itself.*exit code -9"):
+            for _ in range(1000):
+                next(loader)
+
+
 def test_too_little_shared_memory_for_the_workers_gets_a_sentence(monkeypatch, tmp_path):
     monkeypatch.setattr(loader_module, "_SHARED_MEMORY", str(tmp_path))
     monkeypatch.setattr(shutil, "disk_usage", lambda path: types.SimpleNamespace(free=10_000_000))
