@@ -79,6 +79,7 @@ test-ptx-slow: $(PTX_READY)
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/pyrefly check --python-interpreter-path $(BIN)/python
 
 # XLA's compiler for GPUs, which needs none: 4 GB of wheels, so an environment of its own and no part of CI
 $(COMPILE_READY): pyproject.toml
