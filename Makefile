@@ -10,6 +10,9 @@ comma := ,
 EXTRAS := dev$(if $(filter 1,$(GPU)),$(comma)cuda13)
 READY := $(VENV)/.ready-gpu$(GPU)
 TORCH_READY := $(VENV)/.ready-torch
+NEWEST_VENV := .venv-newest
+NEWEST_READY := $(NEWEST_VENV)/.ready
+NEWEST_TESTS ?= tests/kernels tests/models tests/diffusion tests/training/test_step.py
 COMPILE_VENV := .venv-compile
 COMPILE_READY := $(COMPILE_VENV)/.ready
 ARGS ?= recorded
@@ -21,12 +24,14 @@ PTX_READY := $(PTX_VENV)/.ready
 PYTHON_PTX ?= $(shell for python in $(PYTHON) python3.12 python3.13 $(HOME)/.pyenv/versions/3.1[23].*/bin/python; do \
 	$$python -c 'import sys; sys.exit(sys.version_info < (3, 12))' 2>/dev/null && echo $$python && break; done)
 
-.PHONY: help demo test test-slow test-torch test-torch-slow test-ptx test-ptx-slow lint bench peers gpu-compile clean
+.PHONY: help demo test test-slow test-newest test-torch test-torch-slow test-ptx test-ptx-slow lint bench peers \
+	gpu-compile clean
 
 help:
 	@echo "make demo        train on handwritten digits, sample a grid, score it (CPU: under 5 minutes)"
-	@echo "make test        the test suite        make lint        ruff"
+	@echo "make test        the test suite        make lint        ruff and pyrefly"
 	@echo "make test-slow   the slow tests        make test-torch  the comparisons with PyTorch (test-torch-slow: the long ones)"
+	@echo "make test-newest a part of them with the newest JAX, on Python 3.12 or newer"
 	@echo "make test-ptx    the GPU kernels' machine code, emulated (test-ptx-slow: all sizes, with a table of errors)"
 	@echo "make bench       operator and train-step benchmarks on this machine        make peers  beside PyTorch"
 	@echo "make gpu-compile ARGS='step GSPN-XL/2'    what XLA makes of it for an H200, without a GPU (4 GB of wheels)"
@@ -50,8 +55,15 @@ $(PTX_READY): constraints.txt
 	sed '/^jax\(lib\)\{0,1\}==/d' constraints.txt > $(PTX_VENV)/constraints.txt
 	$(PTX_VENV)/bin/python -m pip install --quiet --upgrade pip
 	$(PTX_VENV)/bin/python -m pip install --quiet -c $(PTX_VENV)/constraints.txt jax==$(PTX_JAX) jaxlib==$(PTX_JAX) \
-		jaxtyping numpy pytest pytest-timeout pytest-xdist
+		beartype jaxtyping numpy pytest pytest-timeout pytest-xdist
 	$(PTX_VENV)/bin/python -m tests.ptx.toolchain
+	@touch $@
+
+$(NEWEST_READY): pyproject.toml constraints.txt
+	@test -n "$(PYTHON_PTX)" || { echo "The newest JAX needs Python 3.12 or newer, and none was found; name one: make test-newest PYTHON_PTX=python3.12"; exit 1; }
+	$(PYTHON_PTX) -m venv $(NEWEST_VENV)
+	$(NEWEST_VENV)/bin/python -m pip install --quiet --upgrade pip
+	$(NEWEST_VENV)/bin/python -m pip install --quiet -c constraints.txt -e '.[dev]'
 	@touch $@
 
 demo: $(READY)
@@ -62,6 +74,9 @@ test: $(READY)
 
 test-slow: $(READY)
 	$(BIN)/python -m pytest -m "slow and not torch and not ptx" -n $(JOBS) --dist loadfile
+
+test-newest: $(NEWEST_READY)
+	$(NEWEST_VENV)/bin/python -m pytest $(NEWEST_TESTS) -n $(JOBS) --dist loadfile
 
 test-torch: $(TORCH_READY)
 	$(BIN)/python -m pytest -m "torch and not slow"
@@ -79,6 +94,7 @@ test-ptx-slow: $(PTX_READY)
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/pyrefly check --python-interpreter-path $(BIN)/python
 
 # XLA's compiler for GPUs, which needs none: 4 GB of wheels, so an environment of its own and no part of CI
 $(COMPILE_READY): pyproject.toml
@@ -98,4 +114,4 @@ peers: $(TORCH_READY)
 	$(BIN)/python benchmarks/peers.py
 
 clean:
-	rm -rf $(VENV) $(COMPILE_VENV) .venv-ptx-* .cache build *.egg-info
+	rm -rf $(VENV) $(NEWEST_VENV) $(COMPILE_VENV) .venv-ptx-* .cache build *.egg-info

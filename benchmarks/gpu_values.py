@@ -21,11 +21,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1] / "tests" / "kernels"))
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
-import numpy_scan as truth
 from gpu_record import Record
-from numpy_depthwise import loop, squared_relu_loop
 from rehearsal import rehearsal
 
 from gspn_jax.kernels import (
@@ -37,6 +35,8 @@ from gspn_jax.kernels import (
     propagate_low_rank,
     stochastic_weights,
 )
+from tests.kernels import numpy_scan as truth
+from tests.kernels.numpy_depthwise import loop, squared_relu_loop
 
 LIMITS = {"float32": 1e-5, "bfloat16": 2e-2}
 """Largest error allowed, relative to the largest value of its array."""

@@ -610,7 +610,7 @@ C = TypeVar("C", bound=RunConfig)
 
 def to_dict(config: RunConfig) -> Values:
     """The config as plain JSON values, as it is saved with every checkpoint; without what belongs to the machine."""
-    values = dataclasses.asdict(config)
+    values: Values = dataclasses.asdict(config)
     for name in config.MACHINE:
         section, field = name.split(".")
         del values[section][field]
@@ -655,8 +655,9 @@ def _build(cls: type, values: dict[str, Any], where: str) -> Any:
         _check(name in fields, f"{where}.{name}", "one of " + ", ".join(fields), name)
     built = {}
     for name, value in values.items():
-        if dataclasses.is_dataclass(fields[name].type):
-            value = _build(fields[name].type, value, name)
+        kind = fields[name].type
+        if isinstance(kind, type) and dataclasses.is_dataclass(kind):
+            value = _build(kind, value, name)
         elif isinstance(value, list):
             value = tuple(value)
         built[name] = value

@@ -32,7 +32,11 @@ def main() -> None:
     mesh = sharding.make_mesh(config.mesh)
     params = checkpoints.restore_params(run_dir, config.train.steps, config, mesh)
     with tqdm(unit="evaluation", desc=f"sampling {len(labels)} digits") as bar:
-        sampler = Sampler(config, mesh, progress=lambda done, _: bar.update(max(0, done - bar.n)))
+
+        def show(done: int, _: int) -> None:
+            bar.update(max(0, done - bar.n))
+
+        sampler = Sampler(config, mesh, progress=show)
         bar.reset(sampler.evaluations)
         images = sampler(params, labels, np.arange(len(labels)))
 

@@ -172,7 +172,7 @@ def kernels() -> Findings:
     four = [x, normal(4, 16, 16, 4, 3, 64), normal(4, 16, 16, 4, 64), normal(4, 16, 16, 4, 64), merge]
     low_rank = [x, normal(4, 16, 16, 32), *(0.2 * normal(32, 4, *shape) for shape in ((3, 64), (64,), (64,))), merge]
 
-    left, center, right = (np.asarray(w, np.float64) for w in stochastic_weights(one[1], direction="down"))
+    left, center, right = (np.asarray(w, np.float64) for w in stochastic_weights(jnp.asarray(one[1]), direction="down"))
     h, wanted = np.zeros((4, 18, 64)), []
     for t in range(16):
         h[:, 1:-1] = left[:, t] * h[:, :-2] + center[:, t] * h[:, 1:-1] + right[:, t] * h[:, 2:] + x[:, t]
@@ -207,7 +207,7 @@ def attention() -> Findings:
 
     rng = np.random.default_rng(0)
     rounded = [jnp.asarray(rng.standard_normal((2, 256, 4, 72)), jnp.bfloat16) for _ in range(3)]
-    choice = attention.choose(rounded[0].shape, rounded[0].dtype)
+    choice = attention.choose((2, 256, 4, 72), rounded[0].dtype)
     q, k, v = (np.asarray(a, np.float64) for a in rounded)
     weights = np.exp(np.einsum("bthd,bshd->bhts", q, k) / np.sqrt(q.shape[-1]))
     truth = np.einsum("bhts,bshd->bthd", weights / weights.sum(-1, keepdims=True), v)

@@ -171,7 +171,7 @@ def scratch(inputs: Inputs, states: int) -> Expansion:
     )
 
 
-def swizzled(shape: tuple[int, ...], dtype: Any, swizzle: int = SWIZZLE) -> plgpu.SMEM:
+def swizzled(shape: tuple[int, ...], dtype: Any, swizzle: int = SWIZZLE) -> Any:
     """Shared memory that tensor cores read."""
     tiling = plgpu.TilingTransform((8, swizzle // jnp.dtype(dtype).itemsize))
     return plgpu.SMEM(shape, dtype, transforms=(tiling, plgpu.SwizzleTransform(swizzle)))

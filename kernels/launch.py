@@ -159,7 +159,7 @@ def _shared(job: Job, plan: tiles.Plan, inputs: Inputs, states: int) -> Shared:
     )
 
 
-def row_major(shape: tuple[int, ...]) -> plgpu.SMEM:
+def row_major(shape: tuple[int, ...]) -> Any:
     """float32 shared memory whose slices may start at any row.
 
     Without transforms JAX infers a swizzle, whose pattern repeats every 8 rows, and a slice that starts at another row

@@ -3,6 +3,7 @@
 import os
 import pathlib
 
+import jaxtyping
 import pytest
 
 from tests.quick_compile import QUICK_COMPILE
@@ -14,6 +15,9 @@ os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_p
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".cache" / "jax"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
 
+if os.environ.get("GSPN_CHECK_SHAPES") == "1":
+    jaxtyping.install_import_hook("gspn_jax", "tests.shapes.checked")
+
 STRICT = ("kernels", "models", "diffusion", "text", "unet", "text_to_image")
 """Optax mixes integer counts with floats, so what trains is tested under JAX's own rules."""
 
@@ -24,6 +28,13 @@ def strict_promotion(request):
 
     with jax.numpy_dtype_promotion("strict" if request.path.parent.name in STRICT else "standard"):
         yield
+
+
+@pytest.fixture(autouse=True)
+def shapes_are_checked(request, monkeypatch):
+    """But where a test hands over wrong ones, to see what the function itself says of them."""
+    if request.node.get_closest_marker("wrong_shapes"):
+        monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
 
 
 @pytest.fixture(autouse=True)

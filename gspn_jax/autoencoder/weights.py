@@ -117,8 +117,9 @@ def infer_config(state_dict: Mapping[str, np.ndarray]) -> AutoencoderConfig:
         if match := _LEVEL.fullmatch(name):
             levels[int(match[1])] = value.shape[0]
             layers = max(layers, int(match[2]) + 1)
-    ends = [state_dict.get(name) for name in ("encoder.conv_in.weight", "decoder.conv_in.weight")]
-    if sorted(levels) != list(range(len(levels))) or not levels or any(end is None or end.ndim != 4 for end in ends):
+    names = ("encoder.conv_in.weight", "decoder.conv_in.weight")
+    ends = [state_dict[name] for name in names if name in state_dict and state_dict[name].ndim == 4]
+    if sorted(levels) != list(range(len(levels))) or not levels or len(ends) < 2:
         raise WeightsError(
             "the weights must be those of an AutoencoderKL of diffusers (such as sd-vae-ft-mse), found "
             f"{len(state_dict)} tensors named {', '.join(sorted(state_dict)[:3])}, ..."

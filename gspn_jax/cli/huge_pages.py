@@ -64,7 +64,7 @@ def _is_ours(script: str | None) -> bool:
 def _glibc() -> tuple[int, ...]:
     """(2, 36); () where the C library is another one."""
     try:
-        name, version = os.confstr("CS_GNU_LIBC_VERSION").split()
+        name, version = (os.confstr("CS_GNU_LIBC_VERSION") or "").split()
     except (ValueError, OSError, AttributeError):
         return ()
     return tuple(map(int, version.split("."))) if name == "glibc" else ()

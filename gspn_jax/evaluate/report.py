@@ -101,7 +101,7 @@ def _by(size: Sequence[int]) -> str:
 
 def environment() -> dict[str, Any]:
     """Versions and devices, as JSON values."""
-    versions = {"python": platform.python_version()}
+    versions: dict[str, str | None] = {"python": platform.python_version()}
     for name in _PACKAGES:
         try:
             versions[name] = importlib.metadata.version(name)

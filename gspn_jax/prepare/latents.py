@@ -8,6 +8,7 @@ import logging
 import pathlib
 import shutil
 import time
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -16,6 +17,9 @@ from gspn_jax.data.ahead import read_ahead
 from gspn_jax.files import claim, replacing, sha256_of
 from gspn_jax.prepare.images import CHANNELS, ImageFlags
 from gspn_jax.small_files import DamagedFile, read_as
+
+if TYPE_CHECKING:
+    from gspn_jax import autoencoder
 
 log = logging.getLogger(__name__)
 

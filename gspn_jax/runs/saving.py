@@ -70,7 +70,7 @@ class Checkpoints:
         self._read_back = bool(agree(len(steps(config.run_dir))))
         self._promised: dict[int, bool] = {}
         self.evaluations = Evaluations(config.run_dir)
-        self._saving: pathlib.Path | None = None
+        self._saving = pathlib.Path()  # that of the step being saved
         self._writer = ocp.AsyncCheckpointer(
             ocp.CompositeCheckpointHandler(),
             async_options=ocp.options.AsyncOptions(post_finalization_callback=self._write_manifest),

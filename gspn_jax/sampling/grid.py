@@ -57,7 +57,7 @@ def grid(
     return canvas
 
 
-def _shorten(text: str, width: int, font: ImageFont.FreeTypeFont) -> str:
+def _shorten(text: str, width: int, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:
     """Cuts text that would run into its neighbour's."""
     while text and font.getlength(text) > width:
         text = text[:-1]

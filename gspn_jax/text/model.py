@@ -113,6 +113,7 @@ def encode(params: Params, config: TextConfig, ids: Int[Array, "B N"]) -> TextSt
         raise ValueError(f"ids must be [B, N] with N from 1 to {config.length}, found {list(ids.shape)}")
     x = params["embeddings.token_embedding.weight"][ids]
     x += params["embeddings.position_embedding.weight"][: ids.shape[1]].astype(x.dtype)
+    before = x
     for layer in range(config.layers):
         before = x
         x = _layer(params, f"encoder.layers.{layer}", config, x)

@@ -128,10 +128,10 @@ def _read_merges(path: pathlib.Path) -> list[tuple[str, str]]:
             lines = file.read().split("\n")[1:]
     except (OSError, ValueError, EOFError) as error:
         raise ConfigError(f"{path} must be a text file of merges, it cannot be read: {error}") from error
-    merges = [tuple(line.split()) for line in lines if line.strip()]
-    if not merges or any(len(pair) != 2 for pair in merges):
+    words = [line.split() for line in lines if line.strip()]
+    if not words or any(len(pair) != 2 for pair in words):
         raise ConfigError(f"{path} must hold a pair of words on each line after the first, found others")
-    return merges
+    return [(first, second) for first, second in words]
 
 
 def _from_merges(merges: list[tuple[str, str]]) -> tuple[dict[str, int], list[tuple[str, str]]]:
@@ -147,7 +147,7 @@ def _byte_characters() -> list[str]:
     return [*map(chr, visible), *(chr(256 + i) for i in range(256 - len(visible)))]
 
 
-def _from_tokenizer_json(path: pathlib.Path) -> tuple[dict[str, int], list[tuple[str, str]]]:
+def _from_tokenizer_json(path: pathlib.Path) -> tuple[dict[str, int], list[Any]]:
     model = read_json(path).get("model")
     if not isinstance(model, dict) or model.get("type") != "BPE" or not model.get("vocab"):
         raise ConfigError(f"{path} must hold a byte-pair encoding (model.type 'BPE'), found another model")

@@ -28,7 +28,7 @@ def encode_prompts(parts: Sequence[TextPart], prompts: Sequence[str]) -> TextCon
     side, and the pooled state of the second."""
     tokens = [part.tokenizer(prompts) for part in parts]
     states = [_encode(part.params, part.config, found.ids) for part, found in zip(parts, tokens, strict=True)]
-    cut = tuple(max(ends, key=len) for ends in zip(*(found.cut for found in tokens), strict=True))
+    cut: tuple[str, ...] = tuple(max(ends, key=len) for ends in zip(*(found.cut for found in tokens), strict=True))
     if len(parts) == 1:
         return TextConditions(states[0].last, None, cut)
     context = jnp.concatenate([state.penultimate for state in states], axis=-1)
