@@ -4,5 +4,15 @@ from gspn_jax.cli.config_files import load_config, parse_config
 from gspn_jax.cli.exits import INTERRUPTED, USAGE_ERROR, user_errors
 from gspn_jax.cli.hosts import join_other_hosts
 from gspn_jax.cli.process import setup
+from gspn_jax.cli.words import words
 
-__all__ = ["INTERRUPTED", "USAGE_ERROR", "join_other_hosts", "load_config", "parse_config", "setup", "user_errors"]
+__all__ = [
+    "INTERRUPTED",
+    "USAGE_ERROR",
+    "join_other_hosts",
+    "load_config",
+    "parse_config",
+    "setup",
+    "user_errors",
+    "words",
+]
