@@ -7,6 +7,8 @@ Every error is a `ConfigError` whose message is one sentence naming the field, w
 
 import dataclasses
 import math
+import os
+import re
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar, get_args, get_origin
 
@@ -111,6 +113,14 @@ def _positive(owner: Any, prefix: str, *names: str) -> None:
         _check(getattr(owner, name) > 0, f"{prefix}.{name}", "greater than 0", getattr(owner, name))
 
 
+def _put_homes(owner: Any, *names: str) -> None:
+    """Puts the user's home in place of a leading "~", which would otherwise be a folder of that name."""
+    for name in names:
+        value = getattr(owner, name)
+        if isinstance(value, str) and (value == "~" or value.startswith("~/")):
+            object.__setattr__(owner, name, os.path.expanduser(value))
+
+
 def _fraction(owner: Any, prefix: str, *names: str) -> None:
     for name in names:
         _check(0.0 <= getattr(owner, name) < 1.0, f"{prefix}.{name}", "in [0, 1)", getattr(owner, name))
@@ -187,6 +197,7 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         check_numbers(self, "data")
+        _put_homes(self, "path")
         _one_of("data.source", self.source, SOURCES)
         _one_of("data.bad_images", self.bad_images, ("error", "skip"))
         _positive(self, "data", "image_size", "channels", "num_classes")
@@ -399,6 +410,7 @@ class EvalConfig:
 
     def __post_init__(self) -> None:
         check_numbers(self, "eval")
+        _put_homes(self, "reference", "inception", "vae")
         _check(self.every >= 0, "eval.every", "0 or more", self.every)
         _check(self.num_samples > 3, "eval.num_samples", "4 or more", self.num_samples)
         _check(
@@ -515,6 +527,8 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         _check(bool(self.run_dir), "run_dir", "a folder", self.run_dir)
+        _check(not re.match(r"[A-Za-z][\w.+-]*://", self.run_dir), "run_dir", "a folder of this machine", self.run_dir)
+        _put_homes(self, "run_dir")
         _check(
             self.optimizer.warmup_steps <= self.train.steps,
             "optimizer.warmup_steps",

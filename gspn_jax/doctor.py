@@ -54,7 +54,7 @@ def main(argv: list[str] | None = None) -> None:
     from gspn_jax.data import DataError
     from gspn_jax.state_dict import WeightsError
 
-    argv = sys.argv[1:] if argv is None else argv
+    argv = cli.words(argv)
     if argv and argv[0] in ("-h", "--help"):
         print(__doc__)
         return

@@ -86,7 +86,7 @@ def main(argv: list[str] | None = None, *, program: str = "gspn-sample") -> None
     from gspn_jax.state_dict import WeightsError
 
     with cli.user_errors(DataError, CheckpointError, WeightsError, ImportError):
-        argv = cli.join_other_hosts(argv)
+        argv = cli.join_other_hosts(cli.words(argv))
         run(*_parse(argv, program))
 
 

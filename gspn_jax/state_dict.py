@@ -53,7 +53,9 @@ class Weights(NamedTuple):
     tensors: dict[str, np.ndarray]
     """float32, by name."""
     wrapper: str | None
-    """The key of `WRAPPERS` under which they lay, the innermost; None for a file of nothing else."""
+    """The key of `WRAPPERS` under which they lay: that of the average, or else the innermost; None without one."""
+    types: tuple[str, ...]
+    """In which they are stored, such as "bfloat16"."""
     settings: dict[str, Any]
     """Arguments of the training that a checkpoint carries beside them."""
 
@@ -81,7 +83,8 @@ def read_weights(path: str | pathlib.Path) -> Weights:
         raise WeightsError(f"{path} must hold a state_dict (names to tensors), found something else")
     convert = _float32 if path.suffix == ".safetensors" else _from_torch
     tensors = {str(name): convert(value, f"{name!r} of {path}") for name, value in content.items()}
-    return Weights(tensors, wrapper, dict(settings) if isinstance(settings, Mapping) else {})
+    types = sorted({str(value.dtype).removeprefix("torch.") for value in content.values()})
+    return Weights(tensors, wrapper, tuple(types), dict(settings) if isinstance(settings, Mapping) else {})
 
 
 def refuse_pointer(path: pathlib.Path) -> None:

@@ -19,7 +19,7 @@ def main(argv: list[str] | None = None, *, program: str = "gspn-train") -> None:
     from gspn_jax.training.train import train
 
     with cli.user_errors(DataError, CheckpointError):
-        argv = cli.join_other_hosts(argv)
+        argv = cli.join_other_hosts(cli.words(argv))
         config = cli.parse_config(argv, program=program, description="Train a class-conditional denoiser.")
         try:
             train(config)

@@ -4,6 +4,7 @@ from gspn_jax.cli.config_files import load_config, parse, parse_config
 from gspn_jax.cli.exits import INTERRUPTED, USAGE_ERROR, user_errors
 from gspn_jax.cli.hosts import join_other_hosts
 from gspn_jax.cli.process import setup
+from gspn_jax.cli.words import words
 
 __all__ = [
     "INTERRUPTED",
@@ -14,4 +15,5 @@ __all__ = [
     "parse_config",
     "setup",
     "user_errors",
+    "words",
 ]

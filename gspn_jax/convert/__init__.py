@@ -9,8 +9,6 @@ what `export` wrote; sample.py and `python -m gspn_jax.evaluate` take it as any 
 one checkpoint as model.safetensors, with a model card in README.md. Nothing that exists is overwritten.
 """
 
-import sys
-
 from gspn_jax import cli, extras
 from gspn_jax.config import ConfigError
 
@@ -26,7 +24,7 @@ def main(argv: list[str] | None = None) -> None:
     from gspn_jax.runs.checkpoints import CheckpointError
     from gspn_jax.state_dict import WeightsError
 
-    argv = sys.argv[1:] if argv is None else argv
+    argv = cli.words(argv)
     command = argv[0] if argv else "--help"
     with cli.user_errors(CheckpointError, WeightsError, ImportError):
         if command in ("-h", "--help"):

@@ -1,6 +1,7 @@
 """A file of weights -> a run directory: of the original DiT or SiT, or of what `export` wrote."""
 
 import dataclasses
+import logging
 import pathlib
 import re
 from collections.abc import Mapping
@@ -31,6 +32,8 @@ from gspn_jax.runs import averages, checkpoints, manifest, readback
 from gspn_jax.runs.digest import digest_of
 from gspn_jax.small_files import DamagedFile, parse, typed
 from gspn_jax.state_dict import AVERAGES, Weights, WeightsError, layer_numbers, read_weights
+
+log = logging.getLogger(__name__)
 
 DIT_EMA_DECAY, DIT_BATCH_SIZE = 0.9999, 256
 """Of the published checkpoints (arXiv 2212.09748, section 4), which hold the average only."""
@@ -76,6 +79,8 @@ def import_weights(arguments: Import) -> None:
     readback.check_path(output, "--output")
     header = _header(arguments.weights)
     weights = read_weights(arguments.weights)
+    where = f" under {weights.wrapper!r}" if weights.wrapper else ""
+    log.info("%s holds %d tensors of %s%s", arguments.weights, len(weights.tensors), ", ".join(weights.types), where)
     try:
         if header is None:
             step, config, params = arguments.step or 0, *_of_dit(weights, arguments)
@@ -99,7 +104,8 @@ def import_weights(arguments: Import) -> None:
         f"{_average(config)}, in {output}: it can be sampled and evaluated, not trained on"
     )
     if header is None and arguments.objective is None:
-        print("it was taken for a model of DDPM: a SiT has the same names and needs --objective flow")
+        objective = config.diffusion.objective
+        log.info("it was taken for a model of %s: a SiT has a DiT's names and needs --objective flow", objective)
 
 
 def _described(config: Config) -> str:

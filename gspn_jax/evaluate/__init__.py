@@ -58,7 +58,7 @@ def main(argv: list[str] | None = None) -> None:
     extras.require("eval", "tyro", by=PROGRAM)
     import tyro
 
-    argv = sys.argv[1:] if argv is None else list(argv)
+    argv = cli.words(argv)
     cli.setup()
     from gspn_jax.data import DataError
     from gspn_jax.runs.checkpoints import CheckpointError

@@ -88,7 +88,9 @@ def header(path: str | pathlib.Path, name: str) -> Header:
     except (*_DAMAGE, KeyError) as error:
         raise ConfigError(f"{name!r} in {path} cannot be read: {error}") from error
     found = Header(shape, fortran, dtype, about.compress_size)
-    if min(shape, default=0) < 0 or (not dtype.hasobject and found.bytes != length):
+    if dtype.hasobject:
+        raise ConfigError(f"{name!r} in {path} cannot be read: it holds Python objects, whose code is not run")
+    if min(shape, default=0) < 0 or found.bytes != length:
         raise ConfigError(
             f"{name!r} in {path} cannot be read: it claims {dtype} {list(shape)} and holds {length:,} bytes"
         )
@@ -109,7 +111,7 @@ def read(
         len(found.shape) != len(shape)
         or any(want not in (None, have) for want, have in zip(shape, found.shape, strict=True))
     )
-    if wrong_shape or (kinds is not None and found.dtype.kind not in kinds and not found.dtype.hasobject):
+    if wrong_shape or (kinds is not None and found.dtype.kind not in kinds):
         wanted = "numbers" if kinds and "f" in kinds else {"iu": "integers", "U": "text"}.get(kinds, "an array")
         sizes = "" if shape is None else f" [{', '.join('N' if one is None else str(one) for one in shape)}]"
         raise ConfigError(f"{name!r} in {path} must be {wanted}{sizes}, found {found.dtype} {list(found.shape)}")

@@ -15,7 +15,6 @@ number of hosts. `inception` makes of the weights that pytorch-fid publishes a f
 """
 
 import os
-import sys
 
 from gspn_jax import cli, extras
 from gspn_jax.config import ConfigError
@@ -35,7 +34,7 @@ def main(argv: list[str] | None = None) -> None:
     from gspn_jax.data import DataError
     from gspn_jax.state_dict import WeightsError
 
-    argv = sys.argv[1:] if argv is None else argv
+    argv = cli.words(argv)
     command = argv[0] if argv else "--help"
     with cli.user_errors(DataError, WeightsError, ImportError):
         if command in ("-h", "--help"):
