@@ -1,5 +1,10 @@
 """What the commands share: flags and config files, hosts, log lines, exit codes and errors as one sentence."""
 
+from gspn_jax.cli import command, interrupts
+
+if command.is_command():
+    interrupts.end_at_once()  # before all that follows is imported
+
 from gspn_jax.cli.config_files import load_config, parse, parse_config
 from gspn_jax.cli.exits import INTERRUPTED, USAGE_ERROR, user_errors
 from gspn_jax.cli.hosts import join_other_hosts

@@ -36,21 +36,13 @@ def load_config(name: str | pathlib.Path, cls: type[C] = Config) -> C:
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
-    except ConfigError:
+        config = getattr(module, "config", None)
+    except (ConfigError, KeyboardInterrupt):
         raise
-    except (
-        SyntaxError,
-        NameError,
-        TypeError,
-        ImportError,
-        AttributeError,
-        LookupError,
-        ValueError,
-        ArithmeticError,
-    ) as error:
-        found = f"{type(error).__name__}: {error}"
+    except BaseException as error:  # it is a program of its own: it may raise anything, or leave
+        said = str(error).strip().splitlines() or ["no message"]
+        found = f"{type(error).__name__}: {said[0]}"
         raise ConfigError(f"{path} must define `config = {cls.__name__}(...)`, found {found}") from error
-    config = getattr(module, "config", None)
     if not isinstance(config, cls):
         raise ConfigError(f"{path} must define `config = {cls.__name__}(...)`, found {type(config).__name__}")
     return config

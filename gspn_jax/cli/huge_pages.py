@@ -13,12 +13,12 @@ import pathlib
 import sys
 from collections.abc import Iterable, Mapping
 
+from gspn_jax.cli.command import is_command
+
 TUNABLE = "glibc.malloc.hugetlb"
 OLDEST_GLIBC = (2, 35)
 SETTING = pathlib.Path("/sys/kernel/mm/transparent_hugepage/enabled")
 ACCELERATORS = ("/dev/nvidiactl", "/dev/kfd", "/dev/accel0", "/dev/vfio")
-COMMANDS = ("gspn-train", "gspn-sample")
-PACKAGE = pathlib.Path(__file__).resolve().parents[1]
 
 
 def restart_with_them() -> None:
@@ -27,7 +27,7 @@ def restart_with_them() -> None:
 
     GLIBC_TUNABLES=glibc.malloc.hugetlb=0 in the environment keeps a command as it is.
     """
-    if not sys.platform.startswith("linux") or not _is_ours(getattr(sys.modules["__main__"], "__file__", None)):
+    if not sys.platform.startswith("linux") or not is_command():
         return
     if "jax" in sys.modules or sys.gettrace():  # too late, or under a debugger
         return
@@ -50,15 +50,6 @@ def tunables(
     if not on_cpu or TUNABLE in given or glibc < OLDEST_GLIBC or "[madvise]" not in setting:
         return None
     return f"{given}:{TUNABLE}=1" if given else f"{TUNABLE}=1"
-
-
-def _is_ours(script: str | None) -> bool:
-    """Whether a file is an entry script, a benchmark, a module of the package or an installed command."""
-    if script is None:
-        return False
-    path = pathlib.Path(script).resolve()
-    ours = path.parent in (PACKAGE.parent, PACKAGE.parent / "benchmarks") or path.is_relative_to(PACKAGE)
-    return ours or path.name in COMMANDS
 
 
 def _glibc() -> tuple[int, ...]:

@@ -4,6 +4,8 @@ import logging
 import sys
 import warnings
 
+from gspn_jax.cli import interrupts
+
 
 def show() -> None:
     """Sets the root logger's form and the levels of our loggers."""
@@ -23,7 +25,8 @@ def quiet_failed_saves() -> None:
     report = sys.unraisablehook
 
     def report_others(what) -> None:
-        if not (what.exc_type is RuntimeError and str(what.exc_value) == "Event loop is closed"):
+        closed = what.exc_type is RuntimeError and str(what.exc_value) == "Event loop is closed"
+        if not closed and not interrupts.again(what):
             report(what)
 
     sys.unraisablehook = report_others

@@ -6,18 +6,20 @@ import os
 import pathlib
 import sys
 
-from gspn_jax.cli import child, hosts, huge_pages, log_lines, streams
+from gspn_jax.cli import child, command, hosts, huge_pages, interrupts, log_lines, streams
 
 
 def setup() -> None:
     """Makes the process ready; called first, before JAX is imported. In this order:
 
-    streams that are closed go nowhere (`streams`); on a CPU the command starts again with large pages (`huge_pages`);
-    one of several hosts goes on in a child process (`child`); a flag of XLA is set (`set_xla_flags`); log lines go to
-    stderr, and failed saves are quiet (`log_lines`); JAX's compilation cache goes to the disk
-    (JAX_COMPILATION_CACHE_DIR moves it).
+    Ctrl-C ends it with a line (`interrupts`); streams can be written (`streams`); on a CPU the command starts again
+    with large pages (`huge_pages`); one of several hosts goes on in a child process (`child`); a flag of XLA is set
+    (`set_xla_flags`); log lines go to stderr, and failed saves are quiet (`log_lines`); JAX's compilation cache goes to
+    the disk (JAX_COMPILATION_CACHE_DIR moves it).
     """
-    streams.open_closed_ones()
+    if command.is_command():
+        interrupts.end_at_once()
+    streams.prepare()
     huge_pages.restart_with_them()
     if hosts.is_one_of_several() and "jax" not in sys.modules:
         child.watch_over_child()
@@ -28,8 +30,12 @@ def setup() -> None:
 
 
 def set_compilation_cache() -> None:
-    cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME", pathlib.Path.home() / ".cache")) / "gspn_jax" / "jax"
-    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache))
+    """That of the user; none for a user without a home, and who names one in JAX_COMPILATION_CACHE_DIR has it."""
+    try:
+        cache = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
+    except RuntimeError:  # no HOME, and no such user
+        return
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(pathlib.Path(cache) / "gspn_jax" / "jax"))
 
 
 SLICE_FUSION = "--xla_gpu_enable_dynamic_slice_fusion"

@@ -74,7 +74,7 @@ def export_weights(arguments: Export) -> None:
             weights=folder / WEIGHTS,
             scores=scores,
         )
-        (folder / CARD).write_text(text)
+        (folder / CARD).write_text(text, encoding="utf-8")
     print(f"step {step}, {'the parameters themselves' if decay == 0 else f'EMA {decay:g}'}, in {output}")
 
 

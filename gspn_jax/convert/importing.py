@@ -18,7 +18,7 @@ from gspn_jax.config import (
     DataConfig,
     DiffusionConfig,
     ModelConfig,
-    Objective,
+    ObjectiveName,
     SamplerConfig,
     TrainConfig,
     check_numbers,
@@ -58,7 +58,7 @@ class Import:
     """Attention heads of a DiT whose width and depth are those of no preset."""
     image_size: int | None = None
     """Side of the latents of a DiT whose file has no pos_embed."""
-    objective: Objective | None = None
+    objective: ObjectiveName | None = None
     """What a model of DiT's names was trained for: flow for SiT (linear path, velocity), ddpm for DiT (the default)."""
     null_row: Literal["last", "none"] | None = None
     """Whether the table of classes ends in the null class of guidance, or has none (trained without label dropout).
@@ -229,7 +229,7 @@ def dit_config(
     heads: int | None = None,
     image_size: int | None = None,
     step: int = 0,
-    objective: Objective = "ddpm",
+    objective: ObjectiveName = "ddpm",
     null_row: Literal["last", "none"] | None = None,
     average: bool = True,
 ) -> Config:

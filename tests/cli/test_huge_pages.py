@@ -48,9 +48,9 @@ def run(tmp_path, folder, *argv):
     script = tmp_path / "command.py"
     script.write_text(
         "import os, pathlib, sys\n"
-        "from gspn_jax.cli import huge_pages\n"
+        "from gspn_jax.cli import command, huge_pages\n"
         f"huge_pages.SETTING = pathlib.Path({str(tmp_path / 'setting')!r})\n"
-        f"huge_pages.PACKAGE = pathlib.Path({str(folder)!r})\n"
+        f"command.PACKAGE = {str(folder)!r}\n"
         "huge_pages._glibc, huge_pages.ACCELERATORS = (lambda: (2, 36)), ()\n"
         "print('started', flush=True)\n"
         "huge_pages.restart_with_them()\n"

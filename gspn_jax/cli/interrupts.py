@@ -1,0 +1,45 @@
+"""Ctrl-C while a command has nothing to save yet: one line, no traceback."""
+
+import _thread
+import os
+import signal
+import threading
+from types import FrameType
+
+CODE = 130
+"""Exit code after Ctrl-C, as a shell has it: 128 + SIGINT."""
+LINE = "stopped by Ctrl-C\n"
+
+
+def end_at_once() -> None:
+    """From now on Ctrl-C ends the process with a line: while modules are imported, nothing else could be said of it.
+
+    Leaves alone what another program, or a debugger, has made of it.
+    """
+    if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGINT) in _OURS:
+        signal.signal(signal.SIGINT, _end)
+
+
+def raise_them() -> None:
+    """From now on Ctrl-C raises KeyboardInterrupt, so that what is half written is removed; see `user_errors`."""
+    if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGINT) is _end:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def again(what) -> bool:
+    """Whether `what`, of `sys.unraisablehook`, is a KeyboardInterrupt that was raised where nobody can catch it, as in
+    a destructor; it is then raised once more."""
+    if what.exc_type is not KeyboardInterrupt:
+        return False
+    timer = threading.Timer(0.05, _thread.interrupt_main)
+    timer.daemon = True
+    timer.start()
+    return True
+
+
+def _end(_number: int, _frame: FrameType | None) -> None:
+    os.write(2, LINE.encode())
+    os._exit(CODE)
+
+
+_OURS = (signal.default_int_handler, _end)
