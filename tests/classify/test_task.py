@@ -143,7 +143,7 @@ def test_weights_go_out_with_a_card_and_come_back(run, tmp_path, capsys):
     jax.tree.map(np.testing.assert_array_equal, ours.sets, theirs.sets)
     assert theirs.class_names == tiny.CLASSES and theirs.step == 4
     card = (tmp_path / "released" / "README.md").read_text()
-    assert "| license | apache-2.0 |" in card and "top-1" in card and str(tmp_path) not in card
+    assert 'license: "apache-2.0"' in card and "top-1" in card and str(tmp_path) not in card
     with pytest.raises(ConfigError, match="choose from a run directory"):
         weights.read(str(tmp_path / "released"), one_device(), step=4)
 
@@ -187,7 +187,7 @@ def test_weights_of_another_network_and_of_the_release_are_refused(run, tmp_path
             ["evaluate", "--run", "RUN", "--images", "ROOT/few"],
             "must have the 3 classes that the network is trained on",
         ),
-        (["evaluate", "--run", "RUN", "--images", "ROOT/empty"], "found no JPEG or PNG file"),
+        (["evaluate", "--run", "RUN", "--images", "ROOT/empty"], "found no JPEG, PNG, WebP"),
         (["evaluate", "--run", "ROOT/few", "--images", "ROOT/val"], "no checkpoint in"),
         (["evaluate", "--run", "RUN", "--images", "ROOT/val", "--ema", "0.5"], "must be one that the run kept"),
         (["predict", "--run", "RUN", "--images", "/nowhere"], "found nothing at '/nowhere'"),
