@@ -103,6 +103,7 @@ def test_a_metric_of_another_network_is_scored_in_training_and_by_the_command(tr
         wanted = 2 * (samples["arr_0"].mean() - reference["arr_0"].mean()) / 255
     found = json.loads((tmp_path / "r.json").read_text())["metrics"]
     assert found == {"glare": pytest.approx(wanted, abs=1e-5)}
+    assert last[0]["eval/glare"] == pytest.approx(wanted, abs=1e-5)  # of the same five images, none counted twice
 
 
 def test_a_run_of_toys_is_sampled_by_the_command(trained, tmp_path, monkeypatch, capsys):
