@@ -12,10 +12,10 @@ import re
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar, get_args, get_origin
 
-from gspn_jax.tables import MIXERS, OBJECTIVES, SAMPLERS, SOURCES, Choice, Table, samplers_of
+from gspn_jax.tables import METRICS, MIXERS, OBJECTIVES, SAMPLERS, SOURCES, Choice, Table, samplers_of
 
 if TYPE_CHECKING:
-    SourceName = MixerName = ObjectiveName = SamplerName = str
+    SourceName = MixerName = ObjectiveName = SamplerName = MetricName = str
 else:  # the command line offers the table's names as they are when it reads its flags
 
     class SourceName(Choice):
@@ -30,12 +30,14 @@ else:  # the command line offers the table's names as they are when it reads its
     class SamplerName(Choice):
         table = SAMPLERS
 
+    class MetricName(Choice):
+        table = METRICS
+
 
 Layout = Literal["paper", "dit"]
 Backend = Literal["scan", "mosaic_gpu"]
 Precision = Literal["params=float32,compute=bfloat16", "params=float32,compute=float32"]
 Remat = Literal["none", "dots", "names", "full"]
-Metric = Literal["fid", "sfid", "is", "kid", "precision", "recall"]
 
 CHANGEABLE = ("data", "train.batch_size", "train.accumulate", "train.seed")
 """What `train.allow_change` can name."""
@@ -395,12 +397,14 @@ class EvalConfig:
     """Evaluates every so many steps and at the last; 0 is never."""
     num_samples: int = 10_000
     """Published numbers are of 50,000; fewer give a higher FID, which still tells checkpoints apart."""
-    metrics: tuple[Metric, ...] = ("fid",)
+    metrics: tuple[MetricName, ...] = ("fid",)
     """With "fid", the checkpoint of the lowest one is kept for good beside the latest."""
     reference: str | None = None
     """Reference statistics (.npz), such as `python -m gspn_jax.prepare stats` makes; only "is" needs none."""
     inception: str | None = None
     """Weights of Inception-v3 of 2015 (.pth or .safetensors)."""
+    networks: tuple[str, ...] = ()
+    """NAME=FILE: weights of other feature networks."""
     vae: str | None = None
     """Weights of the autoencoder that decodes the samples of a run on latents."""
     batch_size: int = 64
@@ -428,7 +432,7 @@ class EvalConfig:
             self.metrics,
         )
         for name in self.metrics:
-            _one_of("eval.metrics", name, get_args(Metric))
+            _one_of("eval.metrics", name, METRICS)
         _positive(self, "eval", "batch_size")
         _check(
             self.guidance_scale is None or self.guidance_scale >= 0,
@@ -613,7 +617,7 @@ class Config(RunConfig):
             self.eval.ema,
         )
         _check(
-            self.eval.reference is not None or self.eval.metrics == ("is",),
+            self.eval.reference is not None or not any(METRICS[name].needs for name in self.eval.metrics),
             "eval.reference",
             f"a file of reference statistics for eval.metrics {self.eval.metrics}",
             self.eval.reference,

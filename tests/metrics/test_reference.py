@@ -5,13 +5,16 @@ import types
 import numpy as np
 import pytest
 
+from gspn_jax import tables
 from gspn_jax.config import ConfigError
 from gspn_jax.metrics import npz
 from gspn_jax.metrics.npz import StoredImages
-from gspn_jax.metrics.reference import METRICS, read_reference
+from gspn_jax.metrics.reference import read_reference
 
 POOL, SPATIAL = 2048, 2023
 IMAGES = np.random.default_rng(0).integers(0, 256, (11, 6, 5, 3), np.uint8)
+
+METRICS = tuple(tables.METRICS)
 
 
 def gaussian(size, names, value=1.0):
@@ -74,7 +77,7 @@ def test_the_sentence_for_what_is_missing(tmp_path):
 
 def test_what_a_file_has_as_images_only_is_computed_once_and_the_rest_left_alone(tmp_path):
     np.savez(tmp_path / "ref.npz", arr_0=IMAGES, **gaussian(POOL, ("mu", "sigma")))
-    found = read_reference(tmp_path / "ref.npz").complete(("fid", "sfid", "kid"), features_of, 8)
+    found = read_reference(tmp_path / "ref.npz").complete(("fid", "sfid", "kid"), {"inception": features_of}, 8)
     np.testing.assert_array_equal(found.pool.mean, np.ones(POOL))  # of the full set, as the file has it
     truth = [features_of(IMAGES[i : i + 1])[0] for i in range(len(IMAGES))]
     np.testing.assert_allclose(found.features, [f.pool[0] for f in truth], rtol=1e-6)
@@ -85,7 +88,7 @@ def test_what_a_file_has_as_images_only_is_computed_once_and_the_rest_left_alone
     def never(images):
         raise AssertionError
 
-    assert found.complete(METRICS, never, 8) is found
+    assert found.complete(METRICS, {"inception": never}, 8) is found
 
 
 @pytest.mark.parametrize("compressed", [False, True])

@@ -9,10 +9,12 @@ import pytest
 from PIL import Image
 from safetensors.numpy import save_file
 
-from gspn_jax import prepare
+from gspn_jax import prepare, tables
 from gspn_jax.metrics import extractor, inception, reference
-from gspn_jax.metrics.reference import METRICS, read_reference
+from gspn_jax.metrics.reference import read_reference
 from gspn_jax.prepare import stats
+
+METRICS = tuple(tables.METRICS)
 
 SIDE, COUNT = 12, 11
 
