@@ -496,6 +496,17 @@ class ProfileConfig:
         return int(first), int(last)
 
 
+@dataclasses.dataclass(frozen=True)
+class LogConfig:
+    """What is logged beside the progress line, metrics.jsonl and TensorBoard events of the run directory."""
+
+    wandb: str | None = None
+    """The project of Weights & Biases that gets metrics, pictures and config, too; WANDB_MODE=offline holds."""
+
+    def __post_init__(self) -> None:
+        _check(self.wandb != "", "log.wandb", "the name of a project, or None", self.wandb)
+
+
 Values = dict[str, Any]
 """A config as plain JSON values."""
 
@@ -511,6 +522,7 @@ class RunConfig:
     train: TrainConfig = TrainConfig()
     guard: GuardConfig = GuardConfig()
     profile: ProfileConfig = ProfileConfig()
+    log: LogConfig = LogConfig()
 
     TASK: ClassVar[str]
     """The name by which a saved config is known to be of this class."""

@@ -6,6 +6,7 @@ import pathlib
 import jax
 from jax.sharding import Mesh
 
+from gspn_jax import extras
 from gspn_jax.config import Config, RunConfig
 from gspn_jax.parallel import sharding
 from gspn_jax.runs import readback, same_hosts
@@ -23,6 +24,7 @@ from gspn_jax.training.state import abstract_state, create_state
 from gspn_jax.training.step import make_step
 from gspn_jax.training.task import Task
 from gspn_jax.training.throughput import Throughput, peak_flops
+from gspn_jax.training.weights_and_biases import wandb_log
 
 logger = logging.getLogger(__name__)
 
@@ -41,6 +43,8 @@ def train_task(task: Task) -> pathlib.Path:
     """
     # --- what can be wrong is found first
     config = task.config
+    if config.log.wandb:
+        extras.require("wandb", "wandb", by="--log.wandb")
     readback.check_path(config.run_dir, "run_dir")
     mesh = sharding.make_mesh(config.mesh)
     sharding.check_batch(config, mesh)
@@ -52,7 +56,11 @@ def train_task(task: Task) -> pathlib.Path:
     run_dir.mkdir(parents=True, exist_ok=True)
 
     # a signal is noted until the last save is on the disk
-    with Stop() as stop, Checkpoints(config, source.fingerprint, source.class_names) as checkpoints:
+    with (
+        Stop() as stop,
+        Checkpoints(config, source.fingerprint, source.class_names) as checkpoints,
+        wandb_log(config) as wandb,
+    ):
         # --- state: the latest checkpoint, or born sharded
         target = abstract_state(task, mesh)
         first_step, state = checkpoints.restore(target) or (0, create_state(task, mesh))
@@ -65,7 +73,7 @@ def train_task(task: Task) -> pathlib.Path:
 
         with (
             RunLog(
-                run_dir, start_step=first_step, steps=config.train.steps, enabled=jax.process_index() == 0
+                run_dir, start_step=first_step, steps=config.train.steps, enabled=jax.process_index() == 0, wandb=wandb
             ) as run_log,
             Batches(task, source, mesh) as batches,
         ):
