@@ -175,7 +175,7 @@ class ModelConfig:
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    """Where images come from: "digits" (scikit-learn's, embedded), "folder" (one folder a class), "tfds", "records"
+    """Source of the images: "digits" (scikit-learn's, embedded), "folder" (one folder a class), "tfds", "records"
     (decoded images that `gspn_jax.prepare images` wrote), or "latents" (VAE moments that `gspn_jax.prepare latents`
     wrote; `image_size` and `channels` are then those of the latents)."""
 
@@ -227,7 +227,7 @@ class DataConfig:
 
     @property
     def latents(self) -> bool:
-        """Whether images are latents of an autoencoder: floats in their final scale, to be decoded to be looked at."""
+        """Tells whether images are latents of an autoencoder: floats in their final scale, looked at once decoded."""
         return self.source == "latents"
 
 
@@ -253,7 +253,7 @@ class DiffusionConfig:
 
 @dataclasses.dataclass(frozen=True)
 class SamplerConfig:
-    """How images are drawn. `name` None is the objective's own: "ddpm" for ddpm, "heun" for flow."""
+    """Settings of sampling. `name` None is the objective's own: "ddpm" for ddpm, "heun" for flow."""
 
     name: SamplerName | None = None
     steps: int = 250
@@ -447,7 +447,7 @@ class EvalConfig:
 
 @dataclasses.dataclass(frozen=True)
 class GuardConfig:
-    """What a run does when its numbers go bad. A spike is looked for when losses are logged, before they are saved."""
+    """Answers to numbers that go bad. A spike is looked for when losses are logged, before they are saved."""
 
     nonfinite: Literal["stop", "skip"] = "stop"
     """A loss or gradient that is not finite: stop before its update, or leave that update out and count it."""
@@ -513,7 +513,7 @@ Values = dict[str, Any]
 
 @dataclasses.dataclass(frozen=True)
 class RunConfig:
-    """What a run of any task has; each task has a class of its own that adds to it. `run_dir` receives checkpoints,
+    """Settings that a run of any task has; each task adds its own in a class. `run_dir` receives checkpoints,
     logs and pictures."""
 
     run_dir: str

@@ -48,7 +48,7 @@ class WeightsError(ValueError):
 
 
 class Weights(NamedTuple):
-    """What a file of weights holds."""
+    """Contents of a file of weights."""
 
     tensors: dict[str, np.ndarray]
     """float32, by name."""

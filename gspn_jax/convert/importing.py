@@ -233,7 +233,7 @@ def dit_config(
     null_row: Literal["last", "none"] | None = None,
     average: bool = True,
 ) -> Config:
-    """What the tensors of an original DiT tell of it, on latents, with DiT's diffusion: 1,000 steps of linear betas.
+    """Config that the tensors of an original DiT tell, on latents, with DiT's diffusion: 1,000 steps of linear betas.
 
     Samples are drawn as behind DiT's published numbers: 250 DDPM steps (or Heun steps of a SiT), guidance of three of
     four channels, float32. `average` tells whether they are an average of the parameters.

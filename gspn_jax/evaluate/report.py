@@ -59,7 +59,7 @@ def unfair(
     reference_size: tuple[int, int] | None,
     classes: Int[np.ndarray, " N"] | None,
 ) -> list[str]:
-    """Why the metrics `names` of `count` images of `size` would not compare with published ones; a sentence each.
+    """Reasons why metrics `names` of `count` images of `size` would not compare with published ones; a sentence each.
 
     `classes` are those of the images in their order, asked for or predicted.
     """
@@ -83,7 +83,7 @@ def unfair(
 
 
 def sorted_by_class(classes: Int[np.ndarray, " N"]) -> bool:
-    """Whether equal classes stand side by side far more often than in a random order."""
+    """Tells whether equal classes stand side by side far more often than in a random order."""
     if len(classes) < 2:
         return False
     shares = np.unique(classes, return_counts=True)[1] / len(classes)

@@ -1,4 +1,4 @@
-"""What every evaluation shares: its flags, and images in, metrics out."""
+"""Parts that every evaluation shares: its flags, and images in, metrics out."""
 
 import contextlib
 import dataclasses
@@ -33,7 +33,7 @@ FEWEST = 4
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ScoreFlags:
-    """What to compute, and against what."""
+    """Flags of what is computed, and against what."""
 
     inception: str | None = None
     """The Inception-v3 weights of 2015: pytorch-fid's .pth, or .safetensors made of it by gspn_jax.prepare."""
@@ -98,7 +98,7 @@ class Scorer:
 
     @property
     def reference(self) -> dict[str, Any] | None:
-        """What of the reference belongs into a result, as JSON values."""
+        """Description of the reference in a result, as JSON values."""
         if self._reference is None:
             return None
         return {
@@ -109,7 +109,7 @@ class Scorer:
         }
 
     def settings(self) -> dict[str, Any]:
-        """What decides a result beside the samples."""
+        """Settings that decide a result beside the samples."""
         reference = self.reference
         return {
             "reference_sha256": reference and reference["sha256"],

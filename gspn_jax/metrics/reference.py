@@ -42,8 +42,9 @@ Extract = Callable[[UInt8[np.ndarray, "n H W 3"]], "tuple[Features, Bool[Array, 
 
 @dataclasses.dataclass(frozen=True)
 class Reference:
-    """What samples are compared with. `pool` and `spatial`: the Gaussians of FID and sFID. `features`: pool features
-    of single images, for KID, precision and recall. `images`: those that a file holds in place of what is missing."""
+    """Statistics that samples are compared with. `pool` and `spatial`: the Gaussians of FID and sFID. `features`: pool
+    features of single images, for KID, precision and recall. `images`: those that a file holds in place of
+    what is missing."""
 
     path: str
     sha256: str

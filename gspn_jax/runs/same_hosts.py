@@ -1,4 +1,4 @@
-"""Whether the hosts that are about to work together do the same, with the same code."""
+"""Check that the hosts that are about to work together do the same, with the same code."""
 
 import dataclasses
 import hashlib

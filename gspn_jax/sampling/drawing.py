@@ -112,7 +112,7 @@ class Drawing:
         self._bar.update(max(0, self._batches * total + evaluations - self._bar.n))
 
     def settings(self) -> dict[str, Any]:
-        """What an image depends on beside its seed, number and label, as JSON values; `images_seen` in training."""
+        """Settings that decide an image beside seed, number and label, as JSON values; `images_seen` in training."""
         config = self._config
         sampler = dataclasses.asdict(config.sampler) | {
             "name": sampler_name(config.sampler, config.diffusion),

@@ -1,4 +1,4 @@
-"""What a run writes for people: the progress line, metrics.jsonl (the source of truth), TensorBoard events, wandb."""
+"""Records of a run for people: the progress line, metrics.jsonl (the source of truth), TensorBoard events, wandb."""
 
 import contextlib
 import json
