@@ -46,10 +46,11 @@ def train_task(task: Task) -> pathlib.Path:
     if config.log.wandb:
         extras.require("wandb", "wandb", by="--log.wandb")
     readback.check_path(config.run_dir, "run_dir")
+    same_hosts.check(config)
     mesh = sharding.make_mesh(config.mesh)
     sharding.check_batch(config, mesh)
     source = task.source()
-    same_hosts.check(config, source.fingerprint, source.class_names)
+    same_hosts.check_data(source.fingerprint, source.class_names)
     evaluation = task.evaluation(mesh)
     frozen = task.frozen(mesh)
     run_dir = pathlib.Path(config.run_dir)
