@@ -31,7 +31,7 @@ from gspn_jax.models.convert import dit_from_sit, dit_from_torch
 from gspn_jax.runs import averages, checkpoints, manifest, readback
 from gspn_jax.runs.digest import digest_of
 from gspn_jax.small_files import DamagedFile, parse, typed
-from gspn_jax.state_dict import AVERAGES, Weights, WeightsError, layer_numbers, read_weights
+from gspn_jax.state_dict import AVERAGES, Weights, WeightsError, layer_numbers, read_weights, refuse_pointer
 
 log = logging.getLogger(__name__)
 
@@ -138,6 +138,7 @@ def _header(path: str) -> dict[str, Any] | None:
         return None
     from safetensors import SafetensorError, safe_open
 
+    refuse_pointer(pathlib.Path(path))
     try:
         with safe_open(path, "numpy") as file:
             text = (file.metadata() or {}).get(HEADER)
