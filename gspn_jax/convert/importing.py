@@ -18,7 +18,6 @@ from gspn_jax.config import (
     DataConfig,
     DiffusionConfig,
     ModelConfig,
-    ObjectiveName,
     SamplerConfig,
     TrainConfig,
     check_numbers,
@@ -58,7 +57,7 @@ class Import:
     """Attention heads of a DiT whose width and depth are those of no preset."""
     image_size: int | None = None
     """Side of the latents of a DiT whose file has no pos_embed."""
-    objective: ObjectiveName | None = None
+    objective: Literal["ddpm", "flow"] | None = None
     """What a model of DiT's names was trained for: flow for SiT (linear path, velocity), ddpm for DiT (the default)."""
     null_row: Literal["last", "none"] | None = None
     """Whether the table of classes ends in the null class of guidance, or has none (trained without label dropout).
@@ -230,7 +229,7 @@ def dit_config(
     heads: int | None = None,
     image_size: int | None = None,
     step: int = 0,
-    objective: ObjectiveName = "ddpm",
+    objective: Literal["ddpm", "flow"] = "ddpm",
     null_row: Literal["last", "none"] | None = None,
     average: bool = True,
 ) -> Config:
