@@ -137,7 +137,9 @@ class Reference:
         self, path: str | pathlib.Path, *, source: str, images: UInt8[np.ndarray, "M H W 3"] | None = None
     ) -> None:
         """Writes everything but `images`, of which those given take the place, in ADM's names; whole or not at all."""
-        arrays = {"num_images": np.array(self.num_images), "source": np.array(source)}
+        arrays = {"source": np.array(source)}
+        if self.num_images is not None:
+            arrays["num_images"] = np.array(self.num_images)
         if self.image_size:
             arrays["image_size"] = np.array(self.image_size)
         if self.inception_sha256:

@@ -172,3 +172,26 @@ def test_other_weights_than_the_references_are_refused(tmp_path):
         r"abc\.\.\.",
     ):
         found.check_inception("def")
+
+
+def test_statistics_know_the_size_of_their_images(tmp_path):
+    np.savez(tmp_path / "given.npz", **gaussian(POOL, ("mu", "sigma")), image_size=np.array([256, 192]))
+    found = read_reference(tmp_path / "given.npz")
+    assert found.image_size == (256, 192)
+    found.write(tmp_path / "again.npz", source="x")
+    assert read_reference(tmp_path / "again.npz").image_size == (256, 192)
+    np.savez(tmp_path / "images.npz", arr_0=IMAGES)
+    assert read_reference(tmp_path / "images.npz").image_size == IMAGES.shape[1:3]
+    np.savez(tmp_path / "other.npz", **gaussian(POOL, ("mu", "sigma")))
+    assert read_reference(tmp_path / "other.npz").image_size is None
+    np.savez(tmp_path / "odd.npz", **gaussian(POOL, ("mu", "sigma")), image_size=np.array([256.5]))
+    with pytest.raises(ConfigError, match=r"'image_size' in .* must be integers \[2\], found float64 \[1\]"):
+        read_reference(tmp_path / "odd.npz")
+
+
+@pytest.mark.parametrize("compressed", [False, True])
+def test_images_in_fortran_order_are_the_same_images(tmp_path, compressed):
+    (np.savez_compressed if compressed else np.savez)(tmp_path / "s.npz", arr_0=np.asfortranarray(IMAGES))
+    found = list(StoredImages(tmp_path / "s.npz", "the samples").batches(4, 3))
+    assert [len(batch) for batch in found] == [4, 4] and all(batch.flags.c_contiguous for batch in found)
+    np.testing.assert_array_equal(np.concatenate(found), IMAGES[3:])
