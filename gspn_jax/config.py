@@ -93,7 +93,7 @@ def check_numbers(owner: Any, prefix: str = "") -> None:
             whole = isinstance(value, int) and not isinstance(value, bool)
             expected = "a number" if float in kinds else "a whole number"
             _check(whole or (float in kinds and isinstance(value, float)), name, expected, value)
-            _check(math.isfinite(value), name, "finite", value)
+            _check(whole or math.isfinite(value), name, "finite", value)
             limit = LIMITS.get(field.name, LARGEST)
             _check(not whole or abs(value) <= limit, name, f"at most {limit:,}", value)
 

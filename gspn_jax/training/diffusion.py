@@ -82,6 +82,13 @@ class DiffusionTask(Task):
         size = self.config.data.image_size
         return models.forward_flops(self._arch, self.config.data.channels, size, size)
 
+    def image_bytes(self) -> int:
+        data, arch = self.config.data, self._arch
+        tokens = (data.image_size // arch.patch) ** 2
+        pixels = data.image_size**2 * data.channels
+        compute = jnp.dtype(self.config.train.compute).itemsize
+        return 4 * pixels + arch.depth * tokens * arch.hidden * compute  # what each block begins with is kept
+
     def source(self) -> data.Source:
         return data.make_source(self.config.data)
 

@@ -98,6 +98,10 @@ class Task(abc.ABC):
     def forward_flops(self) -> float:
         """Operations of one forward pass of one image, 2 a multiply-add; a step counts as three."""
 
+    def image_bytes(self) -> int:
+        """Bytes that an image of a batch takes on a device at least, from the forward to the backward pass."""
+        return 0
+
     # --- data
     @abc.abstractmethod
     def source(self) -> Source:
