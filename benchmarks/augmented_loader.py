@@ -35,15 +35,15 @@ def make_photographs(root: pathlib.Path, count: int) -> None:
         Image.fromarray(grain.clip(0, 255).astype(np.uint8)).save(path, quality=90)
 
 
-def rate(batches: Iterator, batch_size: int, seconds: float) -> float:
-    """Images a second after the first batches."""
+def rate(batches: Iterator, batch_size: int, seconds: float) -> tuple[float, float]:
+    """(images a second, milliseconds of this process's cores an image) after the first batches."""
     for _ in range(4):
         next(batches)
-    start, count = time.perf_counter(), 0
+    start, cpu, count = time.perf_counter(), time.process_time(), 0
     while time.perf_counter() - start < seconds:
         next(batches)
         count += batch_size
-    return count / (time.perf_counter() - start)
+    return count / (time.perf_counter() - start), 1e3 * (time.process_time() - cpu) / count
 
 
 class AugmentedSet:
@@ -90,10 +90,10 @@ def measure(images: str, records: str, classes: int, batch_size: int, seconds: f
     found = {"images": len(whole["records"])}
     loader = make_loader(prepared, whole["records"], batch_size=batch_size, seed=0, augment=augment)
     with loader:
-        found["records_images_per_second"] = rate(loader, batch_size, seconds)
+        found["records_images_per_second"], found["records_cpu_ms_per_image"] = rate(loader, batch_size, seconds)
     for kind, source in whole.items():
         batches = of_pytorch(source, augment, batch_size, workers)
-        found[f"dataloader_{kind}_images_per_second"] = rate(batches, batch_size, seconds)
+        found[f"dataloader_{kind}_images_per_second"], _ = rate(batches, batch_size, seconds)
         batches.close()
     ours = found["records_images_per_second"]
     return found | {

@@ -288,6 +288,8 @@ class OptimizerConfig:
     learning_rate: float = 1e-4
     final_learning_rate: float = 1e-6
     warmup_steps: int = 0
+    warmup_start: float = 0.0
+    """The learning rate that warm-up begins with."""
     decay_steps: int | None = None
     """The step at which `final_learning_rate` is reached, and kept from then on; None is the last one. A run that is
     made longer goes on without a jump with the steps that it had."""
@@ -311,6 +313,12 @@ class OptimizerConfig:
             "optimizer.decay_steps",
             f"1 or more and at least optimizer.warmup_steps ({self.warmup_steps}), or None",
             self.decay_steps,
+        )
+        _check(
+            0 <= self.warmup_start <= self.learning_rate,
+            "optimizer.warmup_start",
+            "between 0 and optimizer.learning_rate",
+            self.warmup_start,
         )
         _check(self.weight_decay >= 0, "optimizer.weight_decay", "0 or more", self.weight_decay)
         _fraction(self, "optimizer", "b1", "b2")

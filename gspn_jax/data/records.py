@@ -134,7 +134,7 @@ class RecordSource:
         self._offsets = starts - first
         self.class_names = metadata.class_names
         self.fingerprint = hash_of(["records", json.dumps(dataclasses.asdict(metadata), sort_keys=True)])
-        self._maps: list[np.memmap | None] = [None] * len(metadata.shards)
+        self._maps: list[np.ndarray | None] = [None] * len(metadata.shards)
         self._lock = threading.Lock()
 
     def __len__(self) -> int:
@@ -150,7 +150,8 @@ class RecordSource:
         number = int(np.searchsorted(self._ends, index, side="right"))
         if self._maps[number] is None:
             with self._lock:
-                self._maps[number] = np.memmap(self._folder / self.metadata.shards[number].name, np.uint8, "r")
+                path = self._folder / self.metadata.shards[number].name
+                self._maps[number] = np.memmap(path, np.uint8, "r").view(np.ndarray)
         shape = int(self._index.heights[index]), int(self._index.widths[index]), CHANNELS
         start = int(self._offsets[index])
         return self._maps[number][start : start + shape[0] * shape[1] * CHANNELS].reshape(shape)

@@ -10,9 +10,10 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Key
 
+from gspn_jax.config import Remat
 from gspn_jax.models.embeddings import NORMAL
-from gspn_jax.models.hierarchy import Backbone, Hierarchy, Stage, multiply_adds
-from gspn_jax.models.scan_mixer import LayerNorm, ScanOptions
+from gspn_jax.models.hierarchy import Backbone, Hierarchy, MixerOptions, Stage, multiply_adds
+from gspn_jax.models.scan_mixer import AttentionOptions, LayerNorm, LocalOptions, ScanOptions
 
 _GLOBAL = (None,)
 _LOCAL = (2,)
@@ -36,25 +37,43 @@ from them: they have 31.3M, 50.0M and 92.5M parameters (with `skip` 31.5M, 50.8M
 """
 
 
-def preset(
-    name: str, *, skip: bool = False, released: bool = False, groups: int | None = None, drop_path: float | None = None
-) -> Hierarchy:
-    """The hierarchy of a name in PRESETS, with choices of `ScanOptions` for all of its blocks.
+MINI = "GSPN-mini"
+_MINI_STAGES = ((64, _LOCAL * 2, 4), (128, _GLOBAL * 3, 8))
+"""(width, chunks, proxy) of the stages of our own small network, of depthwise 5x5, for images of 32 pixels."""
 
-    `released` is the released code's start, and its skip term with it. `drop_path` None is the preset's.
-    Raises ValueError for an unknown name.
+MIXERS = ("gspn", "attention", "none")
+"""What lets distant tokens see one another. "attention" and "none" are widened to the parameters of GSPN's mixer with a
+proxy of a sixteenth of the width: those of GSPN-mini are equal within 1 %, by our arithmetic and a test."""
+
+
+def preset(
+    name: str, *, skip: bool = False, released: bool = False, groups: int | None = None,
+    drop_path: float | None = None, mixer: str = "gspn", remat: Remat = "none",
+) -> Hierarchy:  # fmt: skip
+    """The hierarchy of a name in PRESETS, or "GSPN-mini", with choices of `ScanOptions` for all of its blocks.
+
+    `released` is the released code's start, and its skip term with it. `drop_path` None is the preset's. `mixer` is one
+    of MIXERS. Raises ValueError for an unknown name, and for options of scans without scans.
     """
-    if name not in PRESETS:
-        raise ValueError(f"The preset must be one of {', '.join(PRESETS)}, found {name!r}")
-    hierarchy = PRESETS[name]
-    stages = tuple(
-        dataclasses.replace(
-            stage, mixer=dataclasses.replace(stage.mixer, skip=skip or released, released=released, groups=groups)
-        )
-        for stage in hierarchy.stages
-    )
+    if name not in (*PRESETS, MINI):
+        raise ValueError(f"The preset must be one of {', '.join((*PRESETS, MINI))}, found {name!r}")
+    if mixer not in MIXERS:
+        raise ValueError(f"The mixer must be one of {', '.join(MIXERS)}, found {mixer!r}")
+    if mixer != "gspn" and (skip or released or groups):
+        raise ValueError(f"skip, released and groups are choices of line scans, found a mixer without them: {mixer!r}")
+    mini = Hierarchy(tuple(Stage(width, chunks, ScanOptions(s, kernel=5)) for width, chunks, s in _MINI_STAGES))
+    hierarchy = PRESETS.get(name, mini)
+
+    def options(of_scans: ScanOptions) -> MixerOptions:
+        if mixer == "attention":
+            return AttentionOptions(kernel=of_scans.kernel)
+        if mixer == "none":
+            return LocalOptions(kernel=of_scans.kernel)
+        return dataclasses.replace(of_scans, skip=skip or released, released=released, groups=groups)
+
+    stages = tuple(dataclasses.replace(stage, mixer=options(stage.mixer)) for stage in hierarchy.stages)
     return dataclasses.replace(
-        hierarchy, stages=stages, drop_path=hierarchy.drop_path if drop_path is None else drop_path
+        hierarchy, stages=stages, drop_path=hierarchy.drop_path if drop_path is None else drop_path, remat=remat
     )
 
 

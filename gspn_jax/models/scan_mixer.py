@@ -1,4 +1,5 @@
-"""The mixer of the classification networks: line scans on widened tokens, between a depthwise convolution and a GRN."""
+"""The mixer of the classification networks: line scans on widened tokens, between a depthwise convolution and a GRN;
+and the same with attention, or with nothing, in place of the scans."""
 
 import dataclasses
 
@@ -9,6 +10,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from gspn_jax.kernels import propagate, propagate_low_rank
+from gspn_jax.models.attention import attention
 from gspn_jax.models.embeddings import NORMAL
 from gspn_jax.models.mixers import CHANNELS, DIRECTIONS, NEIGHBOURS, DepthwiseConv
 from gspn_jax.models.parameters import logical
@@ -90,11 +92,43 @@ class ScanOptions:
         return tokens * DIRECTIONS * SCAN_OPERATIONS * self.channels(width)
 
 
-class ScanMixer(nnx.Module):
-    """GSPN's mixer for classification (arXiv 2501.12381, figure 3a): D = expansion * width channels are scanned.
+class FramedMixer(nnx.Module):
+    """The frame of GSPN's mixer (arXiv 2501.12381, figure 3a) around what lets distant tokens see one another.
 
-    Linear, depthwise convolution, SiLU, four-direction propagation with weights from a narrow proxy of each token,
-    layer norm, global response norm, linear. No biases but those of the norms.
+    Linear to D channels, depthwise convolution, SiLU, then `spread`, which is nothing here, layer norm, global response
+    norm, linear. No biases but those of the norms.
+    """
+
+    def __init__(self, width: int, channels: int, kernel: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
+        self.in_proj = _linear(width, channels, NORMAL, "embed", "channels", dtype=dtype, rngs=rngs)
+        self.conv = DepthwiseConv(kernel, channels, axes=CHANNELS, dtype=dtype, rngs=rngs)
+        self.norm = LayerNorm(channels, rngs=rngs)
+        self.grn = GlobalResponseNorm(channels, rngs=rngs)
+        self.out_proj = _linear(channels, width, NORMAL, "channels", "embed", dtype=dtype, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "B H W d"], *, chunk: int | None = None) -> Float[Array, "B H W d"]:
+        """`chunk` lines a local scan, None for the whole map; every mixer takes it."""
+        x = jax.nn.silu(named(self.conv(named(self.in_proj(x), "in_proj")), "conv7"))
+        y = self.spread(x, chunk)
+        return named(self.out_proj(self.grn(self.norm(named(y, "scan")))), "out_proj")
+
+    def spread(self, x: Float[Array, "B H W D"], chunk: int | None) -> Float[Array, "B H W D"]:
+        return x
+
+
+def _linear(
+    inputs: int, features: int, init: jax.nn.initializers.Initializer, *axes: str, dtype: DTypeLike, rngs: nnx.Rngs
+) -> nnx.Linear:
+    """Without bias; `axes` are the logical axes of its kernel."""
+    return nnx.Linear(
+        inputs, features, use_bias=False, kernel_init=init, dtype=dtype, rngs=rngs, kernel_metadata=logical(*axes)
+    )
+
+
+class ScanMixer(FramedMixer):
+    """GSPN's mixer for classification: D = expansion * width channels are scanned.
+
+    The weights of the four-direction propagation come from a narrow proxy of each token.
 
     The start is our choice: `lam` and `out_gate` are 1 plus a linear and `merge` is 1/4, so that a token is handed on
     at scale 1. With `options.released` it is that of the released code: no 1, and merge uniform in +-1/2. What scans
@@ -104,19 +138,9 @@ class ScanMixer(nnx.Module):
     """
 
     def __init__(self, width: int, options: ScanOptions, *, dtype: DTypeLike, rngs: nnx.Rngs):
-        self.options = options
         channels = options.channels(width)
-
-        def linear(inputs: int, features: int, init: jax.nn.initializers.Initializer, *axes: str) -> nnx.Linear:
-            return nnx.Linear(
-                inputs,
-                features,
-                use_bias=False,
-                kernel_init=init,
-                dtype=dtype,
-                rngs=rngs,
-                kernel_metadata=logical(*axes),
-            )
+        super().__init__(width, channels, options.kernel, dtype=dtype, rngs=rngs)
+        self.options = options
 
         def expand(*shape: int) -> nnx.LinearGeneral:
             return nnx.LinearGeneral(
@@ -129,9 +153,7 @@ class ScanMixer(nnx.Module):
                 kernel_metadata=logical(*CHANNELS),
             )
 
-        self.in_proj = linear(width, channels, NORMAL, "embed", "channels")
-        self.conv = DepthwiseConv(options.kernel, channels, axes=CHANNELS, dtype=dtype, rngs=rngs)
-        self.proxy = linear(channels, options.proxy, CONVOLUTION, "channels", "embed")
+        self.proxy = _linear(channels, options.proxy, CONVOLUTION, "channels", "embed", dtype=dtype, rngs=rngs)
         self.gates = expand(DIRECTIONS * NEIGHBOURS, options.groups or channels)
         self.lam = expand(DIRECTIONS, channels)
         self.out_gate = expand(DIRECTIONS, channels)
@@ -142,15 +164,9 @@ class ScanMixer(nnx.Module):
             else jnp.full((DIRECTIONS,), 1 / DIRECTIONS, jnp.float32),
             **logical(float32=True),
         )
-        self.norm = LayerNorm(channels, rngs=rngs)
-        self.grn = GlobalResponseNorm(channels, rngs=rngs)
-        self.out_proj = linear(channels, width, NORMAL, "channels", "embed")
 
-    def __call__(self, x: Float[Array, "B H W d"], *, chunk: int | None = None) -> Float[Array, "B H W d"]:
-        """`chunk` lines a local scan, None for the whole map."""
-        x = jax.nn.silu(named(self.conv(named(self.in_proj(x), "in_proj")), "conv7"))
-        y = self._propagate(x, named(self.proxy(x), "proxy"), chunk)
-        return named(self.out_proj(self.grn(self.norm(named(y, "scan")))), "out_proj")
+    def spread(self, x: Float[Array, "B H W D"], chunk: int | None) -> Float[Array, "B H W D"]:
+        return self._propagate(x, named(self.proxy(x), "proxy"), chunk)
 
     def _propagate(self, x: Float[Array, "B H W D"], proxy: Float[Array, "B H W s"], chunk: int | None):
         gates, lam, out_gate, skip = (
@@ -164,3 +180,76 @@ class ScanMixer(nnx.Module):
             None if factor is None else jnp.tensordot(proxy, factor, 1) for factor in (gates, lam, out_gate, skip)
         )
         return propagate(x, gates, lam, out_gate, self.merge[...], skip=skip, chunk=chunk)
+
+
+@dataclasses.dataclass(frozen=True)
+class AttentionOptions:
+    """Choices of `AttentionMixer`: heads of `head_width` channels; the others as in `ScanOptions`."""
+
+    expansion: float = 1.0
+    kernel: int = 7
+    head_width: int = 32
+
+    def channels(self, width: int) -> int:
+        return round(self.expansion * width)
+
+    def build(self, width: int, *, dtype: DTypeLike, rngs: nnx.Rngs) -> "AttentionMixer":
+        return AttentionMixer(width, self, dtype=dtype, rngs=rngs)
+
+    def multiply_adds(self, width: int, tokens: int) -> int:
+        channels = self.channels(width)
+        products = 2 * width * channels + 3 * channels**2 + self.kernel**2 * channels
+        return tokens * (products + 2 * tokens * channels)
+
+    def scan_multiply_adds(self, width: int, tokens: int) -> int:
+        return 0
+
+
+class AttentionMixer(FramedMixer):
+    """Multi-head self-attention over the whole map in the frame of GSPN's mixer, whose convolution tells positions."""
+
+    def __init__(self, width: int, options: AttentionOptions, *, dtype: DTypeLike, rngs: nnx.Rngs):
+        """Raises ValueError where channels are no multiple of the width of a head."""
+        channels = options.channels(width)
+        if channels % options.head_width:
+            raise ValueError(
+                f"attention must have a multiple of {options.head_width} channels, those of a head, found {channels}"
+            )
+        super().__init__(width, channels, options.kernel, dtype=dtype, rngs=rngs)
+        self.head_width = options.head_width
+        self.qkv = nnx.LinearGeneral(
+            channels,
+            (3, channels),
+            use_bias=False,
+            kernel_init=NORMAL,
+            dtype=dtype,
+            rngs=rngs,
+            kernel_metadata=logical("embed", None, "heads"),
+        )
+
+    def spread(self, x: Float[Array, "B H W D"], chunk: int | None) -> Float[Array, "B H W D"]:
+        batch, height, width, channels = x.shape
+        heads = (batch, height * width, channels // self.head_width, self.head_width)
+        qkv = self.qkv(x)
+        return attention(*(qkv[..., i, :].reshape(heads) for i in range(3))).reshape(x.shape)
+
+
+@dataclasses.dataclass(frozen=True)
+class LocalOptions:
+    """The frame of GSPN's mixer with nothing inside: tokens see no further than the depthwise convolution."""
+
+    expansion: float = 2.35
+    kernel: int = 7
+
+    def channels(self, width: int) -> int:
+        return round(self.expansion * width)
+
+    def build(self, width: int, *, dtype: DTypeLike, rngs: nnx.Rngs) -> FramedMixer:
+        return FramedMixer(width, self.channels(width), self.kernel, dtype=dtype, rngs=rngs)
+
+    def multiply_adds(self, width: int, tokens: int) -> int:
+        channels = self.channels(width)
+        return tokens * channels * (2 * width + self.kernel**2)
+
+    def scan_multiply_adds(self, width: int, tokens: int) -> int:
+        return 0

@@ -8,12 +8,13 @@ from gspn_jax.config import OptimizerConfig, RunConfig
 
 
 def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
-    """Linear warm-up, then half a cosine down to `final_learning_rate` at `decay_steps`, by default `steps`."""
+    """Linear warm-up from `warmup_start`, then half a cosine down to `final_learning_rate` at `decay_steps`, by default
+    `steps`."""
     steps = config.decay_steps or steps
     if config.warmup_steps >= steps:  # nothing is left to decay over
-        return optax.linear_schedule(0.0, config.learning_rate, config.warmup_steps)
+        return optax.linear_schedule(config.warmup_start, config.learning_rate, config.warmup_steps)
     return optax.warmup_cosine_decay_schedule(
-        0.0 if config.warmup_steps else config.learning_rate,
+        config.warmup_start if config.warmup_steps else config.learning_rate,
         config.learning_rate,
         config.warmup_steps,
         steps,

@@ -51,7 +51,10 @@ class TrainState:
 
 
 def _build(task: Task, mesh: Mesh | AbstractMesh, key: jax.Array) -> TrainState:
-    params = sharding.pad(task.init(key), task.shapes, mesh)
+    return _begin(task, sharding.pad(task.init(key), task.shapes, mesh))
+
+
+def _begin(task: Task, params: Any) -> TrainState:
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
@@ -76,7 +79,10 @@ def abstract_state(task: Task, mesh: Mesh | AbstractMesh) -> TrainState:
 
 
 def create_state(task: Task, mesh: Mesh) -> TrainState:
-    """The initial state from `train.seed`; every shard is made on the device that holds it."""
+    """The initial state, from `train.seed` or the task's `start`; every shard is made on the device that holds it."""
     shardings = jax.tree.map(lambda s: s.sharding, abstract_state(task, mesh))
+    given = task.start(mesh)
+    if given is not None:
+        return jax.jit(lambda params: _begin(task, params), out_shardings=shardings)(given)
     key = jax.random.key(task.config.train.seed)
     return jax.jit(lambda key: _build(task, mesh, key), out_shardings=shardings)(key)

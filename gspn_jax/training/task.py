@@ -65,6 +65,11 @@ class Task(abc.ABC):
     def init(self, key: Key[Array, ""]) -> Any:
         """Parameters to begin with; traced, so that they are born where they live."""
 
+    def start(self, mesh: Mesh) -> Any | None:
+        """Parameters that a new run begins with in place of those of `init`, as `sharding.stored` on `mesh`: those of
+        another run. Raises ConfigError, CheckpointError or WeightsError for what cannot be used."""
+        return None
+
     def frozen(self, mesh: Mesh) -> tuple[Any, ...]:
         """Arrays that the loss reads and nothing trains, such as a teacher's, on the devices of `mesh`; not saved."""
         return ()

@@ -1,0 +1,3 @@
+from gspn_jax.classify import main
+
+main()
