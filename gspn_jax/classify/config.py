@@ -14,6 +14,7 @@ from gspn_jax.config import (
     _fraction,
     _one_of,
     _positive,
+    check_numbers,
 )
 
 Preset = Literal["GSPN-T", "GSPN-S", "GSPN-B", "GSPN-mini"]
@@ -42,6 +43,7 @@ class ClassifierConfig:
     """What the backward pass recomputes, as in `config.ModelConfig`."""
 
     def __post_init__(self) -> None:
+        check_numbers(self, "model")
         _one_of("model.preset", self.preset, get_args(Preset))
         _one_of("model.mixer", self.mixer, get_args(Mixer))
         _one_of("model.remat", self.remat, get_args(Remat))
@@ -83,6 +85,7 @@ class AugmentConfig:
     """By which they are then divided."""
 
     def __post_init__(self) -> None:
+        check_numbers(self, "augment")
         for name in ("crop_area", "crop_aspect"):
             low, high = getattr(self, name)
             _check(0 < low <= high, f"augment.{name}", "(low, high) with 0 < low <= high", (low, high))
@@ -116,6 +119,7 @@ class ValidationConfig:
     """Images at a time over all devices."""
 
     def __post_init__(self) -> None:
+        check_numbers(self, "eval")
         _check(self.every >= 0, "eval.every", "0 or more", self.every)
         _check(0 < self.crop <= 1, "eval.crop", "above 0 and up to 1", self.crop)
         _positive(self, "eval", "batch_size")

@@ -12,7 +12,7 @@ import gspn_jax
 from gspn_jax.classify import weights
 from gspn_jax.classify.network import Network
 from gspn_jax.classify.scoring import Scorer, check_classes
-from gspn_jax.config import ConfigError, MeshConfig
+from gspn_jax.config import ConfigError, MeshConfig, check_numbers
 from gspn_jax.data import Source
 from gspn_jax.files import replacing
 from gspn_jax.parallel import sharding
@@ -53,6 +53,7 @@ class Evaluate:
     mesh: MeshConfig = MeshConfig()
 
     def __post_init__(self) -> None:
+        check_numbers(self)
         given = [name for name in ("images", "records", "tfds") if getattr(self, name)]
         if len(given) != 1:
             raise ConfigError(f"one of --images, --records and --tfds must be given, found {given or 'none'}")

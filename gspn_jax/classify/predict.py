@@ -12,7 +12,7 @@ import numpy as np
 from gspn_jax.classify import weights
 from gspn_jax.classify.config import ClassifyConfig
 from gspn_jax.classify.network import Network
-from gspn_jax.config import ConfigError
+from gspn_jax.config import ConfigError, check_numbers
 from gspn_jax.data.augment.crops import evaluation_crop
 from gspn_jax.data.augment.device import normalise
 from gspn_jax.data.decoding import DataError, decode_image
@@ -40,6 +40,7 @@ class Predict:
     """Prints one JSON object a line in place of a table."""
 
     def __post_init__(self) -> None:
+        check_numbers(self)
         for name in ("top", "batch_size"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"--{name.replace('_', '-')} must be 1 or more, found {getattr(self, name)}")

@@ -10,7 +10,7 @@ import numpy as np
 
 from gspn_jax.classify.config import AugmentConfig, ClassifierConfig, ClassifyConfig, Mixer, Preset
 from gspn_jax.classify.task import ClassificationTask
-from gspn_jax.config import ConfigError, DataConfig, MeshConfig, TrainConfig
+from gspn_jax.config import ConfigError, DataConfig, MeshConfig, TrainConfig, check_numbers
 from gspn_jax.data.augment.device import normalise
 from gspn_jax.parallel import fsdp, sharding
 from gspn_jax.training.state import create_state
@@ -35,6 +35,7 @@ class Throughput:
     mesh: MeshConfig = MeshConfig()
 
     def __post_init__(self) -> None:
+        check_numbers(self)
         for name in ("image_size", "batch_size", "num_classes", "seconds"):
             if getattr(self, name) <= 0:
                 raise ConfigError(f"--{name.replace('_', '-')} must be greater than 0, found {getattr(self, name)}")

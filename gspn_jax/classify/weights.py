@@ -17,12 +17,23 @@ from gspn_jax.files import check_new_folder, new_folder, sha256_of
 from gspn_jax.parallel import sharding
 from gspn_jax.runs import averages, checkpoints
 from gspn_jax.runs.digest import digest_of
+from gspn_jax.small_files import DamagedFile, parse, read_json, typed
 from gspn_jax.state_dict import WeightsError, read_state_dict
 
 log = logging.getLogger(__name__)
 
 WEIGHTS, CARD = "model.safetensors", "README.md"
 HEADER, FORMAT_VERSION = "gspn_jax", 1
+HEADER_FIELDS = {
+    "version": int,
+    "config": dict,
+    "step": int,
+    "ema_decay": float,
+    "license": str,
+    "class_names": list[str],
+    "fingerprint": str,
+    "parameters_sha256": str,
+}
 HEAD = "head/linear/"
 """Where the parameters that depend on the classes are."""
 RELEASED = ("patch_embed.0.weight", "layers.0.blocks.0.op.in_proj.weight")
@@ -106,10 +117,12 @@ def read_header(path: pathlib.Path) -> dict[str, Any]:
             f"{path} must be a run directory of a classifier or what `python -m gspn_jax.classify export` wrote, found "
             f"{len(names)} tensors of another origin"
         )
-    header = json.loads(text)
-    wanted = {"version", "config", "step", "ema_decay", "class_names", "fingerprint", "parameters_sha256"}
-    if not wanted <= header.keys() or header["version"] != FORMAT_VERSION:
-        raise WeightsError(f"{path} must have the header of format version {FORMAT_VERSION}, found another one")
+    try:
+        header = typed(parse(text, "its header"), HEADER_FIELDS, "its header")
+    except DamagedFile as error:
+        raise WeightsError(f"{path} must have what `export` writes beside the tensors, but {error}") from error
+    if header["version"] != FORMAT_VERSION:
+        raise WeightsError(f"{path} must be of format version {FORMAT_VERSION}, found {header['version']}")
     return header
 
 
@@ -256,9 +269,9 @@ def _results(run: pathlib.Path, parameters_sha256: str) -> list[dict[str, Any]]:
     found = []
     for path in sorted((run / "evaluation").glob("*.json")):
         try:
-            result = json.loads(path.read_text())
+            result = read_json(path)
             found += [one | result["how"] for one in result["scores"] if one["parameters_sha256"] == parameters_sha256]
-        except (KeyError, TypeError, ValueError):
+        except (KeyError, TypeError, OSError, ConfigError):
             continue  # another program's file
     return found
 

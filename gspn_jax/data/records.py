@@ -19,6 +19,7 @@ from gspn_jax.config import ConfigError
 from gspn_jax.data.decoding import fit_image
 from gspn_jax.data.source import hash_of
 from gspn_jax.files import replacing, sha256_of
+from gspn_jax.small_files import DamagedFile, is_within, read_as, typed
 
 FORMAT, VERSION = "gspn-jax records", 1
 METADATA, INDEX = "metadata.json", "index.npz"
@@ -66,20 +67,18 @@ class RecordMetadata:
                 f"{METADATA} in {str(folder)!r}"
             )
         try:
-            values = json.loads(path.read_text())
-            if (values["format"], values["version"]) != (FORMAT, VERSION):
+            about = read_as(path, {"format": str, "version": int})
+            if (about["format"], about["version"]) != (FORMAT, VERSION):
                 raise ConfigError(
-                    f"{path} must be of the format {FORMAT!r}, version {VERSION}, found {values['format']!r}, version "
-                    f"{values['version']!r}"
+                    f"{path} must be of the format {FORMAT!r}, version {VERSION}, found {about['format']!r}, version "
+                    f"{about['version']}"
                 )
-            fields = {field.name: values[field.name] for field in dataclasses.fields(cls)}
-            fields = {name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}
-            return cls(**fields | {"shards": tuple(Shard(**shard) for shard in fields["shards"])})
-        except (json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError) as error:
-            raise ConfigError(
-                f"{path} must be the metadata of a set of records, found a file that cannot be read as such "
-                f"({type(error).__name__}: {error})"
-            ) from error
+            metadata = typed(about, cls, path.name)
+            if not all(is_within(shard.name) for shard in metadata.shards):
+                raise DamagedFile(f"{path.name} names shards outside of its folder")
+        except DamagedFile as error:
+            raise ConfigError(f"the metadata of the records in {str(folder)!r} cannot be used: {error}") from error
+        return metadata
 
 
 @dataclasses.dataclass(frozen=True)
@@ -173,6 +172,8 @@ def problem(folder: pathlib.Path, *, hashes: bool = True) -> str | None:
     if not path.is_file() or sha256_of(path) != metadata.index_sha256:
         return f"{INDEX} is {'not the one that was written' if path.is_file() else 'missing'}"
     index = Index.read(path)
+    if len(index.labels) != metadata.count or not np.isin(index.labels, range(len(metadata.class_names))).all():
+        return f"{INDEX} is of other images or classes than {METADATA}"
     ends = np.cumsum([0, *(shard.records for shard in metadata.shards)])
     for shard, start, stop in zip(metadata.shards, ends, ends[1:], strict=False):
         path = folder / shard.name

@@ -20,8 +20,9 @@ from gspn_jax.data.augment.crops import BICUBIC, scaled_sides, to_array, to_pill
 from gspn_jax.data.decoding import DataError
 from gspn_jax.data.records import INDEX, METADATA, Index, RecordMetadata, Shard, problem, shard_name
 from gspn_jax.data.source import Source
-from gspn_jax.files import replacing, sha256_of
+from gspn_jax.files import claim, replacing, sha256_of
 from gspn_jax.prepare.images import ImageFlags
+from gspn_jax.small_files import DamagedFile, read_as
 
 log = logging.getLogger(__name__)
 
@@ -66,7 +67,13 @@ def prepare_records(arguments: Records) -> None:
         "bad_images": arguments.bad_images,
         "shard_size": arguments.shard_size,
     }
-    _claim(output, settings)
+    _begin(output, settings)
+    with claim(output / f"host {arguments.host}"):
+        _prepare(arguments, source, output)
+
+
+def _prepare(arguments: Records, source: Source, output: pathlib.Path) -> None:
+    """The shards of this host, and on host 0 what is written at the end."""
     if (output / METADATA).exists():
         _verify(output)
         return
@@ -88,14 +95,17 @@ def prepare_records(arguments: Records) -> None:
     _finish(output, paths, source, arguments.image_size)
 
 
-def _claim(output: pathlib.Path, settings: dict) -> None:
+def _begin(output: pathlib.Path, settings: dict) -> None:
     """Notes the settings in the folder; what goes on must go on as it began, or the shards would not belong together.
 
     Raises ConfigError for a folder of other settings or of other things.
     """
     path = output / SETTINGS
     if path.exists():
-        before = json.loads(path.read_text())
+        try:
+            before = read_as(path, dict)
+        except DamagedFile as error:
+            raise ConfigError(f"{output} cannot be gone on with, for {error}: delete it") from error
         changed = [name for name in settings if before.get(name) != settings[name]]
         if changed:
             raise ConfigError(
@@ -202,7 +212,7 @@ def _note(shard: pathlib.Path, suffix: str) -> pathlib.Path:
 
 def _finish(output: pathlib.Path, paths: list[pathlib.Path], source: Source, image_size: int) -> None:
     """Writes index and metadata from the notes on each shard, which are then removed."""
-    notes = [json.loads(_note(path, ".json").read_text()) for path in paths]
+    notes = [read_as(_note(path, ".json"), {"sha256": str, "skipped": int}) for path in paths]
     parts = [Index.read(_note(path, ".npz")) for path in paths]
     index = Index.joined(parts)
     index.write(output / INDEX)
