@@ -11,13 +11,12 @@ import numpy as np
 
 from gspn_jax.classify import weights
 from gspn_jax.classify.config import ClassifyConfig
-from gspn_jax.classify.network import Network
+from gspn_jax.classify.network import Network, forward
 from gspn_jax.config import ConfigError, check_numbers
 from gspn_jax.data.augment.crops import evaluation_crop
-from gspn_jax.data.augment.device import normalise
 from gspn_jax.data.decoding import DataError, decode_image
 from gspn_jax.data.flat_folder import FlatFolder
-from gspn_jax.parallel import fsdp, sharding
+from gspn_jax.parallel import sharding
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -62,12 +61,8 @@ def predict(arguments: Predict) -> list[dict]:
     size, crop = arguments.image_size or config.validation.image_size, arguments.crop or config.eval.crop
     network = Network(config, "float32")
 
-    @jax.jit
-    def probabilities(params, images):
-        with fsdp.sharded_blocks(network.shapes, mesh, network.dtype, forward_only=True):
-            logits = network.apply(params, normalise(images, config.augment.mean, config.augment.deviation))
-        return jax.nn.softmax(logits)
-
+    logits = forward(config, network, mesh)
+    probabilities = jax.jit(lambda params, images: jax.nn.softmax(logits(params, images)))
     found = []
     for start in range(0, len(files), arguments.batch_size):
         part = files[start : start + arguments.batch_size]

@@ -189,7 +189,7 @@ def test_weights_of_another_network_and_of_the_release_are_refused(run, tmp_path
             ["evaluate", "--run", "RUN", "--images", "ROOT/few"],
             "must have the 3 classes that the network is trained on",
         ),
-        (["evaluate", "--run", "RUN", "--images", "ROOT/empty"], "found no JPEG or PNG file"),
+        (["evaluate", "--run", "RUN", "--images", "ROOT/empty"], "found no JPEG, PNG"),
         (["evaluate", "--run", "ROOT/few", "--images", "ROOT/val"], "no checkpoint in"),
         (["evaluate", "--run", "RUN", "--images", "ROOT/val", "--ema", "0.5"], "must be one that the run kept"),
         (["predict", "--run", "RUN", "--images", "/nowhere"], "found nothing at '/nowhere'"),
