@@ -14,7 +14,7 @@ from gspn_jax.classify.config import ClassifyConfig
 from gspn_jax.classify.network import Network, forward
 from gspn_jax.config import ConfigError, check_numbers
 from gspn_jax.data.augment.crops import evaluation_crop
-from gspn_jax.data.decoding import DataError, decode_image
+from gspn_jax.data.decoding import read_image
 from gspn_jax.data.flat_folder import FlatFolder
 from gspn_jax.parallel import sharding
 
@@ -66,7 +66,7 @@ def predict(arguments: Predict) -> list[dict]:
     found = []
     for start in range(0, len(files), arguments.batch_size):
         part = files[start : start + arguments.batch_size]
-        images = np.stack([_read(path, size, crop, config.data.channels) for path in part])
+        images = np.stack([evaluation_crop(read_image(path, None, config.data.channels), size, crop) for path in part])
         padded = np.pad(images, [(0, arguments.batch_size - len(part)), (0, 0), (0, 0), (0, 0)])
         for path, row in zip(part, np.asarray(probabilities(params, jnp.asarray(padded))), strict=False):
             best = np.argsort(-row, kind="stable")[: arguments.top]
@@ -87,14 +87,6 @@ def _files(images: tuple[str, ...]) -> list[str]:
         else:
             raise ConfigError(f"--images must be files or folders of images, found nothing at {path!r}")
     return files
-
-
-def _read(path: str, size: int, crop: float, channels: int) -> np.ndarray:
-    try:
-        encoded = pathlib.Path(path).read_bytes()
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror}") from error
-    return evaluation_crop(decode_image(encoded, path, None, channels), size, crop)
 
 
 def _show(found: dict, as_json: bool) -> None:
