@@ -51,7 +51,7 @@ def rate(batches: Iterator, batch_size: int, seconds: float, ahead: int = 0) -> 
     cpu = cpu_seconds()
     for _ in range(WARM):
         next(batches)
-    start, count = time.perf_counter(), 0
+    start, cpu, count = time.perf_counter(), time.process_time(), 0
     while time.perf_counter() - start < seconds:
         next(batches)
         count += batch_size

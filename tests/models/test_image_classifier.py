@@ -218,7 +218,7 @@ def test_an_empty_channel_has_a_gradient():
 
 
 def test_wrong_arguments_are_named():
-    with pytest.raises(ValueError, match=r"preset must be one of GSPN-T, GSPN-S, GSPN-B, found 'GSPN-XL/2'"):
+    with pytest.raises(ValueError, match=r"preset must be one of GSPN-T, GSPN-S, GSPN-B, GSPN-mini, found 'GSPN-XL/2'"):
         preset("GSPN-XL/2")
     with pytest.raises(ValueError, match=r"at least one block, found \[1, 0\] blocks"):
         tiny((2,), ())
