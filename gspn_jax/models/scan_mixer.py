@@ -119,7 +119,7 @@ class FramedMixer(nnx.Module):
 def _linear(
     inputs: int, features: int, init: jax.nn.initializers.Initializer, *axes: str, dtype: DTypeLike, rngs: nnx.Rngs
 ) -> nnx.Linear:
-    """Without bias; `axes` are the logical axes of its kernel."""
+    """A linear without bias whose kernel has the `axes`."""
     return nnx.Linear(
         inputs, features, use_bias=False, kernel_init=init, dtype=dtype, rngs=rngs, kernel_metadata=logical(*axes)
     )
