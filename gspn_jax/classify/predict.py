@@ -63,11 +63,11 @@ def predict(arguments: Predict) -> list[dict]:
 
     logits = forward(config, network, mesh)
     probabilities = jax.jit(lambda params, images: jax.nn.softmax(logits(params, images)))
-    found = []
-    for start in range(0, len(files), arguments.batch_size):
-        part = files[start : start + arguments.batch_size]
+    found, batch_size = [], min(arguments.batch_size, len(files))
+    for start in range(0, len(files), batch_size):
+        part = files[start : start + batch_size]
         images = np.stack([evaluation_crop(read_image(path, None, config.data.channels), size, crop) for path in part])
-        padded = np.pad(images, [(0, arguments.batch_size - len(part)), (0, 0), (0, 0), (0, 0)])
+        padded = np.pad(images, [(0, batch_size - len(part)), (0, 0), (0, 0), (0, 0)])
         for path, row in zip(part, np.asarray(probabilities(params, jnp.asarray(padded))), strict=False):
             best = np.argsort(-row, kind="stable")[: arguments.top]
             classes = [{"name": trained.class_names[i], "probability": float(row[i])} for i in best]
