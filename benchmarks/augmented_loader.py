@@ -14,6 +14,7 @@ device and belong to the training step, on either side.
 import argparse
 import os
 import pathlib
+import resource
 import tempfile
 import time
 from collections.abc import Iterator
@@ -22,6 +23,8 @@ import numpy as np
 from PIL import Image
 
 SIZE = 224
+WARM = 4
+"""Batches that are not timed."""
 
 
 def make_photographs(root: pathlib.Path, count: int) -> None:
@@ -35,15 +38,26 @@ def make_photographs(root: pathlib.Path, count: int) -> None:
         Image.fromarray(grain.clip(0, 255).astype(np.uint8)).save(path, quality=90)
 
 
-def rate(batches: Iterator, batch_size: int, seconds: float) -> tuple[float, float]:
-    """(images a second, milliseconds of this process's cores an image) after the first batches."""
-    for _ in range(4):
+def cpu_seconds() -> float:
+    """Of this process and of the children that have ended."""
+    return sum(sum(resource.getrusage(who)[:2]) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+
+
+def rate(batches: Iterator, batch_size: int, seconds: float, ahead: int = 0) -> tuple[float, float]:
+    """(images a second after the first batches, milliseconds of cores an image from start to end).
+
+    Closes `batches`, so that processes behind it have ended; `ahead` is the number of batches that they had begun.
+    """
+    cpu = cpu_seconds()
+    for _ in range(WARM):
         next(batches)
     start, cpu, count = time.perf_counter(), time.process_time(), 0
     while time.perf_counter() - start < seconds:
         next(batches)
         count += batch_size
-    return count / (time.perf_counter() - start), 1e3 * (time.process_time() - cpu) / count
+    found = count / (time.perf_counter() - start)
+    batches.close()
+    return found, 1e3 * (cpu_seconds() - cpu) / (count + (WARM + ahead) * batch_size)
 
 
 class AugmentedSet:
@@ -75,8 +89,8 @@ def of_pytorch(source, augment, batch_size: int, workers: int) -> Iterator:
     return endless()
 
 
-def measure(images: str, records: str, classes: int, batch_size: int, seconds: float, workers: int) -> dict[str, float]:
-    """Images/s of each side, and ours over theirs."""
+def measure(images: str, records: str, classes: int, batch_size: int, seconds: float, cores: int) -> dict[str, float]:
+    """Images/s and milliseconds of cores an image of each side, and by how much ours is ahead, by either."""
     from gspn_jax.config import DataConfig
     from gspn_jax.data import make_loader, make_source
     from gspn_jax.data.augment.host import HostAugmentation
@@ -89,17 +103,19 @@ def measure(images: str, records: str, classes: int, batch_size: int, seconds: f
     whole = {config.source: make_source(config, whole=True) for config in (folder, prepared)}
     found = {"images": len(whole["records"])}
     loader = make_loader(prepared, whole["records"], batch_size=batch_size, seed=0, augment=augment)
-    with loader:
-        found["records_images_per_second"], found["records_cpu_ms_per_image"] = rate(loader, batch_size, seconds)
+    sides = {"records": (loader, cores + 2)}  # batches that its threads have begun
     for kind, source in whole.items():
-        batches = of_pytorch(source, augment, batch_size, workers)
-        found[f"dataloader_{kind}_images_per_second"], _ = rate(batches, batch_size, seconds)
-        batches.close()
-    ours = found["records_images_per_second"]
-    return found | {
-        "ratio": ours / found["dataloader_folder_images_per_second"],
-        "ratio_on_records": ours / found["dataloader_records_images_per_second"],
-    }
+        sides[f"dataloader_{kind}"] = of_pytorch(source, augment, batch_size, cores), 2 * cores
+    for name, (batches, ahead) in sides.items():
+        found[f"{name}_images_per_second"], found[f"{name}_cpu_ms_per_image"] = rate(
+            batches, batch_size, seconds, ahead
+        )
+    for unit, sign in (("images_per_second", 1), ("cpu_ms_per_image", -1)):
+        for kind in whole:
+            found[f"ratio_to_{kind}_by_{unit}"] = (
+                found[f"records_{unit}"] / found[f"dataloader_{kind}_{unit}"]
+            ) ** sign
+    return found
 
 
 def main() -> None:

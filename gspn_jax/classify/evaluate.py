@@ -89,6 +89,7 @@ def evaluate(arguments: Evaluate) -> dict[str, Any]:
     size, crop = arguments.image_size or config.validation.image_size, arguments.crop or config.eval.crop
     network = Network(config, arguments.dtype)
     scorer = Scorer(config, network, source, mesh, size=size, crop=crop, batch_size=arguments.batch_size)
+    scorer.compile(next(iter(trained.sets.values())))
     rows = []
     for name, params in trained.sets.items():
         start = time.perf_counter()

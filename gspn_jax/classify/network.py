@@ -1,17 +1,21 @@
 """The network of a config: its parameters' shapes, its function, and what it costs."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
 from flax import nnx
+from jax.sharding import Mesh
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Float, Key, UInt8
 
 from gspn_jax import models
 from gspn_jax.classify.config import ClassifyConfig
 from gspn_jax.config import ConfigError
+from gspn_jax.data.augment.device import normalise
 from gspn_jax.models.classifier import Classifier, count_multiply_adds, count_parameters, preset
 from gspn_jax.models.hierarchy import Hierarchy
+from gspn_jax.parallel import fsdp
 
 
 def resolve(config: ClassifyConfig) -> Hierarchy:
@@ -70,6 +74,18 @@ class Network:
             self.hierarchy, num_classes=self._data.num_classes, height=size, width=size, channels=self._data.channels
         )
         return 2.0 * sum(counts.values())
+
+
+def forward(config: ClassifyConfig, network: Network, mesh: Mesh) -> Callable[[Any, UInt8[Array, "B S S C"]], Array]:
+    """logits(params, images) [B, K] of parameters as they are stored on `mesh` and images as they are decoded, to be
+    jitted; without gradients."""
+
+    def logits(params: Any, images: UInt8[Array, "B S S C"]) -> Float[Array, "B K"]:
+        with fsdp.sharded_blocks(mesh, network.dtype, forward_only=True):
+            whole = fsdp.outside_blocks(network.shapes, mesh, params)
+            return network.apply(whole, normalise(images, config.augment.mean, config.augment.deviation))
+
+    return logits
 
 
 def decayed(shapes: Any) -> Any:

@@ -11,13 +11,12 @@ import numpy as np
 
 from gspn_jax.classify import weights
 from gspn_jax.classify.config import ClassifyConfig
-from gspn_jax.classify.network import Network
+from gspn_jax.classify.network import Network, forward
 from gspn_jax.config import ConfigError, check_numbers
 from gspn_jax.data.augment.crops import evaluation_crop
-from gspn_jax.data.augment.device import normalise
-from gspn_jax.data.decoding import DataError, decode_image
+from gspn_jax.data.decoding import read_image
 from gspn_jax.data.flat_folder import FlatFolder
-from gspn_jax.parallel import fsdp, sharding
+from gspn_jax.parallel import sharding
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -62,17 +61,13 @@ def predict(arguments: Predict) -> list[dict]:
     size, crop = arguments.image_size or config.validation.image_size, arguments.crop or config.eval.crop
     network = Network(config, "float32")
 
-    @jax.jit
-    def probabilities(params, images):
-        with fsdp.sharded_blocks(mesh, network.dtype, forward_only=True):
-            logits = network.apply(params, normalise(images, config.augment.mean, config.augment.deviation))
-        return jax.nn.softmax(logits)
-
-    found = []
-    for start in range(0, len(files), arguments.batch_size):
-        part = files[start : start + arguments.batch_size]
-        images = np.stack([_read(path, size, crop, config.data.channels) for path in part])
-        padded = np.pad(images, [(0, arguments.batch_size - len(part)), (0, 0), (0, 0), (0, 0)])
+    logits = forward(config, network, mesh)
+    probabilities = jax.jit(lambda params, images: jax.nn.softmax(logits(params, images)))
+    found, batch_size = [], min(arguments.batch_size, len(files))
+    for start in range(0, len(files), batch_size):
+        part = files[start : start + batch_size]
+        images = np.stack([evaluation_crop(read_image(path, None, config.data.channels), size, crop) for path in part])
+        padded = np.pad(images, [(0, batch_size - len(part)), (0, 0), (0, 0), (0, 0)])
         for path, row in zip(part, np.asarray(probabilities(params, jnp.asarray(padded))), strict=False):
             best = np.argsort(-row, kind="stable")[: arguments.top]
             classes = [{"name": trained.class_names[i], "probability": float(row[i])} for i in best]
@@ -92,14 +87,6 @@ def _files(images: tuple[str, ...]) -> list[str]:
         else:
             raise ConfigError(f"--images must be files or folders of images, found nothing at {path!r}")
     return files
-
-
-def _read(path: str, size: int, crop: float, channels: int) -> np.ndarray:
-    try:
-        encoded = pathlib.Path(path).read_bytes()
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror}") from error
-    return evaluation_crop(decode_image(encoded, path, None, channels), size, crop)
 
 
 def _show(found: dict, as_json: bool) -> None:

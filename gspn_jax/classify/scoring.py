@@ -18,13 +18,12 @@ from tqdm import tqdm
 
 from gspn_jax import data
 from gspn_jax.classify.config import ClassifyConfig
-from gspn_jax.classify.network import Network
+from gspn_jax.classify.network import Network, forward
 from gspn_jax.config import ConfigError
 from gspn_jax.data.ahead import read_ahead
 from gspn_jax.data.augment.crops import evaluation_crop
-from gspn_jax.data.augment.device import normalise
 from gspn_jax.data.source import shorten
-from gspn_jax.parallel import fsdp, sharding
+from gspn_jax.parallel import sharding
 from gspn_jax.parallel.agreement import agree
 from gspn_jax.runs import averages
 from gspn_jax.runs.evaluations import Best
@@ -103,18 +102,22 @@ class Scorer:
         self._source, self._mesh, self._shape = source, mesh, (size, size, config.data.channels)
         self._split = sharding.batch_sharding(mesh)
         self._cropped = Cropped(source, size, crop)
-        mean, deviation, compute = config.augment.mean, config.augment.deviation, network.dtype
+        logits = forward(config, network, mesh)
 
         def score(params: Any, images: UInt8[Array, "B S S C"], labels: Int[Array, "B"], real: Bool[Array, "B"]):
-            with fsdp.sharded_blocks(mesh, compute, forward_only=True):
-                whole = fsdp.outside_blocks(network.shapes, mesh, params)
-                logits = network.apply(whole, normalise(images, mean, deviation))
-            return count_batch(logits, labels, real)
+            return count_batch(logits(params, images), labels, real)
 
         self._score = jax.jit(score, out_shardings=sharding.replicated(mesh))
 
     def __len__(self) -> int:
         return len(self._source)
+
+    def compile(self, params: Any) -> None:
+        """Compiles what scores a batch, so that the first one takes as long as the others."""
+        rows = self._batch_size // jax.process_count()
+        local = np.zeros((rows, *self._shape), np.uint8), np.zeros(rows, np.int32), np.zeros(rows, bool)
+        empty = (jax.make_array_from_process_local_data(self._split, array) for array in local)
+        jax.block_until_ready(self._score(params, *empty))
 
     def __call__(
         self, several: Sequence[Any], asked: Callable[[], str | None] = lambda: None, *, show: bool = True

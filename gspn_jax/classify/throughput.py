@@ -9,10 +9,10 @@ import jax
 import numpy as np
 
 from gspn_jax.classify.config import AugmentConfig, ClassifierConfig, ClassifyConfig, Mixer, Preset
+from gspn_jax.classify.network import forward
 from gspn_jax.classify.task import ClassificationTask
 from gspn_jax.config import ConfigError, DataConfig, MeshConfig, TrainConfig, check_numbers
-from gspn_jax.data.augment.device import normalise
-from gspn_jax.parallel import fsdp, sharding
+from gspn_jax.parallel import sharding
 from gspn_jax.training.state import create_state
 from gspn_jax.training.step import make_step
 
@@ -91,16 +91,11 @@ def throughput(arguments: Throughput) -> dict[str, Any]:
 
 
 def _inference(task: ClassificationTask, mesh, params: Any, images: jax.Array, seconds: float) -> dict[str, float]:
-    network, augment = task.network, task.config.augment
-
-    @jax.jit
-    def forward(params, images):
-        with fsdp.sharded_blocks(mesh, network.dtype, forward_only=True):
-            whole = fsdp.outside_blocks(network.shapes, mesh, params)
-            return network.apply(whole, normalise(images, augment.mean, augment.deviation)).argmax(-1)
+    logits = forward(task.config, task.network, mesh)
+    classes = jax.jit(lambda params, images: logits(params, images).argmax(-1))
 
     def call() -> jax.Array:
-        return forward(params, images)
+        return classes(params, images)
 
     return _timed("inference", call, len(images), seconds)
 

@@ -218,7 +218,13 @@ class AttentionMixer(FramedMixer):
         super().__init__(width, channels, options.kernel, dtype=dtype, rngs=rngs)
         self.head_width = options.head_width
         self.qkv = nnx.LinearGeneral(
-            channels, (3, channels), use_bias=False, kernel_init=NORMAL, dtype=dtype, rngs=rngs
+            channels,
+            (3, channels),
+            use_bias=False,
+            kernel_init=NORMAL,
+            dtype=dtype,
+            rngs=rngs,
+            kernel_metadata=logical("embed", None, "heads"),
         )
 
     def spread(self, x: Float[Array, "B H W D"], chunk: int | None) -> Float[Array, "B H W D"]:

@@ -11,12 +11,14 @@ import numpy as np
 import pytest
 
 from gspn_jax.classify import main, weights
+from gspn_jax.classify.compare import compare
 from gspn_jax.classify.config import AugmentConfig, ClassifyConfig
 from gspn_jax.classify.network import Network
 from gspn_jax.classify.task import ClassificationTask
 from gspn_jax.config import ConfigError, MeshConfig
 from gspn_jax.data.augment.crops import evaluation_crop
 from gspn_jax.data.folder import FolderSource
+from gspn_jax.models.classifier import MIXERS
 from gspn_jax.models.scan_mixer import ScanOptions
 from gspn_jax.parallel import sharding
 from gspn_jax.runs import checkpoints
@@ -143,7 +145,7 @@ def test_weights_go_out_with_a_card_and_come_back(run, tmp_path, capsys):
     jax.tree.map(np.testing.assert_array_equal, ours.sets, theirs.sets)
     assert theirs.class_names == tiny.CLASSES and theirs.step == 4
     card = (tmp_path / "released" / "README.md").read_text()
-    assert 'license: "apache-2.0"' in card and "top-1" in card and str(tmp_path) not in card
+    assert "| license | apache-2.0 |" in card and "top-1" in card and str(tmp_path) not in card
     with pytest.raises(ConfigError, match="choose from a run directory"):
         weights.read(str(tmp_path / "released"), one_device(), step=4)
 
@@ -187,7 +189,7 @@ def test_weights_of_another_network_and_of_the_release_are_refused(run, tmp_path
             ["evaluate", "--run", "RUN", "--images", "ROOT/few"],
             "must have the 3 classes that the network is trained on",
         ),
-        (["evaluate", "--run", "RUN", "--images", "ROOT/empty"], "found no JPEG, PNG, WebP"),
+        (["evaluate", "--run", "RUN", "--images", "ROOT/empty"], "found no JPEG, PNG"),
         (["evaluate", "--run", "ROOT/few", "--images", "ROOT/val"], "no checkpoint in"),
         (["evaluate", "--run", "RUN", "--images", "ROOT/val", "--ema", "0.5"], "must be one that the run kept"),
         (["predict", "--run", "RUN", "--images", "/nowhere"], "found nothing at '/nowhere'"),
@@ -227,3 +229,22 @@ def test_a_mesh_trains_as_one_device_does(run, small, mesh, tmp_path):
 def test_the_default_config_is_that_of_imagenet():
     config = ClassifyConfig(run_dir="runs/x")
     assert (config.data.image_size, config.data.num_classes, config.model.preset) == (224, 1000, "GSPN-T")
+
+
+@pytest.mark.slow
+def test_throughput_and_a_comparison_say_what_they_did(run, tmp_path, capsys):
+    main(["throughput", "--image-size", "8", "--batch-size", "8", "--num-classes", "3", "--seconds", "0.1"])
+    found = json.loads(capsys.readouterr().out)
+    assert found["training_images_per_second"] > 0 and found["inference_images_per_second"] > 0
+    results = compare(dataclasses.replace(run, run_dir=str(tmp_path / "compared")))
+    assert set(results) == set(MIXERS)
+    written = json.loads((tmp_path / "compared" / "results.json").read_text())
+    for mixer, result in results.items():
+        assert (tmp_path / "compared" / f"confusion_{mixer}.png").stat().st_size > 1000
+        assert result["images_seen"] == 32 and [point["images_seen"] for point in result["curve"]] == [16, 32]
+        assert result["top1"] == pytest.approx(result["curve"][-1]["top1_ema_0.9"])
+        assert np.sum(result["confusion"]) == 21 and np.trace(result["confusion"]) == round(0.21 * result["top1"])
+        assert written[mixer]["top1"] == result["top1"]
+    assert (tmp_path / "compared" / "curve.png").stat().st_size > 1000
+    with pytest.raises(ConfigError, match="every must be greater than 0 for a comparison"):
+        compare(dataclasses.replace(run, eval=dataclasses.replace(run.eval, every=0)))

@@ -15,7 +15,7 @@ from gspn_jax.data.records import RecordSource
 from gspn_jax.prepare import records
 from gspn_jax.prepare.records import Records, prepare_records
 
-SIZES = [(40, 50), (32, 61), (20, 24), (70, 33), (33, 33), (32, 32), (48, 90)]
+SIZES = [(40, 50), (32, 61), (20, 40), (70, 33), (33, 33), (32, 32), (48, 90)]
 
 
 @pytest.fixture(scope="module")
