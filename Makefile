@@ -24,13 +24,14 @@ PTX_READY := $(PTX_VENV)/.ready
 PYTHON_PTX ?= $(shell for python in $(PYTHON) python3.12 python3.13 $(HOME)/.pyenv/versions/3.1[23].*/bin/python; do \
 	$$python -c 'import sys; sys.exit(sys.version_info < (3, 12))' 2>/dev/null && echo $$python && break; done)
 
-.PHONY: help demo test test-slow test-newest test-torch test-torch-slow test-ptx test-ptx-slow lint bench peers \
+.PHONY: help demo test test-slow test-notebook test-newest test-torch test-torch-slow test-ptx test-ptx-slow lint bench peers \
 	gpu-compile clean
 
 help:
 	@echo "make demo        train on handwritten digits, sample a grid, score it (CPU: under 5 minutes)"
 	@echo "make test        the test suite        make lint        ruff and pyrefly"
 	@echo "make test-slow   the slow tests        make test-torch  the comparisons with PyTorch (test-torch-slow: the long ones)"
+	@echo "make test-notebook  docs/quickstart.ipynb, run from its first cell to its last"
 	@echo "make test-newest a part of them with the newest JAX, on Python 3.12 or newer"
 	@echo "make test-ptx    the GPU kernels' machine code, emulated (test-ptx-slow: all sizes, with a table of errors)"
 	@echo "make bench       operator and train-step benchmarks on this machine        make peers  beside PyTorch"
@@ -74,6 +75,9 @@ test: $(READY)
 
 test-slow: $(READY)
 	$(BIN)/python -m pytest -m "slow and not torch and not ptx" -n $(JOBS) --dist loadfile
+
+test-notebook: $(READY)
+	$(BIN)/python -m pytest -m notebook
 
 test-newest: $(NEWEST_READY)
 	$(NEWEST_VENV)/bin/python -m pytest $(NEWEST_TESTS) -n $(JOBS) --dist loadfile

@@ -45,7 +45,7 @@ from gspn_jax import models
 from gspn_jax.config import ModelConfig
 from gspn_jax.kernels import api, available_backends, depthwise_conv, depthwise_gpu, propagate, propagate_low_rank
 from gspn_jax.models import attention
-from gspn_jax.models.mixers import GSPNMixer
+from gspn_jax.models.mixers import GSPNMixer, GSPNOptions
 
 Rows = Iterator[dict]
 
@@ -344,7 +344,8 @@ def block_mixer(preset: str, sizes: Sizes) -> tuple[GSPNMixer, int]:
     """The mixer of the preset's blocks, and its width."""
     arch = models.resolve(ModelConfig(preset=preset, backend="mosaic_gpu"))
     if sizes is TINY:
-        arch = dataclasses.replace(arch, hidden=64, groups=64, proxy=16)
+        options = GSPNOptions(groups=64, proxy=16, backend="mosaic_gpu")
+        arch = dataclasses.replace(arch, hidden=64, options=options)
     return arch.options.build(arch.hidden, dtype=jnp.bfloat16, rngs=nnx.Rngs(0)), arch.hidden
 
 

@@ -12,10 +12,10 @@ import re
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar, get_args, get_origin
 
-from gspn_jax.tables import MIXERS, OBJECTIVES, SAMPLERS, SOURCES, Choice, Table, samplers_of
+from gspn_jax.tables import METRICS, MIXERS, OBJECTIVES, SAMPLERS, SOURCES, Choice, Table, samplers_of
 
 if TYPE_CHECKING:
-    SourceName = MixerName = ObjectiveName = SamplerName = str
+    SourceName = MixerName = ObjectiveName = SamplerName = MetricName = str
 else:  # the command line offers the table's names as they are when it reads its flags
 
     class SourceName(Choice):
@@ -30,12 +30,14 @@ else:  # the command line offers the table's names as they are when it reads its
     class SamplerName(Choice):
         table = SAMPLERS
 
+    class MetricName(Choice):
+        table = METRICS
+
 
 Layout = Literal["paper", "dit"]
 Backend = Literal["scan", "mosaic_gpu"]
 Precision = Literal["params=float32,compute=bfloat16", "params=float32,compute=float32"]
 Remat = Literal["none", "dots", "names", "full"]
-Metric = Literal["fid", "sfid", "is", "kid", "precision", "recall"]
 
 CHANGEABLE = ("data", "train.batch_size", "train.accumulate", "train.seed")
 """What `train.allow_change` can name."""
@@ -91,7 +93,7 @@ def check_numbers(owner: Any, prefix: str = "") -> None:
             whole = isinstance(value, int) and not isinstance(value, bool)
             expected = "a number" if float in kinds else "a whole number"
             _check(whole or (float in kinds and isinstance(value, float)), name, expected, value)
-            _check(math.isfinite(value), name, "finite", value)
+            _check(whole or math.isfinite(value), name, "finite", value)
             limit = LIMITS.get(field.name, LARGEST)
             _check(not whole or abs(value) <= limit, name, f"at most {limit:,}", value)
 
@@ -173,7 +175,7 @@ class ModelConfig:
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    """Where images come from: "digits" (scikit-learn's, embedded), "folder" (one folder a class), "tfds", "records"
+    """Source of the images: "digits" (scikit-learn's, embedded), "folder" (one folder a class), "tfds", "records"
     (decoded images that `gspn_jax.prepare images` wrote), or "latents" (VAE moments that `gspn_jax.prepare latents`
     wrote; `image_size` and `channels` are then those of the latents)."""
 
@@ -225,7 +227,7 @@ class DataConfig:
 
     @property
     def latents(self) -> bool:
-        """Whether images are latents of an autoencoder: floats in their final scale, to be decoded to be looked at."""
+        """Tells whether images are latents of an autoencoder: floats in their final scale, looked at once decoded."""
         return self.source == "latents"
 
 
@@ -251,7 +253,7 @@ class DiffusionConfig:
 
 @dataclasses.dataclass(frozen=True)
 class SamplerConfig:
-    """How images are drawn. `name` None is the objective's own: "ddpm" for ddpm, "heun" for flow."""
+    """Settings of sampling. `name` None is the objective's own: "ddpm" for ddpm, "heun" for flow."""
 
     name: SamplerName | None = None
     steps: int = 250
@@ -395,12 +397,14 @@ class EvalConfig:
     """Evaluates every so many steps and at the last; 0 is never."""
     num_samples: int = 10_000
     """Published numbers are of 50,000; fewer give a higher FID, which still tells checkpoints apart."""
-    metrics: tuple[Metric, ...] = ("fid",)
+    metrics: tuple[MetricName, ...] = ("fid",)
     """With "fid", the checkpoint of the lowest one is kept for good beside the latest."""
     reference: str | None = None
     """Reference statistics (.npz), such as `python -m gspn_jax.prepare stats` makes; only "is" needs none."""
     inception: str | None = None
     """Weights of Inception-v3 of 2015 (.pth or .safetensors)."""
+    networks: tuple[str, ...] = ()
+    """NAME=FILE: weights of other feature networks."""
     vae: str | None = None
     """Weights of the autoencoder that decodes the samples of a run on latents."""
     batch_size: int = 64
@@ -428,7 +432,7 @@ class EvalConfig:
             self.metrics,
         )
         for name in self.metrics:
-            _one_of("eval.metrics", name, get_args(Metric))
+            _one_of("eval.metrics", name, METRICS)
         _positive(self, "eval", "batch_size")
         _check(
             self.guidance_scale is None or self.guidance_scale >= 0,
@@ -443,7 +447,7 @@ class EvalConfig:
 
 @dataclasses.dataclass(frozen=True)
 class GuardConfig:
-    """What a run does when its numbers go bad. A spike is looked for when losses are logged, before they are saved."""
+    """Answers to numbers that go bad. A spike is looked for when losses are logged, before they are saved."""
 
     nonfinite: Literal["stop", "skip"] = "stop"
     """A loss or gradient that is not finite: stop before its update, or leave that update out and count it."""
@@ -492,13 +496,24 @@ class ProfileConfig:
         return int(first), int(last)
 
 
+@dataclasses.dataclass(frozen=True)
+class LogConfig:
+    """What is logged beside the progress line, metrics.jsonl and TensorBoard events of the run directory."""
+
+    wandb: str | None = None
+    """The project of Weights & Biases that gets metrics, pictures and config, too; WANDB_MODE=offline holds."""
+
+    def __post_init__(self) -> None:
+        _check(self.wandb != "", "log.wandb", "the name of a project, or None", self.wandb)
+
+
 Values = dict[str, Any]
 """A config as plain JSON values."""
 
 
 @dataclasses.dataclass(frozen=True)
 class RunConfig:
-    """What a run of any task has; each task has a class of its own that adds to it. `run_dir` receives checkpoints,
+    """Settings that a run of any task has; each task adds its own in a class. `run_dir` receives checkpoints,
     logs and pictures."""
 
     run_dir: str
@@ -507,6 +522,7 @@ class RunConfig:
     train: TrainConfig = TrainConfig()
     guard: GuardConfig = GuardConfig()
     profile: ProfileConfig = ProfileConfig()
+    log: LogConfig = LogConfig()
 
     TASK: ClassVar[str]
     """The name by which a saved config is known to be of this class."""
@@ -613,7 +629,7 @@ class Config(RunConfig):
             self.eval.ema,
         )
         _check(
-            self.eval.reference is not None or self.eval.metrics == ("is",),
+            self.eval.reference is not None or not any(METRICS[name].needs for name in self.eval.metrics),
             "eval.reference",
             f"a file of reference statistics for eval.metrics {self.eval.metrics}",
             self.eval.reference,

@@ -20,7 +20,7 @@ from gspn_jax.config import Config, ConfigError, MeshConfig, SamplerConfig, chec
 
 @dataclasses.dataclass(frozen=True)
 class Arguments:
-    """What to draw from a run."""
+    """Flags of what is drawn from a run."""
 
     run: str
     """The run directory that train_dit.py wrote."""

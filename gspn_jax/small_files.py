@@ -52,7 +52,7 @@ def read_as(path: str | os.PathLike, kind: Any, *, nan: bool = False) -> Any:
 def read_lines(
     path: str | os.PathLike, fields: Mapping[str, Any]
 ) -> tuple[list[tuple[bytes, dict]], list[DamagedFile]]:
-    """Of a file with a JSON object in each line: (each whole line as it is written, with its object), what is wrong
+    """Reads a file with a JSON object in each line: (each whole line as it is written, with its object), what is wrong
     with others. The end of a line that was never finished is in neither.
 
     Objects have a value of its type for each name of `fields`; other values may be NaN. No file has no line.
@@ -142,7 +142,7 @@ def _object(value: Any, kind: Any, name: str) -> Any:
 
 
 def is_within(name: str) -> bool:
-    """Whether `name` is the path of a file below a folder, in the form in which we write it."""
+    """Tells whether `name` is the path of a file below a folder, in the form in which we write it."""
     try:
         return b"\0" not in os.fsencode(name) and {"", ".", ".."}.isdisjoint(name.split("/"))
     except UnicodeEncodeError:

@@ -6,6 +6,7 @@ import math
 import pathlib
 import pickle
 import re
+import warnings
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -48,7 +49,7 @@ class WeightsError(ValueError):
 
 
 class Weights(NamedTuple):
-    """What a file of weights holds."""
+    """Contents of a file of weights."""
 
     tensors: dict[str, np.ndarray]
     """float32, by name."""
@@ -162,7 +163,10 @@ def _read_torch(path: pathlib.Path) -> Any:
     import torch
 
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):  # the original's checkpoints carry their args
+        with (
+            torch.serialization.safe_globals([argparse.Namespace]),  # the original's checkpoints carry their args
+            warnings.catch_warnings(action="ignore"),  # of kinds of tensors that are refused afterwards
+        ):
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # of a foreign file PyTorch raises whatever its unpickler meets
         raise WeightsError(f"{path} must be a PyTorch file of tensors, {_reason(error)}") from error

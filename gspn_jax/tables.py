@@ -82,6 +82,21 @@ SAMPLERS = Table(
 )
 """`sampler.name`: `diffusion.samplers.SamplerKind`s."""
 
+METRICS = Table(
+    {
+        "fid": "gspn_jax.metrics.scores:FID",
+        "sfid": "gspn_jax.metrics.scores:SFID",
+        "is": "gspn_jax.metrics.scores:INCEPTION_SCORE",
+        "kid": "gspn_jax.metrics.scores:KID",
+        "precision": "gspn_jax.metrics.scores:PRECISION",
+        "recall": "gspn_jax.metrics.scores:RECALL",
+    }
+)
+"""`eval.metrics`: `metrics.scores.Metric`s."""
+
+FEATURE_NETWORKS = Table({"inception": "gspn_jax.metrics.inception"})
+"""What metrics see of images: `metrics.networks.FeatureNetwork`s."""
+
 
 def samplers_of(objective: str) -> tuple[str, ...]:
     """The samplers that fit an objective, its default first."""

@@ -5,11 +5,12 @@ import sys
 from gspn_jax.kernels.api import available_backends, backend_caveats, line_scan, propagate, propagate_low_rank
 from gspn_jax.kernels.depthwise import depthwise_conv
 from gspn_jax.kernels.saved import STATES as SCAN_STATES
-from gspn_jax.kernels.sharding import sharded
+from gspn_jax.kernels.sharding import Shards, sharded
 from gspn_jax.kernels.weights import stochastic_weights
 
 __all__ = [
     "SCAN_STATES",
+    "Shards",
     "available_backends",
     "backend_caveats",
     "depthwise_conv",

@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from gspn_jax.kernels import scan
-from gspn_jax.kernels.sharding import over_shards
+from gspn_jax.kernels import reference, scan
+from gspn_jax.kernels.sharding import Shards, over_shards, split_by
 from gspn_jax.kernels.weights import DIRECTIONS, check_direction
 
 logger = logging.getLogger(__name__)
@@ -21,9 +21,9 @@ class _Backend(NamedTuple):
 
     line_scan: Callable
     propagate: Callable
-    missing: Callable[[], str | None]
+    missing: Callable[[], str | None] = lambda: None
     """Why this machine cannot run it, in words, or None."""
-    refuses: Callable[[Array, int], str | None]
+    refuses: Callable[[Array, int], str | None] = lambda x, directions: None
     """Why it cannot take x [B, H, W, C] in that many directions, in words, or None."""
     propagate_low_rank: Callable | None = None
     """None if XLA is to expand the proxy."""
@@ -40,21 +40,22 @@ def _mosaic_gpu() -> _Backend:
         from gspn_jax.kernels import mosaic_gpu
     except (ImportError, AttributeError) as error:
         reason = f"cannot be had from this JAX ({jax.__version__}: {error})"
-        return _Backend(scan.line_scan, scan.propagate, lambda: reason, lambda x, directions: reason)  # never called
+        return _Backend(line_scan=scan.line_scan, propagate=scan.propagate, missing=lambda: reason)  # never called
     return _Backend(
-        mosaic_gpu.line_scan,
-        over_shards(mosaic_gpu.propagate, "bc bc bc bc -c bc"),
-        mosaic_gpu.missing,
-        mosaic_gpu.refuses,
-        over_shards(mosaic_gpu.propagate_low_rank, "bc b- -c -c -c -c -c"),
-        mosaic_gpu.refuses_low_rank,
-        mosaic_gpu.caveat,
+        line_scan=over_shards(mosaic_gpu.line_scan, "bc bc bc bc"),
+        propagate=over_shards(mosaic_gpu.propagate, "bc bc bc bc -c bc"),
+        missing=mosaic_gpu.missing,
+        refuses=mosaic_gpu.refuses,
+        propagate_low_rank=over_shards(mosaic_gpu.propagate_low_rank, "bc b- -c -c -c -c -c"),
+        refuses_low_rank=mosaic_gpu.refuses_low_rank,
+        caveat=mosaic_gpu.caveat,
     )
 
 
 _BACKENDS = {
     "mosaic_gpu": _mosaic_gpu(),
-    "scan": _Backend(scan.line_scan, scan.propagate, lambda: None, lambda x, directions: None),
+    "scan": _Backend(line_scan=scan.line_scan, propagate=scan.propagate, refuses=scan.refuses),
+    "reference": _Backend(line_scan=reference.line_scan, propagate=reference.propagate),
 }
 """By name, best first; the last takes everything."""
 
@@ -84,6 +85,7 @@ def line_scan(
     direction: str,
     chunk: int | None = None,
     backend: str | None = None,
+    shards: Shards | None = None,
 ) -> Float[Array, "B H W C"]:
     """Scans `x` line by line with ready weights. Source: GSPN, arXiv 2501.12381, equation 1.
 
@@ -95,8 +97,10 @@ def line_scan(
     channels from g C/G. `direction`, where the scan goes: "down", "up" (lines are rows), "right", "left" (columns).
     `chunk=k` restarts h every k lines from the line where the scan starts; None never does.
     `backend`: a name from `available_backends()`, or None for the best of them that takes these arguments.
+    `shards`: how a kernel is split over a mesh, where not as `sharded` says; XLA splits the other backends by itself.
 
-    The state is float32 and the result has the dtype of `x`. Differentiable in reverse mode, once.
+    The state is float32 (float64 if `x` is, on "reference") and the result has the dtype of `x`. Differentiable in both
+    modes, and again.
     Raises ValueError for wrong shapes, group counts, directions, chunks or backends.
     """
     _check_x(x)
@@ -105,7 +109,8 @@ def line_scan(
     _check_groups(center, x, "center", axis=3)
     for name, weight in (("left", left), ("center", center), ("right", right)):
         _check_shape(name, weight, (*x.shape[:3], center.shape[3]))
-    return _choose(backend, x, 1).line_scan(x, left, center, right, direction, chunk)
+    with split_by(shards):
+        return _choose(backend, x, 1).line_scan(x, left, center, right, direction, chunk)
 
 
 def propagate(
@@ -118,15 +123,16 @@ def propagate(
     skip: Float[Array, "B H W 4 C"] | None = None,
     chunk: int | None = None,
     backend: str | None = None,
+    shards: Shards | None = None,
 ) -> Float[Array, "B H W C"]:
     """Scans `x` in four directions and merges the results. Source: GSPN, arXiv 2501.12381, sections 3.2 and 3.3.
 
         y = sum_k merge[k] ( out_gate[k] scan_k(lam[k] x) + skip[k] x ),    k = down, up, right, left
 
     `gates` holds the logits of the left, center and right weight (see `stochastic_weights`) in the image's frame.
-    scan_k, `chunk`, `backend` and the group count G are those of `line_scan`; skip None leaves that term out.
+    scan_k, `chunk`, `backend`, `shards`, types, derivatives and the group count G are those of `line_scan`; skip None
+    leaves that term out. Sums have the type of the state.
 
-    The state and the sums are float32 and the result has the dtype of `x`. Differentiable in reverse mode, once.
     Raises ValueError for wrong shapes, group counts, chunks or backends.
     """
     _check_x(x)
@@ -137,7 +143,8 @@ def propagate(
         if array is not None:
             _check_shape(name, array, (*x.shape[:3], 4, x.shape[3]))
     _check_merge(merge, x)
-    return _choose(backend, x, len(DIRECTIONS)).propagate(x, gates, lam, out_gate, merge, skip, chunk)
+    with split_by(shards):
+        return _choose(backend, x, len(DIRECTIONS)).propagate(x, gates, lam, out_gate, merge, skip, chunk)
 
 
 def propagate_low_rank(
@@ -151,6 +158,7 @@ def propagate_low_rank(
     skip: Float[Array, "d 4 C"] | None = None,
     chunk: int | None = None,
     backend: str | None = None,
+    shards: Shards | None = None,
 ) -> Float[Array, "B H W C"]:
     """`propagate` with terms of low rank, each of which is a product of a narrow `proxy` of the pixel:
 
@@ -177,19 +185,19 @@ def propagate_low_rank(
         if array is not None:
             _check_shape(name, array, (rank, 4, channels))
     _check_merge(merge, x)
-    chosen = _choose(backend, x, len(DIRECTIONS))
-    if chosen.propagate_low_rank is not None:
-        reason = chosen.refuses_low_rank(x, proxy, 5 if skip is None else 6)
-        if reason is None:
-            return chosen.propagate_low_rank(x, proxy, gates, lam, out_gate, merge, skip, chunk)
-        _log_expansion(reason)
+    with split_by(shards):
+        chosen = _choose(backend, x, len(DIRECTIONS))
+        if chosen.propagate_low_rank is not None:
+            reason = chosen.refuses_low_rank(x, proxy, 5 if skip is None else 6)
+            if reason is None:
+                return chosen.propagate_low_rank(x, proxy, gates, lam, out_gate, merge, skip, chunk)
+            _log_expansion(reason)
 
-    def expand(factor: Array) -> Array:
-        return jnp.tensordot(proxy, factor.astype(proxy.dtype), 1)
+        def expand(factor: Array) -> Array:
+            return jnp.tensordot(proxy, factor.astype(proxy.dtype), 1)
 
-    return chosen.propagate(
-        x, expand(gates), 1 + expand(lam), 1 + expand(out_gate), merge, None if skip is None else expand(skip), chunk
-    )
+        terms = expand(gates), 1 + expand(lam), 1 + expand(out_gate)
+        return chosen.propagate(x, *terms, merge, None if skip is None else expand(skip), chunk)
 
 
 def _choose(name: str | None, x: Array, directions: int) -> _Backend:
@@ -203,7 +211,10 @@ def _choose(name: str | None, x: Array, directions: int) -> _Backend:
             _log_choice(candidate, "".join(reasons))
             return backend
         reasons.append(f" The {candidate!r} backend {reason}.")
-    raise ValueError(f"backend must be one that can run this, found {name!r}, which {reason}; 'scan' runs everywhere.")
+    other = "reference" if x.dtype == jnp.float64 else "scan"
+    raise ValueError(
+        f"backend must be one that can run this, found {name!r}, which {reason}; {other!r} runs everywhere."
+    )
 
 
 @functools.cache
@@ -224,8 +235,8 @@ def _check_merge(merge: Array, x: Array) -> None:
 def _check_x(x: Array) -> None:
     if x.ndim != 4 or 0 in x.shape:
         raise ValueError(f"x must have shape [B, H, W, C] with no empty axis, found {list(x.shape)}.")
-    if x.dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
-        raise ValueError(f"x must be float32, bfloat16 or float16, found {x.dtype}.")
+    if x.dtype not in (jnp.float64, jnp.float32, jnp.bfloat16, jnp.float16):
+        raise ValueError(f"x must be float64, float32, bfloat16 or float16, found {x.dtype}.")
 
 
 def _check_chunk(chunk: int | None) -> None:

@@ -15,7 +15,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from gspn_jax.kernels.derivatives import differentiable
-from gspn_jax.kernels.sharding import over_shards
+from gspn_jax.kernels.sharding import Shards, over_shards, split_by
 
 try:
     from gspn_jax.kernels import depthwise_gpu, devices
@@ -31,6 +31,7 @@ def depthwise_conv(
     bias: Float[Array, "C"] | None = None,
     *,
     squared_relu: bool = False,
+    shards: Shards | None = None,
 ) -> Float[Array, "B H W C"]:
     """Correlates every channel with its own kernel: SAME zero padding, stride 1, odd kernel sizes.
 
@@ -38,7 +39,7 @@ def depthwise_conv(
 
     or with `squared_relu` y * relu(y), which our GPU kernel computes in float32 where there is no bias, the rest in the
     dtype of `x`. Sums in float32 and returns the dtype of `x`, to which the sum of a GPU is rounded before a bias is
-    added. Differentiable in reverse mode, once.
+    added. Differentiable in both modes, and again. `shards` are those of `kernels.line_scan`.
     Raises ValueError for wrong shapes or an even kernel size.
     """
     if x.ndim != 4:
@@ -49,19 +50,19 @@ def depthwise_conv(
         )
     if bias is not None and bias.shape != x.shape[3:]:
         raise ValueError(f"bias must have shape {list(x.shape[3:])}, found {list(bias.shape)}.")
-    reason = _refusal(x, kernel)
-    if reason is None:
-        on_chip = squared_relu and bias is None
-        # the kernel in float32, in which the parts of a sharded batch then add up its gradient
-        y = over_shards(depthwise_gpu.correlate, "bc -c")(x, kernel.astype(jnp.float32), on_chip)
-        squared_relu = squared_relu and not on_chip
-    else:
-        _log_refusal(reason)
-        y = _correlate(x, kernel)
+    with split_by(shards):
+        reason = _refusal(x, kernel)
+        on_chip = reason is None and squared_relu and bias is None
+        if reason is None:
+            # the kernel in float32, in which the parts of a sharded batch then add up its gradient
+            y = over_shards(depthwise_gpu.correlate, "bc -c")(x, kernel.astype(jnp.float32), on_chip)
+        else:
+            _log_refusal(reason)
+            y = _correlate(x, kernel)
     if bias is not None:
         y = y.astype(jnp.float32) + bias.astype(jnp.float32)
     y = y.astype(x.dtype)
-    return y * jax.nn.relu(y) if squared_relu else y
+    return y * jax.nn.relu(y) if squared_relu and not on_chip else y
 
 
 def _refusal(x: Array, kernel: Array) -> str | None:

@@ -38,7 +38,7 @@ BLOCKS = 132
 """Blocks of the gradient of the kernel for kernels of seven rows, one a multiprocessor; more for fewer rows."""
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Plan:
     """The cut of an image [height, width, channels] and a kernel [kernel_height, kernel_width, channels]."""
 
@@ -47,6 +47,12 @@ class Plan:
     channels: int
     kernel_height: int
     kernel_width: int
+
+    @classmethod
+    def of(cls, shape: tuple[int, int, int, int], size: tuple[int, int]) -> "Plan":
+        """The cut of images [B, H, W, C] and a kernel of so many rows and columns."""
+        _, height, width, channels = shape
+        return cls(height=height, width=width, channels=channels, kernel_height=size[0], kernel_width=size[1])
 
     @property
     def vector(self) -> int:
@@ -135,7 +141,7 @@ def refuses(x: Float[Array, "B H W C"], kernel: Float[Array, "kh kw C"]) -> str 
         return f"takes at least 128 channels and no empty axis, not {list(x.shape)}"
     if x.shape[2] > WIDEST:
         return f"takes images of up to {WIDEST} columns, not {x.shape[2]}"
-    if x.shape[0] * Plan(*x.shape[1:], *kernel.shape[:2]).slabs > MOST:
+    if x.shape[0] * Plan.of(x.shape, kernel.shape[:2]).slabs > MOST:
         return f"takes up to {MOST} slabs of channels of all images, not those of {list(x.shape)}"
     return None
 
@@ -182,7 +188,7 @@ def _correlate(
 ) -> Float[Array, "B H W C"]:
     """`finish` of the correlation and of `others`, arrays like x; `turned`: with the kernel turned by half a circle,
     which gives the gradient of x."""
-    plan = Plan(*x.shape[1:], *kernel.shape[:2])
+    plan = Plan.of(x.shape, kernel.shape[:2])
     grid = {"image": x.shape[0], "slab": plan.slabs, "strip": plan.strips, "segment": plan.segments}
     body = functools.partial(_correlate_body, plan=plan, finish=finish, turned=turned)
     (y,) = _launch(
@@ -247,7 +253,7 @@ def _correlate_body(x: Any, kernel: Any, *rest: Any, plan: Plan, finish: Callabl
 
 def kernel_gradient(x: Array, cotangent: Array, size: tuple[int, int]) -> Float[Array, "kh kw C"]:
     """Each block sums over its part of all rows of all images; the parts are added up here, always in one order."""
-    plan = Plan(*x.shape[1:], *size)
+    plan = Plan.of(x.shape, size)
     parts = max(1, BLOCKS * (7 // size[0]) // plan.slabs)
     parts = min(parts, x.shape[0] * plan.segments * plan.height)
     grid = {"slab": plan.slabs, "part": parts}

@@ -17,7 +17,7 @@ from gspn_jax.kernels import compat, sharding
 KIB = 1024
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Expanding:
     """Tuning of the kernel that expands a proxy by itself."""
 
@@ -29,7 +29,7 @@ class Expanding:
     """Of an H100 or H200: the kernel for chunk=2 splits batches so that few of them are idle at the end."""
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Device:
     """What the kernel may use on GPUs of one compute capability, and how it is cut for them."""
 
@@ -59,21 +59,23 @@ _AMPERE = (0, 11, 2)
 """JAX 0.10 waits at barriers with an instruction of compute capability 9.0, and under `shard_map` so do 0.11.0 and
 0.11.1, which take every mesh for one of that capability."""
 
+_LARGE = {"shared_bytes": 226 * KIB, "scan_bytes": 200 * KIB}
+_SMALL = {"shared_bytes": 98 * KIB, "scan_bytes": 96 * KIB}
+
 DEVICES = {
     device.capability: device
     for device in (
-        Device(
-            "8.0", "A100", 162 * KIB, 160 * KIB, joint_tile=512, apart_tile=256, shared_joint=False, oldest_jax=_AMPERE
-        ),
-        Device("8.6", "RTX 3090, A10", 98 * KIB, 96 * KIB, shared_tile=256, oldest_jax=_AMPERE),
-        Device("8.9", "RTX 4090, L4, L40S", 98 * KIB, 96 * KIB, shared_tile=256, oldest_jax=_AMPERE),
-        Device("9.0", "H100, H200", 226 * KIB, 200 * KIB, expanding=Expanding()),
-        Device("10.0", "B200", 226 * KIB, 200 * KIB),
-        Device("10.3", "B300", 226 * KIB, 200 * KIB),
-        Device("12.0", "RTX 5090", 98 * KIB, 96 * KIB),
-        Device("12.1", "GB10", 98 * KIB, 96 * KIB),
+        Device(capability="8.0", examples="A100", shared_bytes=162 * KIB, scan_bytes=160 * KIB,
+               joint_tile=512, apart_tile=256, shared_joint=False, oldest_jax=_AMPERE),
+        Device(capability="8.6", examples="RTX 3090, A10", **_SMALL, shared_tile=256, oldest_jax=_AMPERE),
+        Device(capability="8.9", examples="RTX 4090, L4, L40S", **_SMALL, shared_tile=256, oldest_jax=_AMPERE),
+        Device(capability="9.0", examples="H100, H200", **_LARGE, expanding=Expanding()),
+        Device(capability="10.0", examples="B200", **_LARGE),
+        Device(capability="10.3", examples="B300", **_LARGE),
+        Device(capability="12.0", examples="RTX 5090", **_SMALL),
+        Device(capability="12.1", examples="GB10", **_SMALL),
     )
-}
+}  # fmt: skip
 """By compute capability."""
 
 DEFAULT = "9.0"

@@ -170,7 +170,8 @@ class Class(NamedTuple):
         row, column = lax.div(self.index, 2), lax.rem(self.index, 2)
         rows = axis == 0
         stride = jnp.where(rows, 1, self.size[1])
-        return Lines(axis, jnp.where(rows, row, column), jnp.where(rows, column, row), stride, self.size)
+        second, along = jnp.where(rows, row, column), jnp.where(rows, column, row)
+        return Lines(axis=axis, second=second, along=along, stride=stride, size=self.size)
 
     def send_for_factors(self) -> None:
         """Each class has one direction's."""

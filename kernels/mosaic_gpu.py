@@ -61,7 +61,7 @@ def propagate(
     chunk: int | None,
 ) -> Float[Array, "B H W C"]:
     """See `gspn_jax.kernels.propagate`; arguments are checked there."""
-    job = Job(DIRECTIONS, chunk, logits=True, lam=True, out_gate=True, skip=skip is not None)
+    job = Job(directions=DIRECTIONS, chunk=chunk, logits=True, lam=True, out_gate=True, skip=skip is not None)
     merge = jnp.broadcast_to(merge.astype(jnp.float32).reshape(4, -1), (4, x.shape[-1]))
     return _padded(job, Inputs(x, gates, lam, out_gate, skip, merge))
 
@@ -75,7 +75,7 @@ def line_scan(
     chunk: int | None,
 ) -> Float[Array, "B H W C"]:
     """See `gspn_jax.kernels.line_scan`; arguments are checked there."""
-    job = Job((direction,), chunk, logits=False, lam=False, out_gate=False, skip=False)
+    job = Job(directions=(direction,), chunk=chunk, logits=False, lam=False, out_gate=False, skip=False)
     weights = jnp.stack([left, center, right], axis=3)[:, :, :, None]
     return _padded(job, Inputs(x, weights, None, None, None, None))
 
@@ -151,7 +151,7 @@ def propagate_low_rank(
 ) -> Float[Array, "B H W C"]:
     """See `gspn_jax.kernels.propagate_low_rank`; arguments are checked there."""
     batch, *size, channels = x.shape
-    job = Job(DIRECTIONS, chunk, logits=True, lam=True, out_gate=True, skip=skip is not None)
+    job = Job(directions=DIRECTIONS, chunk=chunk, logits=True, lam=True, out_gate=True, skip=skip is not None)
     merge = jnp.broadcast_to(merge.astype(jnp.float32).reshape(4, -1), (4, channels))
     gates = jnp.repeat(gates.astype(jnp.float32), channels // gates.shape[-1], axis=-1)
     others = [a[:, :, None].astype(jnp.float32) for a in (lam, out_gate, skip) if a is not None]

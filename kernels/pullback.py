@@ -263,7 +263,7 @@ def _walk(job: Job, plan: tiles.Plan, k: int, direction: str, group: Array, slab
     """Where this warpgroup is: its positions on a line of a group of images."""
     start = pl.multiple_of(lax.min(slab * plan.slab, plan.channels - plan.slab), tiles.VECTOR)
     image = group * plan.images + lax.div(warpgroup * (tiles.ROWS // plan.warpgroups), plan.width)
-    return Walk(k, direction, job, plan, image, start, warpgroup)
+    return Walk(k=k, direction=direction, job=job, plan=plan, image=image, start=start, warpgroup=warpgroup)
 
 
 def _part(warpgroup: Array, given: Given) -> tuple[Any, Array]:

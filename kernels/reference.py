@@ -75,7 +75,8 @@ def states(
 
 def _of_channels(weight: Float[Array, "B H W G"], channels: int) -> Float[Array, "B H W C"]:
     """The weight of each channel: that of its group of C/G consecutive channels."""
-    return jnp.repeat(weight, channels // weight.shape[3], axis=3)
+    groups = weight.shape[3]
+    return weight if groups == channels else jnp.repeat(weight, channels // groups, axis=3)
 
 
 def _moved(h: Float[Array, "B position C"], offset: int) -> Float[Array, "B position C"]:

@@ -23,6 +23,11 @@ from gspn_jax.kernels.derivatives import differentiable
 from gspn_jax.kernels.weights import DIRECTIONS, LOGIT_FLOOR, inside, line_axes, stochastic_weights
 
 
+def refuses(x: Float[Array, "B H W C"], directions: int) -> str | None:
+    """Why the scan cannot take `x`, in any number of directions, in words, or None."""
+    return "computes in float32, not in float64" if x.dtype == jnp.float64 else None
+
+
 def propagate(
     x: Float[Array, "B H W C"],
     gates: Float[Array, "B H W 4 3 G"],

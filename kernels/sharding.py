@@ -4,39 +4,58 @@ XLA partitions the scan backend by itself; a kernel it would give whole arrays, 
 """
 
 import contextlib
-import contextvars
+import dataclasses
 import functools
+import logging
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from typing import Any
 
 import jax
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 from jaxtyping import Array
 
-_current = contextvars.ContextVar("sharding of the operator", default=None)
+logger = logging.getLogger(__name__)
 
 
-@contextlib.contextmanager
-def sharded(mesh: Mesh, *, batch: tuple[str, ...] = (), channels: tuple[str, ...] = ()) -> Iterator[None]:
-    """Operators traced inside run on each device's part: images split over the mesh axes `batch`, channels over
-    `channels`. Axes that the arrays do not divide into are left out: there every device does the same work.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Shards:
+    """How the operator is split: images over the mesh axes `batch`, channels over `channels`. Axes that the arrays do
+    not divide into are left out: there every device does the same work."""
 
-    Inside one's own `jax.shard_map` this is not needed.
+    mesh: Mesh | AbstractMesh
+    batch: tuple[str, ...] = ()
+    channels: tuple[str, ...] = ()
+
+
+_current = jax.make_user_context(default_value=None)
+"""The `Shards` of the code that is traced. JAX has it in the key of everything that it traced before: a jitted function
+is traced anew where it is called under others."""
+
+
+def sharded(
+    mesh: Mesh | AbstractMesh, *, batch: tuple[str, ...] = (), channels: tuple[str, ...] = ()
+) -> contextlib.AbstractContextManager:
+    """Inside, the operators that are given no `shards` run on each device's part, as `Shards` says.
+
+    This is not needed inside one's own `jax.shard_map`, nor where the mesh axes are `AxisType.Explicit`: there the type
+    of `x` says how it is split.
     """
-    token = _current.set((mesh, tuple(batch), tuple(channels)))
-    try:
-        yield
-    finally:
-        _current.reset(token)
+    return split_by(Shards(mesh=mesh, batch=tuple(batch), channels=tuple(channels)))
 
 
-def current_mesh() -> Mesh | None:
+def split_by(shards: Shards | None) -> contextlib.AbstractContextManager:
+    """Inside, operators are split by `shards`; None changes nothing."""
+    return contextlib.nullcontext() if shards is None else _current(shards)
+
+
+def current_mesh() -> Mesh | AbstractMesh | None:
     """The mesh of `sharded`, inside it."""
-    return None if _current.get() is None else _current.get()[0]
+    return None if _current.value is None else _current.value.mesh
 
 
 def over_shards(operator: Callable, axes: str) -> Callable:
-    """`operator`, which takes arrays and last the chunk, all by position, under `jax.shard_map` inside `sharded`.
+    """`operator`, which takes arrays and then what is static, all by position, under `jax.shard_map` inside `sharded`.
 
     `axes` says of each array, in words, what its first and its last axis are, or, by a longer word, each: b for images,
     c for channels or whole heads of them, - for neither. Arrays may be None. An axis of channels of size 1, which all
@@ -44,13 +63,16 @@ def over_shards(operator: Callable, axes: str) -> Callable:
     """
 
     @functools.wraps(operator)
-    def wrapped(*arguments: Array | int | None) -> Array:
-        if _current.get() is None:
+    def wrapped(*arguments: Any) -> Array:
+        shards = _current.value or _of_type(arguments[0])
+        if shards is None:
+            _log_whole(_axes_in_use())
             return operator(*arguments)
-        mesh, batch_axes, channel_axes = _current.get()
-        *arrays, chunk = arguments
-        words = zip(arrays, axes.split(), strict=True)
-        given = {i: (array, _letters(array, word)) for i, (array, word) in enumerate(words) if array is not None}
+        mesh = shards.mesh
+        words = axes.split()
+        arrays, static = arguments[: len(words)], arguments[len(words) :]
+        with_words = enumerate(zip(arrays, words, strict=True))
+        given = {i: (array, _letters(array, word)) for i, (array, word) in with_words if array is not None}
 
         def common(letter: str) -> int:
             return math.gcd(
@@ -62,11 +84,11 @@ def over_shards(operator: Callable, axes: str) -> Callable:
                 )
             )
 
-        split = {"b": _dividing(mesh, batch_axes, common("b")), "c": _dividing(mesh, channel_axes, common("c"))}
+        split = {"b": _dividing(mesh, shards.batch, common("b")), "c": _dividing(mesh, shards.channels, common("c"))}
         specs = {i: PartitionSpec(*map(split.get, letters)) for i, (_, letters) in given.items()}
 
         def local(parts: dict[int, Array]) -> Array:
-            return operator(*(parts.get(i) for i in range(len(arrays))), chunk)
+            return operator(*(parts.get(i) for i in range(len(arrays))), *static)
 
         parts = {i: array for i, (array, _) in given.items()}
         return jax.shard_map(
@@ -97,3 +119,26 @@ def _dividing(mesh: Mesh, axes: tuple[str, ...], size: int) -> tuple[str, ...] |
             break
         taken += (axis,)
     return taken or None
+
+
+def _of_type(x: Array) -> Shards | None:
+    """As the first and the last axis of `x` are split by its type, where mesh axes are `AxisType.Explicit`."""
+    sharding = jax.typeof(x).sharding
+    ends = (sharding.spec[0], sharding.spec[-1]) if x.ndim > 1 else ()
+    batch, channels = (axes if isinstance(axes, tuple) else (axes,) if axes else () for axes in ends or ((), ()))
+    return Shards(mesh=sharding.mesh, batch=batch, channels=channels) if batch or channels else None
+
+
+def _axes_in_use() -> tuple[str, ...]:
+    """Axes of the mesh of the call (`jax.set_mesh`) over several devices that no `jax.shard_map` has split."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return tuple(axis for axis in mesh.axis_names if mesh.shape[axis] > 1 and axis not in mesh.manual_axes)
+
+
+@functools.cache
+def _log_whole(axes: tuple[str, ...]) -> None:
+    if axes:
+        logger.warning(
+            "A kernel is called over the mesh axes %s without `shards`: every device computes the whole of it.",
+            ", ".join(map(repr, axes)),
+        )

@@ -8,7 +8,7 @@ KINDS = ("left", "center", "right", "lam", "out_gate", "skip")
 LAM, OUT_GATE, SKIP = map(KINDS.index, ("lam", "out_gate", "skip"))
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Job:
     """What to compute, all of it static: scans in `directions`, restarted every `chunk` lines, with these terms."""
 

@@ -25,7 +25,7 @@ ROWS = 64
 """Positions of a line that a block expands from a proxy at once: the rows of the tensor cores' instruction."""
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Plan:
     """How an image [height, width, channels] is walked; `rows` and `columns` say so for lines that are rows or columns.
 
@@ -74,7 +74,7 @@ class Plan:
         return self.images * max(self.rows.padded, self.columns.padded) + 2
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Lines:
     """`count` lines of `length` positions, `padded` to whole tiles of `positions`."""
 
@@ -111,12 +111,20 @@ def make_plan(
         if waste < least:
             tile = device.joint_tile if joint else apart_tile
             rows, columns = (
-                Lines(count, length, padded, _positions(padded, quantum, tile // slab))
+                Lines(count=count, length=length, padded=padded, positions=_positions(padded, quantum, tile // slab))
                 for count, length, padded in ((height, width, padded_width), (width, height, padded_height))
             )
             shares = max(n for n in (1, 2, 4) if rows.tiles % n == columns.tiles % n == 0)
-            best = Plan(padded_height, padded_width, padded_channels, slab, joint, rows, columns,
-                        directions if joint else shares)  # fmt: skip
+            best = Plan(
+                height=padded_height,
+                width=padded_width,
+                channels=padded_channels,
+                slab=slab,
+                joint=joint,
+                rows=rows,
+                columns=columns,
+                warpgroups=directions if joint else shares,
+            )
             least = waste
     return best
 
@@ -132,8 +140,20 @@ def make_expanding_plan(height: int, width: int, channels: int, *, device: Devic
     slab, positions = SLABS[0], ROWS // warpgroups
     if height != width or width % positions or ROWS % width or channels < slab or channels % VECTOR:
         return None
-    lines = Lines(height, width, width, positions // 2)
-    return Plan(height, width, channels, slab, False, lines, lines, warpgroups, ROWS // width, True, blocks=blocks)
+    lines = Lines(count=height, length=width, padded=width, positions=positions // 2)
+    return Plan(
+        height=height,
+        width=width,
+        channels=channels,
+        slab=slab,
+        joint=False,
+        rows=lines,
+        columns=lines,
+        warpgroups=warpgroups,
+        images=ROWS // width,
+        expands=True,
+        blocks=blocks,
+    )
 
 
 def _positions(padded: int, quantum: int, most: int) -> int:

@@ -131,7 +131,7 @@ def visit_mine(job: Job, plan: tiles.Plan, visit: Callable[[Walk], None]) -> Non
     if plan.expands:
         image = image * plan.images + lax.div(warpgroup * (tiles.ROWS // plan.warpgroups), plan.width)
     for k, direction in enumerate(job.directions):
-        walk = Walk(k, direction, job, plan, image, start, warpgroup)
+        walk = Walk(k=k, direction=direction, job=job, plan=plan, image=image, start=start, warpgroup=warpgroup)
         if len(job.directions) == 1:
             visit(walk)
         else:

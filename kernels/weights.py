@@ -22,7 +22,7 @@ def line_axes(direction: str) -> tuple[int, int]:
     return (1, 2) if direction in ("down", "up") else (2, 1)
 
 
-def wide(array: Array) -> jnp.dtype:
+def wide(array: Float[Array, "..."]) -> jnp.dtype:
     """The type in which to compute: float32, and for float64 that."""
     return jnp.dtype(jnp.float64 if array.dtype == jnp.float64 else jnp.float32)
 

@@ -27,7 +27,7 @@ _LEVEL = re.compile(r"encoder\.down_blocks\.(\d{1,3})\.resnets\.(\d{1,3})\.conv1
 
 
 class Scale(NamedTuple):
-    """How latents are trained on: (latent - shift) * factor."""
+    """Scale and shift that latents are trained on: (latent - shift) * factor."""
 
     factor: float = LATENT_SCALE
     shift: float = 0.0
@@ -81,7 +81,7 @@ def weights_file(path: str | pathlib.Path) -> pathlib.Path:
 
 
 def read_scale(path: pathlib.Path) -> Scale | None:
-    """What a `config.json` of diffusers tells of the scale of latents; None if there is none, or it does not tell.
+    """Reads the scale of latents in a `config.json` of diffusers; None if there is none, or it does not tell.
 
     Raises ConfigError for one of a network other than `model`'s, and for numbers that are none.
     """

@@ -1,4 +1,4 @@
-"""What the commands share: flags and config files, hosts, log lines, exit codes and errors as one sentence."""
+"""Parts that the commands share: flags and config files, hosts, log lines, exit codes and errors as one sentence."""
 
 from gspn_jax.cli import command, interrupts
 

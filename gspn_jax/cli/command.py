@@ -1,4 +1,4 @@
-"""Whether this process is a command of this project, rather than a program that uses it. Imports next to nothing."""
+"""Tells whether this process is a command of this project, not a program that uses it. Imports next to nothing."""
 
 import os
 import sys
@@ -8,7 +8,7 @@ PACKAGE = os.path.dirname(os.path.dirname(os.path.realpath(__file__)))
 
 
 def is_command() -> bool:
-    """Whether the process runs an entry script, a benchmark, a module of the package or an installed command."""
+    """Tells whether the process runs an entry script, a benchmark, a module of the package or an installed command."""
     if sys.argv[:1] == ["-m"]:  # python -m, until the module is found
         return any(word.startswith("gspn_jax.") for word in sys.orig_argv)
     script = getattr(sys.modules["__main__"], "__file__", None)

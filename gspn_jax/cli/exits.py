@@ -1,4 +1,4 @@
-"""How a command ends: exit codes, and errors as one sentence."""
+"""End of a command: exit codes, and errors as one sentence."""
 
 import contextlib
 import errno

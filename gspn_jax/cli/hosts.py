@@ -180,7 +180,7 @@ def _local_device_ids() -> list[int] | None:
 
 
 def is_one_of_several() -> bool:
-    """Whether flags of the command, the environment or Slurm say that there are other processes."""
+    """Tells whether flags of the command, the environment or Slurm say that there are other processes."""
     named = any(argument.split("=")[0] in HOSTS for argument in sys.argv) or any(map(os.environ.get, HOSTS.values()))
     return named or _in_slurm()
 

@@ -27,8 +27,8 @@ def raise_them() -> None:
 
 
 def again(what) -> bool:
-    """Whether `what`, of `sys.unraisablehook`, is a KeyboardInterrupt that was raised where nobody can catch it, as in
-    a destructor; it is then raised once more."""
+    """Tells whether `what`, of `sys.unraisablehook`, is a KeyboardInterrupt raised where nobody can catch it, as in a
+    destructor; it is then raised once more."""
     if what.exc_type is not KeyboardInterrupt:
         return False
     timer = threading.Timer(0.05, _thread.interrupt_main)

@@ -1,4 +1,4 @@
-"""What a command does to its process before anything else."""
+"""Preparation of a command's process, before anything else."""
 
 import importlib.metadata
 import importlib.util
@@ -30,7 +30,7 @@ def setup() -> None:
 
 
 def set_compilation_cache() -> None:
-    """That of the user; none for a user without a home, and who names one in JAX_COMPILATION_CACHE_DIR has it."""
+    """Takes that of the user; none for a user without a home, and who names one in JAX_COMPILATION_CACHE_DIR has it."""
     try:
         cache = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
     except RuntimeError:  # no HOME, and no such user

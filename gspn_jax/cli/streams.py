@@ -35,5 +35,5 @@ def hand_over() -> OSError | None:
 
 
 def reader_is_gone(error: OSError) -> bool:
-    """Whether it failed because nobody reads any more, as after `| head`."""
+    """Tells whether it failed because nobody reads any more, as after `| head`."""
     return error.errno == errno.EPIPE

@@ -6,7 +6,7 @@ import pathlib
 from typing import Any
 
 from gspn_jax.config import Config, from_dict
-from gspn_jax.evaluate.report import NAMES, read_result
+from gspn_jax.evaluate.report import label, read_result
 from gspn_jax.files import sha256_of
 from gspn_jax.models import learns_sigma, resolve
 from gspn_jax.runs.evaluations import Record
@@ -80,7 +80,7 @@ def scores(run: pathlib.Path, config: Config, step: int, decay: float, parameter
         samples, sampler = result["samples"], result["samples"]["sampler"]
         if samples.get("parameters_sha256") != parameters_sha256:
             continue
-        values = ", ".join(f"{NAMES.get(name, name)} {value:.5g}" for name, value in result["metrics"].items())
+        values = ", ".join(f"{label(name)} {value:.5g}" for name, value in result["metrics"].items())
         found.append(
             (
                 values,

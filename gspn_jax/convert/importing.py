@@ -18,7 +18,6 @@ from gspn_jax.config import (
     DataConfig,
     DiffusionConfig,
     ModelConfig,
-    ObjectiveName,
     SamplerConfig,
     TrainConfig,
     check_numbers,
@@ -31,7 +30,7 @@ from gspn_jax.models.convert import dit_from_sit, dit_from_torch
 from gspn_jax.runs import averages, checkpoints, manifest, readback
 from gspn_jax.runs.digest import digest_of
 from gspn_jax.small_files import DamagedFile, parse, typed
-from gspn_jax.state_dict import AVERAGES, Weights, WeightsError, layer_numbers, read_weights
+from gspn_jax.state_dict import AVERAGES, Weights, WeightsError, layer_numbers, read_weights, refuse_pointer
 
 log = logging.getLogger(__name__)
 
@@ -58,7 +57,7 @@ class Import:
     """Attention heads of a DiT whose width and depth are those of no preset."""
     image_size: int | None = None
     """Side of the latents of a DiT whose file has no pos_embed."""
-    objective: ObjectiveName | None = None
+    objective: Literal["ddpm", "flow"] | None = None
     """What a model of DiT's names was trained for: flow for SiT (linear path, velocity), ddpm for DiT (the default)."""
     null_row: Literal["last", "none"] | None = None
     """Whether the table of classes ends in the null class of guidance, or has none (trained without label dropout).
@@ -138,6 +137,7 @@ def _header(path: str) -> dict[str, Any] | None:
         return None
     from safetensors import SafetensorError, safe_open
 
+    refuse_pointer(pathlib.Path(path))
     try:
         with safe_open(path, "numpy") as file:
             text = (file.metadata() or {}).get(HEADER)
@@ -229,11 +229,11 @@ def dit_config(
     heads: int | None = None,
     image_size: int | None = None,
     step: int = 0,
-    objective: ObjectiveName = "ddpm",
+    objective: Literal["ddpm", "flow"] = "ddpm",
     null_row: Literal["last", "none"] | None = None,
     average: bool = True,
 ) -> Config:
-    """What the tensors of an original DiT tell of it, on latents, with DiT's diffusion: 1,000 steps of linear betas.
+    """Config that the tensors of an original DiT tell, on latents, with DiT's diffusion: 1,000 steps of linear betas.
 
     Samples are drawn as behind DiT's published numbers: 250 DDPM steps (or Heun steps of a SiT), guidance of three of
     four channels, float32. `average` tells whether they are an average of the parameters.

@@ -55,7 +55,7 @@ class Shard:
 
 @dataclasses.dataclass(frozen=True)
 class LatentMetadata:
-    """What `metadata.json` says of a set of latents."""
+    """Contents of the `metadata.json` of a set of latents."""
 
     vae_sha256: str
     """Of the file of VAE weights."""

@@ -51,12 +51,12 @@ def list_images(root: str | os.PathLike) -> Listing:
 
 
 def is_image_name(name: str) -> bool:
-    """Whether a file of that name is taken for an image."""
+    """Tells whether a file of that name is taken for an image."""
     return name.lower().endswith(IMAGE_EXTENSIONS)
 
 
 def kind_of(name: str) -> str:
-    """What a file that is no image is counted as: the end of its name."""
+    """Kind that a file that is no image is counted as: the end of its name."""
     return os.path.splitext(name)[1].lower() or "files without an extension"
 
 

@@ -3,7 +3,6 @@
 import concurrent.futures
 import logging
 import os
-import pathlib
 from collections.abc import Iterator
 from typing import Self
 
@@ -15,6 +14,7 @@ from gspn_jax.config import ConfigError, DataConfig
 from gspn_jax.data import order
 from gspn_jax.data.decoding import DataError
 from gspn_jax.data.source import MAX_BAD_IN_A_ROW, Source
+from gspn_jax.machine import free_memory
 
 logger = logging.getLogger("gspn_jax.data")
 
@@ -141,29 +141,3 @@ def _check_fits(shape: tuple[int, int, int, int]) -> None:
             f"are needed"
         )
     logger.info("%s%s", text, "" if free is None else f", where {free / 1e9:.3g} GB are free")
-
-
-def free_memory() -> int | None:
-    """Bytes that this process could still take, by Linux and by the limit of its container; None where neither says."""
-    found = [size for size in (_of_machine(), _of_container()) if size is not None]
-    return min(found, default=None)
-
-
-def _of_machine(path: str = "/proc/meminfo") -> int | None:
-    try:
-        lines = pathlib.Path(path).read_text().splitlines()
-    except OSError:
-        return None
-    return next((1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")), None)
-
-
-def _of_container(folder: str = "/sys/fs/cgroup") -> int | None:
-    """By control groups, version 2; what is only cached from files can be given back."""
-    try:
-        limit, used, stat = (
-            pathlib.Path(folder, name).read_text().strip() for name in ("memory.max", "memory.current", "memory.stat")
-        )
-        cached = dict(line.split() for line in stat.splitlines()).get("inactive_file", 0)
-        return None if limit == "max" else int(limit) - int(used) + int(cached)
-    except (OSError, ValueError):
-        return None

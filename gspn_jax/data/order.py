@@ -35,7 +35,7 @@ def epoch_seed(epoch: int, seed: int) -> int:
 
 
 def flips(places: range, seed: int) -> Bool[np.ndarray, " n"]:
-    """Whether the image at each place of the stream is mirrored: a bit of the place's own block of Philox."""
+    """Mirrored or not, for the image at each place of the stream: a bit of the place's own block of Philox."""
     philox = np.random.Philox(_derived(seed, _FLIP_DEPTH))
     philox.advance(places[0] << 192)  # the place is the highest of the counter's four words
     bits = np.empty(len(places), bool)

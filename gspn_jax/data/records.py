@@ -38,7 +38,7 @@ class Shard:
 
 @dataclasses.dataclass(frozen=True)
 class RecordMetadata:
-    """What `metadata.json` says of a set."""
+    """Contents of the `metadata.json` of a set."""
 
     image_size: int
     """The shorter side of images that were larger; others are as they were."""
@@ -163,7 +163,7 @@ class RecordSource:
 
 
 def problem(folder: pathlib.Path, *, hashes: bool = True) -> str | None:
-    """What is wrong with a set whose metadata can be read, as a clause; None when it is whole.
+    """Fault of a set whose metadata can be read, as a clause; None when it is whole.
 
     Without `hashes` shards are looked at no further than their sizes.
     """

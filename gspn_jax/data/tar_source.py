@@ -125,6 +125,8 @@ class TarSource:
                             if self._usable(one):
                                 offset = member.offset_data + one.offset_data
                                 yield _Member(one.name, str(path), member.name, offset, one.size)
+                        _check_end(inner)
+                _check_end(outer)
         except (tarfile.TarError, OSError, ValueError) as error:
             raise ConfigError(f"{path} must be a tar file without compression, found otherwise: {error}") from error
 
@@ -139,6 +141,14 @@ class TarSource:
             self._left_out["links, devices or sparse files in tars"] += 1
             return False
         return True
+
+
+def _check_end(archive: tarfile.TarFile) -> None:
+    """Raises ReadError unless the headers end in a block of zeros, or with the file: tarfile takes a header that is cut
+    or damaged for the end, unless it is the first."""
+    archive.fileobj.seek(archive.offset)
+    if archive.fileobj.read(tarfile.BLOCKSIZE).strip(b"\0") or archive.fileobj.tell() % tarfile.BLOCKSIZE > 0:
+        raise tarfile.ReadError(f"it is cut or damaged at byte {archive.offset:,}")
 
 
 def _content(member: _Member) -> bytes:

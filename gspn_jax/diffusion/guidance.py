@@ -12,7 +12,7 @@ from gspn_jax.diffusion.ddpm import Denoise
 
 
 def guided_steps(config: SamplerConfig, noise_time: Float[np.ndarray, "S"]) -> Bool[np.ndarray, "S"]:
-    """Which network evaluations are guided: those whose noise time (0 clean, 1 noise) is in the closed interval."""
+    """Network evaluations that are guided: those whose noise time (0 clean, 1 noise) is in the closed interval."""
     low, high = config.guidance_interval
     return (low <= noise_time) & (noise_time <= high) & (config.guidance_scale != 1.0)
 

@@ -1,4 +1,4 @@
-"""What training minimises, by objective, and what a denoiser that was trained so tells a sampler.
+"""Losses that training minimises, by objective, and what a denoiser that was trained so tells a sampler.
 
 An objective is an object, a line of `tables.OBJECTIVES`. A condition is what a denoiser is told beside image and time:
 a pytree of arrays [B, ...], such as labels; "no condition" (`null`) is one of the same structure without the axis B.
@@ -20,7 +20,7 @@ from gspn_jax.tables import OBJECTIVES
 
 
 class Objective(Protocol):
-    """How a denoiser is trained, and what its output means."""
+    """Training of a denoiser, and what its output means."""
 
     sampler: ClassVar[str]
     """The sampler that is taken when none is named."""

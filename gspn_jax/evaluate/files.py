@@ -131,9 +131,11 @@ def _npz(flags: FileFlags, path: pathlib.Path) -> _Samples:
 
 
 def _settings(about: dict[str, Any]) -> dict[str, Any]:
-    """Settings that sample.py wrote beside its images; nothing of those of another program."""
-    sampler = about.get("sampler")
-    if not isinstance(sampler, dict) or not about.keys() >= _SETTINGS or not sampler.keys() >= _OF_SAMPLER:
+    """What the file tells of its samples; nothing where it names a sampler in another way than sample.py does."""
+    if "sampler" not in about:
+        return about
+    sampler = about["sampler"]
+    if not isinstance(sampler, dict) or _SETTINGS - about.keys() or _OF_SAMPLER - sampler.keys():
         return {}
     numbers = (about["ema_decay"], sampler["guidance_scale"])
     return about if all(isinstance(number, float | int) for number in numbers) else {}

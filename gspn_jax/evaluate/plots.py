@@ -12,7 +12,7 @@ from typing import Any, Literal, NamedTuple
 from gspn_jax import extras
 from gspn_jax.config import ConfigError
 from gspn_jax.diffusion.samplers import sampler_name
-from gspn_jax.evaluate.report import DRAWN, NAMES, read_result
+from gspn_jax.evaluate.report import DRAWN, read_result
 from gspn_jax.runs import checkpoints
 from gspn_jax.small_files import DamagedFile, read_lines
 
@@ -137,7 +137,7 @@ def _draw(points: Sequence[Point], against: Against, output: pathlib.Path) -> st
             drawn = sorted((point.x, point.metrics[name]) for point in line if name in point.metrics)
             axes.plot(*zip(*drawn, strict=True), marker="o", label=label)
         axes.set_xlabel(AXIS[against])
-        axes.set_ylabel(NAMES[name])
+        axes.set_ylabel(label(name))
         axes.grid(alpha=0.3)
     figure.axes[0].legend(fontsize="small")
     figure.savefig(output, dpi=150)

@@ -15,20 +15,11 @@ from jaxtyping import Int
 
 from gspn_jax.config import ConfigError
 from gspn_jax.files import claim_free, numbered, replacing
-from gspn_jax.metrics.reference import NEEDS
 from gspn_jax.small_files import read_as, typed
+from gspn_jax.tables import METRICS
 
 PUBLISHED_SAMPLES = 50_000
 """That published numbers are computed of."""
-
-NAMES = {
-    "fid": "FID",
-    "sfid": "sFID",
-    "is": "Inception score",
-    "kid": "KID",
-    "precision": "precision",
-    "recall": "recall",
-}
 
 _PACKAGES = ("gspn-jax", "jax", "jaxlib", "flax", "numpy", "scipy")
 
@@ -56,6 +47,11 @@ def read_result(path: str | pathlib.Path, besides: Mapping[str, Any] | None = No
     return typed(read_as(path, RESULT, nan=True), besides or {}, pathlib.Path(path).name)
 
 
+def label(name: str) -> str:
+    """What people call a metric; its name where this program does not know it."""
+    return METRICS[name].label if name in METRICS else name
+
+
 def unfair(
     names: Sequence[str],
     count: int,
@@ -63,12 +59,12 @@ def unfair(
     reference_size: tuple[int, int] | None,
     classes: Int[np.ndarray, " N"] | None,
 ) -> list[str]:
-    """Why the metrics `names` of `count` images of `size` would not compare with published ones; a sentence each.
+    """Reasons why metrics `names` of `count` images of `size` would not compare with published ones; a sentence each.
 
     `classes` are those of the images in their order, asked for or predicted.
     """
     said = []
-    if count < PUBLISHED_SAMPLES and any(name in NEEDS for name in names):
+    if count < PUBLISHED_SAMPLES and any(METRICS[name].needs for name in names):
         said.append(
             f"{count:,} samples, where published numbers are of {PUBLISHED_SAMPLES:,}: fewer samples give a "
             "higher FID, so compare only with results of as many"
@@ -87,7 +83,7 @@ def unfair(
 
 
 def sorted_by_class(classes: Int[np.ndarray, " N"]) -> bool:
-    """Whether equal classes stand side by side far more often than in a random order."""
+    """Tells whether equal classes stand side by side far more often than in a random order."""
     if len(classes) < 2:
         return False
     shares = np.unique(classes, return_counts=True)[1] / len(classes)
@@ -128,7 +124,7 @@ def table(result: Mapping[str, Any]) -> str:
         )
     if reference:
         lines.append(f"reference        {reference['path']}")
-    lines += [f"{NAMES[name]:16} {value:.6g}" for name, value in result["metrics"].items()]
+    lines += [f"{label(name):16} {value:.6g}" for name, value in result["metrics"].items()]
     return "\n".join(lines + [f"warning: {text}" for text in result["warnings"]])
 
 

@@ -1,4 +1,4 @@
-"""What every evaluation shares: its flags, and images in, metrics out."""
+"""Parts that every evaluation shares: its flags, and images in, metrics out."""
 
 import contextlib
 import dataclasses
@@ -12,16 +12,18 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Int, UInt8
 
-from gspn_jax.config import ConfigError, check_numbers
+from gspn_jax.config import ConfigError, MetricName, check_numbers
 from gspn_jax.evaluate import report
 from gspn_jax.files import claim_new, sha256_of
 from gspn_jax.metrics import inception
-from gspn_jax.metrics.extractor import Extractor
+from gspn_jax.metrics.extractor import Extractor, in_batches
 from gspn_jax.metrics.moments import on_host
-from gspn_jax.metrics.reference import NEEDS, read_reference
+from gspn_jax.metrics.networks import read_networks
+from gspn_jax.metrics.reference import read_reference
 from gspn_jax.metrics.scores import Collector, check_names
 from gspn_jax.parallel.agreement import on_first_host
 from gspn_jax.sampling.scoring import Draw, draw_and_score
+from gspn_jax.tables import METRICS
 
 log = logging.getLogger(__name__)
 
@@ -31,14 +33,16 @@ FEWEST = 4
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ScoreFlags:
-    """What to compute, and against what."""
+    """Flags of what is computed, and against what."""
 
     inception: str | None = None
     """The Inception-v3 weights of 2015: pytorch-fid's .pth, or .safetensors made of it by gspn_jax.prepare."""
     reference: str | None = None
     """The reference statistics (.npz), such as VIRTUAL_imagenet256_labeled.npz; only the Inception score needs none."""
-    metrics: tuple[str, ...] = ()
-    """Some of fid, sfid, is, kid, precision, recall; by default all that the reference allows."""
+    networks: tuple[str, ...] = ()
+    """NAME=FILE: weights of other feature networks."""
+    metrics: tuple[MetricName, ...] = ()
+    """By default all of Inception's features that the reference allows."""
     float16: bool = False
     """Round distances for precision and recall to float16, as the ADM evaluator does; where one overflows, its block of
     10,000 x 10,000 is of float32, as there. Ties then decide a part of the result, and sums in another order other
@@ -73,27 +77,28 @@ class Scorer:
 
     def __init__(self, flags: ScoreFlags, mesh: Mesh):
         """Raises ConfigError or WeightsError for what is missing or does not go together, before device work."""
-        path = inception.require(flags.inception, "--inception")
+        if not flags.metrics:
+            inception.require(flags.inception, "--inception")
         self._reference = read_reference(flags.reference, "--reference") if flags.reference else None
-        self.names = flags.metrics or (self._reference.allowed if self._reference else ("is",))
-        needing = [name for name in self.names if name in NEEDS]
+        allowed = self._reference.allowed if self._reference else ("is",)
+        self.names = flags.metrics or tuple(name for name in allowed if METRICS[name].network == "inception")
+        needing = [name for name in self.names if METRICS[name].needs]
         if self._reference:
             self._reference.check(self.names)
         elif needing:
             raise ConfigError(f"{', '.join(needing)} need a --reference, found none")
-        state_dict = inception.read(path)
-        digest = inception.digest(state_dict)
-        if self._reference:
-            self._reference.check_inception(digest)
-        self.inception = {"path": str(path), "sha256": sha256_of(path), "tensors_sha256": digest}
+        self._weights = read_networks(self.names, flags.inception, flags.networks, "--")
+        own = self._weights.get("inception")
+        if self._reference and own:
+            self._reference.check_inception(own.digest)
+        self.inception = own and {"path": str(own.path), "sha256": sha256_of(own.path), "tensors_sha256": own.digest}
         self._flags, self._mesh = flags, mesh
         self.batch_size = -(-flags.batch_size // mesh.size) * mesh.size  # as the extractor rounds it up
-        self._extractor: Extractor | None = None
-        self._params = inception.from_state_dict(state_dict)
+        self._extractors: dict[str, Extractor] = {}
 
     @property
     def reference(self) -> dict[str, Any] | None:
-        """What of the reference belongs into a result, as JSON values."""
+        """Description of the reference in a result, as JSON values."""
         if self._reference is None:
             return None
         return {
@@ -104,20 +109,25 @@ class Scorer:
         }
 
     def settings(self) -> dict[str, Any]:
-        """What decides a result beside the samples."""
+        """Settings that decide a result beside the samples."""
         reference = self.reference
         return {
             "reference_sha256": reference and reference["sha256"],
             "float16": self._flags.float16,
-            "inception_tensors_sha256": self.inception["tensors_sha256"],
-        }
+            "inception_tensors_sha256": self.inception and self.inception["tensors_sha256"],
+        } | {f"{name}_sha256": one.digest for name, one in self._weights.items() if name != "inception"}
 
     def prepare(self) -> None:
-        """Puts the network onto the devices and computes what the reference has as images only, both once."""
-        if self._extractor is None:
-            self._extractor = Extractor(self._params, batch_size=self.batch_size, mesh=self._mesh)
-            if self._reference:
-                self._reference = self._reference.complete(self.names, self._extractor, self._extractor.batch_size)
+        """Puts the networks onto the devices and computes what the reference has as images only, both once."""
+        if self._extractors:
+            return
+        for name, one in self._weights.items():
+            self._extractors[name] = Extractor(
+                one.params, batch_size=self.batch_size, mesh=self._mesh, network=one.network
+            )
+        if self._reference:
+            size = next(iter(self._extractors.values())).batch_size
+            self._reference = self._reference.complete(self.names, self._extractors, size)
 
     def score(
         self,
@@ -133,10 +143,13 @@ class Scorer:
         """
         self.prepare()
         collector, predicted = Collector(self.names, float16=self._flags.float16), []
-        for features, mask in self._extractor.stream(images):
-            collector.add(features, mask)
-            if labels is None and "is" in self.names:
-                predicted.append(on_host(features.logits.argmax(1))[on_host(mask)])
+        size = next(iter(self._extractors.values())).batch_size
+        for batch in in_batches(images, size):
+            for name, extractor in self._extractors.items():
+                features, mask = extractor(batch)
+                collector.add(features, mask, name)
+                if labels is None and "is" in self.names and name == "inception":
+                    predicted.append(on_host(features.logits.argmax(1))[on_host(mask)])
         return self._result(collector, np.concatenate(predicted) if predicted else labels, samples, warnings)
 
     def score_drawn(
@@ -152,7 +165,7 @@ class Scorer:
         """The result of images that `draw` makes of labels and numbers, `batch_size` at a time, as `score` gives it."""
         self.prepare()
         collector = Collector(self.names, float16=self._flags.float16)
-        draw_and_score(draw, labels, numbers, self._extractor, collector.add, done=done)
+        draw_and_score(draw, labels, numbers, self._extractors, collector.add, done=done)
         return self._result(collector, labels, samples, warnings)
 
     def _result(

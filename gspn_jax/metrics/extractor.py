@@ -1,4 +1,4 @@
-"""Inception features of any number of images, a batch at a time over the devices of a mesh."""
+"""Features of any number of images, a batch at a time over the devices of a mesh."""
 
 from collections.abc import Iterable, Iterator, Mapping
 
@@ -10,6 +10,7 @@ from jaxtyping import Array, Bool, Float32, UInt8
 
 from gspn_jax.metrics import inception
 from gspn_jax.metrics.inception import Features
+from gspn_jax.metrics.networks import FeatureNetwork
 
 
 class Extractor:
@@ -19,10 +20,16 @@ class Extractor:
     """
 
     def __init__(
-        self, params: Mapping[str, Float32[np.ndarray, "..."]], *, batch_size: int = 64, mesh: Mesh | None = None
+        self,
+        params: Mapping[str, Float32[np.ndarray, "..."]],
+        *,
+        batch_size: int = 64,
+        mesh: Mesh | None = None,
+        network: FeatureNetwork = inception,
     ):
-        """`params` are those of `inception.load`. A batch is split over all devices of `mesh` (all local ones by
-        default), so its size is rounded up to a multiple of their number. Raises ValueError for a size below 1.
+        """`params` are those of the `network`, such as `inception.load` gives. A batch is split over all devices of
+        `mesh` (all local ones by default), so its size is rounded up to a multiple of their number. Raises ValueError
+        for a size below 1.
 
         In a job of several processes with one mesh, each must make the same calls with the same images.
         """
@@ -36,8 +43,8 @@ class Extractor:
         whole = NamedSharding(mesh, PartitionSpec())
         self._params = {name: _put(value, whole) for name, value in params.items()}
         # apart, because images come in several sizes: the long compilation is that of the network
-        self._resize = jax.jit(inception.resize, out_shardings=self._split)  # from wherever on these devices they are
-        self._network = jax.jit(inception.network, in_shardings=(whole, self._split), out_shardings=self._split)
+        self._resize = jax.jit(network.resize, out_shardings=self._split)  # from wherever on these devices they are
+        self._network = jax.jit(network.network, in_shardings=(whole, self._split), out_shardings=self._split)
 
     def __call__(self, images: UInt8[Array | np.ndarray, "n H W 3"]) -> tuple[Features, Bool[Array, " N"]]:
         """Features of 1 to `batch_size` images, padded to N = `batch_size`, and a mask that is True for the n images.
@@ -58,18 +65,25 @@ class Extractor:
 
     def stream(self, chunks: Iterable[UInt8[np.ndarray, "n H W 3"]]) -> Iterator[tuple[Features, Bool[Array, " N"]]]:
         """Features and mask of batch after batch; images come in chunks of any number, and keep their order."""
-        waiting: list[np.ndarray] = []
-        for chunk in chunks:
-            waiting.append(chunk)
-            if sum(map(len, waiting)) < self.batch_size:
-                continue
-            images = np.concatenate(waiting)
-            whole = len(images) - len(images) % self.batch_size
-            for start in range(0, whole, self.batch_size):
-                yield self(images[start : start + self.batch_size])
-            waiting = [images[whole:]] if whole < len(images) else []
-        if waiting:
-            yield self(np.concatenate(waiting))
+        return map(self, in_batches(chunks, self.batch_size))
+
+
+def in_batches(
+    chunks: Iterable[UInt8[np.ndarray, "n H W 3"]], batch_size: int
+) -> Iterator[UInt8[np.ndarray, "m H W 3"]]:
+    """Images that come in chunks of any number, in batches of one size, but for the last."""
+    waiting: list[np.ndarray] = []
+    for chunk in chunks:
+        waiting.append(chunk)
+        if sum(map(len, waiting)) < batch_size:
+            continue
+        images = np.concatenate(waiting)
+        whole = len(images) - len(images) % batch_size
+        for start in range(0, whole, batch_size):
+            yield images[start : start + batch_size]
+        waiting = [images[whole:]] if whole < len(images) else []
+    if waiting:
+        yield np.concatenate(waiting)
 
 
 def _put(array: Array | np.ndarray, sharding: NamedSharding) -> Array:

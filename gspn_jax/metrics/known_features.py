@@ -1,4 +1,4 @@
-"""What is truly known of Inception weights: files by their hash, and features of `self_test.fixed_images`."""
+"""Facts about Inception weights: files by their hash, and features of `self_test.fixed_images`."""
 
 STRIDE = 128
 """Every 128th feature is stored."""

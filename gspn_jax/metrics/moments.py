@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
-from jaxtyping import Array, Bool, Float, Float32
+from jaxtyping import Array, Bool, Float, Float32, Shaped
 
 from gspn_jax.metrics.frechet import Gaussian
 
@@ -113,7 +113,7 @@ class Moments:
         self._total = Sums(*map(np.add, self._total, moved))
 
     def state(self) -> dict[str, np.ndarray]:
-        """What `restore` goes on from, to the bit; empty before the first row."""
+        """Sums that `restore` goes on from, to the bit; empty before the first row."""
         self._drain()
         return {} if self._total is None else {"shift": np.asarray(self._shift), **self._total._asdict()}
 
@@ -168,7 +168,7 @@ def _accumulate(where: NamedSharding | None):
     return jax.jit(accumulate, out_shardings=where, donate_argnums=0 if where is not None else ())
 
 
-def on_host(array: Array) -> np.ndarray:
+def on_host(array: Shaped[Array, "..."]) -> Shaped[np.ndarray, "..."]:
     """The whole array on every host, also when other hosts hold parts of it."""
     if not getattr(array, "is_fully_addressable", True):
         array = _gather(_whole(array))(array).addressable_data(0)

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from typing import IO, Any, NamedTuple
 
 import numpy as np
-from jaxtyping import UInt8
+from jaxtyping import Shaped, UInt8
 
 from gspn_jax.config import ConfigError
 from gspn_jax.pixels import to_rgb
@@ -48,7 +48,7 @@ WHOLE = 2**33
 
 
 class Header(NamedTuple):
-    """What an array of an archive claims to be, found to agree with the length that the archive gives."""
+    """Shape and type that an array of an archive claims, found to agree with the length that the archive gives."""
 
     shape: tuple[int, ...]
     fortran: bool
@@ -77,7 +77,7 @@ def names(path: str | pathlib.Path, what: str) -> tuple[str, ...]:
 
 
 def header(path: str | pathlib.Path, name: str) -> Header:
-    """What the array `name` claims to be; nothing of it is read. Raises ConfigError for one that is damaged, or whose
+    """Header of the array `name`; nothing of it is read. Raises ConfigError for one that is damaged, or whose
     length is not that of its shape."""
     try:
         with zipfile.ZipFile(path) as archive:
@@ -99,7 +99,7 @@ def header(path: str | pathlib.Path, name: str) -> Header:
 
 def read(
     path: str | pathlib.Path, name: str, *, kinds: str | None = None, shape: Sequence[int | None] | None = None
-) -> np.ndarray:
+) -> Shaped[np.ndarray, "..."]:
     """One array of the file, whole, after a look at what it claims to be.
 
     `kinds` are NumPy's letters of types that may be, such as "fiu" for numbers; `shape` has None for any length.

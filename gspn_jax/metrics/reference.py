@@ -7,28 +7,23 @@ the images `features`, their pool features, with `inception_sha256`, `num_images
 
 import dataclasses
 import pathlib
-import typing
-from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
 from jaxtyping import Array, Bool, Float32, UInt8
 
-from gspn_jax.config import ConfigError, Metric
+from gspn_jax.config import ConfigError
 from gspn_jax.files import replacing, sha256_of
 from gspn_jax.metrics import npz
 from gspn_jax.metrics.frechet import Gaussian
 from gspn_jax.metrics.moments import Moments, on_host
 from gspn_jax.metrics.neighbours import radii
+from gspn_jax.tables import METRICS
 
 if TYPE_CHECKING:
     from gspn_jax.metrics.inception import Features
-
-METRICS = typing.get_args(Metric)
-
-NEEDS = {"fid": "pool", "sfid": "spatial", "kid": "features", "precision": "features", "recall": "features"}
-"""What a metric needs of the reference."""
 
 _SIZES = {"pool": 2048, "spatial": 2023}
 _DIALECTS = {
@@ -39,6 +34,7 @@ _MISSING = {
     "pool": "mu and sigma (or ref_mu and ref_sigma)",
     "spatial": "mu_s and sigma_s",
     "features": "arr_0 (images) or features",
+    "images": "arr_0 (images)",
 }
 
 Extract = Callable[[UInt8[np.ndarray, "n H W 3"]], "tuple[Features, Bool[Array, ' m']]"]
@@ -46,8 +42,9 @@ Extract = Callable[[UInt8[np.ndarray, "n H W 3"]], "tuple[Features, Bool[Array, 
 
 @dataclasses.dataclass(frozen=True)
 class Reference:
-    """What samples are compared with. `pool` and `spatial`: the Gaussians of FID and sFID. `features`: pool features
-    of single images, for KID, precision and recall. `images`: those that a file holds in place of what is missing."""
+    """Statistics that samples are compared with. `pool` and `spatial`: the Gaussians of FID and sFID. `features`: pool
+    features of single images, for KID, precision and recall. `images`: those that a file holds in place of
+    what is missing."""
 
     path: str
     sha256: str
@@ -62,12 +59,14 @@ class Reference:
     """Height and width of the images that the statistics are of, where the file says so or holds images."""
     inception_sha256: str | None = None
     """Of the weights behind the statistics (`inception.digest`), where the file says so."""
+    kept: dict[str, Any] = dataclasses.field(default_factory=dict, compare=False)
+    """What metrics that need `images` keep of them (`scores.Metric.keeps`), once `complete`."""
     _radii: dict[bool, np.ndarray] = dataclasses.field(default_factory=dict, repr=False, compare=False)
 
     @property
     def allowed(self) -> tuple[str, ...]:
         """The metrics that can be computed against this reference."""
-        return tuple(name for name in METRICS if self._has(NEEDS.get(name)))
+        return tuple(name for name in METRICS if self._has(METRICS[name].needs))
 
     def _has(self, part: str | None) -> bool:
         return part is None or self.images is not None or getattr(self, part) is not None
@@ -76,9 +75,10 @@ class Reference:
         """Raises ConfigError, naming what the file lacks, unless all metrics `names` can be computed."""
         lacking = [name for name in names if name not in self.allowed]
         if lacking:
-            parts = dict.fromkeys(NEEDS[name] for name in lacking)
+            parts = dict.fromkeys(METRICS[name].needs for name in lacking)
             wanted = [
-                f"{_MISSING[part]} for {_listed(name for name in lacking if NEEDS[name] == part)}" for part in parts
+                f"{_MISSING[part]} for {_listed(name for name in lacking if METRICS[name].needs == part)}"
+                for part in parts
             ]
             raise ConfigError(
                 f"the reference {self.path} must have {', and '.join(wanted)}; found what allows "
@@ -93,12 +93,14 @@ class Reference:
                 f"found statistics of {self.inception_sha256[:12]}..."
             )
 
-    def complete(self, names: Sequence[str], extract: Extract, batch_size: int) -> "Reference":
+    def complete(self, names: Sequence[str], extract: Mapping[str, Extract], batch_size: int) -> "Reference":
         """With what the metrics `names` need computed from the images, `batch_size` at a time, where the file has no
-        more than those. Raises ConfigError as `check`."""
+        more than those. `extract` has the feature networks by name. Raises ConfigError as `check`."""
         self.check(names)
-        missing = {part for name in names if (part := NEEDS.get(name)) and getattr(self, part) is None}
-        if not missing:
+        missing = {part for name in names if (part := METRICS[name].needs) and getattr(self, part) is None}
+        own = {METRICS[name].keeps: METRICS[name] for name in names if METRICS[name].needs == "images"}
+        kept = {keeps: metric.keep() for keeps, metric in own.items() if keeps not in self.kept}
+        if not missing and not kept:
             return self
         from tqdm import tqdm
 
@@ -111,16 +113,19 @@ class Reference:
             disable=jax.process_index() > 0,
         ) as bar:
             for images in self.images.batches(batch_size):
-                found, mask = extract(images)
+                if missing:
+                    found, mask = extract["inception"](images)
                 for part in missing & moments.keys():
                     moments[part].add(getattr(found, part), mask)
                 if "features" in missing:
                     features.append(on_host(found.pool)[on_host(mask)])
+                for keeps, one in kept.items():
+                    one.add(*extract[own[keeps].network](images))
                 bar.update(len(images))
         new = {part: moments[part].gaussian() for part in missing & moments.keys()}
         if "features" in missing:
             new["features"] = np.concatenate(features)
-        return dataclasses.replace(self, **new)
+        return dataclasses.replace(self, **new, kept=self.kept | kept)
 
     def radii(self, *, float16: bool) -> Float32[np.ndarray, " M"]:
         """Those of `features` for precision and recall, computed once."""
@@ -132,7 +137,9 @@ class Reference:
         self, path: str | pathlib.Path, *, source: str, images: UInt8[np.ndarray, "M H W 3"] | None = None
     ) -> None:
         """Writes everything but `images`, of which those given take the place, in ADM's names; whole or not at all."""
-        arrays = {"num_images": np.array(self.num_images), "source": np.array(source)}
+        arrays = {"source": np.array(source)}
+        if self.num_images is not None:
+            arrays["num_images"] = np.array(self.num_images)
         if self.image_size:
             arrays["image_size"] = np.array(self.image_size)
         if self.inception_sha256:

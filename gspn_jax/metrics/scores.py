@@ -1,22 +1,46 @@
-"""All metrics of a set of images by name, from Inception features that arrive batch by batch."""
+"""All metrics of a set of images by name, from features that arrive batch by batch.
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+A metric is a line of `tables.METRICS`; metrics that keep the same of the features share it.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
-from jaxtyping import Array, Bool
+from jaxtyping import Array, Bool, PyTree
 
 from gspn_jax.config import ConfigError
-from gspn_jax.metrics.inception_score import InceptionScore
+from gspn_jax.metrics import inception_score
 from gspn_jax.metrics.kid import kernel_distance
 from gspn_jax.metrics.moments import Moments, on_host
 from gspn_jax.metrics.neighbours import precision_recall
-from gspn_jax.metrics.reference import METRICS, NEEDS, Reference
+from gspn_jax.metrics.reference import Reference
+from gspn_jax.tables import METRICS
 
-if TYPE_CHECKING:
-    from gspn_jax.metrics.inception import Features
 
-__all__ = ["METRICS", "Collector", "check_names"]
+class Kept(Protocol):
+    """What is kept of the features of images that stream by."""
+
+    def add(self, features: PyTree[Array], mask: Bool[Array, " N"]) -> None:
+        """Adds the images where `mask` is True, in their order. Arrays may be split over devices."""
+        ...
+
+
+class Metric(NamedTuple):
+    """A metric of images by their features."""
+
+    label: str
+    """What people call it."""
+    keeps: str
+    """What it keeps of the features, by name: metrics of one name and network share it."""
+    keep: Callable[[], Kept]
+    score: Callable[[Any, Reference | None, bool], float]
+    """score(kept, reference, float16): the number. With `float16` distances are rounded, as the ADM evaluator does."""
+    needs: str | None = None
+    """What it needs of the reference: "pool", "spatial", "features" or "images", a field of `Reference`, or nothing. Of
+    "images" the reference keeps (`Reference.kept`) what the metric keeps of samples."""
+    network: str = "inception"
+    """The line of `tables.FEATURE_NETWORKS` whose features it sees."""
 
 
 def check_names(names: Sequence[str], field: str) -> None:
@@ -28,62 +52,99 @@ def check_names(names: Sequence[str], field: str) -> None:
 
 
 class Collector:
-    """Keeps of the features what the metrics `names` need: moments, Inception-score sums, or all pool features.
+    """Keeps of the features what the metrics `names` need.
 
-    50,000 pool features take 410 MB of the host's memory, and nothing else grows with the number of images.
-    `float16` computes precision and recall in the ADM evaluator's float16 distances. Raises ConfigError for names.
+    50,000 pool features of Inception take 410 MB of the host's memory, and nothing else that is kept of it grows with
+    the number of images. `float16` computes precision and recall in the ADM evaluator's float16 distances. Raises
+    ConfigError for names.
     """
 
-    def __init__(self, names: Sequence[str] = METRICS, *, float16: bool = False):
+    def __init__(self, names: Sequence[str], *, float16: bool = False):
         check_names(names, "the metrics")
         self.names = tuple(names)
         self._float16 = float16
-        self._pool = Moments() if "fid" in names else None
-        self._spatial = Moments() if "sfid" in names else None
-        self._score = InceptionScore() if "is" in names else None
-        self._features: list[np.ndarray] | None = [] if "features" in map(NEEDS.get, names) else None
+        self._metrics = {name: METRICS[name] for name in names}
+        self._kept = {(metric.network, metric.keeps): metric.keep() for metric in self._metrics.values()}
+        self._counted = self._metrics[names[0]].network
         self.count = 0
 
-    def add(self, features: "Features", mask: Bool[Array, " N"] | None = None) -> None:
-        """Adds the images where `mask` is True (None: all), in their order. Arrays may be split over devices."""
-        kept = np.ones(len(features.pool), bool) if mask is None else on_host(mask)
-        self.count += int(kept.sum())
-        if self._pool:
-            self._pool.add(features.pool, mask)
-        if self._spatial:
-            self._spatial.add(features.spatial, mask)
-        if self._score:
-            self._score.add(on_host(features.logits)[kept])
-        if self._features is not None:
-            self._features.append(on_host(features.pool)[kept])
+    def add(self, features: PyTree[Array], mask: Bool[Array, " N"], network: str = "inception") -> None:
+        """Adds the features that `network` has of images, where `mask` is True; of every network in the same order."""
+        if network == self._counted:
+            self.count += int(on_host(mask).sum())
+        for (name, _), kept in self._kept.items():
+            if name == network:
+                kept.add(features, mask)
 
     def scores(self, reference: Reference | None = None) -> dict[str, float]:
-        """The metrics in the order of `names`. Only the Inception score needs no `reference`.
+        """The metrics in the order of `names`. Some, as the Inception score, need no `reference`.
 
         Raises ConfigError when the reference lacks what a metric needs, and ValueError for too few images.
         """
-        found: dict[str, float] = {}
+        needing = [name for name, metric in self._metrics.items() if metric.needs]
         if reference is not None:
             reference.check(self.names)
-        elif any(name in NEEDS for name in self.names):
-            raise ConfigError(
-                f"{', '.join(name for name in self.names if name in NEEDS)} must have a reference, found none"
+        elif needing:
+            raise ConfigError(f"{', '.join(needing)} must have a reference, found none")
+        return {
+            name: metric.score(self._kept[metric.network, metric.keeps], reference, self._float16)
+            for name, metric in self._metrics.items()
+        }
+
+
+class _PoolMoments(Moments):
+    def add(self, features, mask):
+        super().add(features.pool, mask)
+
+
+class _SpatialMoments(Moments):
+    def add(self, features, mask):
+        super().add(features.spatial, mask)
+
+
+class _Logits(inception_score.InceptionScore):
+    def add(self, features, mask):
+        super().add(on_host(features.logits)[on_host(mask)])
+
+
+class _PoolFeatures:
+    """Those of every image."""
+
+    def __init__(self):
+        self._parts: list[np.ndarray] = []
+        self._found: dict[bool, tuple[float, float]] = {}
+
+    def add(self, features, mask):
+        self._parts.append(on_host(features.pool)[on_host(mask)])
+
+    def all(self) -> np.ndarray:
+        return np.concatenate(self._parts)
+
+    def precision_recall(self, reference: Reference, float16: bool) -> tuple[float, float]:
+        """Both, computed once."""
+        if float16 not in self._found:
+            radii = reference.radii(float16=float16)
+            self._found[float16] = precision_recall(
+                reference.features, self.all(), reference_radii=radii, float16=float16
             )
-        if self._pool:
-            found["fid"] = reference.pool.distance(self._pool.gaussian())
-        if self._spatial:
-            found["sfid"] = reference.spatial.distance(self._spatial.gaussian())
-        if self._score:
-            found["is"] = self._score.score()
-        if self._features is not None:
-            features = np.concatenate(self._features)
-            if "kid" in self.names:
-                found["kid"] = kernel_distance(features, reference.features)
-            if "precision" in self.names or "recall" in self.names:
-                found["precision"], found["recall"] = precision_recall(
-                    reference.features,
-                    features,
-                    reference_radii=reference.radii(float16=self._float16),
-                    float16=self._float16,
-                )
-        return {name: found[name] for name in self.names}
+        return self._found[float16]
+
+
+FID = Metric("FID", "pool", _PoolMoments, lambda kept, target, _: target.pool.distance(kept.gaussian()), "pool")
+SFID = Metric(
+    "sFID", "spatial", _SpatialMoments, lambda kept, target, _: target.spatial.distance(kept.gaussian()), "spatial"
+)
+INCEPTION_SCORE = Metric("Inception score", "logits", _Logits, lambda kept, target, _: kept.score())
+KID = Metric(
+    "KID", "features", _PoolFeatures, lambda kept, target, _: kernel_distance(kept.all(), target.features), "features"
+)
+PRECISION, RECALL = (
+    Metric(
+        label,
+        "features",
+        _PoolFeatures,
+        lambda kept, target, float16, which=which: kept.precision_recall(target, float16)[which],
+        "features",
+    )
+    for which, label in enumerate(("precision", "recall"))
+)

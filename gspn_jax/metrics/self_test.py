@@ -58,14 +58,14 @@ def extract(extractor: Extractor, images: list[np.ndarray]) -> dict[str, Float[n
     }
 
 
-def distance(found: np.ndarray, truth: np.ndarray) -> float:
+def distance(found: Float[np.ndarray, "..."], truth: Float[np.ndarray, "..."]) -> float:
     """Relative L2; infinite for what is not finite."""
     value = float(np.linalg.norm(found - truth) / np.linalg.norm(truth))
     return value if np.isfinite(value) else float("inf")
 
 
 def check_machine() -> Check:
-    """Does this machine compute what the network is?"""
+    """Tells whether this machine computes what the network is."""
     weights = inception.random_state_dict(RANDOM_SEED)
     found = extract(_on_one_device(inception.from_state_dict(weights)), fixed_images())
     return compare_known(found, inception.digest(weights), "random weights, on this machine")
@@ -88,7 +88,7 @@ def compare_known(found: dict[str, np.ndarray], digest: str, what: str) -> Check
 def check_file(
     path: str | pathlib.Path, *, record: str | pathlib.Path | None = None, compare: str | pathlib.Path | None = None
 ) -> Iterator[Check]:
-    """Is `path` a file of usable weights, is it the published one, and are its features those of `compare`?
+    """Tells whether `path` is a file of usable weights, the published one, with the features of `compare`.
 
     `record` writes its features to an .npz that `compare` takes, on another machine or with another version.
     Raises WeightsError, ConfigError or OSError for files that cannot be used.

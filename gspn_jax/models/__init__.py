@@ -29,7 +29,7 @@ Params = dict[str, Any]
 
 
 def learns_sigma(config: Config) -> bool:
-    """Whether the denoiser also predicts the range of the variance: as set, else where the objective trains it."""
+    """Tells whether the denoiser also predicts the range of the variance: as set, else if the objective trains it."""
     learn_sigma = config.model.learn_sigma
     return OBJECTIVES[config.diffusion.objective].learns_sigma if learn_sigma is None else learn_sigma
 
@@ -96,7 +96,7 @@ def init(config: Config, seed: int | Key[Array, ""], *, embedder: Embedder | Non
 
 
 def abstract(config: Config, *, embedder: Embedder | None = None) -> tuple[nnx.GraphDef, Params]:
-    """What `split` would give, with the `ParamShape` of each parameter in its place; allocates nothing."""
+    """Result of `split`, with the `ParamShape` of each parameter in its place; allocates nothing."""
     arguments = _arguments(config, embedder)  # outside of the trace, where JAX would add a note to an error
     return abstract_of(lambda: Denoiser(**arguments, rngs=nnx.Rngs(0)))
 

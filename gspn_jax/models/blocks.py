@@ -30,7 +30,7 @@ NORM_EPSILON = 1e-6
 
 
 class Machine(NamedTuple):
-    """How blocks run where they run: chosen by who compiles them, in no config and no checkpoint."""
+    """Choices that depend on where blocks run: made by who compiles them, in no config and no checkpoint."""
 
     runner: Callable[[Callable, Any], Callable] | None = None
     """`run_stack` calls runner(apply, shapes) for every block in place of apply(params, x, *others): the parameters of
@@ -62,7 +62,7 @@ def run_blocks_on(machine: Machine) -> Iterator[None]:
 
 
 def tensor_cores() -> bool:
-    """Whether blocks are traced for a machine that has them."""
+    """Tells whether blocks are traced for a machine that has them."""
     return _machine.get().tensor_cores
 
 
@@ -80,7 +80,7 @@ class DropPath(NamedTuple):
         return self.draw(branch.shape[0])(branch, index)
 
     def draw(self, batch: int) -> "Drawn":
-        """What it does to every branch of one block."""
+        """Draws the factor of every branch of one block."""
         keep = 1 - self.rate
         kept = [
             jax.random.bernoulli(jax.random.fold_in(self.key, index), keep, (batch, 1, 1, 1))
@@ -212,7 +212,7 @@ def prepared(params: Any, shapes: Any, arch: Architecture, dtype: DTypeLike) -> 
 
 
 def prepared_stack(params: Any, shapes: Any, arch: Architecture, dtype: DTypeLike) -> Any:
-    """What of `prepared` can be done for all blocks at once: of parameters that are split over devices the cast."""
+    """Part of `prepared` that can be done for all blocks at once; the cast, where parameters are split over devices."""
     return cast(params, shapes, dtype) if _machine.get().runner else prepared(params, shapes, arch, dtype)
 
 

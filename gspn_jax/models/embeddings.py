@@ -1,4 +1,4 @@
-"""What enters the denoiser: patches of the image, their positions, the time and the class."""
+"""Inputs of the denoiser: patches of the image, their positions, the time and the class."""
 
 import math
 

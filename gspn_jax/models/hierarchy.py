@@ -23,7 +23,7 @@ STEM_STRIDE = STRIDE**2
 
 
 class MixerOptions(Protocol):
-    """What a stage needs of its mixer: a frozen dataclass of its choices, which builds it and counts its work."""
+    """Needs of a stage in its mixer: a frozen dataclass of its choices, which builds it and counts its work."""
 
     def build(self, width: int, *, dtype: DTypeLike, rngs: nnx.Rngs) -> nnx.Module:
         """A module that maps [B, H, W, width] to the same with the keyword `chunk`, lines of a local scan or None."""
@@ -146,7 +146,7 @@ class Block(nnx.Module):
 
 
 class StageOfBlocks(nnx.Module):
-    """What brings the map to the stage's size and width, then its blocks, in one scan a stretch of equal chunks."""
+    """Change of the map to the stage's size and width, then its blocks, in one scan a stretch of equal chunks."""
 
     def __init__(self, stage: Stage, inputs: int, *, number: int, remat: Remat, dtype: DTypeLike, rngs: nnx.Rngs):
         self.chunks, self.remat, self.dtype = stage.chunks, remat, dtype

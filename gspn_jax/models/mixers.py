@@ -1,4 +1,4 @@
-"""What lets tokens see one another: attention, or the line scans of GSPN. Both map [B, H, W, D] to [B, H, W, D].
+"""Mixers, which let tokens see one another: attention, or the line scans of GSPN. Both map [B, H, W, D] to itself.
 
 A mixer is two things: its options, a frozen dataclass that knows what follows from them (`MixerOptions`), and the
 module that they build, whose parameters say how they are split and cast (`parameters.logical`).

@@ -1,4 +1,4 @@
-"""What a parameter says of itself: the names of its axes, whether it stays float32, whether it is a stack of layers.
+"""Facts that a parameter carries: the names of its axes, whether it stays float32, whether it is a stack of layers.
 
 A module says it where it makes the parameter, as metadata (`logical`); meshes, FSDP and casts read it from there
 (`ParamShape`) and know no module by name.
@@ -35,7 +35,7 @@ class ParamShape(jax.ShapeDtypeStruct):
 
     @property
     def layer(self) -> "ParamShape":
-        """That of one layer."""
+        """Facts of one layer."""
         return ParamShape(self.shape[1:], self.dtype, axes=self.axes, float32=self.float32) if self.stacked else self
 
 

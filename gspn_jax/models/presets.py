@@ -9,7 +9,7 @@ from gspn_jax.tables import MIXERS
 
 @dataclasses.dataclass(frozen=True)
 class Preset:
-    """What a name such as "GSPN-XL/2" stands for. `heads` is None where no attention is foreseen."""
+    """Architecture that a name such as "GSPN-XL/2" stands for. `heads` is None where no attention is foreseen."""
 
     layout: Layout
     mixer: str

@@ -1,10 +1,10 @@
-"""What the backward pass keeps of a block's forward pass, and what it computes again."""
+"""Values that the backward pass keeps of a block's forward pass, and what it computes again."""
 
 from collections.abc import Callable
 
 import jax
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array
+from jaxtyping import Array, Shaped
 
 from gspn_jax.config import Remat
 from gspn_jax.kernels import SCAN_STATES
@@ -13,7 +13,7 @@ NAMES = ("in_proj", "conv7", "proxy", SCAN_STATES, "scan", "out_proj", "join", "
 """What "names" keeps: products after their bias, the 7x7 convolution, and the result and the states of the scans."""
 
 
-def named(value: Array, name: str) -> Array:
+def named(value: Shaped[Array, "*axes"], name: str) -> Shaped[Array, "*axes"]:
     """`value`, which "names" keeps if the name is one of NAMES."""
     return checkpoint_name(value, name)
 

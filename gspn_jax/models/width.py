@@ -12,7 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array
+from jaxtyping import Array, Float
 
 from gspn_jax.models.presets import Architecture
 
@@ -47,7 +47,7 @@ def widths(arch: Architecture) -> dict[str, int]:
     }
 
 
-def pad_tokens(array: Array, width: int) -> Array:
+def pad_tokens(array: Float[Array, "... D"], width: int) -> Float[Array, "... P"]:
     """Zeros behind the last axis, up to `width`."""
     return jnp.pad(array, [(0, 0)] * (array.ndim - 1) + [(0, width - array.shape[-1])])
 

@@ -7,6 +7,7 @@ from typing import TypeVar
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
+from jaxtyping import Shaped
 
 Numbers = TypeVar("Numbers")
 Result = TypeVar("Result")
@@ -51,7 +52,7 @@ def difference(own: Mapping[str, object]) -> str | None:
 
 
 def on_first_host(action: Callable[[], Result], *failures: type[Exception]) -> Result | None:
-    """What `action` gives on the first host, and None on the others, which wait for it.
+    """Runs `action` on the first host: its result there, and None on the others, which wait for it.
 
     One of `failures` that it raises there is raised on the other hosts too, with the same message, as the first kind.
     Every host must call this at the same place.
@@ -76,7 +77,7 @@ def meet(name: str) -> None:
         multihost_utils.sync_global_devices(name)
 
 
-def gathered(array: jax.Array | np.ndarray) -> np.ndarray:
+def gathered(array: Shaped[jax.Array | np.ndarray, "..."]) -> Shaped[np.ndarray, "..."]:
     """The whole of an array of which each host may have a part, on every host, all of which must call this."""
     if not getattr(array, "is_fully_addressable", True):
         array = multihost_utils.process_allgather(array, tiled=True)

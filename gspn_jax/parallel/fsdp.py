@@ -36,8 +36,8 @@ def sharded_blocks(mesh: Mesh, compute: DTypeLike, *, forward_only: bool = False
 
 
 def uses_tensor_cores(mesh: Mesh) -> bool:
-    """Whether blocks are laid out for tensor cores: on GPUs, unless "tensor" splits channels, which padding would move
-    from one device to another."""
+    """Tells whether blocks are laid out for tensor cores: on GPUs, unless "tensor" splits channels, which padding would
+    move from one device to another."""
     return mesh.devices.flat[0].platform == "gpu" and mesh.shape["tensor"] == 1
 
 

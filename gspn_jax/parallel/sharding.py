@@ -57,7 +57,7 @@ MIN_SHARDED_SIZE = 2**10
 
 
 def partition_spec(own: jax.ShapeDtypeStruct, mesh: Mesh | AbstractMesh, path: str | None = None) -> PartitionSpec:
-    """Where a parameter lives; `own` is its `ParamShape`, and a plain shape is that of one without named axes.
+    """Place of a parameter; `own` is its `ParamShape`, and a plain shape is that of one without named axes.
 
     "tensor" takes the axis whose name says so if it divides it. "fsdp" takes the axis that needs the least padding
     (`stored_shape`), of equals the one whose name says so and then the longest; the axis of layers is never split, for
@@ -98,7 +98,7 @@ def stored_shape(shape: tuple[int, ...], spec: PartitionSpec, mesh: Mesh | Abstr
 
 
 def stored(params: Any, mesh: Mesh | AbstractMesh) -> Any:
-    """What `params` (a tree of `ParamShape`, in their own shapes) are on the devices: a tree of ShapeDtypeStruct with
+    """Form of `params` (a tree of `ParamShape`, in their own shapes) on the devices: a tree of ShapeDtypeStruct with
     padded shapes and shardings."""
 
     def one(path, leaf):

@@ -15,7 +15,7 @@ CHANNELS = 3
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ImageFlags:
-    """Which images, and how they are read."""
+    """Flags of the images, and of how they are read."""
 
     KINDS: ClassVar[tuple[str, ...]] = ("images", "tars", "tfds")
     """Flags of which one must be given."""

@@ -95,7 +95,7 @@ def prepare_latents(arguments: Latents) -> None:
             f"--image-size must be a multiple of {config.factor} and the autoencoder one of RGB images, "
             f"found {arguments.image_size} and {config.image_channels} channels"
         )
-    log.info("latents are shifted by %g and scaled by %g", -config.shift_factor, config.scaling_factor)
+    log.info("latents are trained on as (latent - %g) * %g", config.shift_factor, config.scaling_factor)
     source = arguments.source(arguments.image_size)
     vae_sha256 = sha256_of(vae_file)
     output.mkdir(parents=True, exist_ok=True)

@@ -29,7 +29,7 @@ class Best(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Record:
-    """What a run directory notes of evaluations: the last one's step, and the step and score of the best."""
+    """Notes of a run directory on its evaluations: the last one's step, and the step and score of the best."""
 
     step: int = -1
     best_step: int | None = None

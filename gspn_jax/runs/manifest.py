@@ -51,7 +51,7 @@ def size(folder: pathlib.Path) -> int:
 
 
 def problem(folder: pathlib.Path, wanted: Callable[[str], bool] = lambda item: True) -> str | None:
-    """What is wrong with a checkpoint, as a clause such as "params/d/4f is missing"; None when it is whole.
+    """Fault of a checkpoint, as a clause such as "params/d/4f is missing"; None when it is whole.
 
     Only the files of items (the checkpoint's sub-folders) that are `wanted` are read.
     """

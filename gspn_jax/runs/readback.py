@@ -53,7 +53,7 @@ def try_folder(folder: pathlib.Path) -> None:
 
 
 def difference(where: pathlib.Path, items: Mapping[str, Any]) -> str | None:
-    """What of the checkpoint at `where` is not as in `items`, which were saved there, as a clause; None for nothing.
+    """Difference of the checkpoint at `where` from `items`, which were saved there, as a clause; None for nothing.
 
     Of each item the structure is compared, and the values of its smallest array. Every host must call this.
     """

@@ -1,4 +1,4 @@
-"""Whether the hosts that are about to work together do the same, with the same code."""
+"""Check that the hosts that are about to work together do the same, with the same code."""
 
 import dataclasses
 import hashlib
@@ -21,14 +21,17 @@ OWN_FLAGS = ("vae", "inception", "reference", "images", "tars", "tfds_dir", "thr
 """The same among the flags of commands."""
 
 
-def check(config: RunConfig, fingerprint: str, class_names: Sequence[str]) -> None:
-    """Raises ConfigError on every host when one has another config, data set, JAX, or code than the first.
+def check(config: RunConfig) -> None:
+    """Raises ConfigError on every host when one has another config, JAX, or code than the first.
 
-    Every host must call this before the first step.
+    Every host must call this before anything that its config decides.
     """
-    settings = {name: value for name, value in flat(dataclasses.asdict(config)).items() if name not in OWN}
-    data = {"the fingerprint of the data": fingerprint, "the class names": list(class_names)}
-    check_values(settings | data)
+    check_values({name: value for name, value in flat(dataclasses.asdict(config)).items() if name not in OWN})
+
+
+def check_data(fingerprint: str, class_names: Sequence[str]) -> None:
+    """As `check`, for what a host found where its config says that the data are."""
+    check_values({"the fingerprint of the data": fingerprint, "the class names": list(class_names)})
 
 
 def check_flags(flags: Any, **more: Any) -> None:

@@ -1,4 +1,4 @@
-"""Whether a run that goes on is the run that was started: its settings and its data."""
+"""Check that a run that goes on is the run that was started: its settings and its data."""
 
 import json
 import logging

@@ -35,7 +35,7 @@ LATEST = 2
 
 
 class State(Protocol):
-    """What is saved of a run: trees of arrays by name, each of which can be read alone."""
+    """State of a run as it is saved: trees of arrays by name, each of which can be read alone."""
 
     def items(self) -> dict[str, Any]: ...
 

@@ -1,6 +1,7 @@
 """Images of a checkpoint by the thousand, with a bar; what `sample.py` writes and `gspn_jax.evaluate` scores."""
 
 import dataclasses
+import math
 import pathlib
 from typing import Any, Literal
 
@@ -13,6 +14,8 @@ from tqdm import tqdm
 from gspn_jax import autoencoder, models
 from gspn_jax.config import Config, ConfigError
 from gspn_jax.diffusion.samplers import sampler_name
+from gspn_jax.parallel import sharding
+from gspn_jax.parallel.memory import bytes_a_device, check_fits
 from gspn_jax.runs import checkpoints
 from gspn_jax.runs.digest import digest_of
 from gspn_jax.sampling import seeds
@@ -57,7 +60,7 @@ class Drawing:
         height, width = image_size or (config.data.image_size,) * 2
         factor, channels = (vae.config.factor, 3) if vae else (1, config.data.channels)
         self.shape = (height * factor, width * factor, channels)
-        self.batch_size = batch_size
+        self.batch_size, self._size = batch_size, (height, width)
         self._run, self._step, self._config = run, step, config
         self._ema = config.train.ema_decays[0] if ema is None else ema
         self._sampler = Sampler(
@@ -74,6 +77,7 @@ class Drawing:
                 f"--image-size must be the one that a model with attention was trained on, {trained} "
                 f"{trained}, whose positions it knows, found {height} {width}: GSPN takes any"
             )
+        self._check_memory(mesh)
         try:
             self._params = checkpoints.restore_params(run, step, config, mesh, ema_decay=self._ema)
         except KeyError as error:  # an item that is not there
@@ -84,6 +88,21 @@ class Drawing:
         self._batches = 0
         self._evaluations = self._sampler.evaluations * -(-total // self.batch_size)
         self._description = description
+
+    def _check_memory(self, mesh: Mesh) -> None:
+        """Raises ConfigError for parameters and a batch of noise, of images in float32 and of a block's tokens that a
+        device cannot hold together."""
+        height, width = self._size
+        arch, data = models.resolve(self._config.model), self._config.data
+        images = -(-self.batch_size // (mesh.shape["data"] * mesh.shape["fsdp"]))
+        tokens = (height // arch.patch) * (width // arch.patch) * arch.hidden
+        an_image = 4 * (math.prod(self.shape) + height * width * data.channels) + 2 * tokens
+        check_fits(
+            bytes_a_device(sharding.stored(models.abstract(self._config)[1], mesh)) + images * an_image,
+            mesh,
+            f"the parameters and {images:,} images of {'x'.join(map(str, self.shape))}",
+            "a smaller --batch-size or --image-size takes less",
+        )
 
     def __enter__(self) -> "Drawing":
         self._bar = tqdm(
@@ -112,7 +131,7 @@ class Drawing:
         self._bar.update(max(0, self._batches * total + evaluations - self._bar.n))
 
     def settings(self) -> dict[str, Any]:
-        """What an image depends on beside its seed, number and label, as JSON values; `images_seen` in training."""
+        """Settings that decide an image beside seed, number and label, as JSON values; `images_seen` in training."""
         config = self._config
         sampler = dataclasses.asdict(config.sampler) | {
             "name": sampler_name(config.sampler, config.diffusion),

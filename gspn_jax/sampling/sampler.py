@@ -102,7 +102,7 @@ class Sampler:
     def draw(
         self, params: Any, labels: Sequence[int] | Int[np.ndarray, " N"], numbers: Sequence[int] | Int[np.ndarray, " N"]
     ) -> UInt8[Array, "M H W C"] | Float[Array, "M h w C"]:
-        """What `__call__` makes, left on the devices, split over the mesh and not decoded: M is N, rounded up to a
+        """Draws as `__call__` does, left on the devices, split over the mesh and not decoded: M is N, rounded up to a
         multiple of the devices that images are split over."""
         labels, numbers = np.asarray(labels, np.int32), np.asarray(numbers, np.uint32)
         bad = labels[(labels < 0) | (labels >= self._config.data.num_classes)]

@@ -94,7 +94,7 @@ OPENCLIP_BIGG = TextConfig(width=1280, layers=32, heads=20, hidden=5120, activat
 
 
 class TextStates(NamedTuple):
-    """What diffusion models take of a text."""
+    """States of a text that diffusion models take."""
 
     last: Float[Array, "B N D"]
     """After the last layer and the final norm (Stable Diffusion 1 and 2)."""

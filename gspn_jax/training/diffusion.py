@@ -47,19 +47,19 @@ class DiffusionTask(Task):
         return models.init(self.config, key, embedder=self.embedder)
 
     def condition(self, batch: Batch) -> Any:
-        """What of a batch the denoiser is told: a tree of arrays [B, ...] that its `embedder` embeds."""
+        """Condition that the denoiser is told of a batch: a tree of arrays [B, ...] that its `embedder` embeds."""
         return batch["label"]
 
     @property
     def no_condition(self) -> Any:
-        """What takes the place of one that is dropped: such a tree without the axis B."""
+        """Substitute for a condition that is dropped: such a tree without the axis B."""
         return self.config.data.num_classes
 
     embedder: Callable[..., Any] | None = None
     """As `models.create` has it; None embeds labels."""
 
     def loss(self, params: Any, batch: Batch, key: Key[Array, ""]) -> tuple[Float[Array, ""], Metrics]:
-        """That of a batch {"image": uint8 or, for latents, float32 [B, S, S, C], "label": int32 [B]}.
+        """Loss of a batch {"image": uint8 or, for latents, float32 [B, S, S, C], "label": int32 [B]}.
 
         Dropped conditions, times, noise and DropPath come from `key`.
         """
@@ -81,6 +81,13 @@ class DiffusionTask(Task):
     def forward_flops(self) -> float:
         size = self.config.data.image_size
         return models.forward_flops(self._arch, self.config.data.channels, size, size)
+
+    def image_bytes(self) -> int:
+        data, arch = self.config.data, self._arch
+        tokens = (data.image_size // arch.patch) ** 2
+        pixels = data.image_size**2 * data.channels
+        compute = jnp.dtype(self.config.train.compute).itemsize
+        return 4 * pixels + arch.depth * tokens * arch.hidden * compute  # what each block begins with is kept
 
     def source(self) -> data.Source:
         return data.make_source(self.config.data)

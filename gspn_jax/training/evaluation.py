@@ -3,7 +3,7 @@
 import dataclasses
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import jax
 import numpy as np
@@ -11,9 +11,9 @@ from jax.sharding import Mesh
 from tqdm import tqdm
 
 from gspn_jax.config import Config
-from gspn_jax.metrics import inception
 from gspn_jax.metrics.extractor import Extractor
-from gspn_jax.metrics.reference import NEEDS, Reference, read_reference
+from gspn_jax.metrics.networks import Weights, read_networks
+from gspn_jax.metrics.reference import Reference, read_reference
 from gspn_jax.metrics.scores import Collector
 from gspn_jax.parallel.agreement import agree
 from gspn_jax.runs import averages
@@ -22,6 +22,7 @@ from gspn_jax.sampling.decoding import rgb_on
 from gspn_jax.sampling.drawing import draw_labels
 from gspn_jax.sampling.sampler import Sampler
 from gspn_jax.sampling.scoring import draw_and_score
+from gspn_jax.tables import METRICS
 from gspn_jax.training.state import TrainState
 
 log = logging.getLogger(__name__)
@@ -40,8 +41,8 @@ class SampleEvaluation:
         settings = config.eval
         self.every = settings.every
         self._names = settings.metrics
-        weights = inception.read(inception.require(settings.inception, "--eval.inception"))
-        self._reference = _reference(config, inception.digest(weights))
+        weights = read_networks(self._names, settings.inception, settings.networks, "--eval.")
+        self._reference = _reference(config, weights)
         sampler = dataclasses.replace(
             config.sampler,
             steps=settings.steps or config.sampler.steps,
@@ -66,9 +67,11 @@ class SampleEvaluation:
             seed=settings.seed,
             decode=np.asarray if settings.vae else None,
         )  # latents are left as they are
-        self._extractor = Extractor(
-            inception.from_state_dict(weights), mesh=mesh, batch_size=min(settings.batch_size, settings.num_samples)
-        )
+        size = min(settings.batch_size, settings.num_samples)
+        self._extractors = {
+            name: Extractor(one.params, mesh=mesh, batch_size=size, network=one.network)
+            for name, one in weights.items()
+        }
         self._labels = draw_labels(settings.labels, settings.num_samples, config.data.num_classes, settings.seed)
         self._numbers = np.arange(settings.num_samples)
         decay = config.train.ema_decays[0] if settings.ema is None else settings.ema
@@ -81,9 +84,10 @@ class SampleEvaluation:
         """The metrics of `step`, by name, and the seconds they took, the same on all hosts; None when `asked` names a
         signal, which is then `stopped_by`."""
         start = time.perf_counter()
-        extractor = self._extractor
+        extractors = self._extractors
         if self._reference:
-            self._reference = self._reference.complete(self._names, extractor, extractor.batch_size)
+            size = next(iter(extractors.values())).batch_size
+            self._reference = self._reference.complete(self._names, extractors, size)
         params = state.params if self._average is None else state.ema[self._average]
         collector = Collector(self._names)
         with tqdm(
@@ -98,7 +102,7 @@ class SampleEvaluation:
                 lambda labels, numbers: self._to_rgb(self._sampler.draw(params, labels, numbers)),
                 self._labels,
                 self._numbers,
-                extractor,
+                extractors,
                 collector.add,
                 stop=asked,
                 done=lambda count: bar.update(count - bar.n),
@@ -110,14 +114,15 @@ class SampleEvaluation:
         return agreed | {"seconds": time.perf_counter() - start}
 
 
-def _reference(config: Config, inception_digest: str) -> Reference | None:
+def _reference(config: Config, weights: Mapping[str, Weights]) -> Reference | None:
     """That of the config, found whole and fitting; None where no metric needs one."""
     names = config.eval.metrics
-    if not set(NEEDS) & set(names):
+    if not any(METRICS[name].needs for name in names):
         return None
     reference = read_reference(config.eval.reference, "eval.reference")
     reference.check(names)
-    reference.check_inception(inception_digest)
+    if "inception" in weights:
+        reference.check_inception(weights["inception"].digest)
     if reference.images:
         for _ in reference.images.batches(1000):  # damage is found now, not at the first evaluation
             pass

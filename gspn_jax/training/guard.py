@@ -22,7 +22,7 @@ class NonFiniteError(DivergedError):
 
 
 class Verdict(NamedTuple):
-    """What to do after a window. "stop" has the `error` to raise and, where the state is that of a good step, the step
+    """Answer to a window. "stop" has the `error` to raise and, where the state is that of a good step, the step
     to save it as; "roll back" has the mean `loss` of the spike."""
 
     action: Literal["continue", "roll back", "stop"]
@@ -32,7 +32,7 @@ class Verdict(NamedTuple):
 
 
 class Guard:
-    """What a run has seen of its losses. `notes` is saved with a checkpoint: a run that goes on, or back, judges the
+    """Judge of a run's losses. `notes` is saved with a checkpoint: a run that goes on, or back, judges the
     losses that follow as if it had never stopped."""
 
     def __init__(self, config: GuardConfig, notes: dict[str, Any], *, advice: str = ""):
@@ -126,7 +126,7 @@ class Guard:
 
 
 def advice(config: RunConfig) -> str:
-    """What to change when a step is not finite."""
+    """Advice for a step that is not finite."""
     optimizer = config.optimizer
     return (
         f"a lower optimizer.learning_rate (now {optimizer.learning_rate:g}), a smaller optimizer.clip_norm (now "

@@ -1,4 +1,4 @@
-"""What a run does beside its steps, every so many of them: logging, grids, saving, evaluation, profiling."""
+"""Hooks of a run beside its steps, every so many of them: logging, grids, saving, evaluation, profiling."""
 
 import dataclasses
 import pathlib
@@ -19,7 +19,7 @@ from gspn_jax.training.throughput import Throughput
 
 @dataclasses.dataclass
 class Run:
-    """Where a run is: the loop moves it, hooks read it. `saved` is the step of its newest checkpoint, 0 for none."""
+    """Position of a run: the loop moves it, hooks read it. `saved` is the step of its newest checkpoint, 0 for none."""
 
     step: int
     steps: int
@@ -51,7 +51,7 @@ class Hook:
         raise NotImplementedError
 
     def left_out(self, run: Run) -> bool:
-        """Whether something of this step is still to be done by the command that goes on."""
+        """Tells whether something of this step is still to be done by the command that goes on."""
         return False
 
 

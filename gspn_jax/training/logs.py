@@ -1,4 +1,4 @@
-"""What a run writes for people: the progress line, metrics.jsonl (the source of truth) and TensorBoard events."""
+"""Records of a run for people: the progress line, metrics.jsonl (the source of truth), TensorBoard events, wandb."""
 
 import contextlib
 import json
@@ -15,6 +15,7 @@ from tqdm import tqdm
 from gspn_jax.files import replacing
 from gspn_jax.small_files import DamagedFile, read_lines, set_aside
 from gspn_jax.training.events import Events
+from gspn_jax.training.weights_and_biases import WandbLog
 
 log = logging.getLogger(__name__)
 
@@ -22,8 +23,16 @@ log = logging.getLogger(__name__)
 class RunLog:
     """Writes on the first host only; `start_step` drops what a killed run logged after its last checkpoint."""
 
-    def __init__(self, run_dir: str | pathlib.Path, *, start_step: int, steps: int, enabled: bool = True):
-        self._enabled = enabled
+    def __init__(
+        self,
+        run_dir: str | pathlib.Path,
+        *,
+        start_step: int,
+        steps: int,
+        enabled: bool = True,
+        wandb: WandbLog | None = None,
+    ):
+        self._enabled, self._wandb = enabled, wandb
         self._dir = pathlib.Path(run_dir)
         if not enabled:
             return
@@ -61,11 +70,13 @@ class RunLog:
             self._bar.update(step - self._bar.n)
 
     def metrics(self, step: int, values: dict[str, float]) -> None:
-        """One JSONL line, one TensorBoard point a value, and the numbers behind the progress bar."""
+        """One JSONL line, one point a value in TensorBoard and wandb, and the numbers behind the progress bar."""
         if not self._enabled:
             return
         self._jsonl.add(json.dumps({"step": step, "time": time.time(), **values}) + "\n")
         self._event(lambda events: events.scalars(step, values))
+        if self._wandb:
+            self._wandb.metrics(step, values)
         if "loss" in values:
             shown = {
                 "loss": f"{values['loss']:.4f}",
@@ -75,7 +86,7 @@ class RunLog:
             self._bar.set_postfix(shown, refresh=False)
 
     def image(self, step: int, name: str, image: Image.Image) -> None:
-        """Saves `<run_dir>/<name>/step_0000000.png` and shows it in TensorBoard."""
+        """Saves `<run_dir>/<name>/step_0000000.png` and shows it in TensorBoard and wandb."""
         if not self._enabled:
             return
         path = self._dir / name / f"step_{step:07d}.png"
@@ -86,6 +97,8 @@ class RunLog:
         except OSError as error:
             log.warning("%s could not be written (%s); the run goes on without it", path, error.strerror or error)
         self._event(lambda events: events.image(step, name, np.asarray(image.convert("RGB"))))
+        if self._wandb:
+            self._wandb.image(step, name, image)
 
     def _open_events(self, start_step: int) -> Events | None:
         """None on a bare machine, which has no tensorboardX, and where they cannot be written."""

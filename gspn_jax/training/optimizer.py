@@ -23,7 +23,7 @@ def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
 
 
 def jump(before: RunConfig, now: RunConfig, step: int) -> str | None:
-    """What to say of a run that was trained to `step` with the schedule of `before` and goes on with that of `now`;
+    """Sentence on a run that was trained to `step` with the schedule of `before` and goes on with that of `now`;
     None where its learning rate does not change by more than a percent."""
     old, new = (float(learning_rate(one.optimizer, one.train.steps)(step)) for one in (before, now))
     if abs(new - old) <= 0.01 * max(new, old):

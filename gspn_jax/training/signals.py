@@ -109,6 +109,8 @@ class _Watched(io.TextIOBase):
     def _try(self, action: Callable[[], Any]) -> None:
         try:
             action()
+        except ValueError:
+            pass  # it is closed: nothing is to be said any more
         except OSError as error:
             if error.errno in _GONE:  # rather than a full disk, which may have room for what comes next
                 _to_nowhere(self._stream)

@@ -18,7 +18,7 @@ from gspn_jax.training.task import Task
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """What a step reads and writes. `halted` is set by a non-finite loss; from then on steps change nothing.
+    """State that a step reads and writes. `halted` is set by a non-finite loss; from then on steps change nothing.
 
     Parameters, moments and averages are as `sharding.stored` says: the axis that "fsdp" splits may be padded by zeros.
     """

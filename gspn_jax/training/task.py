@@ -1,4 +1,4 @@
-"""What a run trains: the one thing about it that the loop, its hooks and its checkpoints do not know.
+"""Task that a run trains: the one thing about it that the loop, its hooks and its checkpoints do not know.
 
 `training.diffusion` is the task of this project; another one (classification, distillation) is a subclass of `Task`
 and a config of its own (`config.RunConfig`), which `training.train.train_task` runs.
@@ -27,7 +27,7 @@ Place = dict[str, int]
 
 
 class Evaluation(Protocol):
-    """What evaluation means, ready to be called: its files are read and found to fit."""
+    """Evaluation, ready to be called: its files are read and found to fit."""
 
     every: int
     """Steps between evaluations."""
@@ -47,7 +47,7 @@ class Evaluation(Protocol):
 
 
 class Task(abc.ABC):
-    """What is trained, on what, and what is looked at on the way.
+    """Task of a run: what is trained, on what, and what is looked at on the way.
 
     Building one checks what its config alone decides, and allocates nothing. Parameters are nested dicts of arrays.
     """
@@ -87,21 +87,25 @@ class Task(abc.ABC):
         return make_optimizer(self.config.optimizer, self.config.train.steps, self.decayed())
 
     def learning_rate(self) -> optax.Schedule:
-        """What a step logs as its learning rate."""
+        """Learning rate that a step logs."""
         return learning_rate(self.config.optimizer, self.config.train.steps)
 
     def decayed(self) -> Any:
-        """Which parameters weight decay is of: a tree of True and False like `shapes`, None for all."""
+        """Parameters that weight decay is of: a tree of True and False like `shapes`, None for all."""
         return None
 
     @abc.abstractmethod
     def forward_flops(self) -> float:
         """Operations of one forward pass of one image, 2 a multiply-add; a step counts as three."""
 
+    def image_bytes(self) -> int:
+        """Bytes that an image of a batch takes on a device at least, from the forward to the backward pass."""
+        return 0
+
     # --- data
     @abc.abstractmethod
     def source(self) -> Source:
-        """What is trained on. Raises ConfigError for what is missing or does not fit."""
+        """Source that is trained on. Raises ConfigError for what is missing or does not fit."""
 
     @abc.abstractmethod
     def loader(self, source: Source, **place: int) -> Loader:
@@ -113,11 +117,11 @@ class Task(abc.ABC):
     # --- beside the steps
     @abc.abstractmethod
     def describe(self, source: Source) -> str:
-        """What the first line of a run says that it trains on what."""
+        """First line of a run: what is trained, on what."""
 
     def evaluation(self, mesh: Mesh) -> Evaluation | None:
-        """What is called every so many steps, None for nothing. Raises ConfigError, WeightsError or OSError for files
-        that it needs."""
+        """Evaluation that is called every so many steps, None for nothing. Raises ConfigError, WeightsError or OSError
+        for files that it needs."""
         return None
 
     def picture(self, mesh: Mesh, class_names: Sequence[str]) -> Callable[[Any], Image.Image] | None:

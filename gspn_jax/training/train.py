@@ -6,8 +6,10 @@ import pathlib
 import jax
 from jax.sharding import Mesh
 
+from gspn_jax import extras
 from gspn_jax.config import Config, RunConfig
 from gspn_jax.parallel import sharding
+from gspn_jax.parallel.memory import bytes_a_device, check_fits
 from gspn_jax.runs import readback, same_hosts
 from gspn_jax.runs.saving import Checkpoints
 from gspn_jax.training import hooks
@@ -19,10 +21,11 @@ from gspn_jax.training.logs import RunLog
 from gspn_jax.training.loop import Loop
 from gspn_jax.training.optimizer import jump
 from gspn_jax.training.signals import Stop
-from gspn_jax.training.state import abstract_state, create_state
+from gspn_jax.training.state import TrainState, abstract_state, create_state
 from gspn_jax.training.step import make_step
 from gspn_jax.training.task import Task
 from gspn_jax.training.throughput import Throughput, peak_flops
+from gspn_jax.training.weights_and_biases import wandb_log
 
 logger = logging.getLogger(__name__)
 
@@ -41,20 +44,28 @@ def train_task(task: Task) -> pathlib.Path:
     """
     # --- what can be wrong is found first
     config = task.config
+    if config.log.wandb:
+        extras.require("wandb", "wandb", by="--log.wandb")
     readback.check_path(config.run_dir, "run_dir")
+    same_hosts.check(config)
     mesh = sharding.make_mesh(config.mesh)
     sharding.check_batch(config, mesh)
+    target = abstract_state(task, mesh)
+    _check_memory(task, target, mesh)
     source = task.source()
-    same_hosts.check(config, source.fingerprint, source.class_names)
+    same_hosts.check_data(source.fingerprint, source.class_names)
     evaluation = task.evaluation(mesh)
     frozen = task.frozen(mesh)
     run_dir = pathlib.Path(config.run_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
 
     # a signal is noted until the last save is on the disk
-    with Stop() as stop, Checkpoints(config, source.fingerprint, source.class_names) as checkpoints:
+    with (
+        Stop() as stop,
+        Checkpoints(config, source.fingerprint, source.class_names) as checkpoints,
+        wandb_log(config) as wandb,
+    ):
         # --- state: the latest checkpoint, or born sharded
-        target = abstract_state(task, mesh)
         first_step, state = checkpoints.restore(target) or (0, create_state(task, mesh))
         if checkpoints.restored_config and first_step < config.train.steps:
             said = jump(checkpoints.restored_config, config, first_step)
@@ -65,7 +76,7 @@ def train_task(task: Task) -> pathlib.Path:
 
         with (
             RunLog(
-                run_dir, start_step=first_step, steps=config.train.steps, enabled=jax.process_index() == 0
+                run_dir, start_step=first_step, steps=config.train.steps, enabled=jax.process_index() == 0, wandb=wandb
             ) as run_log,
             Batches(task, source, mesh) as batches,
         ):
@@ -101,6 +112,18 @@ def train_task(task: Task) -> pathlib.Path:
             )
             loop(Run(step=first_step, steps=config.train.steps, state=state, saved=first_step))
     return run_dir
+
+
+def _check_memory(task: Task, target: TrainState, mesh: Mesh) -> None:
+    """Raises ConfigError for a state, a gradient and a batch that a device cannot hold together."""
+    train = task.config.train
+    images = train.batch_size // (mesh.shape["data"] * mesh.shape["fsdp"] * train.accumulate)
+    check_fits(
+        bytes_a_device(target) + bytes_a_device(target.params) + images * task.image_bytes(),
+        mesh,
+        f"the state of training and {images:,} images",
+        "a smaller train.batch_size or model, more train.accumulate or mesh.fsdp take less",
+    )
 
 
 def _meter(task: Task) -> Throughput:

@@ -25,7 +25,7 @@ _HIGHEST = jax.lax.Precision.HIGHEST
 
 
 class Added(NamedTuple):
-    """What SDXL is told beside the text."""
+    """Inputs of SDXL beside the text."""
 
     pooled: Float[Array, "B P"]
     """Pooled text state."""

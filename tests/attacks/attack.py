@@ -292,6 +292,7 @@ def sentences(shown: str) -> int:
     if "For full helptext" in shown:
         return shown.count("For full helptext")
     lines = [line.rpartition("\r")[2].strip() for line in shown.splitlines()]
+    lines = [line for line in lines if "%|" not in line]  # a bar that did not end its line
     return sum(bool(line) and not line.startswith(("INFO ", "WARNING ", "ERROR ", "usage: ", "[")) for line in lines)
 
 

@@ -6,14 +6,15 @@ import re
 
 from tests.attacks.attack import Attack
 
-PAGE = pathlib.Path(__file__).parents[2] / "docs" / "faults.md"
-MODULES = ("test_lost", "test_lost_hosts", "test_lost_outputs", "test_lost_progress", "test_foreign", "test_sentences")
+FOLDER = pathlib.Path(__file__).parent
+PAGE = FOLDER.parents[1] / "docs" / "faults.md"
 BEGIN, END = "<!-- made by python -m tests.attacks.table -->\n", "<!-- end of the table -->\n"
 
 
 def attacks() -> list[Attack]:
     """All rows, by the point of the list that they belong to."""
-    found = [row for name in MODULES for row in importlib.import_module(f"tests.attacks.{name}").ATTACKS]
+    modules = (importlib.import_module(f"tests.attacks.{path.stem}") for path in sorted(FOLDER.glob("test_*.py")))
+    found = [row for module in modules for row in getattr(module, "ATTACKS", ())]
     return sorted(found, key=lambda row: (row.kind[0], int(row.kind[1:] or 0)))
 
 

@@ -34,7 +34,13 @@ def two_hosts(check, **other):
 def same_run():
     from gspn_jax.runs import same_hosts
 
-    same_hosts.check(tiny.config("run"), "f", ["cat", "dog"])
+    same_hosts.check(tiny.config("run"))
+
+
+def same_data():
+    from gspn_jax.runs import same_hosts
+
+    same_hosts.check_data("f", ["cat", "dog"])
 
 
 def same_samples():
@@ -68,18 +74,19 @@ def joined(address, index, *, environment=(), listening=None):
 
 
 A2 = [
-    Attack("A2", f"another host has {what}", two_hosts(same_run, **{name: value}), f"{name} is {said} on host 1")
-    for what, name, value, said in (
-        ("another learning rate", "optimizer.learning_rate", 0.1, "0.001 on host 0 and 0.1"),
-        ("another seed", "train.seed", 9, "0 on host 0 and 9"),
-        ("another number of steps", "train.steps", 99, "20 on host 0 and 99"),
-        ("another run directory", "run_dir", "other", '"run" on host 0 and "other"'),
-        ("other data", "the fingerprint of the data", "g", '"f" on host 0 and "g"'),
+    Attack("A2", f"another host has {what}", two_hosts(check, **{name: value}), f"{name} is {said} on host 1")
+    for what, name, value, said, check in (
+        ("another learning rate", "optimizer.learning_rate", 0.1, "0.001 on host 0 and 0.1", same_run),
+        ("another seed", "train.seed", 9, "0 on host 0 and 9", same_run),
+        ("another number of steps", "train.steps", 99, "20 on host 0 and 99", same_run),
+        ("another run directory", "run_dir", "other", '"run" on host 0 and "other"', same_run),
+        ("other data", "the fingerprint of the data", "g", '"f" on host 0 and "g"', same_data),
         (
             "the classes in another order",
             "the class names",
             ["dog", "cat"],
             '["cat", "dog"] on host 0 and ["dog", "cat"]',
+            same_data,
         ),
     )
 ] + [

@@ -1,249 +1,176 @@
-"""Attacks on our own small files, numbers, environments and config files (C): one sentence in place of a traceback."""
+"""Attacks by the environment, config files and Ctrl-C (C18 to C20): one sentence in place of a traceback."""
 
-import json
+import contextlib
+import dataclasses
+import errno
+import io
 import os
-import pathlib
+import sys
 
-from gspn_jax.runs.evaluations import Evaluations
-from gspn_jax.training.logs import RunLog
-from tests.attacks.attack import GOES_ON, Attack, draw, evaluate, flags, process, rows, train
+import jax
+import pytest
+
+from gspn_jax import cli
+from gspn_jax import train as command
+from gspn_jax.cli import config_files, streams
+from tests.attacks.attack import GOES_ON, Attack, flags, process, rows, train
 from tests.attacks.given import write
 
-NESTED = "[" * 100_000 + "]" * 100_000
 
-
-# --- 16: small files of ours, damaged
-def damaged_manifest(content, *, both=False):
-    """A row's `before`: other content in the manifest of the newest checkpoint, or of both."""
-
-    def damage(checkpoints):
-        for step in ("3", "6") if both else ("6",):
-            path = checkpoints / step / "manifest.json"
-            path.write_bytes(content(json.loads(path.read_text())) if callable(content) else content)
-
-    return lambda given, here: given.copy_of_run(here, damage)
-
-
-def with_file(**entry):
-    """A manifest with one more file, or another entry for one."""
-    return lambda manifest: json.dumps(manifest | {"files": manifest["files"] | entry["files"]}).encode()
-
-
-def without(item):
-    """A manifest that names no file of an item."""
-    return lambda manifest: json.dumps(
-        manifest | {"files": {name: one for name, one in manifest["files"].items() if not name.startswith(f"{item}/")}}
-    ).encode()
-
-
-def manifest(done, content, says):
-    """The checkpoint before is sampled from; where both are damaged, a sentence names the manifest."""
-    before = damaged_manifest(content)
+def script(done, text, says):
+    """A config file that is a program of its own."""
     return Attack(
-        "C16",
-        f"the newest manifest {done}: sample",
-        draw(run="{here}/run", before=before),
-        ("passed over", says),
-        GOES_ON,
+        "C19", f"a config file that {done}", train(config="{here}/one.py", before=write("one.py", text)), says
     )
 
 
-def in_run(name, content):
-    """A row's `before`: a run with a file of this content."""
-
-    def before(given, here):
-        given.copy_of_run(here)
-        path = here / "run" / name
-        path.parent.mkdir(exist_ok=True)
-        path.write_bytes(content if isinstance(content, bytes) else content.encode())
-
-    return before
+def without_home(argv):
+    """train_dit.py of a user who has neither HOME nor a name."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("HOME", "USER", "LOGNAME", "XDG_CACHE_HOME", "JAX_COMPILATION_CACHE_DIR"):
+            patch.delenv(name, raising=False)
+        patch.setattr(os, "getuid", lambda: 54321)
+        command.main(argv)
+        assert "JAX_COMPILATION_CACHE_DIR" not in os.environ
 
 
-def record(done, content, says):
-    """A record of evaluations that training starts with: set aside, and no checkpoint is deleted for it."""
-
-    def begin(argv):
-        evaluations = Evaluations(argv[0])
-        evaluations.add(9, 3.0)
-        assert evaluations.kept == Evaluations(argv[0]).kept | {9} == {3, 6, 9}
-
-    return Attack(
-        "C16",
-        f"evaluation.json {done}: train on",
-        flags(begin, "{here}/run", before=in_run("evaluation.json", content)),
-        ("set aside as {here}/run/evaluation.json.damaged-1", says),
-        GOES_ON,
-        writes=("run/evaluation.json", "run/evaluation.json.damaged-1"),
-    )
+def to_ascii(argv):
+    """A command whose stdout is ASCII."""
+    written = io.BytesIO()
+    with contextlib.redirect_stdout(io.TextIOWrapper(written, "ascii")):
+        streams.prepare()
+        print("größer")
+        sys.stdout.flush()
+        assert written.getvalue() == b"gr\\xf6\\xdfer\n"
 
 
-def log_of(done, content, says):
-    """A log that training goes on with: set aside, and its whole lines are kept."""
-    return Attack(
-        "C16",
-        f"metrics.jsonl {done}: train on",
-        flags(open_log, "{here}/run", before=in_run("metrics.jsonl", content)),
-        ("set aside as {here}/run/metrics.jsonl.damaged-1", says),
-        GOES_ON,
-        writes=("run/metrics.jsonl", "run/metrics.jsonl.damaged-1", "run/tensorboard*"),
-    )
+def interrupted(argv):
+    """A command that Ctrl-C meets while it reads its config."""
+
+    def load(*_):
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(config_files, "load_config", load)
+        command.main(argv)
 
 
-def open_log(argv):
-    with RunLog(argv[0], start_step=6, steps=10):
-        pass
-    assert [json.loads(line)["step"] for line in pathlib.Path(argv[0], "metrics.jsonl").read_text().splitlines()] in (
-        [],
-        [5],
-    )
+def out_of_memory(error):
+    """A command in which an allocation fails."""
+
+    def main(argv):
+        with cli.user_errors():
+            raise error
+
+    return flags(main)
 
 
-def metadata(done, content, says):
-    """Metadata of latents that someone trains on."""
-
-    def before(given, here):
-        path = given.copy_of_latents(here) / "metadata.json"
-        path.write_bytes(content(json.loads(path.read_text())) if callable(content) else content)
-
-    return Attack(
-        "C16",
-        f"metadata of latents {done}: train",
-        train("--data.source", "latents", "--data.channels", "4", "--data.path", "{here}/latents", before=before),
-        says,
-    )
-
-
-def changed(**values):
-    return lambda before: json.dumps(before | values).encode()
-
-
-SMALL_FILES = [
-    manifest("is empty", b"", "manifest.json is empty"),
-    manifest("is cut", lambda whole: json.dumps(whole).encode()[:-40], "manifest.json is no JSON"),
-    manifest("is binary", bytes(range(256)), "manifest.json is no text"),
-    manifest("is zeros, as after a power failure", bytes(4096), "manifest.json is no JSON"),
-    manifest("is nested 100,000 deep", NESTED.encode(), "manifest.json is nested too deeply"),
-    manifest("is a list", b"[]", "manifest.json must be an object, found list"),
-    manifest("names a size of Infinity", with_file(files={"meta/metadata": {"bytes": float("inf")}}), "not finite"),
-    manifest(
-        "names a size that is a text",
-        with_file(files={"meta/metadata": {"bytes": "3", "sha256": ""}}),
-        "must be a whole number, found '3'",
-    ),
-    manifest("names no hash", with_file(files={"meta/metadata": {"bytes": 3}}), "has no 'sha256'"),
-    manifest(
-        "names /dev/zero", with_file(files={"/dev/zero": {"bytes": 0, "sha256": ""}}), "no path within the checkpoint"
-    ),
-    manifest(
-        "names a file above it", with_file(files={"../3/manifest.json": {"bytes": 0, "sha256": ""}}), "no path within"
-    ),
-    manifest("names a path with NUL", with_file(files={"meta/\0": {"bytes": 0, "sha256": ""}}), "no path within"),
-    manifest("names nothing of the parameters", without("params"), "names no file of params"),
-    Attack(
-        "C16",
-        "both manifests are damaged: sample",
-        draw(run="{here}/run", before=damaged_manifest(b"{}", both=True)),
-        ("must hold a whole checkpoint", "manifest.json has no 'files'"),
-    ),
-    Attack(
-        "C16",
-        "the newest manifest is damaged: train on",
-        train(config="{here}/run.py", before=damaged_manifest(b"{}")),
-        ("going back to step 3", "manifest.json has no 'files'"),
-        GOES_ON,
-        writes=("run/checkpoints/*", "run/lock"),
-    ),
-    Attack(
-        "C16",
-        "a file of a checkpoint is a pipe",
-        draw(
-            run="{here}/run",
-            before=lambda given, here: given.copy_of_run(
-                here, lambda folder: [(folder / "6/meta/metadata").unlink(), os.mkfifo(folder / "6/meta/metadata")]
-            ),
-        ),
-        ("passed over", "meta/metadata is no file"),
-        GOES_ON,
-    ),
-    Attack(
-        "C16",
-        "checkpoints beside folders named ² and 007",
-        draw(
-            run="{here}/run",
-            before=lambda given, here: given.copy_of_run(
-                here, lambda folder: [(folder / name).mkdir() for name in ("²", "007", "٣")]
-            ),
-        ),
-        "",
-        GOES_ON,
-    ),
-    record("is empty", "", "is empty"),
-    record("is nested 100,000 deep", NESTED, "is nested too deeply"),
-    record("is a list", "[1]", "must be an object"),
-    record("is binary", bytes(range(256)), "is no text"),
-    record("has an FID of NaN", '{"step": 6, "best_step": 6, "best_fid": NaN}', "not finite"),
-    record("has a step that is a text", '{"step": "6"}', "must be a whole number, found '6'"),
-    record("has a step of 5,000 digits", '{"step": %s}' % ("9" * 5000), "is no JSON"),
-    log_of("has a line that is a list", '{"step": 5}\n[1]\n', "line 2 of metrics.jsonl must be an object"),
-    log_of("has a line that is nested", '{"step": 5}\n' + NESTED + "\n", "line 2 of metrics.jsonl is nested"),
-    log_of("is binary", bytes(range(255, 0, -1)) + b"\n", "line 1 of metrics.jsonl is no text"),
-    log_of("has a step that is a text", '{"step": "5"}\n{"step": 5}\n', "must be a whole number, found '5'"),
-    metadata("is nested 100,000 deep", NESTED.encode(), "nested too deeply"),
-    metadata("is binary", bytes(range(256)), "is no text"),
-    metadata("has a scale of NaN", changed(scaling_factor=float("nan")), "not finite"),
-    metadata("has a shape of text", changed(latent_shape=["a", 8, 4]), "must be a whole number, found 'a'"),
-    metadata(
-        "names a shard above it",
-        changed(shards=[{"name": "../a", "records": 8, "bytes": 1}]),
-        "'../a', which is no path within",
-    ),
-    Attack(
-        "C16",
-        "a result of an evaluation is a list: plot",
-        evaluate("--plot", "{here}/one.json", "--output", "{here}/fid.png", before=write("one.json", "[]")),
-        "one.json must be the result of an evaluation of a run's samples, but one.json must be an object",
-    ),
-    Attack(
-        "C16",
-        "a result of an evaluation is nested 100,000 deep: plot",
-        evaluate("--plot", "{here}/one.json", "--output", "{here}/fid.png", before=write("one.json", NESTED)),
-        "one.json is nested too deeply",
-    ),
-]
-
-# --- 17: numbers that people write
-NUMBERS = [
-    Attack("C17", "1.5 steps of training", train("--train.steps", "1.5"), "invalid literal for int()"),
-    Attack("C17", "a class that is none", draw("--classes", "cat"), "found 'cat'"),
-]
-
-# --- 18, 19, 20: environments, config files, Ctrl-C
+START = ("--train.steps", "3", "--optimizer.warmup-steps", "1")
 AROUND = [
-    Attack(
-        "C19",
-        "a config file that divides by zero",
-        train(config="{here}/one.py", before=write("one.py", "config = 1 / 0")),
-        ("one.py must define", "ZeroDivisionError"),
+    script("divides by zero", "config = 1 / 0", "found ZeroDivisionError: division by zero"),
+    script("calls sys.exit(0)", "import sys; sys.exit(0)", "found SystemExit: 0"),
+    script("calls exit()", "exit()", "found SystemExit: None"),
+    script("raises an error of its own", "class E(BaseException): pass\nraise E('mine')", "found E: mine"),
+    script("recurses for ever", "def f(): f()\nf()", "found RecursionError"),
+    script("raises StopIteration", "next(iter(()))", "found StopIteration"),
+    script("raises an assertion", "assert False, 'no\\nlines'", "found AssertionError: no"),
+    script("has no memory", "bytearray(2**62)", "found MemoryError"),
+    script("is binary", "\0\1\2", "must define `config = Config(...)`, found"),
+    script("is not UTF-8", b"config = '\xff'", "found SyntaxError"),
+    script(
+        "raises when it is asked for its config", "def __getattr__(name): raise OSError('lazy')", "found OSError: lazy"
     ),
+    script("is empty", "", "found NoneType"),
+    Attack("C19", "a config that is as it should be", train(*START), "", GOES_ON, writes=("run*",)),
+    Attack("C18", "no HOME and no user name", flags(without_home, "--config", "digits"), "", GOES_ON, writes=("run*",)),
+    Attack("C18", "a stdout of ASCII is told of umlauts", flags(to_ascii), "", GOES_ON),
     Attack(
-        "C19",
-        "a config that is as it should be",
-        train("--train.steps", "3", "--optimizer.warmup-steps", "1"),
-        "",
-        code=GOES_ON,
-        writes=("run*",),
+        "C18",
+        "an allocation fails",
+        out_of_memory(MemoryError("Unable to allocate 9 TiB")),
+        "there is not enough memory (Unable to allocate 9 TiB)",
     ),
     Attack(
         "C18",
-        "stdout is closed before a sentence",
-        process("train_dit.py", shell='"$@" >&-'),
-        "needs --config NAME_OR_FILE",
-        slow=True,
+        "a device has not enough memory",
+        out_of_memory(jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes")),
+        "the devices have not enough memory: RESOURCE_EXHAUSTED",
+    ),
+    Attack(
+        "C18",
+        "stdout is full, as /dev/full is, before a file is named",
+        out_of_memory(OSError(errno.ENOSPC, "No space left on device")),
+        "No space left on device: stdout, or a file that was being written",
+    ),
+    Attack(
+        "C20", "Ctrl-C while the config is read", flags(interrupted, "--config", "digits"), "stopped by Ctrl-C", 130
     ),
 ]
+UNREAD = '"$@" | true; exit ${PIPESTATUS[0]}'
+PROCESSES = [
+    Attack("C18", "stdout is closed", process("train_dit.py", shell='"$@" >&-'), "needs --config"),
+    Attack("C18", "stdout and stderr are closed", process("train_dit.py", shell='"$@" >&- 2>&-'), ""),
+    Attack(
+        "C18",
+        "stdout is full",
+        process("sample.py", "--help", shell='"$@" >/dev/full', environment={"PYTHONUNBUFFERED": None}),
+        "could not be written to stdout (No space left on device)",
+    ),
+    Attack(
+        "C18",
+        "stdout is full, unbuffered",
+        process("sample.py", "--help", shell='"$@" >/dev/full', environment={"PYTHONUNBUFFERED": "1"}),
+        "No space left on device: stdout",
+    ),
+    Attack(
+        "C18",
+        "nobody reads stdout",
+        process("sample.py", "--help", shell='"$@" | true; exit ${PIPESTATUS[0]}'),
+        "",
+        141,
+    ),
+    Attack(
+        "C18",
+        "JAX_PLATFORMS=cuda without a GPU: train",
+        process("train_dit.py", "--config", "digits", "--run-dir", "{here}/run", environment={"JAX_PLATFORMS": "cuda"}),
+        "JAX_PLATFORMS must name devices that this machine has, found 'cuda'",
+    ),
+    Attack(
+        "C18",
+        "JAX_PLATFORMS=nonsense: evaluate",
+        process("-m", "gspn_jax.evaluate", "--self-test", environment={"JAX_PLATFORMS": "nonsense"}),
+        "found 'nonsense'",
+    ),
+    Attack(
+        "C18",
+        "1.5 GB of memory",
+        process(
+            *("train_dit.py", "--config", "digits", "--run-dir", "{here}/run", "--train.batch-size", str(10**5)),
+            memory=1_500_000_000,
+        ),
+        "100,000 images must fit into the memory of a device",
+    ),
+    *(
+        Attack(
+            "C20",
+            f"Ctrl-C after {seconds} s of train_dit.py",
+            process("train_dit.py", "--config", "digits", "--run-dir", "{here}/run", interrupt=seconds),
+            "stopped by Ctrl-C",
+            130,
+        )
+        for seconds in (0.2, 0.5, 1.0, 1.5)
+    ),
+    Attack(
+        "C20",
+        "Ctrl-C after 0.5 s of gspn_jax.prepare",
+        process("-m", "gspn_jax.prepare", "latents", "--vae", "{vae}", "--output", "{here}/out", interrupt=0.5),
+        "stopped by Ctrl-C",
+        130,
+    ),
+]
+PROCESSES = [dataclasses.replace(row, slow=True) for row in PROCESSES]
 
-ATTACKS = [*SMALL_FILES, *NUMBERS, *AROUND]
+ATTACKS = [*AROUND, *PROCESSES]
 
 
 @rows(ATTACKS)

@@ -1,5 +1,7 @@
 """The autoencoder is the published one: its function, its files in both dialects, and errors that name the tensor."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
@@ -9,12 +11,16 @@ from gspn_jax.autoencoder import (
     LATENT_SCALE,
     Autoencoder,
     AutoencoderConfig,
+    Scale,
     decode,
     encode,
     expected_shapes,
     from_state_dict,
     load,
 )
+from gspn_jax.config import Config, ConfigError, DataConfig
+from gspn_jax.data.latents import LatentMetadata, write_synthetic
+from gspn_jax.sampling.decoding import load_weights
 from gspn_jax.state_dict import WeightsError
 from tests.autoencoder import numpy_vae
 from tests.autoencoder.numpy_vae import TINY, random_state_dict
@@ -137,3 +143,42 @@ def test_a_wrong_shape_gets_a_sentence():
         encode(params, TINY, np.zeros((1, 5, 4, 3), np.float32))
     with pytest.raises(ValueError, match=r"latents must be \[B, H, W, 4\]"):
         decode(params, TINY, np.zeros((1, 4, 4, 3), np.float32))
+
+
+def test_latents_are_decoded_at_the_autoencoders_own_scale_and_shift():
+    weights, rng = random_state_dict(), np.random.default_rng(3)
+    config = dataclasses.replace(TINY, scaling_factor=0.3611, shift_factor=0.1159)
+    latents = rng.standard_normal((2, 2, 2, 4), np.float32)
+    found = Autoencoder(from_state_dict(weights, TINY), config, batch_size=2, devices=jax.devices()[:1]).decode(latents)
+    truth = channels_last(lambda x: numpy_vae.decode(weights, TINY, x), latents / 0.3611 + 0.1159)
+    assert np.abs(found - np.clip(127.5 * truth + 128, 0, 255)).max() < 1.01
+
+
+def test_scale_and_shift_are_those_of_the_config_beside_the_weights(tmp_path, caplog):
+    caplog.set_level("INFO")
+    for folder in (tmp_path / "model" / "vae", tmp_path / "alone"):
+        folder.mkdir(parents=True)
+        save_file(random_state_dict(), folder / "diffusion_pytorch_model.safetensors")
+    (tmp_path / "model/vae/config.json").write_text('{"scaling_factor": 0.13025, "shift_factor": null}')
+    for path in ("model", "model/vae", "model/vae/diffusion_pytorch_model.safetensors"):
+        config = load(tmp_path / path)[1]
+        assert (config.scaling_factor, config.shift_factor) == (0.13025, 0)
+    assert not caplog.records
+    config = load(tmp_path / "alone")[1]
+    assert (config.scaling_factor, config.shift_factor) == (LATENT_SCALE, 0) and "does not tell" in caplog.text
+    assert load(tmp_path / "alone", Scale(0.5, 0.25))[1].shift_factor == 0.25
+    with pytest.raises(ConfigError, match=r"scaling_factor 0\.13025 .* found 0\.18215 and 0 asked for"):
+        load(tmp_path / "model", Scale(0.18215, 0.0))
+
+
+def test_a_run_on_latents_is_decoded_at_the_scale_it_was_trained_at(tmp_path):
+    save_file(random_state_dict(), tmp_path / "vae.safetensors")
+    write_synthetic(tmp_path / "set", records=2, latent_shape=(2, 2, 4), num_classes=2)
+    metadata = LatentMetadata.read(tmp_path / "set")
+    dataclasses.replace(metadata, scaling_factor=0.3611, shift_factor=0.1159).write(tmp_path / "set")
+    data = DataConfig(source="latents", path=str(tmp_path / "set"), image_size=2, channels=4, num_classes=2)
+    sizes = load_weights(str(tmp_path / "vae.safetensors"), "--vae", Config("run", data=data))[1]
+    assert (sizes.scaling_factor, sizes.shift_factor) == (0.3611, 0.1159)
+    (tmp_path / "config.json").write_text('{"scaling_factor": 0.13025}')
+    with pytest.raises(ConfigError, match=r"tells of latents of scaling_factor 0\.13025"):
+        load_weights(str(tmp_path / "vae.safetensors"), "--vae", Config("run", data=data))

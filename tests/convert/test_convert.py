@@ -106,6 +106,26 @@ def test_a_dit_of_elsewhere_becomes_a_run_with_the_diffusion_it_was_trained_with
     assert config.train.ema_decays == (0.9999,) and config.run_dir == str(folder / "dit")
 
 
+def test_a_table_without_a_null_class_keeps_its_last_class(folder, tmp_path):
+    to = ["--heads", "2", "--null-row", "none", "--output", str(tmp_path / "run")]
+    convert.main(["import", "--weights", str(folder / "dit.safetensors"), *to])
+    step, config = checkpoints.read_config(tmp_path / "run")
+    assert config.data.num_classes == 6 and config.diffusion.label_dropout == 0
+    mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
+    table = checkpoints.restore_params(tmp_path / "run", step, config, mesh)["label_embed"]["embedding"]
+    truth = load_file(folder / "dit.safetensors")["y_embedder.embedding_table.weight"]
+    np.testing.assert_array_equal(np.asarray(table)[:6], truth)
+    assert not np.asarray(table)[6:].any()
+
+
+def test_a_sit_becomes_a_run_of_flow_matching(folder, tmp_path, capsys):
+    to = ["--heads", "2", "--null-row", "last", "--objective", "flow", "--output", str(tmp_path / "run")]
+    convert.main(["import", "--weights", str(folder / "dit.safetensors"), *to])
+    config = checkpoints.read_config(tmp_path / "run")[1]
+    assert (config.diffusion.objective, config.sampler.name) == ("flow", "heun") and models.learns_sigma(config)
+    assert capsys.readouterr().out.startswith("a network of width 16, depth 2, patch 2 (")  # not DiT-S/2
+
+
 def ddpm(state_dict, noise, label) -> np.ndarray:
     """DDPM of STEPS steps with learned variance in float64 (arXiv 2102.09672), on one latent [C, H, W].
 

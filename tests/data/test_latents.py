@@ -6,6 +6,7 @@ import itertools
 import json
 import pathlib
 import pickle
+import shutil
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ import pytest
 from gspn_jax.config import ConfigError, DataConfig
 from gspn_jax.data import DataError, latents, make_loader, make_source
 from gspn_jax.data.latents import METADATA, LatentMetadata, shard_name, write_shard, write_synthetic
+from gspn_jax.data.source import hash_of
 from gspn_jax.files import replacing
 
 COUNT, SHAPE, CLASSES = 40, (4, 4, 3), 5
@@ -261,3 +263,25 @@ def test_a_disk_that_fills_up_leaves_no_shard(tmp_path, monkeypatch):
 def test_metadata_survive_the_disk(folder):
     metadata = LatentMetadata.read(folder)
     assert metadata.count == COUNT and len(metadata.shards) == 3 and dataclasses.is_dataclass(metadata.shards[0])
+
+
+def test_a_shift_is_taken_off_before_latents_are_scaled(tmp_path):
+    moments = np.zeros((1, 1, 2, 2, 6), np.float16)
+    moments[..., :3], moments[..., 3:] = [1, -2, 0.1159], -30  # a deviation of 3e-7
+    folder = write_set(tmp_path, moments, np.zeros(1, np.int32))
+    before = make_source(config(folder, image_size=2, flip=False)).fingerprint
+    dataclasses.replace(LatentMetadata.read(folder), scaling_factor=0.3611, shift_factor=0.1159).write(folder)
+    assert make_source(config(folder, image_size=2, flip=False)).fingerprint != before
+    (batch,) = take(1, config(folder, image_size=2, flip=False), batch_size=4)
+    truth = (np.array([1, -2, np.float16(0.1159)], np.float64) - 0.1159) * 0.3611
+    np.testing.assert_allclose(batch["image"], np.broadcast_to(truth, (4, 2, 2, 3)), atol=1e-5)
+
+
+def test_sets_from_before_the_shift_was_written_are_read_as_they_were(folder, tmp_path):
+    copy = shutil.copytree(folder, tmp_path / "set")
+    values = json.loads((copy / "metadata.json").read_text())
+    del values["shift_factor"]
+    (copy / "metadata.json").write_text(json.dumps(values))
+    assert make_source(config(copy)).fingerprint == make_source(config(folder)).fingerprint
+    known = {name: value for name, value in values.items() if name not in ("format", "count", "images")}
+    assert make_source(config(copy)).fingerprint == hash_of(["latents", json.dumps(known, sort_keys=True)])

@@ -202,23 +202,6 @@ def test_a_set_that_does_not_fit_is_refused_before_it_is_decoded(monkeypatch):
         memory.MemorySource(Unread(16_000), data)
 
 
-def test_what_is_free_is_what_the_machine_and_the_container_leave(tmp_path, monkeypatch):
-    (tmp_path / "meminfo").write_text("MemTotal:  100 kB\nMemFree: 3 kB\nMemAvailable:    50 kB\n")
-    assert memory._of_machine(tmp_path / "meminfo") == 51_200 and memory._of_machine(tmp_path / "none") is None
-    for name, text in (
-        ("memory.max", "1000\n"),
-        ("memory.current", "700\n"),
-        ("memory.stat", "anon 600\ninactive_file 90\n"),
-    ):
-        (tmp_path / name).write_text(text)
-    assert memory._of_container(tmp_path) == 390
-    (tmp_path / "memory.max").write_text("max\n")
-    assert memory._of_container(tmp_path) is None and memory._of_container(tmp_path / "none") is None
-    monkeypatch.setattr(memory, "_of_machine", lambda: 5)
-    monkeypatch.setattr(memory, "_of_container", lambda: 4)
-    assert memory.free_memory() == 4
-
-
 @pytest.mark.parametrize("changes, sentence", [
     ({"source": "latents", "path": "x"}, "data.in_memory must be False when data.source is 'latents', which are not "
                                          "decoded, found True"),

@@ -59,6 +59,7 @@ def test_a_cpu_does_not_run_xlas_grouped_convolution():
     assert "convolution(" not in jax.jit(gradient).lower(x, kernel, bias).compile().as_text()
 
 
+@pytest.mark.wrong_shapes
 @pytest.mark.parametrize(
     ("shapes", "sentence"),
     [

@@ -149,7 +149,7 @@ def test_what_a_block_takes_fits_into_its_shared_memory(capability):
                 if plan is None:
                     assert (height, width) == (1024, 1024) or device.scan_bytes < 2**17
                     continue
-                job = Job(directions, None, logits=True, lam=True, out_gate=True, skip=False)
+                job = Job(directions=directions, chunk=None, logits=True, lam=True, out_gate=True, skip=False)
                 shared = launch._shared(job, plan, Inputs(*[None] * 6), plan.handed_on)
                 assert 0 < allocated(shared) <= device.shared_bytes
 

@@ -150,6 +150,7 @@ def test_bfloat16_keeps_a_float32_state():
     assert h[0, -1, 0, 0] == 512  # a bfloat16 sum of ones stops at 256
 
 
+@pytest.mark.wrong_shapes
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
@@ -162,8 +163,8 @@ def test_bfloat16_keeps_a_float32_state():
         ({"direction": "north"}, r"direction must be one of 'down', 'up', 'right', 'left', found 'north'\."),
         ({"chunk": 0}, r"chunk must be None or a whole number of lines from 1, found 0\."),
         ({"chunk": 2.0}, r"chunk must be None or a whole number of lines from 1, found 2\.0\."),
-        ({"backend": "cuda"}, r"backend must be None or one of 'mosaic_gpu', 'scan', found 'cuda'\."),
-        ({"dtype": jnp.int32}, r"x must be float32, bfloat16 or float16, found int32\."),
+        ({"backend": "cuda"}, r"backend must be None or one of 'mosaic_gpu', 'scan', 'reference', found 'cuda'\."),
+        ({"dtype": jnp.int32}, r"x must be float64, float32, bfloat16 or float16, found int32\."),
     ],
 )
 def test_wrong_arguments_get_one_sentence(change, sentence):

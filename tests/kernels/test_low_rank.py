@@ -124,6 +124,7 @@ def test_what_it_cannot_take_is_expanded_by_xla_with_a_line_that_says_why(dtype,
     assert any("XLA expands the proxy" in line and reason in line for line in caplog.messages)
 
 
+@pytest.mark.wrong_shapes
 @pytest.mark.parametrize(("name", "shape", "message"), [
     ("proxy", (2, 3, 4, 4), r"proxy must have shape \[2, 3, 3, 'd'\], found \[2, 3, 4, 4\]"),
     ("gates", (4, 4, 3, 3), r"gates must have shape \[d, 4, 3, G\] with G a divisor of the 8 channels"),

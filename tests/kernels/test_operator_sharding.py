@@ -9,7 +9,17 @@ import pytest
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from gspn_jax.kernels import depthwise_conv, propagate, propagate_low_rank, scan, sharded
+from gspn_jax.kernels import (
+    Shards,
+    api,
+    depthwise_conv,
+    line_scan,
+    propagate,
+    propagate_low_rank,
+    scan,
+    sharded,
+    sharding,
+)
 from gspn_jax.kernels.sharding import over_shards
 from tests.kernels.numpy_scan import relative_error
 
@@ -172,3 +182,66 @@ def test_an_axis_in_the_middle_is_split_where_the_mesh_divides_it(heads, a_devic
         found = jax.jit(lambda x: over_shards(double, "b-c-")(x, None))(x)
     np.testing.assert_array_equal(found, 2 * x)
     assert set(seen) == {(2, 3, a_device, 5)}
+
+
+@pytest.fixture
+def seen(monkeypatch):
+    """Shapes of x that the operators are traced for by a backend "mosaic_gpu", for which the scan stands."""
+    found = []
+
+    def line_scan(x, *others):
+        found.append(x.shape)
+        return scan.line_scan(x, *others)
+
+    monkeypatch.setitem(
+        api._BACKENDS, "mosaic_gpu", api._BACKENDS["scan"]._replace(line_scan=over_shards(line_scan, "bc bc bc bc"))
+    )
+    sharding._log_whole.cache_clear()
+    return found
+
+
+def scan_of(x, w, **options):
+    return line_scan(x, w, w, w, direction="down", backend="mosaic_gpu", **options)
+
+
+def mesh_of_four(kind):
+    return jax.make_mesh((2, 2), ("data", "tensor"), devices=jax.devices()[:4], axis_types=(kind,) * 2)
+
+
+WHOLE, PART = (BATCH, SIZE, SIZE, CHANNELS), (BATCH // 2, SIZE, SIZE, CHANNELS // 2)
+
+
+def test_a_function_that_was_jitted_outside_of_sharded_is_split_inside(seen):
+    x, run = jnp.ones(WHOLE), jax.jit(scan_of)
+    mesh = mesh_of_four(jax.sharding.AxisType.Auto)
+    expected = run(x, x)
+    for _ in range(2):
+        with sharded(mesh, batch=("data",), channels=("tensor",)):
+            np.testing.assert_allclose(run(x, x), expected, rtol=1e-6)
+        np.testing.assert_array_equal(run(x, x), expected)
+    assert seen == [WHOLE, PART]
+
+
+def test_shards_are_an_argument_too_and_come_before_those_of_sharded(seen):
+    x = jnp.ones(WHOLE)
+    mesh = mesh_of_four(jax.sharding.AxisType.Auto)
+    shards = Shards(mesh=mesh, batch=("data",), channels=("tensor",))
+    with sharded(mesh, batch=("data",)):
+        jax.jit(lambda x: scan_of(x, x, shards=shards))(x)
+    assert seen == [PART]
+
+
+def test_over_explicit_axes_the_type_of_x_says_how_it_is_split(seen):
+    with jax.set_mesh(mesh_of_four(jax.sharding.AxisType.Explicit)):
+        x = jax.device_put(jnp.ones(WHOLE), P("data", None, None, "tensor"))
+        y = jax.jit(scan_of)(x, x)
+    assert seen == [PART]
+    assert y.sharding.spec == P("data", None, None, "tensor")
+
+
+def test_a_mesh_without_a_word_on_how_arrays_are_split_gets_a_warning(seen, caplog):
+    x = jnp.ones(WHOLE)
+    with jax.set_mesh(mesh_of_four(jax.sharding.AxisType.Auto)):
+        jax.jit(scan_of)(x, x)
+    assert seen == [WHOLE]
+    assert "over the mesh axes 'data', 'tensor' without `shards`: every device computes the whole" in caplog.text

@@ -175,6 +175,7 @@ def test_the_best_backend_is_picked_and_logged_once(caplog):
     np.testing.assert_array_equal(propagate(*arrays[:5], backend="scan"), propagate(*arrays[:5]))
 
 
+@pytest.mark.wrong_shapes
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [

@@ -54,6 +54,7 @@ def test_bfloat16_logits_give_bfloat16_weights():
     assert truth.relative_error(jnp.stack(weights), exact) < 2**-8
 
 
+@pytest.mark.wrong_shapes
 @pytest.mark.parametrize(
     ("shape", "direction", "sentence"),
     [

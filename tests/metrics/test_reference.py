@@ -5,13 +5,16 @@ import types
 import numpy as np
 import pytest
 
+from gspn_jax import tables
 from gspn_jax.config import ConfigError
 from gspn_jax.metrics import npz
 from gspn_jax.metrics.npz import StoredImages
-from gspn_jax.metrics.reference import METRICS, read_reference
+from gspn_jax.metrics.reference import read_reference
 
 POOL, SPATIAL = 2048, 2023
 IMAGES = np.random.default_rng(0).integers(0, 256, (11, 6, 5, 3), np.uint8)
+
+METRICS = tuple(tables.METRICS)
 
 
 def gaussian(size, names, value=1.0):
@@ -74,7 +77,7 @@ def test_the_sentence_for_what_is_missing(tmp_path):
 
 def test_what_a_file_has_as_images_only_is_computed_once_and_the_rest_left_alone(tmp_path):
     np.savez(tmp_path / "ref.npz", arr_0=IMAGES, **gaussian(POOL, ("mu", "sigma")))
-    found = read_reference(tmp_path / "ref.npz").complete(("fid", "sfid", "kid"), features_of, 8)
+    found = read_reference(tmp_path / "ref.npz").complete(("fid", "sfid", "kid"), {"inception": features_of}, 8)
     np.testing.assert_array_equal(found.pool.mean, np.ones(POOL))  # of the full set, as the file has it
     truth = [features_of(IMAGES[i : i + 1])[0] for i in range(len(IMAGES))]
     np.testing.assert_allclose(found.features, [f.pool[0] for f in truth], rtol=1e-6)
@@ -85,7 +88,7 @@ def test_what_a_file_has_as_images_only_is_computed_once_and_the_rest_left_alone
     def never(images):
         raise AssertionError
 
-    assert found.complete(METRICS, never, 8) is found
+    assert found.complete(METRICS, {"inception": never}, 8) is found
 
 
 @pytest.mark.parametrize("compressed", [False, True])
@@ -169,3 +172,26 @@ def test_other_weights_than_the_references_are_refused(tmp_path):
         r"abc\.\.\.",
     ):
         found.check_inception("def")
+
+
+def test_statistics_know_the_size_of_their_images(tmp_path):
+    np.savez(tmp_path / "given.npz", **gaussian(POOL, ("mu", "sigma")), image_size=np.array([256, 192]))
+    found = read_reference(tmp_path / "given.npz")
+    assert found.image_size == (256, 192)
+    found.write(tmp_path / "again.npz", source="x")
+    assert read_reference(tmp_path / "again.npz").image_size == (256, 192)
+    np.savez(tmp_path / "images.npz", arr_0=IMAGES)
+    assert read_reference(tmp_path / "images.npz").image_size == IMAGES.shape[1:3]
+    np.savez(tmp_path / "other.npz", **gaussian(POOL, ("mu", "sigma")))
+    assert read_reference(tmp_path / "other.npz").image_size is None
+    np.savez(tmp_path / "odd.npz", **gaussian(POOL, ("mu", "sigma")), image_size=np.array([256.5]))
+    with pytest.raises(ConfigError, match=r"'image_size' in .* must be integers \[2\], found float64 \[1\]"):
+        read_reference(tmp_path / "odd.npz")
+
+
+@pytest.mark.parametrize("compressed", [False, True])
+def test_images_in_fortran_order_are_the_same_images(tmp_path, compressed):
+    (np.savez_compressed if compressed else np.savez)(tmp_path / "s.npz", arr_0=np.asfortranarray(IMAGES))
+    found = list(StoredImages(tmp_path / "s.npz", "the samples").batches(4, 3))
+    assert [len(batch) for batch in found] == [4, 4] and all(batch.flags.c_contiguous for batch in found)
+    np.testing.assert_array_equal(np.concatenate(found), IMAGES[3:])

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from gspn_jax import tables
 from gspn_jax.config import ConfigError
 from gspn_jax.metrics import neighbours, reference
 from gspn_jax.metrics.frechet import Gaussian
@@ -14,8 +15,10 @@ from gspn_jax.metrics.inception_score import InceptionScore
 from gspn_jax.metrics.kid import kernel_distance
 from gspn_jax.metrics.neighbours import precision_recall, radii
 from gspn_jax.metrics.reference import Reference
-from gspn_jax.metrics.scores import METRICS, Collector
+from gspn_jax.metrics.scores import Collector
 from tests.metrics import adm
+
+METRICS = tuple(tables.METRICS)
 
 SIZE = 12
 
@@ -39,7 +42,7 @@ def features():
 def test_fid_from_streams_is_that_of_the_matrix_root(features):
     collector = Collector(["fid"])
     for part in np.split(features.samples, [50, 51]):
-        collector.add(types.SimpleNamespace(pool=part))
+        collector.add(types.SimpleNamespace(pool=part), np.ones(len(part), bool))
     real = features.real.astype(np.float64)
     target = Reference("ref", "", pool=Gaussian(real.mean(0), np.cov(real, rowvar=False)))
     assert collector.scores(target)["fid"] == pytest.approx(adm.fid(features.real, features.samples), rel=1e-6)
@@ -146,8 +149,8 @@ SIZE_SPATIAL = 7
 
 def test_only_what_the_names_need_is_kept_and_asked_for(features):
     collector = Collector(("is",))
-    collector.add(types.SimpleNamespace(logits=features.logits, pool=features.samples))
-    assert list(collector.scores()) == ["is"] and collector._features is None and collector._pool is None
+    collector.add(types.SimpleNamespace(logits=features.logits), np.ones(len(features.logits), bool))
+    assert list(collector.scores()) == ["is"]
     with pytest.raises(ConfigError, match="fid, recall must have a reference, found none"):
         Collector(("fid", "is", "recall")).scores()
     target = Reference("stats.npz", "", pool=Gaussian(np.zeros(2), np.eye(2)))
@@ -173,7 +176,7 @@ def test_the_references_radii_and_root_are_computed_once(features, monkeypatch):
     monkeypatch.setattr(np.linalg, "eigh", lambda a, eigh=np.linalg.eigh: counted.append("root") or eigh(a))
     for _ in range(2):
         collector = Collector(("fid", "precision"))
-        collector.add(types.SimpleNamespace(pool=features.samples))
+        collector.add(types.SimpleNamespace(pool=features.samples), np.ones(len(features.samples), bool))
         collector.scores(target)
     assert counted == ["root", "radii"]
 

@@ -138,7 +138,7 @@ def test_metrics_are_those_of_torch_fidelity(torch_fidelity, photographs, tmp_pa
     sampled, target = (features_of(extractor, images) for images in (samples, real))
     pool = target.pool.astype(np.float64)
     collector = Collector(METRICS)
-    collector.add(sampled)
+    collector.add(sampled, np.ones(len(sampled.pool), bool))
     gaussian = Gaussian(pool.mean(0), np.cov(pool, rowvar=False), COUNT)
     ours = collector.scores(Reference("", "", gaussian, features=target.pool))
     their = theirs(torch_fidelity, tmp_path / "inception.pth", samples, real)

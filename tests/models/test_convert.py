@@ -1,12 +1,14 @@
 """Weights of the original DiT load, and give the original's function."""
 
+import ml_dtypes
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
 from gspn_jax.config import ConfigError
-from gspn_jax.models.convert import dit_from_torch, dit_to_torch
-from gspn_jax.state_dict import read_state_dict
+from gspn_jax.models.convert import dit_from_sit, dit_from_torch, dit_to_torch
+from gspn_jax.state_dict import read_state_dict, read_weights
+from tests.attacks.foreign import save_safetensors
 from tests.models.model_cases import DIT, PAPER, make_config, random_inputs, random_params, relative_error, run
 from tests.models.numpy_dit import denoise, random_state_dict
 
@@ -111,3 +113,63 @@ def test_files_that_cannot_be_read_are_named(tmp_path):
     (tmp_path / "cut.safetensors").write_bytes(b"\x10\x00")
     with pytest.raises(ValueError, match=r"cut.safetensors must be a safetensors file, it cannot be read"):
         read_state_dict(tmp_path / "cut.safetensors")
+
+
+def test_a_sit_becomes_a_model_of_our_flow():
+    """SiT (arXiv 2401.08740): time from noise, 0, to the clean image, 1, and a velocity to the clean image."""
+    state_dict = random_state_dict(**SIZES)
+    x, _, y = random_inputs(6, 8, 8)
+    t = np.array([0.0, 1e-3, 0.25, 0.5, 0.9, 1.0], np.float32)  # ours: from the clean image to noise
+    found = run(CONFIG, dit_from_torch(dit_from_sit(state_dict), CONFIG), x, 1000 * t, y)
+    truth = -np.stack(
+        [
+            denoise(state_dict, image.transpose(2, 0, 1), 1 - time, label, heads=2, patch=2).transpose(1, 2, 0)
+            for image, time, label in zip(x, t.astype(np.float64), y, strict=True)
+        ]
+    )
+    assert relative_error(found, truth) < TOLERANCE
+
+
+TYPES = ("float16", "bfloat16", "float8_e4m3fn", "float8_e5m2")
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+def test_positions_are_compared_to_the_rounding_of_their_type(dtype):
+    state_dict = random_state_dict(**SIZES)
+
+    def stored(table: np.ndarray) -> dict:
+        return state_dict | {"pos_embed": table.astype(getattr(ml_dtypes, dtype, dtype)).astype(np.float32)}
+
+    table = state_dict["pos_embed"]
+    dit_from_torch(stored(table), CONFIG)
+    for other in (table[:, ::-1], np.cos(table), np.where(table == 1, 1, table * 1.3)):
+        with pytest.raises(ValueError, match="must be the fixed sine-cosine table of DiT"):
+            dit_from_torch(stored(other), CONFIG)
+
+
+@pytest.mark.parametrize(
+    ("names", "wrapper"),
+    [
+        ("{}", None),
+        ("module.{}", None),
+        ("_orig_mod.{}", None),
+        ("module._orig_mod.{}", None),
+        ("ema.{}", "ema"),
+        ("model.{}", None),
+    ],
+)
+def test_prefixes_of_other_programs_are_taken_off(tmp_path, names, wrapper):
+    state_dict = random_state_dict(**SIZES)
+    save_file({names.format(name): value for name, value in state_dict.items()}, tmp_path / "dit.safetensors")
+    found = read_weights(tmp_path / "dit.safetensors")
+    assert found.tensors.keys() == state_dict.keys() and found.wrapper == wrapper and found.types == ("float32",)
+
+
+@pytest.mark.parametrize("dtype", ["float64", *TYPES])
+def test_every_type_of_floating_point_is_read(tmp_path, dtype):
+    values = np.linspace(-2, 2, 9).reshape(3, 3).astype(getattr(ml_dtypes, dtype, dtype))
+    save_safetensors(tmp_path / "w.safetensors", {"a": values, "b": values[0]}, values.dtype)
+    found = read_state_dict(tmp_path / "w.safetensors")
+    for name, truth in (("a", values), ("b", values[0])):
+        assert found[name].dtype == np.float32
+        np.testing.assert_array_equal(found[name], truth.astype(np.float32))

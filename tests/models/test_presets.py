@@ -60,7 +60,7 @@ def test_overrides_replace_the_preset_and_nothing_else():
 
 
 def test_weights_are_per_channel_unless_grouped():
-    assert resolve(ModelConfig(preset="GSPN-B/2")).groups == 900
+    assert resolve(ModelConfig(preset="GSPN-B/2")).options.groups == 900
     shared = models.count_parameters(imagenet("GSPN-B/2", groups=1))
     per_channel = models.count_parameters(imagenet("GSPN-B/2"))
     assert per_channel - shared == 31 * 56 * 12 * 899  # blocks, proxy, 4 directions x 3 neighbours, channels

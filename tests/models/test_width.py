@@ -69,10 +69,11 @@ def test_what_is_added_to_the_tokens_is_zero_after_a_block():
     config = make_config(ODD)
     arch = resolve(config.model)
     params = jax.tree.map(lambda a: a[0], random_params(config)["trunk"]["out_blocks"])
+    layer = jax.tree.map(lambda own: own.layer, models.abstract(config)[1]["trunk"]["out_blocks"])
     block = nnx.eval_shape(lambda: blocks.GSPNBlock(arch, long_skip=True, dtype=jnp.float32, rngs=nnx.Rngs(0)))
     x, skip = (width.pad_tokens(jnp.asarray(random_inputs(1, 4, 4, channels=20, seed=seed)[0]), 64) for seed in (1, 2))
     with blocks.run_blocks_on(blocks.Machine(tensor_cores=True)):
-        padded = blocks.prepared(params, arch, jnp.float32)
+        padded = blocks.prepared(params, layer, arch, jnp.float32)
         y = nnx.merge(nnx.graphdef(block), padded)(x, chunk=None, long_skip=skip)
     assert y.shape[-1] == 64 and np.abs(y[..., :20]).max() > 0.1
     np.testing.assert_array_equal(y[..., 20:], 0)

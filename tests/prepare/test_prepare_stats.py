@@ -9,10 +9,12 @@ import pytest
 from PIL import Image
 from safetensors.numpy import save_file
 
-from gspn_jax import prepare
+from gspn_jax import prepare, tables
 from gspn_jax.metrics import extractor, inception, reference
-from gspn_jax.metrics.reference import METRICS, read_reference
+from gspn_jax.metrics.reference import read_reference
 from gspn_jax.prepare import stats
+
+METRICS = tuple(tables.METRICS)
 
 SIDE, COUNT = 12, 11
 
@@ -223,7 +225,7 @@ def test_a_bad_image_is_named_or_left_out_and_counted(weights, images, tmp_path,
         ({"save_every": 0}, "--save-every must be 1 or more, found 0"),
         ({"keep": -1}, "--keep must be 0 or more, found -1"),
         ({"inception": None}, "--inception must be the Inception-v3 weights of 2015-12-05"),
-        ({"images": "/absent"}, "must hold JPEG or PNG files, found none below '/absent'"),
+        ({"images": "/absent"}, "the folder '/absent' cannot be read: No such file"),
     ],
 )
 def test_a_mistake_gets_one_sentence_and_code_2(weights, images, tmp_path, capsys, options, wanted):

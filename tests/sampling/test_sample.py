@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 import sample
+from gspn_jax.config import ConfigError
 from gspn_jax.parallel import sharding
 from gspn_jax.runs import checkpoints
 from gspn_jax.sampling.files import PARTIAL
@@ -119,3 +120,14 @@ def test_a_result_is_never_overwritten(run_dir, tmp_path, capsys, name, flags):
         sample.main(["--run", str(run_dir), *flags, "--output", str(path)])
     assert stopped.value.code == 2 and path.read_bytes() == b"precious"
     assert "exists already" in capsys.readouterr().err
+
+
+def test_a_class_is_meant_by_its_name_before_its_number():
+    from gspn_jax.sample import _class
+
+    names = sorted(map(str, range(12)))  # as folders are sorted: 0, 1, 10, 11, 2, ...
+    assert [names[_class(name, names)] for name in ("10", "2", "0")] == ["10", "2", "0"]
+    assert [_class(name, ["n01", "n02"]) for name in ("1", "n01")] == [1, 0]
+    for name in ("2", "²", "-1", "1" * 5000):
+        with pytest.raises(ConfigError, match=r"--classes must be numbers in 0\.\.1 or names"):
+            _class(name, ["n01", "n02"])

@@ -1,6 +1,7 @@
 """What `toys` adds is trained, sampled and offered without a change of the product: on one device and on meshes."""
 
 import dataclasses
+import functools
 import json
 
 import jax
@@ -12,14 +13,15 @@ from PIL import Image
 
 import sample
 import train_dit
-from gspn_jax import models
-from gspn_jax.config import Config, ConfigError, DiffusionConfig, MeshConfig, ModelConfig, SamplerConfig
+from gspn_jax import evaluate, models
+from gspn_jax.config import Config, ConfigError, DiffusionConfig, EvalConfig, MeshConfig, ModelConfig, SamplerConfig
 from gspn_jax.diffusion import objectives
 from gspn_jax.diffusion import sample as draw
 from gspn_jax.models.embeddings import NORMAL
 from gspn_jax.models.parameters import logical
 from gspn_jax.parallel import fsdp, sharding
-from gspn_jax.tables import MIXERS, OBJECTIVES, SAMPLERS, SOURCES
+from gspn_jax.runs import checkpoints
+from gspn_jax.tables import FEATURE_NETWORKS, METRICS, MIXERS, OBJECTIVES, SAMPLERS, SOURCES
 from gspn_jax.training.diffusion import DiffusionTask
 from gspn_jax.training.step import make_gradient
 from gspn_jax.training.train import train
@@ -31,6 +33,8 @@ LINES = (
     (OBJECTIVES, "clean", toys.Clean()),
     (SAMPLERS, "small steps", toys.SMALL_STEPS),
     (SOURCES, "stripes", toys.STRIPES),
+    (METRICS, "glare", toys.GLARE),
+    (FEATURE_NETWORKS, "brightness", toys.Brightness()),
 )
 
 
@@ -53,17 +57,28 @@ make_mesh = sharding.make_mesh
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """{mesh: run directory} of the toys on every mesh."""
-    runs = {}
+    runs, files = {}, tmp_path_factory.mktemp("files")
+    images = np.stack([np.repeat(toys.Stripes()[i]["image"], 3, axis=2) for i in range(6)])
+    np.savez(files / "reference.npz", arr_0=images)
+    evaluation = EvalConfig(
+        every=4,
+        num_samples=5,
+        metrics=("glare",),
+        reference=str(files / "reference.npz"),
+        networks=("brightness=2",),
+        batch_size=4,
+    )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sharding, "make_mesh", made_of)
         for mesh in (ONE, FSDP, TENSOR):
-            runs[mesh] = train(toys.config(tmp_path_factory.mktemp("toys") / "run", mesh))
+            config = toys.config(tmp_path_factory.mktemp("toys") / "run", mesh)
+            runs[mesh] = train(dataclasses.replace(config, eval=evaluation))
     return runs
 
 
 def test_toys_train_and_are_drawn_alike_on_every_mesh(trained):
     logged = {
-        mesh: [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        mesh: [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines() if '"loss"' in line]
         for mesh, run in trained.items()
     }
     grids = {mesh: np.asarray(Image.open(run / "samples" / "step_0000004.png"), int) for mesh, run in trained.items()}
@@ -73,6 +88,22 @@ def test_toys_train_and_are_drawn_alike_on_every_mesh(trained):
             found, wanted = ([line[name] for line in logged[which]] for which in (mesh, ONE))
             np.testing.assert_allclose(found, wanted, rtol=1e-4)
         assert np.abs(grids[mesh] - grids[ONE]).max() <= 2  # 8-bit levels
+
+
+def test_a_metric_of_another_network_is_scored_in_training_and_by_the_command(trained, tmp_path, monkeypatch):
+    """Twice the difference of mean brightness, for the network's weight is 2; Inception is not asked for."""
+    monkeypatch.setattr(sharding, "make_mesh", made_of)
+    last = [json.loads((run / "metrics.jsonl").read_text().splitlines()[-1]) for run in trained.values()]
+    np.testing.assert_allclose([line["eval/glare"] for line in last[1:]], last[0]["eval/glare"], atol=5e-3)
+    config = checkpoints.read_config(trained[ONE])[1]
+    drawn = ["--run", str(trained[ONE]), "--num-samples", "5", "--batch-size", "4", "--mesh.data", "1"]
+    scored = ["--metrics", "glare", "--networks", "brightness=2", "--reference", config.eval.reference]
+    evaluate.main([*drawn, *scored, "--output", str(tmp_path / "r.json"), "--save-samples", str(tmp_path / "s.npz")])
+    with np.load(tmp_path / "s.npz") as samples, np.load(config.eval.reference) as reference:
+        wanted = 2 * (samples["arr_0"].mean() - reference["arr_0"].mean()) / 255
+    found = json.loads((tmp_path / "r.json").read_text())["metrics"]
+    assert found == {"glare": pytest.approx(wanted, abs=1e-5)}
+    assert last[0]["eval/glare"] == pytest.approx(wanted, abs=1e-5)  # of the same five images, none counted twice
 
 
 def test_a_run_of_toys_is_sampled_by_the_command(trained, tmp_path, monkeypatch, capsys):
@@ -93,7 +124,7 @@ def test_help_offers_the_lines_of_the_tables_as_they_are(capsys):
     assert "--model.mixer {None,attention,gspn,roll}" in shown
     assert "--diffusion.objective {ddpm,flow,clean}" in shown
     assert "--data.source {digits,folder,records,tfds,latents,stripes}" in shown
-    assert "euler,heun,small steps}" in shown
+    assert "euler,heun,small steps}" in shown and "precision,recall,glare}" in shown
     with pytest.raises(ConfigError, match=r"sampler.name must be one of \('small steps', 'euler', 'heun', None\)"):
         Config("r", diffusion=DiffusionConfig(objective="clean"), sampler=SamplerConfig(name="ddpm"))
     with pytest.raises(ConfigError, match=r"mixer_options must be some of shift=INT .*, found 'shift=x'"):
@@ -184,10 +215,11 @@ def test_a_condition_is_a_tree_that_the_network_embeds():
 
     keys = jax.random.split(jax.random.key(0), 3)
     settings = SamplerConfig(steps=1, guidance_scale=2.0, name="euler")
-    found = draw(settings, config.diffusion, denoise, (8, 8, 1), condition, keys, null=null, learn_sigma=False)
+    run = functools.partial(draw, settings, config.diffusion, denoise, (8, 8, 1), null=null, learn_sigma=False)
+    found = jax.jit(run)(condition, keys)
     x = jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, 0), (8, 8, 1)))(keys)
     nothing = {"class": jnp.full(3, 2), "size": jnp.zeros((3, 2))}
-    told, untold = (denoise(x, jnp.full(3, 1000.0), which) for which in (condition, nothing))
+    told, untold = (jax.jit(denoise)(x, jnp.full(3, 1000.0), which) for which in (condition, nothing))
     np.testing.assert_allclose(found, 2 * told - untold, atol=2e-5)  # one step from t = 1 gives x_0
     dropped = objectives.drop_condition(jax.random.key(0), condition, 0.999999, null)
     jax.tree.map(np.testing.assert_array_equal, dropped, nothing)
@@ -201,8 +233,9 @@ def test_features_are_the_tokens_after_a_block(layout):
     params = jax.tree.map(lambda a: a + 0.03, models.init(config, 0))
     inputs = jnp.ones((2, 8, 8, 1)), jnp.full(2, 300.0), jnp.array([0, 1])
     blocks = models.resolve(config.model).blocks
-    output, found = models.apply(graphdef, params, *inputs, features=(blocks - 1, 0))
-    np.testing.assert_allclose(output, models.apply(graphdef, params, *inputs), atol=1e-5)
+    apply = functools.partial(models.apply, graphdef)
+    output, found = jax.jit(functools.partial(apply, features=(blocks - 1, 0)))(params, *inputs)
+    np.testing.assert_allclose(output, jax.jit(apply)(params, *inputs), atol=1e-5)
     assert {i: tokens.shape for i, tokens in found.items()} == {0: (2, 4, 4, 32), blocks - 1: (2, 4, 4, 32)}
     model = nnx.merge(graphdef, params)
     condition = model.time_embed(inputs[1]) + model.label_embed(inputs[2])

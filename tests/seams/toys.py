@@ -1,6 +1,8 @@
-"""What one adds to the project, as one would write it outside of it: a mixer, an objective, a sampler, a source."""
+"""What one adds to the project, as one would write it outside of it: a mixer, an objective, a sampler, a source, and a
+metric with a feature network."""
 
 import dataclasses
+import hashlib
 from typing import Self
 
 import jax
@@ -12,6 +14,8 @@ from gspn_jax.config import Config, DataConfig, DiffusionConfig, MeshConfig, Mod
 from gspn_jax.data.source import hash_of
 from gspn_jax.data.sources import Kind
 from gspn_jax.diffusion import flow, samplers
+from gspn_jax.metrics.moments import on_host
+from gspn_jax.metrics.scores import Metric
 from gspn_jax.models.mixers import own_options
 from gspn_jax.models.parameters import logical
 
@@ -109,6 +113,54 @@ class Stripes:
 
 
 STRIPES = Kind(lambda config, size: Stripes(), lambda config: "the stripes")
+
+
+class Brightness:
+    """A feature network: the mean of each row of an image and of each column, scaled by its one weight."""
+
+    def require(self, path, flag):
+        return path
+
+    def read(self, path):
+        return {"scale": np.float32(path)}
+
+    def digest(self, state_dict):
+        return hashlib.sha256(state_dict["scale"].tobytes()).hexdigest()
+
+    def from_state_dict(self, state_dict):
+        return dict(state_dict)
+
+    def resize(self, images):
+        return images.astype(jnp.float32) / 255
+
+    def network(self, params, images):
+        return {"rows": params["scale"] * images.mean((2, 3)), "columns": params["scale"] * images.mean((1, 3))}
+
+
+class Mean:
+    """The mean of the rows' brightness."""
+
+    def __init__(self):
+        self._sum, self.count = 0.0, 0
+
+    def add(self, features, mask):
+        rows = on_host(features["rows"])[on_host(mask)]
+        self._sum, self.count = self._sum + rows.mean(1).sum(), self.count + len(rows)
+
+    @property
+    def value(self):
+        return self._sum / self.count
+
+
+GLARE = Metric(
+    label="glare",
+    keeps="mean brightness",
+    keep=Mean,
+    score=lambda kept, reference, float16: float(kept.value - reference.kept["mean brightness"].value),
+    needs="images",
+    network="brightness",
+)
+"""How much brighter samples are than the images of the reference."""
 
 
 def config(run_dir, mesh: MeshConfig, *, precision: str = FLOAT32, **model) -> Config:

@@ -15,12 +15,12 @@ import pytest
 from PIL import Image
 from safetensors.numpy import save_file
 
-from gspn_jax import prepare
+from gspn_jax import prepare, tables
 from gspn_jax.config import ConfigError, DataConfig, EvalConfig, MeshConfig
 from gspn_jax.data.latents import write_synthetic
 from gspn_jax.metrics import inception
 from gspn_jax.metrics.frechet import Gaussian
-from gspn_jax.metrics.reference import METRICS, Reference
+from gspn_jax.metrics.reference import Reference
 from gspn_jax.parallel import sharding
 from gspn_jax.runs import averages, checkpoints
 from gspn_jax.runs.evaluations import Evaluations, Record
@@ -36,6 +36,8 @@ from tests.autoencoder import numpy_vae
 from tests.real_images import archive
 from tests.training import tiny
 from tests.training.small_extractor import SIDE, SIZES, SmallExtractor, use_small_extractor
+
+METRICS = tuple(tables.METRICS)
 
 
 @pytest.fixture

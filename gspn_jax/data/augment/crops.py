@@ -1,4 +1,4 @@
-"""Where an image is cropped, for training and for evaluation, and the crop scaled to the network's size."""
+"""Crops of an image, for training and for evaluation, scaled to the network's size."""
 
 import dataclasses
 import math

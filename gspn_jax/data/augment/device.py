@@ -1,4 +1,4 @@
-"""What the device does to a batch: normalise, erase, mix; and without the last two for evaluation."""
+"""Augmentation of a batch on the device: normalise, erase, mix; and without the last two for evaluation."""
 
 import dataclasses
 

@@ -1,4 +1,4 @@
-"""What the host does to a training image: crop, flip, RandAugment; pixels stay uint8."""
+"""Augmentation of a training image on the host: crop, flip, RandAugment; pixels stay uint8."""
 
 import dataclasses
 

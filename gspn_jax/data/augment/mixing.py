@@ -11,7 +11,7 @@ from gspn_jax.data.augment.erasing import Boxes
 
 
 class Mixture(NamedTuple):
-    """Of every image: `weight` of it plus 1 - weight of its partner, and inside `box` the partner alone.
+    """Parts of every image: `weight` of it plus 1 - weight of its partner, and inside `box` the partner alone.
 
     The partner of the first image is the last, and so on.
     """

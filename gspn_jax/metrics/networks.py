@@ -1,0 +1,77 @@
+"""Feature networks: what metrics see of images. `tables.FEATURE_NETWORKS` has them by name; `inception` is one."""
+
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Protocol
+
+from jaxtyping import Array, Float32, PyTree, UInt8
+
+from gspn_jax.config import ConfigError
+from gspn_jax.tables import FEATURE_NETWORKS, METRICS
+
+
+class FeatureNetwork(Protocol):
+    """A line of `tables.FEATURE_NETWORKS`: a module with these functions, or an object."""
+
+    def require(self, path: str | None, flag: str) -> Any:
+        """`path` if its weights are there; else ConfigError says what `flag` needs."""
+        ...
+
+    def read(self, path: Any) -> Mapping[str, Any]:
+        """The tensors of a file of weights. Raises WeightsError, OSError."""
+        ...
+
+    def digest(self, state_dict: Mapping[str, Any]) -> str:
+        """What tells those weights from others."""
+        ...
+
+    def from_state_dict(self, state_dict: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Parameters, arrays by name."""
+        ...
+
+    def resize(self, images: UInt8[Array, "N H W 3"]) -> Float32[Array, "N h w 3"]:
+        """Images as the network takes them, of one size."""
+        ...
+
+    def network(self, params: Mapping[str, Any], images: Float32[Array, "N h w 3"]) -> PyTree[Array]:
+        """Features: a tree of arrays [N, ...]."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Weights:
+    """A feature network with its weights."""
+
+    network: FeatureNetwork
+    path: Any
+    digest: str
+    params: Mapping[str, Any]
+
+
+def networks_of(metrics: Iterable[str]) -> tuple[str, ...]:
+    """The networks whose features these metrics need."""
+    return tuple(dict.fromkeys(METRICS[name].network for name in metrics))
+
+
+def read_networks(
+    metrics: Iterable[str], inception: str | None, others: Sequence[str], flag: str
+) -> dict[str, Weights]:
+    """The networks that `metrics` need, by name: `inception` is the file of that one, `others` are NAME=FILE.
+
+    `flag` begins the flags in errors, such as "--eval.". Raises ConfigError, WeightsError or OSError.
+    """
+    files = {"inception": inception}
+    for entry in others:
+        name, _, file = entry.partition("=")
+        if name not in FEATURE_NETWORKS or not file:
+            known = ", ".join(f"{name}=FILE" for name in FEATURE_NETWORKS)
+            raise ConfigError(f"{flag}networks must be some of {known}, found {entry!r}")
+        files[name] = file
+    found = {}
+    for name in networks_of(metrics):
+        network = FEATURE_NETWORKS[name]
+        where = f"{flag}inception" if name == "inception" else f"{flag}networks {name}=FILE"
+        path = network.require(files.get(name), where)
+        tensors = network.read(path)
+        found[name] = Weights(network, path, network.digest(tensors), network.from_state_dict(tensors))
+    return found

@@ -1,0 +1,53 @@
+"""Docstrings begin with a noun or a verb, and arrays in public signatures have shapes."""
+
+import ast
+import pathlib
+import re
+from collections.abc import Iterator
+
+import pytest
+
+from tests.source_files import sources
+
+SOURCES = sources()
+INSIDE = {f"gspn_jax.kernels.{name}" for name in ("bodies", "compat", "depthwise_gpu", "expansion", "launch", "local")}
+INSIDE |= {f"gspn_jax.kernels.{name}" for name in ("mosaic_gpu", "pullback", "tiles", "walk", "devices", "terms")}
+"""Modules of the GPU kernels, whose values are tiles spread over threads."""
+RIDDLE = re.compile(r"(What|Of|That|Whether|How|Which|Why|Who|Where|When|If|It|They|This|There|Is|Are|Has|Does)\b")
+"""First words after which a reader has to guess the noun."""
+ARRAYS = {"Array", "jax.Array", "jnp.ndarray", "np.ndarray"}
+
+Definition = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
+
+
+def public(path: pathlib.Path) -> Iterator[ast.Module | Definition]:
+    """A module and what others may use of it: names without underscore, not those within functions."""
+    tree = ast.parse(path.read_text())
+    yield tree
+    queue: list[ast.Module | ast.ClassDef] = [tree]
+    for scope in queue:
+        for node in scope.body:
+            if isinstance(node, Definition) and not node.name.startswith("_"):
+                yield node
+                if isinstance(node, ast.ClassDef):
+                    queue.append(node)
+
+
+@pytest.mark.parametrize("module", sorted(SOURCES.keys() - INSIDE))
+def test_docstrings_begin_with_a_noun_or_a_verb(module):
+    texts = {getattr(node, "name", module): ast.get_docstring(node) or "" for node in public(SOURCES[module])}
+    found = [f"{name}: {text.splitlines()[0]}" for name, text in texts.items() if RIDDLE.match(text)]
+    assert not found, "\n".join(found)
+
+
+@pytest.mark.parametrize("module", sorted(SOURCES.keys() - INSIDE))
+def test_arrays_in_public_signatures_have_shapes(module):
+    found = []
+    for node in public(SOURCES[module]):
+        if isinstance(node, ast.FunctionDef):
+            arguments = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
+            hints = {argument.arg: argument.annotation for argument in arguments} | {"return": node.returns}
+            for name, hint in hints.items():
+                if hint is not None and ARRAYS & set(ast.unparse(hint).split(" | ")):
+                    found.append(f"{node.name}: {name}: {ast.unparse(hint)}")
+    assert not found, "\n".join(found)
