@@ -3,21 +3,21 @@
 import dataclasses
 import json
 import pathlib
-from typing import Any
+from typing import Any, get_args
 
 import jax
 
 from gspn_jax.classify import plots, weights
-from gspn_jax.classify.config import ClassifyConfig
+from gspn_jax.classify.config import ClassifyConfig, Mixer
 from gspn_jax.classify.network import Network
 from gspn_jax.classify.scoring import Scorer, validation_source
 from gspn_jax.classify.task import ClassificationTask
 from gspn_jax.config import ConfigError
 from gspn_jax.files import replacing
-from gspn_jax.models.classifier import MIXERS
 from gspn_jax.parallel import sharding
 from gspn_jax.training.train import train_task
 
+MIXERS: tuple[Mixer, ...] = get_args(Mixer)
 CLOSE = 0.02
 """Share of the parameters by which networks that are compared may differ."""
 
@@ -40,7 +40,7 @@ def compare(config: ClassifyConfig) -> dict[str, Any]:
         raise ConfigError(f"networks to compare must have equal parameters within {CLOSE:.0%}, found {parameters}")
     for one in configs.values():
         train_task(ClassificationTask(one))
-    results = {mixer: _result(one, parameters[mixer]) for mixer, one in configs.items()}
+    results: dict[str, dict[str, Any]] = {mixer: _result(one, parameters[mixer]) for mixer, one in configs.items()}
     if jax.process_index() == 0:
         with replacing(root / "results.json") as temporary:
             temporary.write_text(json.dumps(results, indent=1) + "\n")
@@ -55,7 +55,7 @@ def compare(config: ClassifyConfig) -> dict[str, Any]:
     return results
 
 
-def _variant(config: ClassifyConfig, root: pathlib.Path, mixer: str) -> ClassifyConfig:
+def _variant(config: ClassifyConfig, root: pathlib.Path, mixer: Mixer) -> ClassifyConfig:
     return dataclasses.replace(config, run_dir=str(root / mixer), model=dataclasses.replace(config.model, mixer=mixer))
 
 
@@ -71,7 +71,7 @@ def _result(config: ClassifyConfig, parameters: int) -> dict[str, Any]:
         config, network, source, mesh, size=config.validation.image_size, crop=config.eval.crop,
         batch_size=config.eval.batch_size,
     )  # fmt: skip
-    (scores,) = scorer([params])
+    scores = scorer.score(params)
     lines = [json.loads(line) for line in (pathlib.Path(config.run_dir) / "metrics.jsonl").read_text().splitlines()]
     rates = sorted(line["images_per_second"] for line in lines if "images_per_second" in line)
     batch = config.train.batch_size

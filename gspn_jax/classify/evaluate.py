@@ -93,7 +93,7 @@ def evaluate(arguments: Evaluate) -> dict[str, Any]:
     rows = []
     for name, params in trained.sets.items():
         start = time.perf_counter()
-        (scores,) = scorer([params])
+        scores = scorer.score(params)
         seconds = time.perf_counter() - start
         rows.append(
             {

@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from typing import Any
 
 import jax
@@ -140,7 +140,13 @@ class Scorer:
                 bar.update(min(self._batch_size, len(self) - bar.n))
         return [tally.scores(len(self)) for tally in tallies]
 
-    def _batches(self) -> Iterator[tuple[jax.Array, ...]]:
+    def score(self, params: Any) -> Scores:
+        """The scores of one set of parameters."""
+        found = self([params])
+        assert found is not None, "nothing stops it"
+        return found[0]
+
+    def _batches(self) -> Generator[tuple[jax.Array, ...]]:
         """(images, labels, whether a row is real) of the whole set, on the devices."""
         rows = self._batch_size // jax.process_count()
         starts = range(jax.process_index() * rows, len(self._source) + self._batch_size, self._batch_size)
@@ -196,7 +202,7 @@ class Cropped:
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray | np.int32]:
         record = self._source[index]
-        return {"image": evaluation_crop(record["image"], self._size, self._crop), "label": record["label"]}
+        return {"image": evaluation_crop(np.asarray(record["image"]), self._size, self._crop), "label": record["label"]}
 
 
 def validation_source(config: ClassifyConfig, class_names: Sequence[str]) -> data.Source:

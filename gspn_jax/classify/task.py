@@ -25,11 +25,10 @@ from gspn_jax.training.task import Batch, Metrics, Task
 class ClassificationTask(Task):
     """A network of `config.model` on the augmented images of `config.data`."""
 
-    config: ClassifyConfig
-
     def __init__(self, config: ClassifyConfig):
         """Raises ConfigError for a network whose settings do not fit together."""
         super().__init__(config)
+        self._config = config
         self.network = Network(config)
         self._on_device = device_augmentation(config)
 
@@ -41,9 +40,9 @@ class ClassificationTask(Task):
         return self.network.init(key)
 
     def start(self, mesh: Mesh) -> Any | None:
-        return weights.start(self.config, self.network, mesh) if self.config.init_from else None
+        return weights.start(self._config, self.network, mesh) if self._config.init_from else None
 
-    def loss(self, params: Any, batch: Batch, key: Key[Array, ""]) -> tuple[Float[Array, ""], Metrics]:
+    def loss(self, params: Any, batch: Batch, key: Key[Array, ""], *_: Any) -> tuple[Float[Array, ""], Metrics]:
         """Cross-entropy with soft targets of a batch {"image": uint8 [B, S, S, C], "label": int32 [B]}.
 
         What is erased, mixed and dropped comes from `key`.
@@ -57,36 +56,36 @@ class ClassificationTask(Task):
         return decayed(self.shapes)
 
     def forward_flops(self) -> float:
-        return self.network.forward_flops(self.config.data.image_size)
+        return self.network.forward_flops(self._config.data.image_size)
 
     def source(self) -> data.Source:
         return self._source
 
     def loader(self, source: data.Source, **place: int) -> data.Loader:
         return data.make_loader(
-            self.config.data,
+            self._config.data,
             source,
-            batch_size=self.config.train.batch_size,
-            augment=host_augmentation(self.config),
+            batch_size=self._config.train.batch_size,
+            augment=host_augmentation(self._config),
             **place,
         )
 
     def describe(self, source: data.Source) -> str:
-        config = self.config
+        config = self._config
         return (
             f"{config.model.preset} with {config.model.mixer} ({self.network.parameters / 1e6:.1f}M parameters) on "
             f"{len(source):,} images of {config.data.num_classes} classes"
         )
 
     def evaluation(self, mesh: Mesh) -> AccuracyEvaluation | None:
-        if not self.config.eval.every:
+        if not self._config.eval.every:
             return None
-        source = validation_source(self.config, self._source.class_names)
-        return AccuracyEvaluation(self.config, self.network, source, mesh)
+        source = validation_source(self._config, self._source.class_names)
+        return AccuracyEvaluation(self._config, self.network, source, mesh)
 
     @functools.cached_property
     def _source(self) -> data.Source:
-        return data.make_source(self.config.data, whole=True)
+        return data.make_source(self._config.data, whole=True)
 
 
 def host_augmentation(config: ClassifyConfig) -> HostAugmentation:

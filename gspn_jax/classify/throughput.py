@@ -11,10 +11,15 @@ import numpy as np
 from gspn_jax.classify.config import AugmentConfig, ClassifierConfig, ClassifyConfig, Mixer, Preset
 from gspn_jax.classify.network import forward
 from gspn_jax.classify.task import ClassificationTask
-from gspn_jax.config import ConfigError, DataConfig, MeshConfig, TrainConfig, check_numbers
+from gspn_jax.config import ConfigError, DataConfig, MeshConfig, Precision, TrainConfig, check_numbers
 from gspn_jax.parallel import sharding
 from gspn_jax.training.state import create_state
 from gspn_jax.training.step import make_step
+
+PRECISIONS: dict[str, Precision] = {
+    "bfloat16": "params=float32,compute=bfloat16",
+    "float32": "params=float32,compute=float32",
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -52,7 +57,7 @@ def throughput(arguments: Throughput) -> dict[str, Any]:
         ),
         augment=AugmentConfig(),
         train=TrainConfig(
-            batch_size=arguments.batch_size, precision=f"params=float32,compute={arguments.dtype}"
+            batch_size=arguments.batch_size, precision=PRECISIONS[arguments.dtype]
         ),
         mesh=arguments.mesh,
     )  # fmt: skip
@@ -69,7 +74,7 @@ def throughput(arguments: Throughput) -> dict[str, Any]:
     state = create_state(task, mesh)
     found: dict[str, Any] = {}
     if arguments.only != "training":
-        found |= _inference(task, mesh, state.params, batch["image"], arguments.seconds)
+        found |= _inference(config, task, mesh, state.params, batch["image"], arguments.seconds)
     if arguments.only != "inference":
         found |= _training(task, mesh, state, batch, arguments.seconds)
     device = jax.devices()[0]
@@ -90,8 +95,10 @@ def throughput(arguments: Throughput) -> dict[str, Any]:
     return result
 
 
-def _inference(task: ClassificationTask, mesh, params: Any, images: jax.Array, seconds: float) -> dict[str, float]:
-    logits = forward(task.config, task.network, mesh)
+def _inference(
+    config: ClassifyConfig, task: ClassificationTask, mesh, params: Any, images: jax.Array, seconds: float
+) -> dict[str, float]:
+    logits = forward(config, task.network, mesh)
     classes = jax.jit(lambda params, images: logits(params, images).argmax(-1))
 
     def call() -> jax.Array:
@@ -115,7 +122,7 @@ def _timed(name: str, call, images: int, seconds: float) -> dict[str, float]:
     start = time.perf_counter()
     jax.block_until_ready(call())
     compiled = time.perf_counter() - start
-    jax.block_until_ready(call())
+    last = jax.block_until_ready(call())
     start, calls = time.perf_counter(), 0
     while calls == 0 or time.perf_counter() - start < seconds:
         last = call()

@@ -160,6 +160,7 @@ def start(config: ClassifyConfig, network: Network, mesh: Mesh) -> Any:
     another one, and what `read` raises.
     """
     path = config.init_from
+    assert path is not None, "asked for where it is given"
     given = read(path, mesh, decays=None if _is_file(path) else (first_average(path),))
     (params,) = given.sets.values()
     theirs, ours = (dict(_by_path(shapes)) for shapes in (Network(given.config).shapes, network.shapes))

@@ -2,7 +2,7 @@
 
 import collections
 import concurrent.futures
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 
 import numpy as np
 
@@ -13,7 +13,7 @@ Record = dict[str, np.ndarray | np.int32]
 
 def read_ahead(
     pool: concurrent.futures.Executor, source: Source, indices: Iterable[int], count: int
-) -> Iterator[Callable[[], Record]]:
+) -> Generator[Callable[[], Record]]:
     """For each index in order, a call that waits for its record; `count` of them are being decoded at any time."""
     queue: collections.deque[concurrent.futures.Future] = collections.deque()
     remaining = iter(indices)

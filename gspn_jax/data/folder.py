@@ -20,7 +20,7 @@ class FolderSource:
     fingerprint covers class and file names, and the sizes of about 1,000 files spread evenly.
     """
 
-    def __init__(self, root: str, size: int, channels: int, *, insist: bool = False):
+    def __init__(self, root: str, size: int | None, channels: int, *, insist: bool = False):
         """With `insist`, folders named "train" and "val" are classes all the same.
 
         Raises ConfigError for what is no such folder, or the one above it.

@@ -49,7 +49,7 @@ class TarSource:
     Only headers and the labels of webdataset are read to find the images. What is left out is logged.
     """
 
-    def __init__(self, root: str, size: int, channels: int, *, num_classes: int | None = None):
+    def __init__(self, root: str, size: int | None, channels: int, *, num_classes: int | None = None):
         """With `num_classes`, what looks like shards or the parts of a set is taken for classes all the same.
 
         Raises ConfigError for a folder without such files, for validation and test archives, and for what could be

@@ -22,7 +22,7 @@ class TfdsSource:
     unknown, not prepared, prepared in a format without random access (TFRecord), or not of labelled images.
     """
 
-    def __init__(self, name: str, data_dir: str | None, split: str, size: int, channels: int):
+    def __init__(self, name: str, data_dir: str | None, split: str, size: int | None, channels: int):
         builder = _prepared_builder(name, data_dir)
         features = dict(builder.info.features.items())
         keys = builder.info.supervised_keys
