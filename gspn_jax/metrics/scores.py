@@ -19,7 +19,7 @@ from gspn_jax.tables import METRICS
 
 
 class Kept(Protocol):
-    """What is kept of the features of images that stream by."""
+    """Sums that are kept of the features of images that stream by."""
 
     def add(self, features: PyTree[Array], mask: Bool[Array, " N"]) -> None:
         """Adds the images where `mask` is True, in their order. Arrays may be split over devices."""
