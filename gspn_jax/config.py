@@ -498,7 +498,7 @@ class ProfileConfig:
 
 @dataclasses.dataclass(frozen=True)
 class LogConfig:
-    """What is logged beside the progress line, metrics.jsonl and TensorBoard events of the run directory."""
+    """Logs beside the progress line, metrics.jsonl and TensorBoard events of the run directory."""
 
     wandb: str | None = None
     """The project of Weights & Biases that gets metrics, pictures and config, too; WANDB_MODE=offline holds."""

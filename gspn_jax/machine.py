@@ -1,4 +1,4 @@
-"""How much memory this machine, its container and this process have left."""
+"""Memory that this machine, its container and this process have left."""
 
 import pathlib
 import re

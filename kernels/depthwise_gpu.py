@@ -18,7 +18,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float
 
-from gspn_jax.kernels import compat, devices, reference
+from gspn_jax.kernels import compat, launch, reference
 from gspn_jax.kernels.derivatives import differentiable
 
 SIDES = (3, 5, 7)
@@ -190,40 +190,14 @@ def _correlate(
     which gives the gradient of x."""
     plan = Plan.of(x.shape, kernel.shape[:2])
     grid = {"image": x.shape[0], "slab": plan.slabs, "strip": plan.strips, "segment": plan.segments}
-    body = functools.partial(_correlate_body, plan=plan, finish=finish, turned=turned)
-    (y,) = _launch(
-        body,
-        "depthwise_correlate",
-        grid,
-        WARPGROUPS,
-        [jax.ShapeDtypeStruct(x.shape, x.dtype)],
-        x,
-        kernel.astype(jnp.float32),
-        *others,
-    )
-    return y
+    body = functools.partial(correlate_rows, plan=plan, finish=finish, turned=turned)
+    arrays = x, kernel.astype(jnp.float32), *others
+    return launch.run(body, grid, WARPGROUPS, arrays, jax.ShapeDtypeStruct(x.shape, x.dtype), name="depthwise")
 
 
-def _launch(body: Callable, name: str, grid: dict[str, int], warpgroups: int, outputs: list, *arrays: Array) -> Any:
-    def kernel_body(*refs):
-        body(*refs)
-
-    kernel_body.__name__ = name
-    made_of = (body.func, *sorted(body.keywords.items()), devices.current())
-    return compat.kernel(
-        kernel_body,
-        made_of,
-        arrays,
-        out_type=tuple(outputs),
-        grid=tuple(grid.values()),
-        grid_names=tuple(grid),
-        num_threads=warpgroups,
-        thread_name="warpgroup",
-    )
-
-
-def _correlate_body(x: Any, kernel: Any, *rest: Any, plan: Plan, finish: Callable, turned: bool) -> None:
-    *others, y = rest
+def correlate_rows(inputs: Any, y: Any, _: tuple, *, plan: Plan, finish: Callable, turned: bool) -> None:
+    """A block takes a strip of rows of an image, each of its warpgroups every second row."""
+    x, kernel, *others = inputs
     image, warpgroup = lax.axis_index("image"), lax.axis_index("warpgroup")
     top, first = lax.axis_index("strip") * plan.rows, plan.first_column(lax.axis_index("segment"))
     middle, halo = plan.kernel_height // 2, plan.kernel_width // 2
@@ -257,20 +231,14 @@ def kernel_gradient(x: Array, cotangent: Array, size: tuple[int, int]) -> Float[
     parts = max(1, BLOCKS * (7 // size[0]) // plan.slabs)
     parts = min(parts, x.shape[0] * plan.segments * plan.height)
     grid = {"slab": plan.slabs, "part": parts}
-    (found,) = _launch(
-        functools.partial(_kernel_gradient_body, plan=plan),
-        "depthwise_kernel_gradient",
-        grid,
-        size[0],
-        [jax.ShapeDtypeStruct((parts, *size, plan.channels), jnp.float32)],
-        x,
-        cotangent,
-    )
-    return found.sum(0)
+    body = functools.partial(sum_kernel_gradient, plan=plan)
+    output = jax.ShapeDtypeStruct((parts, *size, plan.channels), jnp.float32)
+    return launch.run(body, grid, size[0], (x, cotangent), output, name="depthwise").sum(0)
 
 
-def _kernel_gradient_body(x: Any, cotangent: Any, found: Any, *, plan: Plan) -> None:
+def sum_kernel_gradient(inputs: Any, found: Any, _: tuple, *, plan: Plan) -> None:
     """A warpgroup takes one row of the kernel."""
+    x, cotangent = inputs
     m, part = lax.axis_index("warpgroup"), lax.axis_index("part")
     middle, halo = plan.kernel_height // 2, plan.kernel_width // 2
     lines = x.shape[0] * plan.segments * plan.height

@@ -115,8 +115,20 @@ def _scan(body: Callable, job: Job, plan: tiles.Plan, inputs: Any, outputs: Any,
     return run(body, grid, plan.warpgroups, inputs, outputs, shared)
 
 
-def run(body: Callable, grid: dict[str, int], warpgroups: int, inputs: Any, outputs: Any, shared: Any) -> Any:
-    """Runs `body(inputs, outputs, shared)` over the grid, for trees of arrays, of types and of shared memory."""
+def run(
+    body: functools.partial,
+    grid: dict[str, int],
+    warpgroups: int,
+    inputs: Any,
+    outputs: Any,
+    shared: Any = (),
+    *,
+    name: str = "line_scan",
+) -> Any:
+    """Runs `body(inputs, outputs, shared)` over the grid, for trees of arrays, of types and of shared memory.
+
+    Profiles show it as `name` and the name of the body.
+    """
     flat, structure = jax.tree.flatten(inputs)
     out_type, out_structure = jax.tree.flatten(outputs)
     scratch, scratch_structure = jax.tree.flatten(shared, is_leaf=lambda node: not isinstance(node, tuple))
@@ -129,7 +141,7 @@ def run(body: Callable, grid: dict[str, int], warpgroups: int, inputs: Any, outp
             jax.tree.unflatten(scratch_structure, rest[len(out_type) :]),
         )
 
-    kernel_body.__name__ = f"line_scan_{body.func.__name__}"
+    kernel_body.__name__ = f"{name}_{body.func.__name__}"
     trees = structure, out_structure, scratch_structure
     made_of = (body.func, *sorted(body.keywords.items()), *trees, devices.current())
     found = compat.kernel(

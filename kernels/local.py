@@ -4,74 +4,39 @@ With chunk=2 nothing is scanned. In each direction lines come in pairs: on the f
 pixel adds lam x to the weighted sum of three pixels of the first. So the pixels of a map fall into four classes by the
 parities of row and column, each a grid of its own, and each class is first in two directions and second in the two
 others. A block has one warpgroup for each class, keeps a slab of channels with its factors, and walks over images.
-docs/kernel.md has the picture.
+The programs are in `local_bodies`; docs/kernel.md has the picture.
 """
 
 import functools
 import itertools
 import math
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
-from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float
 
-from gspn_jax.kernels import bodies, compat, devices, expansion, launch
+from gspn_jax.kernels import compat, devices, expansion, launch
 from gspn_jax.kernels.derivatives import differentiable
-from gspn_jax.kernels.terms import LAM, OUT_GATE, SKIP, Job
+from gspn_jax.kernels.local_bodies import (
+    AXES,
+    CLASSES,
+    LOGITS,
+    PIXELS,
+    ROWS,
+    SLAB,
+    Cotangents,
+    Given,
+    Shared,
+    count_terms,
+    local_backward,
+    local_forward,
+)
+from gspn_jax.kernels.terms import LAM, OUT_GATE, Job
 from gspn_jax.kernels.weights import DIRECTIONS
 
 CHUNK = 2
-CLASSES = 4
-PIXELS = 64
-"""Of a class: the rows of the tensor cores' instruction."""
-SLAB = 16
-"""Channels of a block."""
-LOGITS = 3
-AXES = 2
-"""Lines that are rows (down, up), and lines that are columns (right, left)."""
-LAYOUT = plgpu.Layout.WGMMA
-"""How a tile [pixels of a class, channels] is spread over a warpgroup: as products leave it."""
-
-
-class Given(NamedTuple):
-    """Arrays that a launch reads."""
-
-    x: Any
-    """[B H / 2, 2, W / 2, 2, C]: rows and columns by parity"""
-    proxy: Any
-    """[B, 4 classes, 64 pixels, d]"""
-    up: Any
-    """[slabs, 4 directions, kinds * SLAB, d]"""
-    merge: Any
-    """[4, C] float32"""
-    cotangent: Any = None
-    """Of y, as x; None forward."""
-
-
-class Shared(NamedTuple):
-    """Shared memory of a block; each class has a part of its own, of which others read `state` and `handed`."""
-
-    up: Any
-    """[4, kinds * SLAB, d]"""
-    proxy: Any
-    """[slots, classes, pixels, d]"""
-    pixels: Any
-    """[2 slots, 1 or 2, classes, H / 2, W / 2, SLAB]: x, and the cotangent of y"""
-    result: Any
-    """[classes, H / 2, W / 2, SLAB]: what is on its way to device memory"""
-    state: Any
-    """[axes or 1, pixels of all classes, SLAB] float32: h of pixels on first lines"""
-    handed: Any
-    """[3, pixels of all classes, SLAB] float32: what they get back from second lines; () forward"""
-    up_arrived: Any
-    proxy_arrived: Any
-    pixels_arrived: Any
-    meeting: Any
 
 
 def refuses(x: Float[Array, "B H W C"], proxy: Float[Array, "B H W d"], kinds: int) -> str | None:
@@ -90,363 +55,6 @@ def refuses(x: Float[Array, "B H W C"], proxy: Float[Array, "B H W d"], kinds: i
     if max(needed) > device.shared_bytes:
         return f"has no room on chip for a proxy of {proxy.shape[-1]}"
     return None
-
-
-class Lines(NamedTuple):
-    """Lines along an axis as one class sees them: where its neighbours on the other line of a pair are."""
-
-    axis: Array
-    """0 for lines that are rows (down, up), 1 for lines that are columns (right, left)."""
-    second: Array
-    """0 on first lines of "down" or "right", 1 on second ones; the other way round in "up" and "left"."""
-    along: Array
-    """Parity of the position along a line."""
-    stride: Array
-    """Pixels of a class from one to the next along a line."""
-    size: tuple[int, int]
-    """Height and width of the grid of the class."""
-
-    @property
-    def first_direction(self) -> Array:
-        """The direction in which this class is on first lines."""
-        return 2 * self.axis + self.second
-
-    @property
-    def second_direction(self) -> Array:
-        return 2 * self.axis + 1 - self.second
-
-    def other(self, along: Array) -> Array:
-        """The class on the other line of each pair with that parity along it."""
-        line = 1 - self.second
-        return jnp.where(self.axis == 0, 2 * line + along, 2 * along + line)
-
-    def neighbours(self) -> tuple[Array, Array]:
-        """Whether each pixel has a left and a right neighbour."""
-        height, width = self.size
-        pixel = compat.iota((PIXELS, SLAB), 0, LAYOUT)
-        rows = jnp.broadcast_to(self.axis == 0, pixel.shape)
-        along = jnp.where(rows, lax.rem(pixel, width), lax.div(pixel, width)) + self.along
-        return along > 0, along < jnp.where(self.axis == 0, width, height)
-
-    def read(self, ref: Any, neighbour: int) -> Float[Array, "64 SLAB"]:
-        """Reads [pixels of all classes, SLAB] at the left (0), same (1) or right (2) positions on the other line of
-        each pair. Beyond the end of a line that is a pixel of another line, or zero."""
-        along = self.along if neighbour == 1 else 1 - self.along
-        offset = (self.along - 1, 0, self.along)[neighbour]
-        return compat.load(ref, (rows_of(self.other(along), offset * self.stride), slice(None)), LAYOUT)
-
-
-HALO = 8
-"""Rows of zeros before and after those of a class, for neighbours beyond the map: a step along a column, at most."""
-ROWS = HALO + CLASSES * (PIXELS + HALO)
-"""Of the pixels of all classes, float32, in shared memory."""
-
-
-def rows_of(index: Array, offset: Any = 0) -> Any:
-    """Rows of a class among those of all classes, moved by so many pixels."""
-    return pl.ds(HALO + index * (PIXELS + HALO) + offset, PIXELS)
-
-
-class Class(NamedTuple):
-    """One warpgroup of a block: a class of pixels and a slab of channels."""
-
-    job: Job
-    given: Given
-    shared: Shared
-    index: Array
-    start: Array
-    """First channel."""
-
-    @property
-    def size(self) -> tuple[int, int]:
-        """Height and width of the grid of the class."""
-        return self.shared.result.shape[1:3]
-
-    def asked_again(self) -> "Class":
-        """The same; what is computed from its index is not kept in registers from before, which would spill."""
-        return self._replace(index=lax.axis_index("warpgroup"))
-
-    def lines(self, axis: Array) -> Lines:
-        row, column = lax.div(self.index, 2), lax.rem(self.index, 2)
-        rows = axis == 0
-        stride = jnp.where(rows, 1, self.size[1])
-        second, along = jnp.where(rows, row, column), jnp.where(rows, column, row)
-        return Lines(axis=axis, second=second, along=along, stride=stride, size=self.size)
-
-    def send_for_factors(self) -> None:
-        """Each class has one direction's."""
-        plgpu.copy_gmem_to_smem(
-            self.given.up.at[lax.axis_index("slab"), self.index],
-            self.shared.up.at[self.index],
-            self.shared.up_arrived.at[self.index],
-        )
-
-    def await_factors(self) -> None:
-        for direction in range(CLASSES):
-            plgpu.barrier_wait(self.shared.up_arrived.at[direction])
-
-    def send_for_proxy(self, image: Array, slot: Array) -> None:
-        plgpu.copy_gmem_to_smem(
-            self.given.proxy.at[image, self.index],
-            self.shared.proxy.at[slot, self.index],
-            self.shared.proxy_arrived.at[slot * CLASSES + self.index],
-        )
-
-    def await_proxy(self, slot: Array) -> None:
-        plgpu.barrier_wait(self.shared.proxy_arrived.at[slot * CLASSES + self.index])
-
-    def send_for_pixels(self, image: Array, slot: Array) -> None:
-        for n, source in enumerate(self._sources()):
-            plgpu.copy_gmem_to_smem(
-                source.at[self.place(image)],
-                self.shared.pixels.at[slot, n, self.index],
-                self.shared.pixels_arrived.at[self._pixels(slot, n)],
-            )
-
-    def await_pixels(self, slot: Array) -> None:
-        for n, _ in enumerate(self._sources()):
-            plgpu.barrier_wait(self.shared.pixels_arrived.at[self._pixels(slot, n)])
-
-    def read_pixels(self, slot: Array, n: int) -> Float[Array, "64 SLAB"]:
-        """Reads x (n = 0) or the cotangent of y (1)."""
-        tile = compat.load_reshaped(self.shared.pixels.at[slot, n, self.index], (PIXELS, SLAB), LAYOUT)
-        return tile.astype(jnp.float32)
-
-    def _pixels(self, slot: Array, n: int) -> Array:
-        return (slot * len(self._sources()) + n) * CLASSES + self.index
-
-    def place(self, image: Array) -> tuple:
-        """Index of this class in [B H / 2, 2, W / 2, 2, C]."""
-        height, _ = self.size
-        return (
-            pl.ds(image * height, height),
-            lax.div(self.index, 2),
-            slice(None),
-            lax.rem(self.index, 2),
-            pl.ds(self.start, SLAB),
-        )
-
-    def store(self, output: Any, image: Array, tile: Float[Array, "64 SLAB"]) -> None:
-        """Stores a tile by way of shared memory, where threads exchange it for 16 bytes of a pixel each."""
-        self, (height, width) = self.asked_again(), self.size
-        staged = self.shared.result.at[self.index]
-        compat.store_reshaped(staged, tile.astype(output.dtype))
-        compat.warpgroup_barrier()
-        whole = (slice(None),) * 3
-        compat.store(output, self.place(image), compat.load(staged, whole, _pixel_layout(height, width)))
-
-    def expand(self, slot: Array, *wanted: tuple[Array, slice], meanwhile: Callable = tuple) -> tuple[list, Any]:
-        """Terms of each direction and kinds that are wanted, and the value of `meanwhile`, which runs beside products.
-
-        lam and out_gate are 1 more than their products.
-        """
-        kinds = [range(self.shared.up.shape[1] // SLAB)[found] for _, found in wanted]
-
-        def product(*accumulators):
-            for accumulator, (direction, _), found in zip(accumulators, wanted, kinds, strict=True):
-                factors = self.shared.up.at[direction, pl.ds(found[0] * SLAB, len(found) * SLAB)]
-                compat.wgmma(accumulator, self.shared.proxy.at[slot, self.index], factors, transpose_b=True)
-            value = meanwhile()
-            return [accumulator[...] for accumulator in accumulators], value
-
-        def terms(columns: Array, found: range) -> list[Array]:
-            tiles = [columns[:, n * SLAB : (n + 1) * SLAB] for n in range(len(found))]
-            return [1.0 + tile if kind in (LAM, OUT_GATE) else tile for kind, tile in zip(found, tiles, strict=True)]
-
-        shapes = [plgpu.ACC((PIXELS, len(found) * SLAB), jnp.float32) for found in kinds]
-        products, value = pl.run_scoped(product, *shapes)
-        return list(map(terms, products, kinds)), value
-
-    def merge(self, direction: Array) -> Float[Array, "64 SLAB"]:
-        factors = compat.load(self.given.merge, (direction, pl.ds(self.start, SLAB)), LAYOUT.reduce(0))
-        return lax.broadcast_in_dim(factors, (PIXELS, SLAB), (1,))
-
-    def clear(self, ref: Any) -> None:
-        """Zeroes this class's part of [n, pixels of all classes, SLAB], and what lies beside it."""
-        zeros = compat.zeros((PIXELS, SLAB), LAYOUT)
-        for offset in (-HALO, HALO):
-            for n in range(ref.shape[0]):
-                ref[n, rows_of(self.index, offset), :] = zeros
-            self.meet()  # others store to some of it once more
-
-    def meet(self) -> None:
-        """All classes are here: what one wrote before, all see afterwards."""
-        plgpu.barrier_arrive(self.shared.meeting)
-        plgpu.barrier_wait(self.shared.meeting)
-
-    def _sources(self) -> list[Any]:
-        return [array for array in (self.given.x, self.given.cotangent) if array is not None]
-
-
-def _pixel_layout(height: int, width: int) -> object:
-    """Spreads [height, width, SLAB] over a warpgroup: a thread takes 8 channels, a warp a quarter of the rows."""
-    tiling = plgpu.Tiling(((height, width, SLAB), (height // 4, width, SLAB), (8,)))
-    return plgpu.Layout.TILED(tiling, warp_dims=(-7,), lane_dims=(-4, -3, -2), vector_dim=-1)
-
-
-def _walk(job: Job, given: Given, shared: Shared, images: int, visit: Any) -> None:
-    """Calls visit(here, image, proxy_slot, read, follow) for each image of this block: read(0) is x, read(1) the
-    cotangent of y, and visit calls follow() once its last product of the image is made."""
-    slab, split, index = (lax.axis_index(name) for name in ("slab", "split", "warpgroup"))
-    start = pl.multiple_of(lax.min(slab * SLAB, given.x.shape[-1] - SLAB), 8)
-    here = Class(job, given, shared, index, start)
-    proxies = shared.proxy.shape[0]
-
-    def image_at(n: Any) -> Array:
-        """Past the last image that one comes again, so that every wait has its arrival."""
-        return split * images + lax.min(jnp.int32(n), images - 1)
-
-    here.send_for_factors()
-    for n in range(proxies):
-        here.send_for_proxy(image_at(n), jnp.int32(n))
-    here.send_for_pixels(image_at(0), jnp.int32(0))
-    for ref in (shared.state, shared.handed):
-        if ref != ():
-            here.clear(ref)
-    here.await_factors()
-    begun = here
-
-    @pl.loop(0, images)
-    def _(n):
-        here = begun.asked_again()
-        proxy_slot, slot = lax.rem(n, jnp.int32(proxies)), lax.rem(n, jnp.int32(2))
-        plgpu.commit_smem()  # all threads have read the image that the next copy overwrites
-        here.send_for_pixels(image_at(n + 1), 1 - slot)
-        here.await_pixels(slot)
-        here.await_proxy(proxy_slot)
-
-        def follow():
-            compat.warpgroup_barrier()
-            here.send_for_proxy(image_at(n + proxies), proxy_slot)
-
-        visit(here, image_at(n), proxy_slot, functools.partial(here.read_pixels, slot), follow)
-
-    for n in range(proxies):  # no copy may outlive the block
-        here.await_proxy(jnp.int32((images + n) % proxies))
-    here.await_pixels(jnp.int32(images % 2))
-
-
-def _weights(logits: list[Array], has_left: Array, has_right: Array) -> tuple[list[Array], Array]:
-    """(weights of the three neighbours, sum of the sigmoids of those that exist)."""
-    a, b, c = (1.0 + bodies.odds(logit) for logit in logits)
-    left, center, right = b * c, a * c, a * b
-    total = a * left
-    left, right = jnp.where(has_left, left, 0.0), jnp.where(has_right, right, 0.0)
-    sum_of_three = left + center + right
-    scale = 1.0 / sum_of_three
-    return [left * scale, center * scale, right * scale], sum_of_three / total
-
-
-FIRST, WEIGHTS, SECOND = slice(LAM, None), slice(0, LAM), slice(LAM, None)
-"""Kinds of terms: of pixels on first lines, and in two parts of those on second lines. The products of the last part
-are made while the weights are computed from the part before."""
-
-
-def local_forward(given: Given, outputs: Any, shared: Shared, *, job: Job, images: int):
-    def visit(here: Class, image: Array, slot: Array, read: Any, follow: Any) -> None:
-        def add(y: Array, x: Array, state: Array, out_gate: Array, skip: list[Array], direction: Array) -> Array:
-            term = out_gate * state + skip[0] * x if skip else out_gate * state
-            return y + term * here.merge(direction)
-
-        def visit_axis(axis: Array, y: Array) -> Array:
-            lines, x = here.lines(axis), read(0)
-            ((lam, *others), logits), _ = here.expand(
-                slot, (lines.first_direction, FIRST), (lines.second_direction, WEIGHTS)
-            )
-            state = lam * x
-            shared.state[axis, rows_of(here.index), :] = state
-            y = add(y, x, state, others[0], others[1:], lines.first_direction)
-            here.meet()
-
-            def carry(lines=lines, logits=logits) -> Array:
-                weights, _ = _weights(logits, *lines.neighbours())
-                return sum(weight * lines.read(shared.state.at[axis], n) for n, weight in enumerate(weights))
-
-            ((lam, *others),), state = here.expand(slot, (lines.second_direction, SECOND), meanwhile=carry)
-            pl.when(axis == AXES - 1)(follow)
-            x = read(0)
-            return add(y, x, state + lam * x, others[0], others[1:], lines.second_direction)
-
-        here.store(outputs[0], image, lax.fori_loop(0, AXES, visit_axis, compat.zeros((PIXELS, SLAB), LAYOUT)))
-
-    _walk(job, given, shared, images, visit)
-
-
-class Cotangents(NamedTuple):
-    """Arrays that the backward launch writes."""
-
-    x: Any
-    """As x"""
-    terms: Any
-    """[4 classes, B, 64 pixels, axes, terms, C]: those of a pixel on first lines, then on second lines; out_gate and
-    skip without the factor `merge`"""
-
-
-def local_backward(given: Given, outputs: Cotangents, shared: Shared, *, job: Job, images: int):
-    """Pixels on first lines need what second lines hand back, and those need h of first lines: three phases an axis."""
-    state, handed = shared.state.at[0], shared.handed
-    of_first, of_axis = _terms(job)
-
-    def visit(here: Class, image: Array, slot: Array, read: Any, follow: Any) -> None:
-        mine = rows_of(here.index)
-
-        def visit_axis(axis: Array, by_x: Array) -> Array:
-            lines = here.lines(axis)
-
-            def write(n: int, tile: Array) -> None:
-                at = (here.index, image, slice(None), axis * of_axis + n, pl.ds(here.start, SLAB))
-                compat.store(outputs.terms, at, tile)
-
-            x, gy = read(0), read(1)
-            ((lam, out_gate, *skip), logits), _ = here.expand(
-                slot, (lines.first_direction, FIRST), (lines.second_direction, WEIGHTS)
-            )
-            h = lam * x
-            state[mine, :] = h
-            write(OUT_GATE - LAM, gy * h)
-            scaled = gy * here.merge(lines.first_direction)
-            if skip:
-                write(SKIP - LAM, gy * x)
-                by_x = by_x + scaled * skip[0]
-            direct, first_lam = scaled * out_gate, lam
-            here.meet()
-
-            def carry(lines=lines, logits=logits) -> tuple[list[Array], Array, Array]:
-                weights, sigmoids = _weights(logits, *lines.neighbours())
-                return weights, sigmoids, sum(weight * lines.read(state, n) for n, weight in enumerate(weights))
-
-            ((lam, out_gate, *skip),), (weights, sigmoids, carried) = here.expand(
-                slot, (lines.second_direction, SECOND), meanwhile=carry
-            )
-            pl.when(axis == AXES - 1)(follow)
-            x, gy = read(0), read(1)
-            write(of_first + OUT_GATE, gy * (carried + lam * x))
-            scaled = gy * here.merge(lines.second_direction)
-            if skip:
-                write(of_first + SKIP, gy * x)
-                by_x = by_x + scaled * skip[0]
-            adjoint = scaled * out_gate
-            write(of_first + LAM, adjoint * x)
-            by_x = by_x + adjoint * lam
-            for n, weight in enumerate(weights):
-                passed = weight * adjoint
-                handed[n, mine, :] = passed
-                write(of_first + n, passed * (1.0 - weight * sigmoids) * (lines.read(state, n) - carried))
-            here.meet()
-
-            # the left neighbour of a pixel on the second line has that pixel to its right
-            adjoint = direct + sum(lines.read(handed.at[2 - n], n) for n in range(LOGITS))
-            write(0, adjoint * read(0))
-            return by_x + adjoint * first_lam
-
-        here.store(outputs.x, image, lax.fori_loop(0, AXES, visit_axis, compat.zeros((PIXELS, SLAB), LAYOUT)))
-
-    _walk(job, given, shared, images, visit)
-
-
-def _terms(job: Job) -> tuple[int, int]:
-    """Number of terms that a pixel has on first lines, and for an axis: those on second lines too."""
-    return job.kinds - LAM, job.kinds - LAM + job.kinds
 
 
 def propagate(
@@ -537,7 +145,7 @@ def _shared(given: Given) -> Shared:
 def _propagate_backward(job: Job, arrays: tuple[Array, ...], _: tuple, cotangent: Array) -> tuple[Array, ...]:
     x, proxy, up, merge = arrays
     given = _given(x, proxy, up, merge)._replace(cotangent=_by_parity(cotangent.astype(x.dtype)))
-    terms = (CLASSES, x.shape[0], PIXELS, AXES * _terms(job)[1], x.shape[-1])
+    terms = (CLASSES, x.shape[0], PIXELS, AXES * count_terms(job)[1], x.shape[-1])
     outputs = Cotangents(*(jax.ShapeDtypeStruct(shape, x.dtype) for shape in (given.x.shape, terms)))
     by = _run(functools.partial(local_backward, job=job), given, outputs)
     by_up, gy_h = _by_up(job, given.proxy, by.terms)

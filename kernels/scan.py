@@ -24,7 +24,7 @@ from gspn_jax.kernels.weights import DIRECTIONS, LOGIT_FLOOR, inside, line_axes,
 
 
 def refuses(x: Float[Array, "B H W C"], directions: int) -> str | None:
-    """Why the scan cannot take `x`, in any number of directions, in words, or None."""
+    """Reason why the scan cannot take `x`, in any number of directions, in words, or None."""
     return "computes in float32, not in float64" if x.dtype == jnp.float64 else None
 
 

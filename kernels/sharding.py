@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Shards:
-    """How the operator is split: images over the mesh axes `batch`, channels over `channels`. Axes that the arrays do
+    """Split of the operator: images over the mesh axes `batch`, channels over `channels`. Axes that the arrays do
     not divide into are left out: there every device does the same work."""
 
     mesh: Mesh | AbstractMesh

@@ -16,6 +16,8 @@ os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".cache" / "jax"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
 
 if os.environ.get("GSPN_CHECK_SHAPES") == "1":
+    import tests.shapes  # noqa: F401 - for the next line, and after the environment above, as it imports JAX
+
     jaxtyping.install_import_hook("gspn_jax", "tests.shapes.checked")
 
 STRICT = ("kernels", "models", "diffusion", "text", "unet", "text_to_image")

@@ -10,8 +10,8 @@ import pytest
 from tests.source_files import sources
 
 SOURCES = sources()
-INSIDE = {f"gspn_jax.kernels.{name}" for name in ("bodies", "compat", "depthwise_gpu", "expansion", "launch", "local")}
-INSIDE |= {f"gspn_jax.kernels.{name}" for name in ("mosaic_gpu", "pullback", "tiles", "walk", "devices", "terms")}
+OPERATOR = {"api", "scan", "reference", "weights", "depthwise", "derivatives", "sharding", "saved"}
+INSIDE = {name for name in SOURCES if name.startswith("gspn_jax.kernels.") and name.rpartition(".")[2] not in OPERATOR}
 """Modules of the GPU kernels, whose values are tiles spread over threads."""
 RIDDLE = re.compile(r"(What|Of|That|Whether|How|Which|Why|Who|Where|When|If|It|They|This|There|Is|Are|Has|Does)\b")
 """First words after which a reader has to guess the noun."""

@@ -42,7 +42,7 @@ class AutoencoderConfig:
         return 2 ** (len(self.channels) - 1)
 
 
-def encode(params: Params, config: AutoencoderConfig, images: Float[Array, "B H W C"]) -> Float[Array, "B h w 2D"]:
+def encode(params: Params, config: AutoencoderConfig, images: Float[Array, "B H W C"]) -> Float[Array, "B h w moments"]:
     """The posterior's mean and log-variance (not clipped, not scaled) of images in [-1, 1], H = factor * h."""
     _check(images, "images", config.image_channels, config.factor)
     x = _conv(params, "encoder.conv_in", images)

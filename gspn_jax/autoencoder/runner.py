@@ -49,7 +49,7 @@ class Autoencoder:
         self._encode = jax.jit(encode)
         self._decode = jax.jit(lambda params, latents: decode_to_uint8(params, config, latents))
 
-    def encode(self, images: UInt8[np.ndarray, "N H W C"]) -> Float32[np.ndarray, "N h w 2D"]:
+    def encode(self, images: UInt8[np.ndarray, "N H W C"]) -> Float32[np.ndarray, "N h w moments"]:
         """Mean and log-variance of the posterior of 0..255 images, neither scaled nor clipped."""
         return self._run(self._encode, images)
 

@@ -54,7 +54,7 @@ class ClassifierConfig:
 
 @dataclasses.dataclass(frozen=True)
 class AugmentConfig:
-    """What becomes of a training image, in this order; the values are those of Swin's recipe, as of the release's."""
+    """Augmentation of a training image, in this order; the values are those of Swin's recipe, as of the release's."""
 
     crop_area: tuple[float, float] = (0.08, 1.0)
     """The area of the random crop, as a share of the image's."""

@@ -62,7 +62,7 @@ class Network:
         return sum(counts.values())
 
     def multiply_adds(self, size: int) -> int:
-        """Of one image [size, size, C], without those of the scans, as usual tables count."""
+        """Multiply-adds of one image [size, size, C], without those of the scans, as usual tables count."""
         counts = count_multiply_adds(
             self.hierarchy, num_classes=self._data.num_classes, height=size, width=size, channels=self._data.channels
         )

@@ -1,4 +1,4 @@
-"""What a trained classifier takes images for: files and folders of images -> the likeliest classes with their names."""
+"""Predictions of a trained classifier: files and folders of images -> the likeliest classes with their names."""
 
 import dataclasses
 import json

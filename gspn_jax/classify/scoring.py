@@ -37,7 +37,7 @@ _AHEAD = 8
 
 @dataclasses.dataclass(frozen=True)
 class Scores:
-    """Of `images`: how many have their class first, and among the first five, and the mean cross-entropy.
+    """Counts of `images`: how many have their class first, and among the first five, and the mean cross-entropy.
 
     `confusion` [K, K] counts images of a class (row) that are given to a class (column).
     """
@@ -60,7 +60,7 @@ class Scores:
 
 
 def ranks(logits: Float[Array, "B K"], labels: Int[Array, "B"]) -> Int[Array, "B"]:
-    """How many classes come before the label's: those of a larger logit, and of the same with a smaller number.
+    """Number of classes that come before the label's: those of a larger logit, and of the same with a smaller number.
 
     All K where a logit is not a number.
     """

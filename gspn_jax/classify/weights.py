@@ -99,7 +99,7 @@ def _of_file(path: pathlib.Path, mesh: Mesh) -> Trained:
 
 
 def read_header(path: pathlib.Path) -> dict[str, Any]:
-    """What `export` wrote beside the tensors. Raises WeightsError for a file of another origin."""
+    """Header that `export` wrote beside the tensors. Raises WeightsError for a file of another origin."""
     text = None
     if path.suffix == ".safetensors":
         from safetensors import SafetensorError, safe_open

@@ -119,7 +119,7 @@ class LatentMetadata:
 
 
 def write_shard(
-    path: pathlib.Path, labels: Int32[np.ndarray, " N"], moments: Float16[np.ndarray, "N V h w 2C"]
+    path: pathlib.Path, labels: Int32[np.ndarray, " N"], moments: Float16[np.ndarray, "N V h w moments"]
 ) -> Shard:
     """Writes the records to `path` by way of a temporary file, so that a shard is whole or absent.
 

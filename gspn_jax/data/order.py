@@ -8,7 +8,7 @@ walking), and gives each place a block of Philox's stream of its own. Here a who
 import functools
 
 import numpy as np
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Int, Integer
 
 ROUNDS = 4
 _MIN_WORD = 8
@@ -50,7 +50,7 @@ def _derived(seed: int, depth: int) -> int:
 
 
 @functools.lru_cache(maxsize=2)  # a batch may lie in two epochs
-def _epoch(length: int, seed: int) -> Int[np.ndarray, " length"]:
+def _epoch(length: int, seed: int) -> Integer[np.ndarray, " length"]:
     """A permutation of 0 .. length - 1."""
     if length == 1:
         return np.zeros(1, np.uint32)

@@ -12,7 +12,7 @@ from typing import Any, Literal, NamedTuple
 from gspn_jax import extras
 from gspn_jax.config import ConfigError
 from gspn_jax.diffusion.samplers import sampler_name
-from gspn_jax.evaluate.report import DRAWN, read_result
+from gspn_jax.evaluate.report import DRAWN, label, read_result
 from gspn_jax.runs import checkpoints
 from gspn_jax.small_files import DamagedFile, read_lines
 
@@ -83,7 +83,7 @@ def _logged(run: pathlib.Path) -> list[Point]:
     wanted, sampler = config.eval, config.sampler
     ema = config.train.ema_decays[0] if wanted.ema is None else wanted.ema
     guidance = sampler.guidance_scale if wanted.guidance_scale is None else wanted.guidance_scale
-    label = _label(
+    name = _label(
         run.resolve().name,
         "in training",
         ema,
@@ -92,7 +92,7 @@ def _logged(run: pathlib.Path) -> list[Point]:
         f"guidance {guidance:g}",
         wanted.num_samples,
     )
-    return [Point(label, line["step"] * config.train.batch_size, {"fid": line["eval/fid"]}) for line in evaluated]
+    return [Point(name, line["step"] * config.train.batch_size, {"fid": line["eval/fid"]}) for line in evaluated]
 
 
 def _label(run: str, when: str, ema: float, sampler: str, steps: int, guidance: str, count: int) -> str:
@@ -111,7 +111,7 @@ def _point(result: Mapping[str, Any], against: Against) -> Point:
     samples = result["samples"]
     sampler = samples["sampler"]
     images = against == "images"
-    label = _label(
+    line = _label(
         pathlib.Path(samples["run"]).resolve().name,
         "" if images else f"step {samples['step']:,}",
         samples["ema_decay"],
@@ -120,7 +120,7 @@ def _point(result: Mapping[str, Any], against: Against) -> Point:
         f"guidance {sampler['guidance_scale']:g}" if images else "",
         samples["count"],
     )
-    return Point(label, samples["images_seen"] if images else sampler["guidance_scale"], result["metrics"])
+    return Point(line, samples["images_seen"] if images else sampler["guidance_scale"], result["metrics"])
 
 
 def _draw(points: Sequence[Point], against: Against, output: pathlib.Path) -> str:
@@ -133,9 +133,9 @@ def _draw(points: Sequence[Point], against: Against, output: pathlib.Path) -> st
         lines[point.line].append(point)
     figure = Figure(figsize=(6 * len(names), 4.5), layout="constrained")
     for name, axes in zip(names, figure.subplots(1, len(names), squeeze=False)[0], strict=True):
-        for label, line in lines.items():
+        for title, line in lines.items():
             drawn = sorted((point.x, point.metrics[name]) for point in line if name in point.metrics)
-            axes.plot(*zip(*drawn, strict=True), marker="o", label=label)
+            axes.plot(*zip(*drawn, strict=True), marker="o", label=title)
         axes.set_xlabel(AXIS[against])
         axes.set_ylabel(label(name))
         axes.grid(alpha=0.3)

@@ -48,7 +48,7 @@ def read_result(path: str | pathlib.Path, besides: Mapping[str, Any] | None = No
 
 
 def label(name: str) -> str:
-    """What people call a metric; its name where this program does not know it."""
+    """Usual name of a metric; its name where this program does not know it."""
     return METRICS[name].label if name in METRICS else name
 
 

@@ -89,9 +89,11 @@ class Scorer:
             raise ConfigError(f"{', '.join(needing)} need a --reference, found none")
         self._weights = read_networks(self.names, flags.inception, flags.networks, "--")
         own = self._weights.get("inception")
-        if self._reference and own:
-            self._reference.check_inception(own.digest)
-        self.inception = own and {"path": str(own.path), "sha256": sha256_of(own.path), "tensors_sha256": own.digest}
+        self.inception: dict[str, str] | None = None
+        if own:
+            self.inception = {"path": str(own.path), "sha256": sha256_of(own.path), "tensors_sha256": own.digest}
+            if self._reference:
+                self._reference.check_inception(own.digest)
         self._flags, self._mesh = flags, mesh
         self.batch_size = -(-flags.batch_size // mesh.size) * mesh.size  # as the extractor rounds it up
         self._extractors: dict[str, Extractor] = {}

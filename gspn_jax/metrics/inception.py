@@ -76,9 +76,9 @@ def _taps(size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return low, np.minimum(low + 1, size - 1), position - low
 
 
-def network(params: Params, x: Float32[Array, "N 299 299 3"]) -> Features:
+def network(params: Params, images: Float32[Array, "N 299 299 3"]) -> Features:
     """The features of images that `resize` made."""
-    spatial, pool = _trunk(functools.partial(_conv, params), x)
+    spatial, pool = _trunk(functools.partial(_conv, params), images)
     logits = jnp.matmul(pool, params["logits.kernel"], precision=jax.lax.Precision.HIGHEST)
     return Features(pool, spatial, logits)
 

@@ -22,7 +22,7 @@ class FeatureNetwork(Protocol):
         ...
 
     def digest(self, state_dict: Mapping[str, Any]) -> str:
-        """What tells those weights from others."""
+        """Digest that tells those weights from others."""
         ...
 
     def from_state_dict(self, state_dict: Mapping[str, Any]) -> Mapping[str, Any]:

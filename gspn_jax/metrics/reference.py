@@ -51,7 +51,7 @@ class Reference:
     """Of the file."""
     pool: Gaussian | None = None
     spatial: Gaussian | None = None
-    features: Float32[np.ndarray, "M 2048"] | None = None
+    features: Float32[np.ndarray, "M pool"] | None = None
     images: npz.StoredImages | None = None
     num_images: int | None = None
     """How many images the statistics are of, where the file says so."""

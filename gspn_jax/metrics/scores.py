@@ -19,7 +19,7 @@ from gspn_jax.tables import METRICS
 
 
 class Kept(Protocol):
-    """What is kept of the features of images that stream by."""
+    """Sums that are kept of the features of images that stream by."""
 
     def add(self, features: PyTree[Array], mask: Bool[Array, " N"]) -> None:
         """Adds the images where `mask` is True, in their order. Arrays may be split over devices."""
@@ -92,19 +92,26 @@ class Collector:
         }
 
 
-class _PoolMoments(Moments):
+class _Moments:
+    """Those of one of the features of Inception."""
+
+    def __init__(self, name: str):
+        self._name, self._moments = name, Moments()
+        self.gaussian = self._moments.gaussian
+
     def add(self, features, mask):
-        super().add(features.pool, mask)
+        self._moments.add(getattr(features, self._name), mask)
 
 
-class _SpatialMoments(Moments):
+class _Logits:
+    """What the Inception score keeps of them."""
+
+    def __init__(self):
+        self._kept = inception_score.InceptionScore()
+        self.score = self._kept.score
+
     def add(self, features, mask):
-        super().add(features.spatial, mask)
-
-
-class _Logits(inception_score.InceptionScore):
-    def add(self, features, mask):
-        super().add(on_host(features.logits)[on_host(mask)])
+        self._kept.add(on_host(features.logits)[on_host(mask)])
 
 
 class _PoolFeatures:
@@ -130,9 +137,15 @@ class _PoolFeatures:
         return self._found[float16]
 
 
-FID = Metric("FID", "pool", _PoolMoments, lambda kept, target, _: target.pool.distance(kept.gaussian()), "pool")
-SFID = Metric(
-    "sFID", "spatial", _SpatialMoments, lambda kept, target, _: target.spatial.distance(kept.gaussian()), "spatial"
+FID, SFID = (
+    Metric(
+        label,
+        name,
+        lambda name=name: _Moments(name),
+        lambda kept, target, _, name=name: getattr(target, name).distance(kept.gaussian()),
+        name,
+    )
+    for label, name in (("FID", "pool"), ("sFID", "spatial"))
 )
 INCEPTION_SCORE = Metric("Inception score", "logits", _Logits, lambda kept, target, _: kept.score())
 KID = Metric(

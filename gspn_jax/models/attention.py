@@ -49,7 +49,7 @@ def traced_for(device: Any) -> Iterator[None]:
 
 
 def attention(
-    q: Float[Array, "B N heads d"], k: Float[Array, "B N heads d"], v: Float[Array, "B N heads d"]
+    q: Float[Array, "B N heads d"], k: Float[Array, "B M heads d"], v: Float[Array, "B M heads d"]
 ) -> Float[Array, "B N heads d"]:
     """softmax(q k^T / sqrt(d)) v of each head, with scores and softmax in float32, by what `choose` says."""
     choice = choose(q.shape, q.dtype)

@@ -1,4 +1,4 @@
-"""Whether what is asked for fits into the memory of the devices, before anything is allocated."""
+"""Check that what is asked for fits into the memory of the devices, before anything is allocated."""
 
 import logging
 

@@ -51,13 +51,13 @@ class SampleEvaluation:
             ),
         )
         self._to_rgb, side = rgb_on(config, mesh, settings.vae)
-        images = self._reference and self._reference.images
-        if images and images.shape[1:3] != (side, side):
+        size = self._reference and self._reference.image_size
+        if size and size != (side, side):
             log.warning(
                 "the images of the reference %s are of %dx%d, samples of %dx%d: metrics are not those of "
                 "images of one size",
                 settings.reference,
-                *images.shape[1:3],
+                *size,
                 side,
                 side,
             )

@@ -20,7 +20,7 @@ ID_FILE = "wandb_id"
 
 
 class WandbLog:
-    """What is logged goes to `run`, a wandb run, by its step of training: a command that goes on logs some steps anew,
+    """Log that goes to `run`, a wandb run, by its step of training: a command that goes on logs some steps anew,
     which wandb's own count, as it only grows, would drop."""
 
     def __init__(self, run):

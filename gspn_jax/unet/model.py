@@ -63,7 +63,7 @@ def apply(
     *,
     attend: Attend = attention,
     mixer: Mixer | None = None,
-) -> Float[Array, "B H W C"]:
+) -> Float[Array, "B H W O"]:
     """Predicts the noise, or v where the model was trained so, of noised latents `x` at `timesteps` 0 .. 999.
 
     `context` are the text states. `attend` computes every attention (pass one that is flash attention where it can be);

@@ -134,6 +134,7 @@ def test_rand_augment_draws_with_replacement_at_normal_magnitudes():
     assert sum(negative for *_, negative in chosen) / len(chosen) == pytest.approx(0.5, abs=0.035)
 
 
+@pytest.mark.wrong_shapes
 @pytest.mark.parametrize(("make", "message"), [
     (lambda: RandomResizedCrop(area=(0.0, 1.0)), r"area must be a range above 0 and up to 1, found \(0.0, 1.0\)"),
     (lambda: RandomResizedCrop(aspect=(2.0, 1.0)), r"aspect must be a range above 0, found \(2.0, 1.0\)"),

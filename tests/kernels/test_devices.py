@@ -87,7 +87,7 @@ def test_other_gpus_scan_and_a_sentence_says_so(monkeypatch, capability, caplog)
 def test_gpus_of_several_kinds_scan_unless_one_is_chosen(monkeypatch):
     machine(monkeypatch, gpu("9.0"), gpu("10.0"))
     assert "needs GPUs of one compute capability, and found 9.0 and 10.0" in devices.missing()
-    assert kernels.available_backends() == ("scan",)
+    assert kernels.available_backends() == ("scan", "reference")
     with jax.default_device(jax.local_devices()[0]):  # which, here, is the GPU of 9.0
         assert devices.missing() is None
 
@@ -199,7 +199,7 @@ def test_a_jax_that_moves_a_name_of_pallas_costs_the_kernel_alone(break_it, said
     program = f"""{break_it}
 import jax.numpy as jnp
 from gspn_jax import kernels
-assert kernels.available_backends() == ("scan",)
+assert kernels.available_backends() == ("scan", "reference")
 x = jnp.ones((1, 2, 2, 1))
 h = kernels.line_scan(x, x, x, x, direction="down")
 assert h.sum() == 8, h

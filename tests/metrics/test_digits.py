@@ -40,6 +40,7 @@ def test_wrong_classes_noise_and_a_missing_class_score_badly(judge, real):
     assert judge.score(few, labels[labels < 5]).frechet > 3 * floor
 
 
+@pytest.mark.wrong_shapes
 def test_other_images_get_a_sentence(judge):
     with pytest.raises(ValueError, match="images must be uint8"):
         judge.score(np.zeros((4, 16, 16, 1), np.uint8), np.zeros(4, int))

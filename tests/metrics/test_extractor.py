@@ -62,6 +62,7 @@ def test_eight_devices_give_the_features_of_one_and_keep_them():
     check([(features, np.arange(8) < 3)], [3])
 
 
+@pytest.mark.wrong_shapes
 def test_other_images_are_refused():
     extractor = Extractor(params(), batch_size=1)
     with pytest.raises(ValueError, match="images must be 1 to 8, found 9"):

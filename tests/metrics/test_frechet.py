@@ -56,6 +56,7 @@ def test_moments_are_those_of_numpy():
     np.testing.assert_allclose(cov, centred.T @ centred / 49, rtol=1e-12)
 
 
+@pytest.mark.wrong_shapes
 def test_wrong_input_gets_a_sentence():
     with pytest.raises(ValueError, match=r"N at least 2, found shape \(1, 4\)"):
         moments(np.zeros((1, 4)))

@@ -87,6 +87,7 @@ def test_the_weights_are_as_many_as_in_the_published_file():
     assert shapes["Mixed_7c.branch_pool.bn.running_var"] == (192,)
 
 
+@pytest.mark.wrong_shapes
 @pytest.mark.parametrize(
     "images",
     [np.zeros((1, 8, 8, 3), np.float32), np.zeros((1, 8, 8, 1), np.uint8), np.zeros((8, 8, 3), np.uint8)],

@@ -61,6 +61,7 @@ def test_labels_are_written_above_each_image_or_beside_each_row():
     assert beside[:, beside.shape[1] - plain.shape[1] + 4 :].min() == 255  # text stays out of the images
 
 
+@pytest.mark.wrong_shapes
 def test_wrong_grids_get_a_sentence():
     with pytest.raises(ValueError, match=r"images must be uint8 \[N, H, W, C\] .*found float32 \[2, 8, 8, 1\]"):
         grid(np.zeros((2, 8, 8, 1), np.float32))

@@ -37,7 +37,7 @@ def test_a_seed_of_more_than_64_bits_is_refused(seed):
 def test_seeds_of_a_config_are_refused_where_bits_would_not_count():
     with pytest.raises(ConfigError, match=r"train\.seed must be 0 or more and below 2"):
         TrainConfig(seed=2**32)
-    with pytest.raises(ConfigError, match=r"eval\.seed must be 0 or more and below 2"):
+    with pytest.raises(ConfigError, match=r"eval\.seed must be .*, found 18446744073709551616"):
         EvalConfig(seed=2**64)
     with pytest.raises(ConfigError, match=r"noise for 2\*\*32 images, found 4294967297"):
         seeds.check(0, 2**32 + 1)

@@ -199,6 +199,7 @@ def test_other_configs_get_a_sentence(field, value, message):
         UNetConfig.from_json(content | {field: value})
 
 
+@pytest.mark.wrong_shapes
 def test_other_inputs_get_a_sentence():
     params = from_state_dict(random_state_dict(LINEAR), LINEAR)
     x, context, added = random_inputs(LINEAR, 4, 4)

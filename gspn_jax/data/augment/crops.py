@@ -2,10 +2,11 @@
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Float, UInt8
+from jaxtyping import UInt8
 from PIL import Image
 
 from gspn_jax.data.augment.draws import whole
@@ -38,7 +39,7 @@ class RandomResizedCrop:
                     f"{name} must be a range above 0{' and up to 1' if name == 'area' else ''}, found {(low, high)}"
                 )
 
-    def box(self, height: int, width: int, u: Float[np.ndarray, " draws"]) -> Box:
+    def box(self, height: int, width: int, u: Sequence[float]) -> Box:
         """The box of an image, by `draws` uniform numbers: the first of ten pairs of an area and an aspect that fit.
 
         If none fits, the largest box at the centre with an aspect within the range.
