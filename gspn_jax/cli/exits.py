@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator
 from typing import NoReturn
 
-from gspn_jax.cli import interrupts, streams
+from gspn_jax.cli import command, interrupts, streams
 from gspn_jax.config import ConfigError
 from gspn_jax.extras import MissingExtra
 
@@ -40,7 +40,8 @@ def user_errors(*kinds: type[Exception]) -> Iterator[None]:
             _hand_over()
         raise
     except KeyboardInterrupt:
-        interrupts.end_at_once()  # when it comes once more
+        if command.is_command():
+            interrupts.end_at_once()  # when it comes once more
         print(interrupts.LINE, end="", file=sys.stderr)
         _leave(interrupts.CODE)
     except OSError as error:

@@ -51,7 +51,7 @@ def test_thousands_go_to_an_adm_npz_and_a_kill_loses_nothing(run_dir, tmp_path, 
             raise KeyboardInterrupt
         return call(self, *arguments)
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch, pytest.raises(SystemExit, match="130"):
         patch.setattr(Sampler, "__call__", killed_at_the_second_batch)
         sample.main([*command, "--output", str(tmp_path / "again.npz")])
     assert json.loads((tmp_path / f"again.npz{PARTIAL}" / "batches.jsonl").read_text())[0] == 8
