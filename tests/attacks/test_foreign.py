@@ -148,7 +148,7 @@ IMAGES = [
         latents(before=files({"images/a/0.png": foreign.claiming_png(2**31 - 1, 1)})),
         "0.png is not a usable image",
         writes=BEGUN,
-        memory=2**28,
+        memory=2**29,
     ),
     Attack(
         "B9",
@@ -156,7 +156,7 @@ IMAGES = [
         latents(before=files({"images/a/0.tif": foreign.claiming_tiff(24, 5898244)})),
         "0.tif is not a usable image",
         writes=BEGUN,
-        memory=2**28,
+        memory=2**29,
     ),
     Attack(
         "B9",
@@ -165,7 +165,7 @@ IMAGES = [
         "found 1 image",
         GOES_ON,
         writes=BEGUN,
-        memory=2**29,
+        memory=2**30,
     ),
     Attack(
         "B9",
@@ -394,7 +394,7 @@ WEIGHTS = [
             before=dit(lambda tensors: tensors | {"blocks.99999999.attn.qkv.bias": np.zeros(3)}),
         ),
         "must be numbered from 0 to 2, found 99999999",
-        memory=2**28,
+        memory=2**29,
     ),
     *(
         Attack("B11", f"a Git LFS pointer as {name}", make, "is a Git LFS pointer")
@@ -506,7 +506,7 @@ WEIGHTS = [
         "samples that claim to be more than they are",
         samples(before=foreign.npz_claiming("arr_0", (10**9, 64, 64, 3), "|u1", 1000)),
         "it claims uint8 [1000000000, 64, 64, 3] and holds 1,000 bytes",
-        memory=2**28,
+        memory=2**29,
     ),
     Attack(
         "B13",
