@@ -40,6 +40,8 @@ _INTEGERS = {f"{kind}{bits}": np.dtype(f"<{kind.lower()}{bits // 8}") for kind i
     "BOOL": np.dtype(bool)
 }
 
+_DEEPEST = 16
+"""Wrappers and prefixes in one another: a dictionary may hold itself."""
 _REPEATED_BYTES = 2**20
 """Of a tensor that repeats what is stored; a larger one is no weight."""
 
@@ -114,7 +116,9 @@ def layer_numbers(pattern: re.Pattern, names: Mapping[str, Any]) -> list[int]:
 def _unwrapped(content: Any) -> tuple[Any, str | None]:
     """What lies in all wrappers, without prefixes; and the last wrapper, or average, that was taken off."""
     taken = None
-    while isinstance(content, Mapping) and content:
+    for _ in range(_DEEPEST):
+        if not isinstance(content, Mapping) or not content:
+            break
         wrapper = next((name for name in WRAPPERS if isinstance(content.get(name), Mapping)), None)
         if wrapper:
             content, taken = content[wrapper], taken if taken in AVERAGES else wrapper
@@ -189,7 +193,8 @@ def _from_torch(value: Any, name: str) -> np.ndarray:
     import torch
 
     if value.is_quantized or (not value.is_floating_point() and value.numel() > 1):
-        raise WeightsError(f"{name} must be of floating point, found {value.dtype}: quantized weights are not read")
+        other = "complex" if value.is_complex() else "quantized"
+        raise WeightsError(f"{name} must be of floating point, found {value.dtype}: {other} weights are not read")
     if value.is_meta or value.layout != torch.strided or value.is_nested:
         kind = "without values (meta)" if value.is_meta else f"of layout {value.layout}"
         raise WeightsError(f"{name} must be a dense tensor with its values, found one {kind}")

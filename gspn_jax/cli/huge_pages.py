@@ -13,6 +13,7 @@ import pathlib
 import sys
 from collections.abc import Iterable, Mapping
 
+from gspn_jax.cli import interrupts
 from gspn_jax.cli.command import is_command
 
 TUNABLE = "glibc.malloc.hugetlb"
@@ -36,7 +37,7 @@ def restart_with_them() -> None:
     if value is not None:
         sys.stdout.flush()
         sys.stderr.flush()
-        with contextlib.suppress(OSError):  # then it goes on as it is
+        with contextlib.suppress(OSError), interrupts.waiting():  # then it goes on as it is
             os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], {**os.environ, "GLIBC_TUNABLES": value})
 
 

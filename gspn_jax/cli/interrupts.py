@@ -1,9 +1,11 @@
 """Ctrl-C while a command has nothing to save yet: one line, no traceback."""
 
 import _thread
+import contextlib
 import os
 import signal
 import threading
+from collections.abc import Iterator
 from types import FrameType
 
 CODE = 130
@@ -18,6 +20,17 @@ def end_at_once() -> None:
     """
     if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGINT) in _OURS:
         signal.signal(signal.SIGINT, _end)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+
+
+@contextlib.contextmanager
+def waiting() -> Iterator[None]:
+    """Lets Ctrl-C wait while the process starts again: until `end_at_once` there, or the end of the block here."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
 
 
 def raise_them() -> None:

@@ -222,7 +222,7 @@ def run_stack(
     long_skips: Float[Array, "L B H W D"] | None = None, keep: bool = False,
     prepare: Callable[[Any, Any], Any] = lambda params, shapes: params, features: Collection[int] = (),
 ) -> tuple[
-    Float[Array, "B H W D"], Float[Array, "L-1 B H W D"] | None, dict[int, Float[Array, "B H W D"]]
+    Float[Array, "B H W D"], Float[Array, "skips B H W D"] | None, dict[int, Float[Array, "B H W D"]]
 ]:  # fmt: skip
     """Runs a stack of blocks by a scan over its leading axis, so that compile time does not depend on the depth.
 

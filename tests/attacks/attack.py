@@ -26,6 +26,7 @@ from tests.attacks.given import Given
 from tests.quick_compile import QUICK_COMPILE
 
 ROOT = pathlib.Path(__file__).parents[2]
+PROGRAMS = {"gspn_jax.train": "gspn-train", "gspn_jax.sample": "gspn-sample"}
 GOES_ON = "goes on"
 """In place of an exit code: the command takes the input and comes to the devices, or ends well."""
 
@@ -94,6 +95,7 @@ def flags(main: Callable, *arguments: str, before: Callable[[Given, pathlib.Path
             before(given, here)
         return Call(main, [named(argument, given, here) for argument in arguments])
 
+    make.command = " ".join([PROGRAMS.get(main.__module__, f"python -m {main.__module__}"), *arguments])
     return make
 
 

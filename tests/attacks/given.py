@@ -9,18 +9,10 @@ from collections.abc import Callable
 
 import numpy as np
 
+from tests.foreign import Foreign
+
 CONFIGS = pathlib.Path(__file__).parents[2] / "configs"
 RUN_CONFIG = "from tests.training import tiny\nconfig = tiny.config({!r})\n"
-
-
-class Foreign:
-    """An object whose unpickling leaves a trace."""
-
-    def __init__(self, path: pathlib.Path):
-        self.path = path
-
-    def __reduce__(self):
-        return pathlib.Path.touch, (self.path,)
 
 
 class Given:

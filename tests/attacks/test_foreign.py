@@ -544,6 +544,12 @@ def repeated(torch, tensors):
     return tensors | {"blocks.0.attn.qkv.weight": torch.zeros(1).expand(131072, 131072)}
 
 
+def holds_itself(torch, tensors):
+    content = {}
+    content["model"] = content
+    return content
+
+
 TORCH = [
     *(
         Attack(
@@ -589,6 +595,7 @@ TORCH = [
             ),
             ("a number", torch_file(lambda torch, t: 3), "must hold a state_dict"),
             ("a scalar among its tensors", torch_file(lambda torch, t: t | {"step": 3}), "must hold a state_dict"),
+            ("a dictionary that holds itself", torch_file(holds_itself), "must hold a state_dict"),
             ("nothing", torch_file(lambda torch, t: {}), "must hold a state_dict"),
             (
                 "a whole module in place of its state_dict",

@@ -107,6 +107,8 @@ AROUND = [
     ),
 ]
 UNREAD = '"$@" | true; exit ${PIPESTATUS[0]}'
+IMPORTS = ("-X", "importtime")
+"""Says on stderr what was imported, so that Ctrl-C comes at a known point."""
 PROCESSES = [
     Attack("C18", "stdout is closed", process("train_dit.py", shell='"$@" >&-'), "needs --config"),
     Attack("C18", "stdout and stderr are closed", process("train_dit.py", shell='"$@" >&- 2>&-'), ""),
@@ -153,17 +155,29 @@ PROCESSES = [
     *(
         Attack(
             "C20",
-            f"Ctrl-C after {seconds} s of train_dit.py",
-            process("train_dit.py", "--config", "digits", "--run-dir", "{here}/run", interrupt=seconds),
+            f"Ctrl-C while train_dit.py imports {module}",
+            process(
+                *IMPORTS, "train_dit.py", "--config", "digits", "--run-dir", "{here}/run", interrupt=f" {module}\n"
+            ),
             "stopped by Ctrl-C",
             130,
         )
-        for seconds in (0.2, 0.5, 1.0, 1.5)
+        for module in ("gspn_jax.cli.exits", "numpy", "jax", "optax", "orbax")
     ),
     Attack(
         "C20",
-        "Ctrl-C after 0.5 s of gspn_jax.prepare",
-        process("-m", "gspn_jax.prepare", "latents", "--vae", "{vae}", "--output", "{here}/out", interrupt=0.5),
+        "Ctrl-C while gspn_jax.prepare imports its flags",
+        process(
+            *IMPORTS,
+            "-m",
+            "gspn_jax.prepare",
+            "latents",
+            "--vae",
+            "{vae}",
+            "--output",
+            "{here}/out",
+            interrupt=" gspn_jax.prepare.images\n",
+        ),
         "stopped by Ctrl-C",
         130,
     ),

@@ -300,12 +300,12 @@ def test_a_size_that_is_claimed_is_looked_at_before_it_is_decoded():
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 def test_a_large_jpeg_is_decoded_at_a_fraction():
-    gradient = np.broadcast_to(np.linspace(0, 255, 10_000)[:, None], (10_000, 9_000)).astype(np.uint8)
+    gradient = np.broadcast_to(np.linspace(0, 255, 10_000)[:, None], (10_000, 9_600)).astype(np.uint8)
     encoded = encode(Image.fromarray(gradient), "JPEG")
     found = decode_image(encoded, "x", 16, 1)
-    truth = np.linspace(0, 255, 10_000)[500:9_500].reshape(16, -1).mean(1)
-    np.testing.assert_allclose(found[1:-1, :, 0], np.broadcast_to(truth[1:-1, None], (14, 16)), atol=4)
+    np.testing.assert_allclose(found, fit_image(Image.fromarray(gradient), 16, 1), atol=4)  # of the whole
     with pytest.raises(DataError, match="not at most 89,478,485"):
         decode_image(encoded, "x", None, 1)
 

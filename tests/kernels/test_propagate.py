@@ -188,7 +188,7 @@ def test_the_best_backend_is_picked_and_logged_once(caplog):
         ({"skip": (2, 4, 4, 4, 1)}, r"skip must have shape \[2, 4, 4, 4, 6\], found \[2, 4, 4, 4, 1\]\."),
         ({"merge": (6,)}, r"merge must have shape \[4\] or \[4, 6\], found \[6\]\."),
         ({"chunk": -1}, r"chunk must be None or a whole number of lines from 1, found -1\."),
-        ({"backend": "mosaic"}, r"backend must be None or one of 'mosaic_gpu', 'scan', found 'mosaic'\."),
+        ({"backend": "mosaic"}, r"backend must be None or one of 'mosaic_gpu', 'scan', 'reference', found 'mosaic'\."),
     ],
 )
 def test_wrong_arguments_get_one_sentence(change, sentence):

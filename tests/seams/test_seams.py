@@ -225,7 +225,7 @@ def test_a_condition_is_a_tree_that_the_network_embeds():
     jax.tree.map(np.testing.assert_array_equal, dropped, nothing)
 
 
-@pytest.mark.parametrize("layout", ["dit", "paper"])
+@pytest.mark.parametrize("layout", ["paper", pytest.param("dit", marks=pytest.mark.slow)])
 def test_features_are_the_tokens_after_a_block(layout):
     """The last of them are what the final layer is given; asking changes nothing."""
     config = toys.config("r", ONE, layout=layout)

@@ -72,7 +72,13 @@ def test_a_task_goes_on_to_the_bit_and_is_known_by_name(run, tmp_path, devices):
         train_task(ToyTask(dataclasses.replace(toy(tmp_path / "run"), model=ToyModel(32))))
 
 
-@pytest.mark.parametrize("mesh", [MeshConfig(1, 4, 1), MeshConfig(1, 1, 2)], ids=["fsdp 4", "tensor 2"])
+@pytest.mark.parametrize(
+    "mesh",
+    [
+        pytest.param(MeshConfig(1, 4, 1), id="fsdp 4"),
+        pytest.param(MeshConfig(1, 1, 2), id="tensor 2", marks=pytest.mark.slow),
+    ],
+)
 def test_a_task_is_the_same_on_a_mesh(run, tmp_path, devices, mesh):
     devices(mesh.fsdp * mesh.tensor)
     train_task(ToyTask(toy(tmp_path / "run", mesh=mesh)))

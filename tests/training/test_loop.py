@@ -143,3 +143,26 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_the_update(tmp_path):
     mesh = sharding.make_mesh(config.mesh)
     params = checkpoints.restore_params(config.run_dir, step, saved, mesh, ema_decay=0.0)
     assert all(np.isfinite(p).all() for p in jax.tree.leaves(params))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["SIGHUP", "the reader of stderr ends"])
+def test_a_connection_that_ends_costs_nothing(tmp_path, how):
+    """A terminal or ssh connection sends SIGHUP; a dead `tee` only leaves nobody to write to."""
+    run_dir = tmp_path / "run"
+    process = start(command(run_dir, "--train.save-every", "1000", "--train.steps", "2000"))
+    wait_for_step(process, run_dir, 5)
+    if how == "SIGHUP":
+        process.send_signal(signal.SIGHUP)
+    else:
+        process.stderr.close()
+    try:
+        assert process.wait(timeout=120) == 75
+    finally:
+        process.kill()
+        process.wait()
+        process.stderr.close()
+    (step,) = checkpoints.steps(run_dir)
+    assert 5 <= step < 2000
+    lines = [json.loads(line)["step"] for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    assert lines == list(range(1, step + 1))
