@@ -223,7 +223,7 @@ def test_what_cannot_be_drawn_is_said(tmp_path, run_dir, monkeypatch, capsys):
     (tmp_path / "empty").mkdir()
     assert "found none in" in refused(capsys, "--plot", str(tmp_path / "empty"), "--output", str(tmp_path / "x.png"))
     assert "found nothing at" in refused(capsys, "--plot", "/absent", "--output", str(tmp_path / "x.png"))
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert "drawing needs matplotlib, which is not installed: pip install 'gspn-jax[plot]'" in refused(
         capsys, "--plot", str(run_dir), "--output", str(tmp_path / "x.png")
     )
