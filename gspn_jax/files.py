@@ -21,6 +21,7 @@ import time
 from collections.abc import Iterable, Iterator
 
 from gspn_jax.config import ConfigError
+from gspn_jax.small_files import DamagedFile, read_as
 
 log = logging.getLogger(__name__)
 
@@ -256,9 +257,9 @@ def _move_to_free_name(temporary: pathlib.Path, path: pathlib.Path) -> None:
 def _holder(lock: pathlib.Path) -> str:
     """The process that has a lock, as it says of itself."""
     try:
-        about = json.loads(lock.read_text())
+        about = read_as(lock, {"pid": int, "host": str, "command": str, "since": str})
         return f"process {about['pid']} on {about['host']} ({about['command']}, since {about['since']})"
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, DamagedFile):
         return "another process"
 
 

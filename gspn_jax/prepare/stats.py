@@ -26,6 +26,7 @@ from gspn_jax.data.flat_folder import FlatFolder
 from gspn_jax.data.source import Source
 from gspn_jax.files import claim_new, replacing, sha256_of
 from gspn_jax.prepare.images import ImageFlags
+from gspn_jax.small_files import DamagedFile, parse, typed
 
 log = logging.getLogger(__name__)
 
@@ -334,10 +335,10 @@ class _Progress:
             )
         for path in self._files():
             try:
-                before = json.loads(str(_read(path)["settings"]))
+                before = typed(parse(str(_read(path)["settings"]), f"settings in {path}"), dict, f"settings in {path}")
                 if before.get("file") != path.name:
                     raise DamagedError(f"{path} is {before.get('file')} under another name")
-            except DamagedError as error:
+            except (DamagedError, DamagedFile) as error:
                 log.warning("%s: it is computed again", error)
                 path.unlink(missing_ok=True)
                 continue
