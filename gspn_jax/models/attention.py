@@ -5,10 +5,8 @@ is made where the function is traced, for the first device of this process or th
 """
 
 import contextlib
-import contextvars
 import functools
 import logging
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -23,7 +21,8 @@ logger = logging.getLogger(__name__)
 OLDEST_CAPABILITY = (8, 0)
 """Of an NVIDIA GPU that has cuDNN's flash attention (Ampere)."""
 
-_device = contextvars.ContextVar("device for which attention is traced", default=None)
+_device = jax.make_user_context(default_value=None)
+"""The device for which attention is traced, None for the one that is there."""
 
 
 class Choice(NamedTuple):
@@ -38,14 +37,9 @@ class Choice(NamedTuple):
         return self.implementation == "cudnn" or _target().platform != "gpu"
 
 
-@contextlib.contextmanager
-def traced_for(device: Any) -> Iterator[None]:
+def traced_for(device: Any) -> contextlib.AbstractContextManager:
     """Inside, `attention` is traced for `device`, a `jax.Device` that need not be attached (one of a topology)."""
-    token = _device.set(device)
-    try:
-        yield
-    finally:
-        _device.reset(token)
+    return _device(device)
 
 
 def attention(
@@ -69,7 +63,7 @@ def choose(shape: tuple[int, int, int, int], dtype: DTypeLike) -> Choice:
 
 
 def _target() -> Any:
-    device = _device.get()
+    device = _device.value
     return jax.local_devices()[0] if device is None else device
 
 

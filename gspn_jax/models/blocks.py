@@ -1,9 +1,8 @@
 """Residual blocks of the two layouts, and the scan that runs a stack of them."""
 
 import contextlib
-import contextvars
 import itertools
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection
 from typing import Any, NamedTuple
 
 import jax
@@ -48,22 +47,18 @@ class Machine(NamedTuple):
 
 
 _ANY = Machine()
-_machine = contextvars.ContextVar("how blocks run", default=_ANY)
+_machine = jax.make_user_context(default_value=_ANY)
+"""JAX has it in the key of what it traced before: a jitted function is traced anew for another machine."""
 
 
-@contextlib.contextmanager
-def run_blocks_on(machine: Machine) -> Iterator[None]:
+def run_blocks_on(machine: Machine) -> contextlib.AbstractContextManager:
     """Inside, blocks are traced for `machine`."""
-    token = _machine.set(machine)
-    try:
-        yield
-    finally:
-        _machine.reset(token)
+    return _machine(machine)
 
 
 def tensor_cores() -> bool:
     """Tells whether blocks are traced for a machine that has them."""
-    return _machine.get().tensor_cores
+    return _machine.value.tensor_cores
 
 
 class DropPath(NamedTuple):
@@ -213,7 +208,7 @@ def prepared(params: Any, shapes: Any, arch: Architecture, dtype: DTypeLike) -> 
 
 def prepared_stack(params: Any, shapes: Any, arch: Architecture, dtype: DTypeLike) -> Any:
     """Part of `prepared` that can be done for all blocks at once; the cast, where parameters are split over devices."""
-    return cast(params, shapes, dtype) if _machine.get().runner else prepared(params, shapes, arch, dtype)
+    return cast(params, shapes, dtype) if _machine.value.runner else prepared(params, shapes, arch, dtype)
 
 
 def run_stack(
@@ -236,7 +231,7 @@ def run_stack(
     params = nnx.to_pure_dict(state)
     shapes = shapes_of(state)
     layer = jax.tree.map(lambda own: own.layer, shapes)
-    machine = _machine.get()
+    machine = _machine.value
     runner = machine.runner
     layers = (jnp.arange(len(chunks)), params if runner else prepare(params, shapes), drop_path, long_skips)
     policy = "dots" if runner and remat == "none" else remat

@@ -6,6 +6,7 @@ in float32. Left to itself the compiler splits products over "fsdp" as if it wer
 """
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -77,6 +78,7 @@ def placed(make: Callable[[], Any], shapes: Any, mesh: Mesh) -> Any:
     return jax.jit(build, out_shardings=where)()
 
 
+@functools.cache  # one object, so that nothing is traced twice for it
 def _runner(mesh: Mesh, compute: DTypeLike):
     """For `blocks.Machine`."""
     by_image = PartitionSpec(sharding.BATCH_AXES)

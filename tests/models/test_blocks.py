@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from gspn_jax.models import blocks
 from gspn_jax.models.blocks import DropPath, layer_norm, run_stack
 from gspn_jax.models.parameters import stack
 
@@ -66,3 +67,13 @@ def test_layer_norm_is_exact_far_from_zero():
     x = np.random.default_rng(0).standard_normal((1, 2, 2, 64)) + 1000
     truth = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-6)
     np.testing.assert_allclose(layer_norm(jnp.asarray(x, jnp.float32)), truth, atol=1e-3)
+
+
+def test_a_jitted_function_is_traced_anew_for_another_machine():
+    seen = []
+    jitted = jax.jit(lambda x: (seen.append(blocks.tensor_cores()), x + 1)[1])
+    jitted(1.0)
+    with blocks.run_blocks_on(blocks.Machine(tensor_cores=True)):
+        jitted(1.0)
+    jitted(1.0)
+    assert seen == [False, True]
