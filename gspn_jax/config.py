@@ -35,7 +35,7 @@ else:  # the command line offers the table's names as they are when it reads its
 
 
 Layout = Literal["paper", "dit"]
-Backend = Literal["scan", "mosaic_gpu"]
+Backend = Literal["scan", "reference", "mosaic_gpu"]
 Precision = Literal["params=float32,compute=bfloat16", "params=float32,compute=float32"]
 Remat = Literal["none", "dots", "names", "full"]
 

@@ -75,15 +75,16 @@ def test_over_a_mesh_tangents_are_those_of_one_device(mesh):
     function = denoiser(config, labels)
     expected = jax.jit(lambda *a: jax.jvp(function, a[:3], a[3:])[1])(params, x, t, dot_params, dot_x, dot_t)
     devices = sharding.make_mesh(mesh, jax.devices()[: mesh.data * mesh.fsdp * mesh.tensor])
+    shapes = models.abstract(config)[1]
 
     def over_mesh(params, x, t):
-        return function(fsdp.outside_blocks(config, devices, params), x, t)
+        return function(fsdp.outside_blocks(shapes, devices, params), x, t)
 
     stored = [
-        jax.device_put(sharding.pad(tree, devices), sharding.param_shardings(tree, devices))
+        jax.device_put(sharding.pad(tree, shapes, devices), sharding.param_shardings(shapes, devices))
         for tree in (params, dot_params)
     ]
-    with fsdp.sharded_model(config, devices):
+    with fsdp.sharded_blocks(devices, config.train.compute):
         run = jax.jit(lambda params, dots: jax.jvp(over_mesh, (params, x, t), (dots, dot_x, dot_t))[1])
         found = run(*jax.tree.map(jnp.asarray, stored))
     assert relative_error(found, np.asarray(expected, np.float64)) < 1e-5
