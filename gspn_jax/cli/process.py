@@ -6,13 +6,14 @@ import os
 import pathlib
 import sys
 
-from gspn_jax.cli import child, command, hosts, huge_pages, interrupts, log_lines, streams
+from gspn_jax.cli import child, command, hosts, huge_pages, interrupts, limits, log_lines, streams
 
 
 def setup() -> None:
     """Makes the process ready; called first, before JAX is imported. In this order:
 
-    Ctrl-C ends it with a line (`interrupts`); streams can be written (`streams`); on a CPU the command starts again
+    Ctrl-C ends it with a line (`interrupts`); streams can be written (`streams`); too little memory
+    is refused (`limits`); on a CPU the command starts again
     with large pages (`huge_pages`); one of several hosts goes on in a child process (`child`); a flag of XLA is set
     (`set_xla_flags`); log lines go to stderr, and failed saves are quiet (`log_lines`); JAX's compilation cache goes to
     the disk (JAX_COMPILATION_CACHE_DIR moves it).
@@ -20,6 +21,8 @@ def setup() -> None:
     if command.is_command():
         interrupts.end_at_once()
     streams.prepare()
+    if command.is_command():
+        limits.check()
     huge_pages.restart_with_them()
     if hosts.is_one_of_several() and "jax" not in sys.modules:
         child.watch_over_child()

@@ -145,10 +145,22 @@ PROCESSES = [
     ),
     Attack(
         "C18",
-        "1.5 GB of memory",
+        "1.5 GB of memory (ulimit -d)",
+        process("train_dit.py", "--config", "digits", "--run-dir", "{here}/run", memory=1_500_000_000),
+        "ulimit -d must allow this process at least 1.95 GB",
+    ),
+    Attack(
+        "C18",
+        "1.5 GB of addresses (ulimit -v)",
+        process("train_dit.py", "--config", "digits", "--run-dir", "{here}/run", shell='ulimit -v 1500000; "$@"'),
+        "ulimit -v must allow this process at least 3.00 GB",
+    ),
+    Attack(
+        "C18",
+        "a batch that 2 GB of memory do not hold",
         process(
             *("train_dit.py", "--config", "digits", "--run-dir", "{here}/run", "--train.batch-size", str(10**5)),
-            memory=1_500_000_000,
+            memory=2_000_000_000,
         ),
         "100,000 images must fit into the memory of a device",
     ),
