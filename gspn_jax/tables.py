@@ -82,6 +82,16 @@ SAMPLERS = Table(
 )
 """`sampler.name`: `diffusion.samplers.SamplerKind`s."""
 
+STABLE_DIFFUSION_SAMPLERS = Table(
+    {
+        "euler": "gspn_jax.diffusion.stable_diffusion:EULER",
+        "ddim": "gspn_jax.diffusion.stable_diffusion:DDIM",
+        "pndm": "gspn_jax.diffusion.stable_diffusion:PNDM",
+        "dpm++": "gspn_jax.diffusion.stable_diffusion:DPM_SOLVER",
+    }
+)
+"""`--sampler` of text to image: `diffusion.stable_diffusion.Sampler`s, at the timesteps of a model's folder."""
+
 METRICS = Table(
     {
         "fid": "gspn_jax.metrics.scores:FID",

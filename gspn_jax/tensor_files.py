@@ -128,12 +128,15 @@ def _shards(index: pathlib.Path) -> list[pathlib.Path]:
     return shards
 
 
-def read_json(path: pathlib.Path) -> dict:
-    """Reads a JSON object. Raises FileNotFoundError without the file and WeightsError for other contents."""
+def read_json(path: pathlib.Path, *, nan: bool = False) -> dict:
+    """Reads a JSON object; with `nan` also numbers that are not finite.
+
+    Raises FileNotFoundError without the file and WeightsError for other contents.
+    """
     if not path.is_file():
         raise FileNotFoundError(f"{path} must exist, found nothing there")
     try:
-        content = small_files.read_json(path)
+        content = small_files.read_json(path, nan=nan)
     except small_files.DamagedFile as error:
         raise WeightsError(f"{path} must be a JSON file, it cannot be read: {error}") from error
     if not isinstance(content, dict):

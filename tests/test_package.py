@@ -111,7 +111,7 @@ def test_kernels_in_a_checkout_is_the_operator_of_gspn_jax_not_a_second_one(monk
 
 
 # --- extras
-CORE = ("kernels", "models", "diffusion", "parallel", "autoencoder", "unet", "text", "text_to_image", "foundation")
+CORE = ("kernels", "models", "diffusion", "parallel", "autoencoder", "unet", "text", "foundation")
 """Packages that import with the core dependencies alone."""
 
 

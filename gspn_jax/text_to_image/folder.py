@@ -85,7 +85,7 @@ def load_folder(folder: str | pathlib.Path, dtype: DTypeLike | None = None) -> M
 
 
 def _read_scheduler(path: pathlib.Path) -> tuple[dict[str, Any], Prediction]:
-    scheduler = read_json(path)
+    scheduler = read_json(path, nan=True)  # DPM-Solver++ has a "lambda_min_clipped": -Infinity
     prediction = scheduler.get("prediction_type", "epsilon")
     if prediction not in get_args(Prediction):
         raise ConfigError(

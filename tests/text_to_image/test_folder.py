@@ -12,7 +12,8 @@ from safetensors.numpy import load_file, save_file
 
 from gspn_jax.config import ConfigError
 from gspn_jax.state_dict import WeightsError
-from gspn_jax.text_to_image import encode_prompts, load_folder
+from gspn_jax.text_to_image.conditions import encode_prompts
+from gspn_jax.text_to_image.folder import load_folder
 from tests.text import numpy_clip
 from tests.text_to_image.tiny_folder import ONE, VAE, WORDS, XL, write_folder, write_json
 

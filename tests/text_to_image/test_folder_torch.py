@@ -5,8 +5,9 @@ import numpy as np
 import pytest
 
 from gspn_jax import unet as unets
-from gspn_jax.text_to_image import encode_prompts, load_folder
-from tests.text.plain_bpe import small_vocabulary
+from gspn_jax.text_to_image.conditions import encode_prompts
+from gspn_jax.text_to_image.folder import load_folder
+from tests.text_to_image.diffusers_pipeline import pipeline
 from tests.text_to_image.tiny_folder import ONE, XL, write_folder
 
 pytestmark = [
@@ -22,36 +23,6 @@ def relative_error(found, truth) -> float:
     truth = truth.numpy()
     assert found.shape == truth.shape
     return np.abs(np.asarray(found) - truth).max() / np.abs(truth).max()
-
-
-def pipeline(folder):
-    """Of the parts in `folder`."""
-    diffusers, transformers = pytest.importorskip("diffusers"), pytest.importorskip("transformers")
-    words, merges = small_vocabulary()
-    two = (folder / "text_encoder_2").is_dir()
-    parts = {
-        "unet": diffusers.UNet2DConditionModel.from_pretrained(folder / "unet"),
-        "scheduler": diffusers.EulerDiscreteScheduler(prediction_type="v_prediction"),
-        "vae": diffusers.AutoencoderKL(
-            block_out_channels=(32, 32),
-            layers_per_block=1,
-            latent_channels=4,
-            scaling_factor=0.13025,
-            down_block_types=("DownEncoderBlock2D",) * 2,
-            up_block_types=("UpDecoderBlock2D",) * 2,
-        ),
-    }
-    for end, kind, pad in (
-        ("", transformers.CLIPTextModel, "<|endoftext|>"),
-        ("_2", transformers.CLIPTextModelWithProjection, "!"),
-    )[: 1 + two]:
-        parts[f"text_encoder{end}"] = kind.from_pretrained(folder / f"text_encoder{end}").eval()
-        parts[f"tokenizer{end}"] = transformers.CLIPTokenizer(words, merges, pad_token=pad, model_max_length=77)
-    if two:
-        return diffusers.StableDiffusionXLPipeline(**parts)
-    return diffusers.StableDiffusionPipeline(
-        **parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False
-    )
 
 
 @pytest.mark.parametrize("saved", [{}, {"variant": "fp16"}, {"max_shard_size": "20KB"}], ids=str)

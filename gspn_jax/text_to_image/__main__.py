@@ -1,0 +1,3 @@
+from gspn_jax.text_to_image import main
+
+main()

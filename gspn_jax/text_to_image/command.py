@@ -1,0 +1,208 @@
+"""The command: flags, prompts, and the files that images are written to with what they were made with."""
+
+import contextlib
+import dataclasses
+import json
+import pathlib
+from typing import Any, Literal
+
+import jax
+import numpy as np
+from jaxtyping import UInt8
+from PIL import Image, PngImagePlugin
+
+import gspn_jax
+from gspn_jax.config import ConfigError, MeshConfig, check_numbers
+from gspn_jax.diffusion.stable_diffusion import Spacing
+from gspn_jax.files import claim_new, replacing
+from gspn_jax.parallel import sharding
+from gspn_jax.parallel.agreement import on_first_host
+from gspn_jax.runs import same_hosts
+from gspn_jax.runs.digest import digest_of
+from gspn_jax.sampling import seeds
+from gspn_jax.tables import STABLE_DIFFUSION_SAMPLERS
+from gspn_jax.tensor_files import errors_name, read_json
+from gspn_jax.text_to_image.drawing import Drawing, Settings, sampler_of, scheduler_of
+from gspn_jax.text_to_image.folder import Model, load_folder
+
+GUIDANCE = {1: 7.5, 2: 5.0}
+"""By the number of text towers, as diffusers' pipelines of Stable Diffusion and SDXL."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Arguments:
+    """Flags of what is drawn."""
+
+    model: str
+    """Folder of Stable Diffusion 1, 2 or SDXL, as diffusers writes it."""
+    prompt: tuple[str, ...] = ()
+    """What to draw; several are drawn one after another."""
+    prompts: str | None = None
+    """A text file of prompts, one a line."""
+    negative: str | None = None
+    """What guidance leads away from; by default an empty text, for SDXL nothing."""
+    output: str
+    """A .png that is not there yet; of several images NAME_0.png, NAME_1.png, ..."""
+    images: int = 1
+    """Images of each prompt."""
+    size: tuple[int, int] | None = None
+    """Height and width in pixels, multiples of 8; the size trained on by default."""
+    steps: int = 50
+    guidance: float | None = None
+    """1 is none; 7.5 by default, 5 for SDXL."""
+    guidance_rescale: float = 0.0
+    """How far guided predictions get the deviation of conditional ones, 0 to 1; 0.7 for models of zero terminal SNR."""
+    sampler: str | None = None
+    """euler, ddim, pndm or dpm++; the model's own by default."""
+    spacing: Spacing | None = None
+    """Of timesteps; the model's own by default."""
+    karras: bool = False
+    """Noise levels of Karras et al. (euler and dpm++), also where the model's folder does not say so."""
+    seed: int = 0
+    """Up to 2**64-1: the noise of image i comes from the seed and i."""
+    batch_size: int = 1
+    """Images at a time, over all devices."""
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """Of the U-Net and the text towers; that of the files by default. The autoencoder is float32."""
+    mesh: MeshConfig = MeshConfig()
+    """Images are split over mesh.data and mesh.fsdp; weights are whole on every device."""
+
+    def __post_init__(self) -> None:
+        check_numbers(self)
+        for name in ("images", "steps", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"--{name.replace('_', '-')} must be 1 or more, found {getattr(self, name)}")
+        seeds.check(self.seed)
+        if bool(self.prompt) == bool(self.prompts):
+            found = "both" if self.prompt else "neither"
+            raise ConfigError(f"--prompt or --prompts FILE must say what to draw, found {found}")
+        if self.guidance is not None and self.guidance < 0:
+            raise ConfigError(f"--guidance must be 0 or more, found {self.guidance:g}")
+        if not 0 <= self.guidance_rescale <= 1:
+            raise ConfigError(f"--guidance-rescale must be in [0, 1], found {self.guidance_rescale:g}")
+        if self.sampler not in (*STABLE_DIFFUSION_SAMPLERS, None):
+            names = ", ".join(STABLE_DIFFUSION_SAMPLERS)
+            raise ConfigError(f"--sampler must be one of {names}, found {self.sampler!r}")
+        if self.karras and self.sampler is not None and not STABLE_DIFFUSION_SAMPLERS[self.sampler].takes_karras:
+            raise ConfigError(f"--karras is for the samplers euler and dpm++, found {self.sampler}")
+        if self.size is not None and (min(self.size) < 8 or any(side % 2 for side in self.size)):
+            raise ConfigError(f"--size must be multiples of 8, found {self.size[0]} {self.size[1]}")
+        if pathlib.Path(self.output).suffix != ".png":
+            raise ConfigError(f"--output must end in .png, found {self.output!r}")
+
+
+def run(arguments: Arguments) -> list[pathlib.Path]:
+    """Draws all images; returns the files written, on the first host."""
+    same_hosts.check_flags(arguments)
+    prompts = [prompt for prompt in _prompts(arguments) for _ in range(arguments.images)]
+    seeds.check(arguments.seed, len(prompts))
+    paths = _paths(pathlib.Path(arguments.output), len(prompts))
+    mesh = sharding.make_mesh(arguments.mesh)
+    with contextlib.ExitStack() as stack:
+        on_first_host(lambda: _claim(stack, arguments, paths), ConfigError)
+        model = load_folder(arguments.model, arguments.dtype)
+        settings = _settings(arguments, model)
+        made = _described(arguments, settings, model)
+        drawing = stack.enter_context(
+            Drawing(
+                model,
+                settings,
+                mesh,
+                seed=arguments.seed,
+                batch_size=min(arguments.batch_size, len(prompts)),
+                total=len(prompts),
+            )
+        )
+        for start in range(0, len(prompts), drawing.batch_size):
+            batch = range(start, min(start + drawing.batch_size, len(prompts)))
+            latents = drawing.latents([prompts[i] for i in batch], batch)
+            if jax.process_index() == 0:
+                for i, image in zip(batch, drawing.decode(latents), strict=True):
+                    _write(paths[i], image, made | {"prompt": prompts[i], "number": i})
+    if jax.process_index():
+        return []
+    print(f"{len(paths)} images in {paths[0]}" + (f" to {paths[-1].name}" if len(paths) > 1 else ""))
+    return paths
+
+
+def _prompts(arguments: Arguments) -> list[str]:
+    """Raises ConfigError for a file that is no text, or has none."""
+    if arguments.prompts is None:
+        return list(arguments.prompt)
+    try:
+        lines = pathlib.Path(arguments.prompts).read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise ConfigError(
+            f"--prompts must be a text file in UTF-8, found other bytes in {arguments.prompts}"
+        ) from error
+    found = [line.strip() for line in lines if line.strip()]
+    if not found:
+        raise ConfigError(f"--prompts must be a file with a prompt on each line, found none in {arguments.prompts}")
+    return found
+
+
+def _paths(output: pathlib.Path, count: int) -> list[pathlib.Path]:
+    return [output] if count == 1 else [output.with_stem(f"{output.stem}_{i}") for i in range(count)]
+
+
+def _claim(stack: contextlib.ExitStack, arguments: Arguments, paths: list[pathlib.Path]) -> None:
+    """Claims `--output`, which stands for all images of the call. Raises ConfigError where one is there."""
+    stack.enter_context(claim_new(pathlib.Path(arguments.output)))
+    for path in paths:
+        if path.exists() or path.is_symlink():
+            raise ConfigError(f"{path} exists already: choose another --output, or delete it")
+
+
+def _settings(arguments: Arguments, model: Model) -> Settings:
+    size = arguments.size
+    if size is None:
+        trained = read_json(pathlib.Path(arguments.model) / "unet" / "config.json").get("sample_size")
+        if not isinstance(trained, int):
+            raise ConfigError(f"--size must be given, as the U-Net's sample_size is not a number, found {trained!r}")
+        size = (trained * model.autoencoder_config.factor,) * 2
+    sampler = arguments.sampler or sampler_of(model)
+    if arguments.karras and not STABLE_DIFFUSION_SAMPLERS[sampler].takes_karras:
+        raise ConfigError(f"--karras is for the samplers euler and dpm++, found {sampler}")
+    with errors_name(pathlib.Path(arguments.model) / "scheduler"):
+        scheduler = scheduler_of(model, spacing=arguments.spacing, karras=arguments.karras or None)
+    return Settings(
+        size=size,
+        steps=arguments.steps,
+        guidance=GUIDANCE[len(model.texts)] if arguments.guidance is None else arguments.guidance,
+        guidance_rescale=arguments.guidance_rescale,
+        sampler=sampler,
+        scheduler=scheduler,
+        negative=arguments.negative,
+    )
+
+
+def _described(arguments: Arguments, settings: Settings, model: Model) -> dict[str, Any]:
+    """What decides an image beside its prompt and number, as JSON values. Every host has a part in it."""
+    weights = {
+        "unet": dict(model.unet),
+        "texts": [dict(part.params) for part in model.texts],
+        "autoencoder": dict(model.autoencoder),
+    }
+    return {
+        "negative": settings.negative,
+        "seed": arguments.seed,
+        "noise": seeds.RULE,
+        "sampler": settings.sampler,
+        "steps": settings.steps,
+        "guidance": settings.guidance,
+        "guidance_rescale": settings.guidance_rescale,
+        "scheduler": dataclasses.asdict(settings.scheduler),
+        "size": list(settings.size),
+        "model": str(arguments.model),
+        "model_sha256": digest_of(weights, weights),
+        "version": f"gspn-jax {gspn_jax.__version__}",
+    }
+
+
+def _write(path: pathlib.Path, image: UInt8[np.ndarray, "H W 3"], made: dict[str, Any]) -> None:
+    """A PNG with an entry of text for each of `made`; texts are as they are, all else JSON."""
+    info = PngImagePlugin.PngInfo()
+    for name, value in made.items():
+        info.add_itxt(name, value if isinstance(value, str) else json.dumps(value))
+    with replacing(path, new=True) as temporary:
+        Image.fromarray(image).save(temporary, "png", pnginfo=info)
