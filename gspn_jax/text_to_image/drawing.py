@@ -15,7 +15,7 @@ from tqdm import tqdm
 from gspn_jax import autoencoder, unet
 from gspn_jax.config import ConfigError
 from gspn_jax.diffusion import stable_diffusion
-from gspn_jax.diffusion.stable_diffusion import SchedulerConfig
+from gspn_jax.diffusion.scheduler_config import SchedulerConfig
 from gspn_jax.parallel import sharding
 from gspn_jax.parallel.memory import check_fits
 from gspn_jax.sampling import seeds
