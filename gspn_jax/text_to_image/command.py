@@ -13,7 +13,7 @@ from PIL import Image, PngImagePlugin
 
 import gspn_jax
 from gspn_jax.config import ConfigError, MeshConfig, check_numbers
-from gspn_jax.diffusion.stable_diffusion import Spacing
+from gspn_jax.diffusion.scheduler_config import Spacing
 from gspn_jax.files import claim_new, replacing
 from gspn_jax.parallel import sharding
 from gspn_jax.parallel.agreement import on_first_host

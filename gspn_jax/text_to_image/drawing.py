@@ -15,7 +15,7 @@ from tqdm import tqdm
 from gspn_jax import autoencoder, unet
 from gspn_jax.config import ConfigError
 from gspn_jax.diffusion import stable_diffusion
-from gspn_jax.diffusion.stable_diffusion import SchedulerConfig
+from gspn_jax.diffusion.scheduler_config import SchedulerConfig
 from gspn_jax.parallel import sharding
 from gspn_jax.parallel.memory import check_fits
 from gspn_jax.sampling import seeds
@@ -183,7 +183,7 @@ class Drawing:
     def latents(self, prompts: Sequence[str], numbers: Sequence[int]) -> Float[np.ndarray, "N h w D"]:
         """Latents of up to `batch_size` prompts in the U-Net's scale; numbers[i] is that of image i in its seed.
 
-        Every host must call it with the same prompts.
+        Every host must call it with the same prompts. Raises ConfigError for latents that are not finite.
         """
         count = len(prompts)
         padded = [*prompts, *[prompts[-1]] * (self.batch_size - count)]
@@ -201,11 +201,22 @@ class Drawing:
         jax.effects_barrier()  # the bar has all of its calls
         self._batches += 1
         self._bar.update(max(0, self._batches * self._evaluations - self._bar.n))
+        check_finite(latents, numbers)
         return latents
 
     def decode(self, latents: Float[np.ndarray, "N h w D"]) -> UInt8[np.ndarray, "N H W 3"]:
         """Images of latents, on the devices of this host alone."""
         return self._vae.decode(latents)
+
+
+def check_finite(latents: Float[np.ndarray, "N h w D"], numbers: Sequence[int]) -> None:
+    """Raises ConfigError naming the first image that has no finite latents, as float16 may leave them."""
+    for number, latent in zip(numbers, latents, strict=True):
+        if not np.isfinite(latent).all():
+            raise ConfigError(
+                f"image {number} must have finite latents, found NaN or infinity: --dtype float32 or bfloat16 has a "
+                "larger range than float16"
+            )
 
 
 def start_noise(seed, numbers, shape: tuple[int, int, int]) -> Float[Array, "N h w D"]:

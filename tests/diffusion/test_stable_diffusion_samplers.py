@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from gspn_jax.config import ConfigError
-from gspn_jax.diffusion import stable_diffusion
-from gspn_jax.diffusion.stable_diffusion import SchedulerConfig, guide, make_table, sample
+from gspn_jax.diffusion.scheduler_config import SchedulerConfig, alphas_cumprod
+from gspn_jax.diffusion.stable_diffusion import guide, make_table, sample
 from gspn_jax.tables import STABLE_DIFFUSION_SAMPLERS
 
 LEADING = SchedulerConfig(spacing="leading", steps_offset=1)
@@ -34,8 +34,8 @@ def test_betas_are_squares_of_a_line_and_lose_their_last_signal_if_asked():
     product = 1.0
     for i in range(1000):
         product *= 1.0 - (0.00085**0.5 + (0.012**0.5 - 0.00085**0.5) * i / 999) ** 2
-    assert stable_diffusion.alphas_cumprod(LEADING)[-1] == pytest.approx(product, rel=3e-5)  # of float32 factors
-    rescaled = stable_diffusion.alphas_cumprod(dataclasses.replace(LEADING, zero_snr=True))
+    assert alphas_cumprod(LEADING)[-1] == pytest.approx(product, rel=3e-5)  # of float32 factors
+    rescaled = alphas_cumprod(dataclasses.replace(LEADING, zero_snr=True))
     assert rescaled[-1] == 0 and rescaled[0] == pytest.approx(1 - 0.00085, rel=1e-6)
 
 
@@ -51,7 +51,7 @@ def test_betas_are_squares_of_a_line_and_lose_their_last_signal_if_asked():
 def test_a_gaussian_is_drawn_as_its_flow_says(name, steps, more, error):
     """Each value keeps its quantile where the network is E[noise | x] or E[v | x] of N(mean, std^2)."""
     scheduler, sampler = dataclasses.replace(LEADING, **more), STABLE_DIFFUSION_SAMPLERS[name]
-    alphas = jnp.asarray(stable_diffusion.alphas_cumprod(scheduler), jnp.float32)
+    alphas = jnp.asarray(alphas_cumprod(scheduler), jnp.float32)
 
     def network(x, time, shift):
         alpha = jnp.interp(time, jnp.arange(1000.0), alphas)[:, None, None, None]

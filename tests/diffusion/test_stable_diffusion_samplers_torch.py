@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from gspn_jax.diffusion import stable_diffusion as ours
+from gspn_jax.diffusion.scheduler_config import SchedulerConfig
 from gspn_jax.tables import STABLE_DIFFUSION_SAMPLERS
 
 pytestmark = [
@@ -61,7 +62,7 @@ def euler_in_float64(sigmas, times, noise):
 
 def assert_same(name, content, steps):
     noise = np.random.default_rng(0).standard_normal((3, 4, 4, 2)).astype(np.float32)
-    sampler, scheduler = STABLE_DIFFUSION_SAMPLERS[name], ours.SchedulerConfig.from_json(content)
+    sampler, scheduler = STABLE_DIFFUSION_SAMPLERS[name], SchedulerConfig.from_json(content)
     found = jax.jit(
         lambda noise: ours.sample(
             sampler,

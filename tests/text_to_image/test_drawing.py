@@ -11,7 +11,7 @@ from gspn_jax import text_to_image
 from gspn_jax.config import ConfigError, MeshConfig
 from gspn_jax.parallel import sharding
 from gspn_jax.text_to_image import command
-from gspn_jax.text_to_image.drawing import Drawing, Settings, scheduler_of
+from gspn_jax.text_to_image.drawing import Drawing, Settings, check_finite, sampler_of, scheduler_of
 from gspn_jax.text_to_image.folder import load_folder
 from tests.text_to_image.tiny_folder import ONE, XL, write_folder
 
@@ -123,3 +123,20 @@ def test_what_a_model_does_not_take_gets_a_sentence(folders, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"model_index\.json must exist"):
         command.run(arguments(model=str(tmp_path), output=output))
     assert not list(tmp_path.glob("*.png"))
+
+
+def test_the_folder_says_which_sampler_and_which_timesteps(folders):
+    said = {"_class_name": "EulerDiscreteScheduler", "timestep_spacing": "trailing", "steps_offset": 0}
+    one, xl = (load_folder(folders[kind])._replace(scheduler=said) for kind in ("1", "XL"))
+    assert sampler_of(one) == "euler" and scheduler_of(one).spacing == "trailing"
+    assert (scheduler_of(one).steps_offset, scheduler_of(xl).steps_offset) == (1, 0)  # as diffusers' pipelines
+    changed = scheduler_of(xl, spacing="leading", karras=True)
+    assert changed.spacing == "leading" and changed.karras and not scheduler_of(xl, karras=None).karras
+
+
+def test_latents_that_are_not_finite_get_a_sentence():
+    latents = np.zeros((2, 1, 1, 4), np.float32)
+    check_finite(latents, [4, 5])
+    latents[1, 0, 0, 2] = np.nan
+    with pytest.raises(ConfigError, match="image 5 must have finite latents, found NaN"):
+        check_finite(latents, [4, 5])

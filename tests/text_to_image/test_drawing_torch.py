@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from gspn_jax.config import MeshConfig
-from gspn_jax.diffusion.stable_diffusion import SchedulerConfig
+from gspn_jax.diffusion.scheduler_config import SchedulerConfig
 from gspn_jax.parallel import sharding
 from gspn_jax.sampling import seeds
 from gspn_jax.text_to_image.drawing import Drawing, Settings, start_noise
