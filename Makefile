@@ -70,8 +70,9 @@ $(NEWEST_READY): pyproject.toml constraints.txt
 demo: $(READY)
 	$(BIN)/python -m gspn_jax.demo
 
+# shapes and types of arrays are checked where functions are called (tests/shapes.py)
 test: $(READY)
-	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile
+	GSPN_CHECK_SHAPES=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
 test-slow: $(READY)
 	$(BIN)/python -m pytest -m "slow and not torch and not ptx" -n $(JOBS) --dist loadfile

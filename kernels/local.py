@@ -95,8 +95,8 @@ def _by_class(proxy: Float[Array, "B H W d"]) -> Float[Array, "B 4 64 d"]:
     return parities.reshape(batch, CLASSES, PIXELS, rank)
 
 
-def _by_slab(up: Float[Array, "4 N C d"], dtype: Any) -> Float[Array, "slabs 4 N*SLAB d"]:
-    """The last slab overlaps the one before it where SLAB does not divide the channels."""
+def _by_slab(up: Float[Array, "4 N C d"], dtype: Any) -> Float[Array, "slabs 4 rows d"]:
+    """[.., N * SLAB, d] of each; the last slab overlaps the one before it where SLAB does not divide the channels."""
     directions, kinds, channels, rank = up.shape
     slabs = math.ceil(channels / SLAB)
     starts = jnp.minimum(jnp.arange(slabs) * SLAB, channels - SLAB)

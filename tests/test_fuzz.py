@@ -195,7 +195,8 @@ def test_the_metadata_of_a_checkpoint_is_read_or_refused(path, value, edits):
 @given(EDITS, LENGTH)
 def test_a_manifest_that_was_changed_is_whole_or_says_what_is_wrong(edits, length):
     with tempfile.TemporaryDirectory() as folder:
-        step = pathlib.Path(folder)
+        step = pathlib.Path(folder, "3")
+        step.mkdir()
         for name in ("a", "b"):
             (step / name).write_text(name)
         manifest.write(step)

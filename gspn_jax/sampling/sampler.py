@@ -16,7 +16,9 @@ from gspn_jax.pixels import to_uint8
 from gspn_jax.sampling import seeds
 
 Progress = Callable[[int, int], None]
-Decode = Callable[[Float[np.ndarray, "N h w C"]], UInt8[np.ndarray, "N H W 3"]]
+Images = UInt8[np.ndarray, "N H W C"] | Float[np.ndarray, "N H W C"]
+Decode = Callable[[Float[np.ndarray, "N h w C"]], Images]
+"""Latents to images of 8 bits; what it gives is handed on as it is."""
 
 LATENT_RANGE = 3.0
 """Latents have about unit variance: few lie outside of [-3, 3], which is shown as black to white."""
@@ -88,7 +90,7 @@ class Sampler:
 
     def __call__(
         self, params: Any, labels: Sequence[int] | Int[np.ndarray, " N"], numbers: Sequence[int] | Int[np.ndarray, " N"]
-    ) -> UInt8[np.ndarray, "N H W C"]:
+    ) -> Images:
         """One image per (label, number in its set), 0 .. 2**32-1. Raises ConfigError for a label out of range."""
         images = self._gather(self.draw(params, labels, numbers))
         images = np.asarray(images.addressable_data(0))[: len(labels)]

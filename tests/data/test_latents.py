@@ -236,6 +236,7 @@ def test_a_flipped_bit_in_a_shard_is_named(tmp_path):
         source[2]
 
 
+@pytest.mark.wrong_shapes
 def test_a_shard_is_whole_or_absent(tmp_path):
     moments = np.zeros((2, 2, 4, 4, 6), np.float16)
     with pytest.raises(ValueError, match="zip"):

@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
 from gspn_jax.parallel.agreement import agree, gathered
@@ -25,7 +26,7 @@ print(json.dumps(agree({own})))
 def test_one_host_agrees_with_itself():
     own = {"b": 1, "a": [math.pi, -2]}
     assert agree(own) is own
-    assert gathered([1.5, 2.5]).tolist() == [1.5, 2.5]
+    assert gathered(np.array([1.5, 2.5])).tolist() == [1.5, 2.5]
 
 
 @pytest.mark.slow
