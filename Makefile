@@ -32,10 +32,11 @@ help:
 	@echo "make test        the test suite        make lint        ruff and pyrefly"
 	@echo "make test-slow   the slow tests        make test-torch  the comparisons with PyTorch (test-torch-slow: the long ones)"
 	@echo "make test-notebook  docs/quickstart.ipynb, run from its first cell to its last"
-	@echo "make test-newest a part of them with the newest JAX, on Python 3.12 or newer"
+	@echo "make test-newest a part of the tests with the newest JAX, on Python 3.12 or newer"
 	@echo "make test-ptx    the GPU kernels' machine code, emulated (test-ptx-slow: all sizes, with a table of errors)"
 	@echo "make bench       operator and train-step benchmarks on this machine        make peers  beside PyTorch"
 	@echo "make gpu-compile ARGS='step GSPN-XL/2'    what XLA makes of it for an H200, without a GPU (4 GB of wheels)"
+	@echo "make clean       removes the environments and what was built"
 
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and f"Python 3.11 or newer is needed, {sys.executable} is {sys.version.split()[0]}; name another one: make PYTHON=python3.12")'

@@ -1,4 +1,4 @@
-r"""GSPN-B/2 (137M parameters) on ImageNet 256 in latents, by the recipe of the GSPN paper (arXiv 2501.12381).
+r"""GSPN-B/2 (138M parameters) on ImageNet 256 in latents, by the recipe of the GSPN paper (arXiv 2501.12381).
 
 python -m gspn_jax.prepare latents --images IMAGENET/train --vae VAE.safetensors --output LATENTS     (once; 42 GB)
 python train_dit.py --config configs/gspn_b_2.py --data.path LATENTS     (a node of 8 GPUs)

@@ -1,4 +1,4 @@
-r"""GSPN-L/2 (443M parameters) on ImageNet 256 in latents, by the recipe of the GSPN paper (arXiv 2501.12381).
+r"""GSPN-L/2 (445M parameters) on ImageNet 256 in latents, by the recipe of the GSPN paper (arXiv 2501.12381).
 
 python -m gspn_jax.prepare latents --images IMAGENET/train --vae VAE.safetensors --output LATENTS     (once; 42 GB)
 python train_dit.py --config configs/gspn_l_2.py --data.path LATENTS     (a node of 8 GPUs)

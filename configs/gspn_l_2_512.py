@@ -1,4 +1,4 @@
-r"""GSPN-L/2 (443M parameters) on ImageNet 512 in latents, by the recipe for 256 pixels.
+r"""GSPN-L/2 (445M parameters) on ImageNet 512 in latents, by the recipe for 256 pixels.
 
 python -m gspn_jax.prepare latents --images IMAGENET/train --vae VAE.safetensors --image-size 512 \
     --output LATENTS     (once; 168 GB)

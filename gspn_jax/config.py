@@ -501,7 +501,7 @@ class LogConfig:
     """Logs beside the progress line, metrics.jsonl and TensorBoard events of the run directory."""
 
     wandb: str | None = None
-    """The project of Weights & Biases that gets metrics, pictures and config, too; WANDB_MODE=offline holds."""
+    """The project of Weights & Biases that gets metrics, pictures and config; WANDB_MODE=offline keeps them here."""
 
     def __post_init__(self) -> None:
         _check(self.wandb != "", "log.wandb", "the name of a project, or None", self.wandb)

@@ -56,7 +56,8 @@ def _run(command: str, argv: list[str]) -> None:
     if command in ("train", "compare"):
         from gspn_jax.classify.config import ClassifyConfig
 
-        config = cli.parse_config(argv, program=program, description="Train an image classifier.", cls=ClassifyConfig)
+        what = {"train": "Train an image classifier.", "compare": "Train one config with scans, attention and neither."}
+        config = cli.parse_config(argv, program=program, description=what[command], cls=ClassifyConfig)
         if command == "train":
             from gspn_jax.classify.task import ClassificationTask
             from gspn_jax.training.train import train_task

@@ -58,7 +58,7 @@ def parse_config(argv: Sequence[str] | None, *, program: str, description: str, 
         if "-h" in rest or "--help" in rest:
             print(
                 f"usage: {program} --config NAME_OR_FILE [--FIELD VALUE ...]\n\n{description}\n\n"
-                f"`{program} --config digits --help` lists every field with its value in that config."
+                f"`{program} --config NAME_OR_FILE --help` lists every field with its value in that config."
             )
             sys.exit(0)
         raise ConfigError(f"{program} needs --config NAME_OR_FILE")

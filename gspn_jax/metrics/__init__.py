@@ -1,1 +1,1 @@
-"""Metrics of samples: Frechet distance; the digits demo's classifier."""
+"""Metrics of samples: FID and the other scores of Inception features, reference statistics, the digits demo's judge."""
