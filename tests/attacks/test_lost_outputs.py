@@ -4,9 +4,9 @@ import errno
 import json
 import types
 
-from gspn_jax import sample
+from gspn_jax import classify, sample
 from gspn_jax.files import claim, new_folder, replacing
-from tests.attacks.attack import GOES_ON, Attack, draw, rows
+from tests.attacks.attack import GOES_ON, Attack, draw, flags, rows
 from tests.attacks.attack import convert as converted
 from tests.attacks.attack import evaluate as evaluated
 from tests.attacks.given import write
@@ -203,6 +203,8 @@ def scored(full, shown=True):
     return function(action)
 
 
+ACCURACY = ("evaluate", "--run", "{run}", "--images", "{images}")
+
 A7 = [
     Attack(
         "A7",
@@ -233,6 +235,18 @@ A7 = [
         "an evaluation whose result another process makes",
         claimed("r.json", evaluated("--samples", "{images}/a", "--output", "{here}/r.json")),
         "{here}/r.json is being made by process",
+    ),
+    Attack(
+        "A7",
+        "a classifier's accuracy that another process writes",
+        claimed("r.json", flags(classify.main, *ACCURACY, "--output", "{here}/r.json")),
+        "{here}/r.json is being made by process",
+    ),
+    Attack(
+        "A7",
+        "a classifier's accuracy into a folder that is not there",
+        flags(classify.main, *ACCURACY, "--output", "{here}/none/r.json"),
+        "--output must lie in a folder that exists",
     ),
 ]
 
