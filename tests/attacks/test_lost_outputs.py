@@ -2,10 +2,14 @@
 
 import errno
 import json
+import os
 import types
 
-from gspn_jax import classify, sample
+import pytest
+
+from gspn_jax import classify, prepare, sample, text_to_image
 from gspn_jax.files import claim, new_folder, replacing
+from gspn_jax.prepare import records
 from tests.attacks.attack import GOES_ON, Attack, draw, flags, rows
 from tests.attacks.attack import convert as converted
 from tests.attacks.attack import evaluate as evaluated
@@ -203,6 +207,37 @@ def scored(full, shown=True):
     return function(action)
 
 
+def damaged_shard(given, here):
+    """Images as a kill leaves them before the metadata are written, with one byte of a shard changed."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(records, "_finish", lambda *_: None)
+        prepare.main(["images", "--images", str(given.images), "--output", str(here / "out"), "--shard-size", "2"])
+    shard = sorted((here / "out").glob("*.bin"))[1]
+    shard.write_bytes(b"\1" + shard.read_bytes()[1:])
+
+
+A4 = [
+    Attack(
+        "C16",
+        "prompts that are a pipe to which nobody writes",
+        flags(
+            text_to_image.main, "--model", "none", "--prompts", "{here}/p", "--output", "{here}/x.png",
+            before=lambda given, here: os.mkfifo(here / "p"),
+        ),
+        "--prompts must be a text file, found a folder, pipe or device",
+    ),
+    Attack(
+        "A4",
+        "decoded images are gone on with after a byte of one shard has changed",
+        flags(
+            prepare.main, "images", "--images", "{images}", "--output", "{here}/out", "--shard-size", "2",
+            before=damaged_shard,
+        ),
+        "is decoded again: its content has changed",
+        GOES_ON,
+        writes=("out/*",),
+    )
+]  # fmt: skip
 ACCURACY = ("evaluate", "--run", "{run}", "--images", "{images}")
 
 A7 = [
@@ -251,7 +286,7 @@ A7 = [
 ]
 
 
-ATTACKS = [*A3, *A7]
+ATTACKS = [*A3, *A4, *A7]
 
 
 @rows(ATTACKS)
