@@ -294,11 +294,16 @@ def disk(config: Config) -> Findings:
     import jax
 
     from gspn_jax.parallel import sharding
-    from gspn_jax.runs import checkpoints
+    from gspn_jax.runs import checkpoints, readback
     from gspn_jax.training.diffusion import DiffusionTask
     from gspn_jax.training.state import abstract_state
 
     run_dir = pathlib.Path(config.run_dir)
+    try:
+        readback.check_path(run_dir, "run_dir")
+    except ConfigError as error:
+        yield Finding(False, str(error))
+        return
     parent = next(p for p in (run_dir.absolute(), *run_dir.absolute().parents) if p.exists())
     content = os.urandom(WRITTEN_BYTES)
     with contextlib.ExitStack() as opened:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import logging
 import pathlib
 from typing import Any, get_args
 
@@ -15,7 +16,10 @@ from gspn_jax.classify.task import ClassificationTask
 from gspn_jax.config import ConfigError
 from gspn_jax.files import replacing
 from gspn_jax.parallel import sharding
+from gspn_jax.small_files import read_lines
 from gspn_jax.training.train import train_task
+
+log = logging.getLogger(__name__)
 
 MIXERS: tuple[Mixer, ...] = get_args(Mixer)
 CLOSE = 0.02
@@ -72,8 +76,12 @@ def _result(config: ClassifyConfig, parameters: int) -> dict[str, Any]:
         batch_size=config.eval.batch_size,
     )  # fmt: skip
     scores = scorer.score(params)
-    lines = [json.loads(line) for line in (pathlib.Path(config.run_dir) / "metrics.jsonl").read_text().splitlines()]
-    rates = sorted(line["images_per_second"] for line in lines if "images_per_second" in line)
+    fields = {"step": int, "images_per_second": float | None, "eval/top1": float | None}
+    whole, wrong = read_lines(pathlib.Path(config.run_dir) / "metrics.jsonl", fields)
+    for error in wrong:
+        log.warning("%s, and is left out", error)
+    lines = [line for _, line in whole]
+    rates = sorted(line["images_per_second"] for line in lines if line["images_per_second"] is not None)
     batch = config.train.batch_size
     return {
         "parameters": parameters,
@@ -90,7 +98,7 @@ def _result(config: ClassifyConfig, parameters: int) -> dict[str, Any]:
             {name.removeprefix("eval/"): value for name, value in line.items() if name.startswith("eval/")}
             | {"images_seen": line["step"] * batch}
             for line in lines
-            if "eval/top1" in line
+            if line["eval/top1"] is not None
         ],
         "class_names": list(trained.class_names),
         "confusion": scores.confusion.tolist(),

@@ -4,6 +4,7 @@ import dataclasses
 from typing import Literal, get_args
 
 from gspn_jax.config import (
+    ConfigError,
     DataConfig,
     OptimizerConfig,
     Remat,
@@ -19,6 +20,8 @@ from gspn_jax.config import (
 
 Preset = Literal["GSPN-T", "GSPN-S", "GSPN-B", "GSPN-mini"]
 Mixer = Literal["gspn", "attention", "none"]
+SMALLEST_CROP = 0.01
+"""An image is scaled to its size / crop before the centre is cut out: a smaller one asks for sides without end."""
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_DEVIATION = (0.229, 0.224, 0.225)
 
@@ -121,11 +124,19 @@ class ValidationConfig:
     def __post_init__(self) -> None:
         check_numbers(self, "eval")
         _check(self.every >= 0, "eval.every", "0 or more", self.every)
-        _check(0 < self.crop <= 1, "eval.crop", "above 0 and up to 1", self.crop)
+        _check(SMALLEST_CROP <= self.crop <= 1, "eval.crop", f"from {SMALLEST_CROP} to 1", self.crop)
         _positive(self, "eval", "batch_size")
         _check(self.image_size is None or self.image_size > 0, "eval.image_size", "greater than 0", self.image_size)
         if self.source is not None:
             _one_of("eval.source", self.source, ("digits", "folder", "records", "tfds"))
+
+
+def check_view(image_size: int | None, crop: float | None) -> None:
+    """Raises ConfigError for flags of what is looked at that no image can be cut to."""
+    if image_size is not None and image_size < 1:
+        raise ConfigError(f"--image-size must be 1 or more, found {image_size}")
+    if crop is not None and not SMALLEST_CROP <= crop <= 1:
+        raise ConfigError(f"--crop must be from {SMALLEST_CROP} to 1, found {crop}")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """Accuracy of a trained classifier on a folder of images, as JSON with all that a comparison needs."""
 
+import contextlib
 import dataclasses
 import json
 import pathlib
@@ -10,12 +11,14 @@ import jax
 
 import gspn_jax
 from gspn_jax.classify import weights
+from gspn_jax.classify.config import check_view
 from gspn_jax.classify.network import Network
 from gspn_jax.classify.scoring import Scorer, check_classes
 from gspn_jax.config import ConfigError, MeshConfig, check_numbers
 from gspn_jax.data import Source
-from gspn_jax.files import replacing
+from gspn_jax.files import claim_new, replacing
 from gspn_jax.parallel import sharding
+from gspn_jax.parallel.agreement import on_first_host
 from gspn_jax.prepare.images import ImageFlags
 from gspn_jax.runs.digest import digest_of
 
@@ -59,10 +62,7 @@ class Evaluate:
             raise ConfigError(f"one of --images, --records and --tfds must be given, found {given or 'none'}")
         if self.batch_size < 1:
             raise ConfigError(f"--batch-size must be 1 or more, found {self.batch_size}")
-        if self.image_size is not None and self.image_size < 1:
-            raise ConfigError(f"--image-size must be 1 or more, found {self.image_size}")
-        if self.crop is not None and not 0 < self.crop <= 1:
-            raise ConfigError(f"--crop must be above 0 and up to 1, found {self.crop}")
+        check_view(self.image_size, self.crop)
 
     def source(self, channels: int) -> Source:
         if self.records:
@@ -81,6 +81,14 @@ def evaluate(arguments: Evaluate) -> dict[str, Any]:
 
     Raises ConfigError, CheckpointError, WeightsError or DataError with one sentence for what cannot be used.
     """
+    with contextlib.ExitStack() as stack:
+        if arguments.output:
+            path = pathlib.Path(arguments.output)
+            on_first_host(lambda: stack.enter_context(claim_new(path)), ConfigError)
+        return _evaluate(arguments)
+
+
+def _evaluate(arguments: Evaluate) -> dict[str, Any]:
     mesh = sharding.make_mesh(arguments.mesh)
     trained = weights.read(arguments.run, mesh, step=arguments.step, decays=arguments.ema)
     config = trained.config
@@ -133,8 +141,9 @@ def evaluate(arguments: Evaluate) -> dict[str, Any]:
         "scores": rows,
     }
     if jax.process_index() == 0:
+        with contextlib.suppress(OSError):  # nobody reads stdout any more
+            print(json.dumps(result, indent=1), flush=True)
         _write(arguments, result)
-        print(json.dumps(result, indent=1))
     return result
 
 

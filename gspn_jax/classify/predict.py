@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gspn_jax.classify import weights
-from gspn_jax.classify.config import ClassifyConfig
+from gspn_jax.classify.config import ClassifyConfig, check_view
 from gspn_jax.classify.network import Network, forward
 from gspn_jax.config import ConfigError, check_numbers
 from gspn_jax.data.augment.crops import evaluation_crop
@@ -43,6 +43,7 @@ class Predict:
         for name in ("top", "batch_size"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"--{name.replace('_', '-')} must be 1 or more, found {getattr(self, name)}")
+        check_view(self.image_size, self.crop)
 
 
 def predict(arguments: Predict) -> list[dict]:

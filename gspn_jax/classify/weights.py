@@ -18,7 +18,7 @@ from gspn_jax.parallel import sharding
 from gspn_jax.runs import averages, checkpoints
 from gspn_jax.runs.digest import digest_of
 from gspn_jax.small_files import DamagedFile, parse, read_json, typed
-from gspn_jax.state_dict import WeightsError, read_state_dict
+from gspn_jax.state_dict import WeightsError, read_state_dict, refuse_pointer
 
 log = logging.getLogger(__name__)
 
@@ -84,6 +84,11 @@ def _set_name(decay: float) -> str:
 def _of_file(path: pathlib.Path, mesh: Mesh) -> Trained:
     header = read_header(path)
     config = from_dict(header["config"], ClassifyConfig)
+    if header["step"] < 0 or len(header["class_names"]) != config.data.num_classes:
+        raise WeightsError(
+            f"{path} must tell its step and {config.data.num_classes} names of classes, found step {header['step']} "
+            f"and {len(header['class_names'])} names"
+        )
     tensors, network = read_state_dict(path), Network(config)
     expected = {name: leaf.shape for name, leaf in named(network.shapes)}
     for name in sorted(expected.keys() ^ tensors.keys()):
@@ -104,6 +109,7 @@ def read_header(path: pathlib.Path) -> dict[str, Any]:
     if path.suffix == ".safetensors":
         from safetensors import SafetensorError, safe_open
 
+        refuse_pointer(path)
         try:
             with safe_open(path, "numpy") as file:
                 text, names = (file.metadata() or {}).get(HEADER), set(file.keys())

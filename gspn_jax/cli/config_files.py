@@ -40,12 +40,20 @@ def load_config(name: str | pathlib.Path, cls: type[C] = Config) -> C:
     except (ConfigError, KeyboardInterrupt):
         raise
     except BaseException as error:  # it is a program of its own: it may raise anything, or leave
-        said = str(error).strip().splitlines() or ["no message"]
-        found = f"{type(error).__name__}: {said[0]}"
+        found = f"{type(error).__name__}: {_said_by(error)}"
         raise ConfigError(f"{path} must define `config = {cls.__name__}(...)`, found {found}") from error
     if not isinstance(config, cls):
         raise ConfigError(f"{path} must define `config = {cls.__name__}(...)`, found {type(config).__name__}")
     return config
+
+
+def _said_by(error: BaseException) -> str:
+    """The first line of an error's message, whose `__str__` may fail as the rest of its file does."""
+    try:
+        lines = str(error).strip().splitlines()
+    except Exception:
+        lines = []
+    return lines[0] if lines else "no message"
 
 
 def parse_config(argv: Sequence[str] | None, *, program: str, description: str, cls: type[C] = Config) -> C:

@@ -9,6 +9,7 @@ import logging
 import pathlib
 import shutil
 import time
+import zipfile
 from collections.abc import Iterator
 
 import numpy as np
@@ -83,7 +84,7 @@ def _prepare(arguments: Records, source: Source, output: pathlib.Path) -> None:
     ]
     paths = [output / shard_name(number, len(parts)) for number in range(len(parts))]
     mine = range(arguments.host, len(parts), arguments.num_hosts)
-    _decode_shards(arguments, source, {paths[i]: parts[i] for i in mine if not paths[i].exists()})
+    _decode_shards(arguments, source, {paths[i]: parts[i] for i in mine if not _is_whole(paths[i])})
     missing = sum(not path.exists() for path in paths)
     if missing or arguments.host:
         print(
@@ -118,6 +119,21 @@ def _begin(output: pathlib.Path, settings: dict) -> None:
     output.mkdir(parents=True, exist_ok=True)
     with replacing(path) as temporary:
         temporary.write_text(json.dumps(settings) + "\n")
+
+
+def _is_whole(shard: pathlib.Path) -> bool:
+    """Tells whether a shard of an earlier start is there as it was written; one that is not is made again, and said."""
+    if not shard.exists():
+        return False
+    try:
+        note = read_as(_note(shard, ".json"), {"sha256": str, "skipped": int})
+        Index.read(_note(shard, ".npz"))
+        wrong = None if sha256_of(shard) == note["sha256"] else "its content has changed"
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, DamagedFile):
+        wrong = "it or its note cannot be read"
+    if wrong:
+        log.warning("%s is decoded again: %s", shard, wrong)
+    return wrong is None
 
 
 def _verify(output: pathlib.Path) -> None:

@@ -129,6 +129,8 @@ def _prompts(arguments: Arguments) -> list[str]:
     """Raises ConfigError for a file that is no text, or has none."""
     if arguments.prompts is None:
         return list(arguments.prompt)
+    if pathlib.Path(arguments.prompts).exists() and not pathlib.Path(arguments.prompts).is_file():
+        raise ConfigError(f"--prompts must be a text file, found a folder, pipe or device at {arguments.prompts}")
     try:
         lines = pathlib.Path(arguments.prompts).read_text(encoding="utf-8").splitlines()
     except UnicodeDecodeError as error:

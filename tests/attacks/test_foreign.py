@@ -10,8 +10,9 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from gspn_jax import classify
 from tests.attacks import foreign
-from tests.attacks.attack import GOES_ON, Attack, convert, draw, evaluate, prepare, rows, train
+from tests.attacks.attack import GOES_ON, Attack, convert, draw, evaluate, flags, prepare, rows, train
 from tests.attacks.foreign import LFS_POINTER, autoencoder, dit, encoded, files, links, npz, tar, tars, torch_file
 
 
@@ -401,6 +402,18 @@ WEIGHTS = [
         for name, make in (
             ("dit.pt", imported("dit.pt", before=files({"dit.pt": LFS_POINTER}))),
             ("dit.safetensors", imported("dit.safetensors", before=files({"dit.safetensors": LFS_POINTER}))),
+            (
+                "a classifier's model.safetensors",
+                flags(
+                    classify.main,
+                    "evaluate",
+                    "--run",
+                    "{here}/model.safetensors",
+                    "--images",
+                    "{images}",
+                    before=files({"model.safetensors": LFS_POINTER}),
+                ),
+            ),
             ("vae.safetensors", latents(vae="{here}/vae.safetensors", before=files({"vae.safetensors": LFS_POINTER}))),
             (
                 "inception.pth",

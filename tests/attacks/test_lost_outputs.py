@@ -2,11 +2,15 @@
 
 import errno
 import json
+import os
 import types
 
-from gspn_jax import sample
+import pytest
+
+from gspn_jax import classify, prepare, sample, text_to_image
 from gspn_jax.files import claim, new_folder, replacing
-from tests.attacks.attack import GOES_ON, Attack, draw, rows
+from gspn_jax.prepare import records
+from tests.attacks.attack import GOES_ON, Attack, draw, flags, rows
 from tests.attacks.attack import convert as converted
 from tests.attacks.attack import evaluate as evaluated
 from tests.attacks.given import write
@@ -203,6 +207,39 @@ def scored(full, shown=True):
     return function(action)
 
 
+def damaged_shard(given, here):
+    """Images as a kill leaves them before the metadata are written, with one byte of a shard changed."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(records, "_finish", lambda *_: None)
+        prepare.main(["images", "--images", str(given.images), "--output", str(here / "out"), "--shard-size", "2"])
+    shard = sorted((here / "out").glob("*.bin"))[1]
+    shard.write_bytes(b"\1" + shard.read_bytes()[1:])
+
+
+A4 = [
+    Attack(
+        "C16",
+        "prompts that are a pipe to which nobody writes",
+        flags(
+            text_to_image.main, "--model", "none", "--prompts", "{here}/p", "--output", "{here}/x.png",
+            before=lambda given, here: os.mkfifo(here / "p"),
+        ),
+        "--prompts must be a text file, found a folder, pipe or device",
+    ),
+    Attack(
+        "A4",
+        "decoded images are gone on with after a byte of one shard has changed",
+        flags(
+            prepare.main, "images", "--images", "{images}", "--output", "{here}/out", "--shard-size", "2",
+            before=damaged_shard,
+        ),
+        "is decoded again: its content has changed",
+        GOES_ON,
+        writes=("out/*",),
+    )
+]  # fmt: skip
+ACCURACY = ("evaluate", "--run", "{run}", "--images", "{images}")
+
 A7 = [
     Attack(
         "A7",
@@ -234,10 +271,22 @@ A7 = [
         claimed("r.json", evaluated("--samples", "{images}/a", "--output", "{here}/r.json")),
         "{here}/r.json is being made by process",
     ),
+    Attack(
+        "A7",
+        "a classifier's accuracy that another process writes",
+        claimed("r.json", flags(classify.main, *ACCURACY, "--output", "{here}/r.json")),
+        "{here}/r.json is being made by process",
+    ),
+    Attack(
+        "A7",
+        "a classifier's accuracy into a folder that is not there",
+        flags(classify.main, *ACCURACY, "--output", "{here}/none/r.json"),
+        "--output must lie in a folder that exists",
+    ),
 ]
 
 
-ATTACKS = [*A3, *A7]
+ATTACKS = [*A3, *A4, *A7]
 
 
 @rows(ATTACKS)

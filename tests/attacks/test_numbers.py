@@ -1,6 +1,7 @@
 """Numbers that people write (C17): a sentence before anything is allocated."""
 
-from tests.attacks.attack import Attack, convert, draw, evaluate, prepare, rows, train
+from gspn_jax import classify
+from tests.attacks.attack import Attack, convert, draw, evaluate, flags, prepare, rows, train
 from tests.attacks.given import write
 
 
@@ -23,6 +24,7 @@ def number(flag, value, says, command=train):
     return Attack("C17", f"{flag} {value}", command(flag, value), says)
 
 
+PREDICT = ("predict", "--run", "{run}", "--images", "{images}")
 LATENTS = ("latents", "--vae", "{vae}", "--output", "{here}/out", "--images", "{images}")
 ATTACKS = [
     number("--train.steps", "1.5", "invalid literal for int()"),
@@ -94,6 +96,14 @@ ATTACKS = [
         "weights of step 2**63",
         convert("import", "--weights", "{other_weights}", "--output", "{here}/run", "--step", str(2**63)),
         "--step must be at most 2,147,483,647",
+    ),
+    *(
+        Attack("C17", f"a classifier is asked with {flag} {value}", flags(classify.main, *PREDICT, flag, value), said)
+        for flag, value, said in (
+            ("--crop", "1e-9", "--crop must be from 0.01 to 1, found 1e-09"),
+            ("--crop", "0", "--crop must be from 0.01 to 1, found 0"),
+            ("--image-size", "0", "--image-size must be 1 or more, found 0"),
+        )
     ),
     in_config("steps=1e3", "steps=1e3", "train.steps must be a whole number, found 1000.0"),
     in_config("steps=True", "steps=True", "train.steps must be a whole number, found True"),

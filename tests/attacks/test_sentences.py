@@ -80,6 +80,11 @@ AROUND = [
     script(
         "raises when it is asked for its config", "def __getattr__(name): raise OSError('lazy')", "found OSError: lazy"
     ),
+    script(
+        "raises an error that cannot say what it is",
+        "class E(Exception):\n    def __str__(self): raise ValueError\nraise E",
+        "found E: no message",
+    ),
     script("is empty", "", "found NoneType"),
     Attack("C19", "a config that is as it should be", train(*START), "", GOES_ON, writes=("run*",)),
     Attack("C18", "no HOME and no user name", flags(without_home, "--config", "digits"), "", GOES_ON, writes=("run*",)),

@@ -76,7 +76,7 @@ def test_only_kernels_of_linears_and_convolutions_decay():
         ({"augment": {"erasing": 1.5}}, r"augment.erasing must be in \[0, 1\], found 1.5"),
         ({"augment": {"mean": (0.5,)}}, "augment.mean must be 3 numbers, one a channel"),
         ({"eval": {"every": 1}}, "eval.path must be the folder of images to evaluate on, found None"),
-        ({"eval": {"crop": 0.0}}, "eval.crop must be above 0 and up to 1"),
+        ({"eval": {"crop": 0.0}}, "eval.crop must be from 0.01 to 1"),
         ({"optimizer": {"warmup_start": 1.0}}, "optimizer.warmup_start must be between 0 and optimizer.learning_rate"),
     ],
 )
