@@ -73,7 +73,7 @@ demo: $(READY)
 
 # shapes and types of arrays are checked where functions are called (tests/shapes.py)
 test: $(READY)
-	GSPN_CHECK_SHAPES=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
+	GSPN_CHECK_SHAPES=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 test-slow: $(READY)
 	$(BIN)/python -m pytest -m "slow and not torch and not ptx" -n $(JOBS) --dist loadfile

@@ -184,7 +184,8 @@ def _reason(error: Exception) -> str:
     if foreign := re.search(r"Unsupported global: GLOBAL (\S+)|Unsupported class (\S+)", text):
         name = foreign[1] or foreign[2]
         return f"it cannot be read: it holds the Python object {name}, whose code is not run: save a state_dict()"
-    if "weights_only" in text or isinstance(error, pickle.UnpicklingError):
+    of_pytorch = ("weights_only", "hasRecord", "inline_container", "PytorchStreamReader")  # what its own words speak of
+    if any(word in text for word in of_pytorch) or isinstance(error, pickle.UnpicklingError):
         return "it cannot be read: it is damaged, or of another kind"
     return f"it cannot be read: {text.splitlines()[0] if text else type(error).__name__}"
 

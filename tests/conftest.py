@@ -20,6 +20,21 @@ if os.environ.get("GSPN_CHECK_SHAPES") == "1":
 
     jaxtyping.install_import_hook("gspn_jax", "tests.shapes.checked")
 
+LONG = (
+    *("training/test_tensor_cores.py", "training/test_loop.py", "training/test_bare_machine.py"),
+    *("training/test_step.py", "training/test_evaluation.py", "training/test_wandb.py", "evaluate/test_evaluate.py"),
+    *("seams/test_task.py", "seams/test_seams.py", "classify/test_task.py", "benchmarks/test_train_step.py"),
+    *("parallel/test_sharding.py", "sampling/test_sample_latents.py", "prepare/test_prepare.py"),
+    *("runs/test_old_runs.py", "data/test_memory.py", "models/test_image_classifier.py"),
+)
+"""Files of tests that take longest: they come first, so that no worker is left with one at the end."""
+
+
+def pytest_collection_modifyitems(items):
+    places = {ROOT / "tests" / name: place for place, name in enumerate(LONG)}
+    items.sort(key=lambda item: places.get(item.path, len(LONG)))
+
+
 STRICT = ("kernels", "models", "diffusion", "text", "unet", "text_to_image")
 """Optax mixes integer counts with floats, so what trains is tested under JAX's own rules."""
 

@@ -16,7 +16,8 @@ from gspn_jax.classify.network import Network
 from gspn_jax.classify.scoring import Scorer, check_classes
 from gspn_jax.config import ConfigError, MeshConfig, check_numbers
 from gspn_jax.data import Source
-from gspn_jax.files import claim_new, replacing
+from gspn_jax.evaluate import report
+from gspn_jax.files import claim_new
 from gspn_jax.parallel import sharding
 from gspn_jax.parallel.agreement import on_first_host
 from gspn_jax.prepare.images import ImageFlags
@@ -154,12 +155,10 @@ def _set_name(arguments: Evaluate) -> str:
 def _write(arguments: Evaluate, result: dict[str, Any]) -> None:
     run = pathlib.Path(arguments.run)
     if arguments.output:
-        path = pathlib.Path(arguments.output)
+        report.keep(result, pathlib.Path(arguments.output), claimed=True)
     elif run.is_dir() and not (run / weights.WEIGHTS).is_file():
         name = pathlib.PurePath(_set_name(arguments)).name or "set"
         path = run / "evaluation" / f"classify_{name.replace(' ', '_')}.json"
-        path.parent.mkdir(exist_ok=True)
-    else:
-        return
-    with replacing(path) as temporary:
-        temporary.write_text(json.dumps(result, indent=1) + "\n")
+        with contextlib.suppress(OSError):  # `keep` says where it is then
+            path.parent.mkdir(exist_ok=True)
+        report.keep(result, path)

@@ -13,6 +13,7 @@ from gspn_jax.classify.network import forward
 from gspn_jax.classify.task import ClassificationTask
 from gspn_jax.config import ConfigError, DataConfig, MeshConfig, Precision, TrainConfig, check_numbers
 from gspn_jax.parallel import sharding
+from gspn_jax.parallel.memory import check_fits
 from gspn_jax.training.state import create_state
 from gspn_jax.training.step import make_step
 
@@ -65,6 +66,13 @@ def throughput(arguments: Throughput) -> dict[str, Any]:
     sharding.check_batch(config, mesh)
     split = sharding.batch_sharding(mesh)
     rows = arguments.batch_size // jax.process_count()
+    bytes_an_image = 3 * arguments.image_size**2 * (1 + 4)  # 8 bits, and what a step makes of them
+    check_fits(
+        arguments.batch_size * bytes_an_image // mesh.size,
+        mesh,
+        f"a batch of {arguments.batch_size:,} images",
+        "choose a smaller --batch-size or --image-size",
+    )
     random = np.random.default_rng(jax.process_index())
     batch = {
         "image": random.integers(256, size=(rows, *2 * (arguments.image_size,), 3), dtype=np.uint8),

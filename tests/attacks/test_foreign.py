@@ -4,7 +4,9 @@ What is read, and that it is read right, is compared in the tests of the reader:
 tests/autoencoder, tests/metrics.
 """
 
+import io
 import os
+import zipfile
 
 import ml_dtypes
 import numpy as np
@@ -557,6 +559,17 @@ def repeated(torch, tensors):
     return tensors | {"blocks.0.attn.qkv.weight": torch.zeros(1).expand(131072, 131072)}
 
 
+def zip_archive() -> bytes:
+    """One that holds a text."""
+    packed = io.BytesIO()
+    with zipfile.ZipFile(packed, "w") as archive:
+        archive.writestr("a.txt", "no weights")
+    return packed.getvalue()
+
+
+ZIP = zip_archive()
+
+
 def holds_itself(torch, tensors):
     content = {}
     content["model"] = content
@@ -616,6 +629,7 @@ TORCH = [
                 "whose code is not run: save a state_dict()",
             ),
             ("a program (TorchScript)", foreign.torch_program, "it is a TorchScript archive"),
+            ("an archive of other files (.zip)", files({"dit.pt": ZIP}), "it is damaged, or of another kind"),
             ("a page of HTML", files({"dit.pt": b"<html>404</html>"}), "it is damaged, or of another kind"),
         )
     ),

@@ -105,6 +105,12 @@ ATTACKS = [
             ("--image-size", "0", "--image-size must be 1 or more, found 0"),
         )
     ),
+    Attack(
+        "C17",
+        "a classifier is timed with 10**8 images at a time",
+        flags(classify.main, "throughput", "--batch-size", str(10**8)),
+        "a batch of 100,000,000 images must fit into the memory of a device",
+    ),
     in_config("steps=1e3", "steps=1e3", "train.steps must be a whole number, found 1000.0"),
     in_config("steps=True", "steps=True", "train.steps must be a whole number, found True"),
     in_config("steps='10'", "steps='10'", "train.steps must be a whole number, found '10'"),

@@ -147,7 +147,12 @@ def test_one_of_several_hosts_ends_as_its_child_does_but_for_an_abort(tmp_path, 
 
 def test_sigterm_is_passed_on_and_a_kill_takes_the_child_along(tmp_path):
     """`communicate` returns when the child, which has the pipes too, is gone."""
-    script = "signal.signal(signal.SIGTERM, lambda *_: os._exit(75)); print('ready', flush=True); time.sleep(600)"
+    script = """
+signal.signal(signal.SIGTERM, lambda *_: os._exit(75))
+print("ready", flush=True)
+while True:
+    time.sleep(0.05)  # which any thread may be told to end
+"""
     for send, code in ((signal.SIGTERM, 75), (signal.SIGKILL, -signal.SIGKILL)):
         process = one_of_two(tmp_path, script)
         while process.stdout.readline() != "ready\n":
