@@ -32,15 +32,18 @@ class DamagedFile(ConfigError):
     """A small file that does not hold what was written into it; the message is a clause for the user."""
 
 
-def read_json(path: str | os.PathLike, *, nan: bool = False) -> Any:
-    """The JSON in `path`; with `nan` also NaN and Infinity. Raises FileNotFoundError, other OSError, DamagedFile."""
+def read_json(path: str | os.PathLike, *, nan: bool = False, large: bool = False) -> Any:
+    """The JSON in `path`; with `nan` also NaN and Infinity, with `large` whole numbers of any size.
+
+    Raises FileNotFoundError, other OSError, DamagedFile.
+    """
     path = pathlib.Path(path)
     about = path.stat()
     if not stat.S_ISREG(about.st_mode):  # a pipe would wait, a device never end
         raise DamagedFile(f"{path.name} is no file")
     if about.st_size > LARGEST:
         raise DamagedFile(f"{path.name} has {about.st_size:,} bytes, more than such a file ever has")
-    return parse(path.read_bytes(), path.name, nan=nan)
+    return parse(path.read_bytes(), path.name, nan=nan, large=large)
 
 
 def read_as(path: str | os.PathLike, kind: Any, *, nan: bool = False) -> Any:
@@ -76,8 +79,8 @@ def read_lines(
     return whole, wrong
 
 
-def parse(text: str | bytes, name: str, *, nan: bool = False) -> Any:
-    """The JSON in `text`, of which `name` speaks; with `nan` also NaN and Infinity. Raises DamagedFile."""
+def parse(text: str | bytes, name: str, *, nan: bool = False, large: bool = False) -> Any:
+    """The JSON in `text`, of which `name` speaks; `nan` and `large` as in `read_json`. Raises DamagedFile."""
     try:
         if isinstance(text, bytes):
             text = text.decode()
@@ -93,7 +96,7 @@ def parse(text: str | bytes, name: str, *, nan: bool = False) -> Any:
     for _ in range(DEPTH):
         if not nan and any(isinstance(one, float) and not math.isfinite(one) for one in level):
             raise DamagedFile(f"{name} has a number that is not finite")
-        if any(isinstance(one, int) and abs(one) > LARGEST_NUMBER for one in level):
+        if not large and any(isinstance(one, int) and abs(one) > LARGEST_NUMBER for one in level):
             raise DamagedFile(f"{name} has a whole number of more than 64 bits")
         level = [inner for one in level if isinstance(one, dict | list) for inner in _inner(one)]
         if not level:

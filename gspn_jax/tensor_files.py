@@ -136,7 +136,7 @@ def read_json(path: pathlib.Path, *, nan: bool = False) -> dict:
     if not path.is_file():
         raise FileNotFoundError(f"{path} must exist, found nothing there")
     try:
-        content = small_files.read_json(path, nan=nan)
+        content = small_files.read_json(path, nan=nan, large=True)  # a tokenizer of no length has 10**30
     except small_files.DamagedFile as error:
         raise WeightsError(f"{path} must be a JSON file, it cannot be read: {error}") from error
     if not isinstance(content, dict):
