@@ -31,6 +31,11 @@ class Given:
         """The config file of the embedded digits."""
         return CONFIGS / "digits.py"
 
+    @property
+    def home(self) -> pathlib.Path:
+        """The user's home."""
+        return pathlib.Path.home()
+
     # --- runs
     @functools.cached_property
     def run(self) -> pathlib.Path:

@@ -5,7 +5,6 @@ tests/autoencoder, tests/metrics.
 """
 
 import io
-import os
 import zipfile
 
 import ml_dtypes
@@ -538,7 +537,7 @@ WEIGHTS = [
         "B14",
         "a home in a flag that the shell leaves alone",
         draw(run="~/no such run"),
-        f"no checkpoint in {os.path.expanduser('~')}/no such run",
+        "no checkpoint in {home}/no such run",
     ),
     Attack(
         "B15",
