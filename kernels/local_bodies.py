@@ -90,7 +90,7 @@ class Lines(NamedTuple):
         return jnp.where(self.axis == 0, 2 * line + along, 2 * along + line)
 
     def neighbours(self) -> tuple[Array, Array]:
-        """Whether each pixel has a left and a right neighbour."""
+        """Masks of the pixels that have a left and a right neighbour."""
         height, width = self.size
         pixel = compat.iota((PIXELS, SLAB), 0, LAYOUT)
         rows = jnp.broadcast_to(self.axis == 0, pixel.shape)

@@ -131,7 +131,7 @@ class TarSource:
             raise ConfigError(f"{path} must be a tar file without compression, found otherwise: {error}") from error
 
     def _usable(self, member: tarfile.TarInfo) -> bool:
-        """Whether it is a file that lies in the tar as it is."""
+        """Tells whether it is a file that lies in the tar as it is."""
         if member.isdir():
             return False
         if any(part.startswith(".") and part not in (".", "..") for part in member.name.split("/")):

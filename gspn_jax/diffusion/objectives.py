@@ -30,7 +30,7 @@ class Objective(Protocol):
     """Whether there are `diffusion.timesteps` times, and no more steps of sampling than those."""
 
     def fits(self, kind: SamplerKind) -> bool:
-        """Whether images can be drawn by a kind of sampler."""
+        """Tells whether images can be drawn by a kind of sampler."""
         ...
 
     def loss(
@@ -50,8 +50,8 @@ class Objective(Protocol):
     def prediction(
         self, output: Float[Array, "N H W C"], x: Float[Array, "N H W C"], row: Table, clip: bool
     ) -> Float[Array, "N H W C"]:
-        """What samplers that fit move: x_0 or the velocity, from the output at `x`; with `clip` that of an x_0 in
-        [-1, 1]. `row` has the scalars of this evaluation."""
+        """x_0 or the velocity, whichever the samplers that fit move, from the output at `x`; with `clip` that of an
+        x_0 in [-1, 1]. `row` has the scalars of this evaluation."""
         ...
 
     def describe(self, config: DiffusionConfig, learned_variance: bool) -> str:

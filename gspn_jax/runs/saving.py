@@ -60,7 +60,7 @@ class Checkpoints:
         self._meta = {"config": to_dict(config), "fingerprint": fingerprint, "class_names": list(class_names)}
         self.notes: dict[str, Any] = {}
         self.restored_config: RunConfig | None = None
-        """Of the checkpoint that `restore` gave."""
+        """The config of the checkpoint that `restore` gave."""
         self._folder = folder(config.run_dir)
         readback.check_path(config.run_dir, "run_dir")
         self._folder.mkdir(parents=True, exist_ok=True)
@@ -249,7 +249,7 @@ class Checkpoints:
         return set(found[-LATEST:]) | self.evaluations.kept | {step for step in found if self._is_kept(step)}
 
     def _is_kept(self, step: int) -> bool:
-        """Whether a checkpoint is kept for good: by what this run says, or by what the one said that saved it."""
+        """Tells whether a checkpoint is kept for good: as this run says, or as the run said that saved it."""
         every = self._config.train.keep_every
         if step not in self._promised:
             self._promised[step] = _promised(self._folder / str(step), step)

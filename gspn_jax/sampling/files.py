@@ -100,7 +100,7 @@ class _Partial:
             return None
 
     def count(self, labels: Int[np.ndarray, " N"], indices: Int[np.ndarray, " N"], image_bytes: int) -> int:
-        """How many images, from the first, are there as they were drawn; a line says what else is left out."""
+        """The number of images, from the first, that are there as they were drawn; a line says what is left out."""
         if not (self.pixels.is_file() and self._batches.is_file()):
             return 0
         count, size = 0, self.pixels.stat().st_size

@@ -40,7 +40,7 @@ class Arguments:
     prompts: str | None = None
     """A text file of prompts, one a line."""
     negative: str | None = None
-    """What guidance leads away from; by default an empty text, for SDXL nothing."""
+    """The text that guidance leads away from; by default an empty text, for SDXL nothing."""
     output: str
     """A .png that is not there yet; of several images NAME_0.png, NAME_1.png, ..."""
     images: int = 1

@@ -88,7 +88,7 @@ class Drawing:
         return jax.make_array_from_callback(value.shape, whole, lambda index: value[index])
 
     def _encode_null(self) -> dict[str, jax.Array]:
-        """What guidance leads away from."""
+        """The states of the negative prompt, which guidance leads away from."""
         negative = self.settings.negative
         text = negative or ""
         encoded = encode_prompts(self._texts, [text])
