@@ -47,7 +47,8 @@ class ConfigError(ValueError):
     """A setting that cannot be used; the message is one sentence for the user."""
 
 
-def _check(condition: bool, field: str, expected: str, found: Any) -> None:
+def require(condition: bool, field: str, expected: str, found: Any) -> None:
+    """Raises ConfigError, "FIELD must be EXPECTED, found FOUND", unless `condition` holds."""
     if not condition:
         raise ConfigError(f"{field} must be {expected}, found {found!r}")
 
@@ -86,16 +87,16 @@ def check_numbers(owner: Any, prefix: str = "") -> None:
         if get_origin(field.type) is tuple:
             wanted = "several numbers" if inner[-1] is ... else f"{len(inner)} numbers"
             several = isinstance(found, tuple | list) and (inner[-1] is ... or len(found) == len(inner))
-            _check(several, name, wanted, found)
+            require(several, name, wanted, found)
         for value in found if isinstance(found, tuple | list) else (found,):
             if type(value) in kinds - {int, float}:
                 continue
             whole = isinstance(value, int) and not isinstance(value, bool)
             expected = "a number" if float in kinds else "a whole number"
-            _check(whole or (float in kinds and isinstance(value, float)), name, expected, value)
-            _check(whole or math.isfinite(value), name, "finite", value)
+            require(whole or (float in kinds and isinstance(value, float)), name, expected, value)
+            require(whole or math.isfinite(value), name, "finite", value)
             limit = LIMITS.get(field.name, LARGEST)
-            _check(not whole or abs(value) <= limit, name, f"at most {limit:,}", value)
+            require(not whole or abs(value) <= limit, name, f"at most {limit:,}", value)
 
 
 def _kinds(annotation: Any) -> set[Any]:
@@ -106,13 +107,15 @@ def _kinds(annotation: Any) -> set[Any]:
     return set().union(*map(_kinds, inner)) if inner else {annotation}
 
 
-def _one_of(field: str, found: Any, allowed: tuple | Table) -> None:
-    _check(found in allowed, field, "one of " + ", ".join(map(repr, allowed)), found)
+def require_one_of(field: str, found: Any, allowed: tuple | Table) -> None:
+    """`require` for a value of a tuple or a name of a table."""
+    require(found in allowed, field, "one of " + ", ".join(map(repr, allowed)), found)
 
 
-def _positive(owner: Any, prefix: str, *names: str) -> None:
+def require_positive(owner: Any, prefix: str, *names: str) -> None:
+    """`require` for fields of `owner` that are greater than 0."""
     for name in names:
-        _check(getattr(owner, name) > 0, f"{prefix}.{name}", "greater than 0", getattr(owner, name))
+        require(getattr(owner, name) > 0, f"{prefix}.{name}", "greater than 0", getattr(owner, name))
 
 
 def _put_homes(owner: Any, *names: str) -> None:
@@ -123,9 +126,10 @@ def _put_homes(owner: Any, *names: str) -> None:
             object.__setattr__(owner, name, os.path.expanduser(value))
 
 
-def _fraction(owner: Any, prefix: str, *names: str) -> None:
+def require_fraction(owner: Any, prefix: str, *names: str) -> None:
+    """`require` for fields of `owner` in [0, 1)."""
     for name in names:
-        _check(0.0 <= getattr(owner, name) < 1.0, f"{prefix}.{name}", "in [0, 1)", getattr(owner, name))
+        require(0.0 <= getattr(owner, name) < 1.0, f"{prefix}.{name}", "in [0, 1)", getattr(owner, name))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,13 +168,13 @@ class ModelConfig:
         check_numbers(self, "model")
         for name in ("hidden", "depth", "heads", "patch", "groups"):
             value = getattr(self, name)
-            _check(value is None or value > 0, f"model.{name}", "greater than 0 or None", value)
-        _one_of("model.layout", self.layout, (*get_args(Layout), None))
-        _one_of("model.mixer", self.mixer, (*MIXERS, None))
-        _one_of("model.remat", self.remat, get_args(Remat))
-        _one_of("model.backend", self.backend, (*get_args(Backend), None))
-        _positive(self, "model", "proxy_ratio")
-        _fraction(self, "model", "drop_path")
+            require(value is None or value > 0, f"model.{name}", "greater than 0 or None", value)
+        require_one_of("model.layout", self.layout, (*get_args(Layout), None))
+        require_one_of("model.mixer", self.mixer, (*MIXERS, None))
+        require_one_of("model.remat", self.remat, get_args(Remat))
+        require_one_of("model.backend", self.backend, (*get_args(Backend), None))
+        require_positive(self, "model", "proxy_ratio")
+        require_fraction(self, "model", "drop_path")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -200,30 +204,30 @@ class DataConfig:
     def __post_init__(self) -> None:
         check_numbers(self, "data")
         _put_homes(self, "path")
-        _one_of("data.source", self.source, SOURCES)
-        _one_of("data.bad_images", self.bad_images, ("error", "skip"))
-        _positive(self, "data", "image_size", "channels", "num_classes")
-        _check(self.workers >= 0, "data.workers", "0 or more", self.workers)
+        require_one_of("data.source", self.source, SOURCES)
+        require_one_of("data.bad_images", self.bad_images, ("error", "skip"))
+        require_positive(self, "data", "image_size", "channels", "num_classes")
+        require(self.workers >= 0, "data.workers", "0 or more", self.workers)
         if self.source == "folder":
-            _check(bool(self.path), "data.path", "the image folder when data.source is 'folder'", self.path)
+            require(bool(self.path), "data.path", "the image folder when data.source is 'folder'", self.path)
         if self.source == "records":
-            _check(bool(self.path), "data.path", "the folder of records when data.source is 'records'", self.path)
+            require(bool(self.path), "data.path", "the folder of records when data.source is 'records'", self.path)
         if self.latents:
-            _check(bool(self.path), "data.path", "the folder of latents when data.source is 'latents'", self.path)
-            _check(
+            require(bool(self.path), "data.path", "the folder of latents when data.source is 'latents'", self.path)
+            require(
                 not self.in_memory,
                 "data.in_memory",
                 "False when data.source is 'latents', which are not decoded",
                 self.in_memory,
             )
-        _check(
+        require(
             not (self.in_memory and self.workers),
             "data.workers",
             "0 with data.in_memory, which leaves nothing to decode while training",
             self.workers,
         )
         if self.source == "tfds":
-            _check(bool(self.name), "data.name", "a tensorflow-datasets name when data.source is 'tfds'", self.name)
+            require(bool(self.name), "data.name", "a tensorflow-datasets name when data.source is 'tfds'", self.name)
 
     @property
     def latents(self) -> bool:
@@ -244,11 +248,11 @@ class DiffusionConfig:
 
     def __post_init__(self) -> None:
         check_numbers(self, "diffusion")
-        _one_of("diffusion.objective", self.objective, OBJECTIVES)
-        _one_of("diffusion.beta_schedule", self.beta_schedule, ("linear", "cosine"))
-        _one_of("diffusion.time_distribution", self.time_distribution, ("logit_normal", "uniform"))
-        _check(self.timesteps > 1, "diffusion.timesteps", "greater than 1", self.timesteps)
-        _fraction(self, "diffusion", "label_dropout")
+        require_one_of("diffusion.objective", self.objective, OBJECTIVES)
+        require_one_of("diffusion.beta_schedule", self.beta_schedule, ("linear", "cosine"))
+        require_one_of("diffusion.time_distribution", self.time_distribution, ("logit_normal", "uniform"))
+        require(self.timesteps > 1, "diffusion.timesteps", "greater than 1", self.timesteps)
+        require_fraction(self, "diffusion", "label_dropout")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -269,18 +273,18 @@ class SamplerConfig:
 
     def __post_init__(self) -> None:
         check_numbers(self, "sampler")
-        _one_of("sampler.name", self.name, (*SAMPLERS, None))
-        _one_of("sampler.guidance_channels", self.guidance_channels, ("all", "first3"))
-        _positive(self, "sampler", "steps")
-        _check(self.guidance_scale >= 0, "sampler.guidance_scale", "0 or more", self.guidance_scale)
+        require_one_of("sampler.name", self.name, (*SAMPLERS, None))
+        require_one_of("sampler.guidance_channels", self.guidance_channels, ("all", "first3"))
+        require_positive(self, "sampler", "steps")
+        require(self.guidance_scale >= 0, "sampler.guidance_scale", "0 or more", self.guidance_scale)
         low, high = self.guidance_interval
-        _check(
+        require(
             0.0 <= low < high <= 1.0,
             "sampler.guidance_interval",
             "(low, high) with 0 <= low < high <= 1",
             self.guidance_interval,
         )
-        _check(0.0 <= self.ddim_eta <= 1.0, "sampler.ddim_eta", "in [0, 1]", self.ddim_eta)
+        require(0.0 <= self.ddim_eta <= 1.0, "sampler.ddim_eta", "in [0, 1]", self.ddim_eta)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -302,28 +306,28 @@ class OptimizerConfig:
 
     def __post_init__(self) -> None:
         check_numbers(self, "optimizer")
-        _positive(self, "optimizer", "learning_rate", "clip_norm")
-        _check(
+        require_positive(self, "optimizer", "learning_rate", "clip_norm")
+        require(
             0 <= self.final_learning_rate <= self.learning_rate,
             "optimizer.final_learning_rate",
             "between 0 and optimizer.learning_rate",
             self.final_learning_rate,
         )
-        _check(self.warmup_steps >= 0, "optimizer.warmup_steps", "0 or more", self.warmup_steps)
-        _check(
+        require(self.warmup_steps >= 0, "optimizer.warmup_steps", "0 or more", self.warmup_steps)
+        require(
             self.decay_steps is None or self.decay_steps >= max(1, self.warmup_steps),
             "optimizer.decay_steps",
             f"1 or more and at least optimizer.warmup_steps ({self.warmup_steps}), or None",
             self.decay_steps,
         )
-        _check(
+        require(
             0 <= self.warmup_start <= self.learning_rate,
             "optimizer.warmup_start",
             "between 0 and optimizer.learning_rate",
             self.warmup_start,
         )
-        _check(self.weight_decay >= 0, "optimizer.weight_decay", "0 or more", self.weight_decay)
-        _fraction(self, "optimizer", "b1", "b2")
+        require(self.weight_decay >= 0, "optimizer.weight_decay", "0 or more", self.weight_decay)
+        require_fraction(self, "optimizer", "b1", "b2")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -336,8 +340,8 @@ class MeshConfig:
 
     def __post_init__(self) -> None:
         check_numbers(self, "mesh")
-        _check(self.data == -1 or self.data > 0, "mesh.data", "-1 or greater than 0", self.data)
-        _positive(self, "mesh", "fsdp", "tensor")
+        require(self.data == -1 or self.data > 0, "mesh.data", "-1 or greater than 0", self.data)
+        require_positive(self, "mesh", "fsdp", "tensor")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -366,22 +370,22 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         check_numbers(self, "train")
-        _positive(self, "train", "steps", "batch_size", "accumulate", "log_every", "save_every")
-        _check(
+        require_positive(self, "train", "steps", "batch_size", "accumulate", "log_every", "save_every")
+        require(
             self.batch_size % self.accumulate == 0,
             "train.batch_size",
             f"a multiple of train.accumulate ({self.accumulate})",
             self.batch_size,
         )
-        _check(0 <= self.seed < 2**32, "train.seed", "0 or more and below 2**32", self.seed)
-        _check(self.sample_every >= 0, "train.sample_every", "0 or more", self.sample_every)
-        _check(self.keep_every >= 0, "train.keep_every", "0 or more", self.keep_every)
-        _check(len(self.ema_decays) > 0, "train.ema_decays", "at least one decay", self.ema_decays)
+        require(0 <= self.seed < 2**32, "train.seed", "0 or more and below 2**32", self.seed)
+        require(self.sample_every >= 0, "train.sample_every", "0 or more", self.sample_every)
+        require(self.keep_every >= 0, "train.keep_every", "0 or more", self.keep_every)
+        require(len(self.ema_decays) > 0, "train.ema_decays", "at least one decay", self.ema_decays)
         for decay in self.ema_decays:
-            _check(0.0 <= decay < 1.0, "train.ema_decays", "decays in [0, 1)", self.ema_decays)
+            require(0.0 <= decay < 1.0, "train.ema_decays", "decays in [0, 1)", self.ema_decays)
         for name in self.allow_change:
-            _one_of("train.allow_change", name, CHANGEABLE)
-        _one_of("train.precision", self.precision, get_args(Precision))
+            require_one_of("train.allow_change", name, CHANGEABLE)
+        require_one_of("train.precision", self.precision, get_args(Precision))
 
     @property
     def compute(self) -> str:
@@ -423,26 +427,26 @@ class EvalConfig:
     def __post_init__(self) -> None:
         check_numbers(self, "eval")
         _put_homes(self, "reference", "inception", "vae")
-        _check(self.every >= 0, "eval.every", "0 or more", self.every)
-        _check(self.num_samples > 3, "eval.num_samples", "4 or more", self.num_samples)
-        _check(
+        require(self.every >= 0, "eval.every", "0 or more", self.every)
+        require(self.num_samples > 3, "eval.num_samples", "4 or more", self.num_samples)
+        require(
             len(self.metrics) > 0 and len(set(self.metrics)) == len(self.metrics),
             "eval.metrics",
             "some metrics, each once",
             self.metrics,
         )
         for name in self.metrics:
-            _one_of("eval.metrics", name, METRICS)
-        _positive(self, "eval", "batch_size")
-        _check(
+            require_one_of("eval.metrics", name, METRICS)
+        require_positive(self, "eval", "batch_size")
+        require(
             self.guidance_scale is None or self.guidance_scale >= 0,
             "eval.guidance_scale",
             "0 or more, or None",
             self.guidance_scale,
         )
-        _check(self.steps is None or self.steps > 0, "eval.steps", "greater than 0, or None", self.steps)
-        _one_of("eval.labels", self.labels, ("random", "balanced"))
-        _check(0 <= self.seed < 2**64, "eval.seed", "0 or more and below 2**64", self.seed)
+        require(self.steps is None or self.steps > 0, "eval.steps", "greater than 0, or None", self.steps)
+        require_one_of("eval.labels", self.labels, ("random", "balanced"))
+        require(0 <= self.seed < 2**64, "eval.seed", "0 or more and below 2**64", self.seed)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -464,10 +468,10 @@ class GuardConfig:
 
     def __post_init__(self) -> None:
         check_numbers(self, "guard")
-        _one_of("guard.nonfinite", self.nonfinite, ("stop", "skip"))
-        _positive(self, "guard", "spike_steps", "spike_window")
+        require_one_of("guard.nonfinite", self.nonfinite, ("stop", "skip"))
+        require_positive(self, "guard", "spike_steps", "spike_window")
         for name in ("nonfinite_limit", "spike_factor", "max_rollbacks"):
-            _check(getattr(self, name) >= 0, f"guard.{name}", "0 or more", getattr(self, name))
+            require(getattr(self, name) >= 0, f"guard.{name}", "0 or more", getattr(self, name))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -480,7 +484,7 @@ class ProfileConfig:
     def __post_init__(self) -> None:
         if self.steps is not None:
             first, _, last = (whole_number(part) for part in self.steps.partition(":"))
-            _check(
+            require(
                 first is not None and last is not None and 1 <= first <= last <= LARGEST,
                 "profile.steps",
                 "FIRST:LAST with 1 <= FIRST <= LAST",
@@ -504,7 +508,7 @@ class LogConfig:
     """The project of Weights & Biases that gets metrics, pictures and config; WANDB_MODE=offline keeps them here."""
 
     def __post_init__(self) -> None:
-        _check(self.wandb != "", "log.wandb", "the name of a project, or None", self.wandb)
+        require(self.wandb != "", "log.wandb", "the name of a project, or None", self.wandb)
 
 
 Values = dict[str, Any]
@@ -550,10 +554,10 @@ class RunConfig:
     """Settings among `CHANGEABLE` that the shapes of parameters depend on, so that nothing unlocks them."""
 
     def __post_init__(self) -> None:
-        _check(bool(self.run_dir), "run_dir", "a folder", self.run_dir)
-        _check(not re.match(r"[A-Za-z][\w.+-]*://", self.run_dir), "run_dir", "a folder of this machine", self.run_dir)
+        require(bool(self.run_dir), "run_dir", "a folder", self.run_dir)
+        require(not re.match(r"[A-Za-z][\w.+-]*://", self.run_dir), "run_dir", "a folder of this machine", self.run_dir)
         _put_homes(self, "run_dir")
-        _check(
+        require(
             self.optimizer.warmup_steps <= self.train.steps,
             "optimizer.warmup_steps",
             f"at most train.steps ({self.train.steps})",
@@ -598,14 +602,14 @@ class Config(RunConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         allowed = (*samplers_of(self.diffusion.objective), None)
-        _check(
+        require(
             self.sampler.name in allowed,
             "sampler.name",
             f"one of {allowed} with diffusion.objective={self.diffusion.objective!r}",
             self.sampler.name,
         )
         if OBJECTIVES[self.diffusion.objective].discrete:
-            _check(
+            require(
                 self.sampler.steps <= self.diffusion.timesteps,
                 "sampler.steps",
                 f"at most diffusion.timesteps ({self.diffusion.timesteps})",
@@ -616,26 +620,26 @@ class Config(RunConfig):
 
     def _check_eval(self) -> None:
         if OBJECTIVES[self.diffusion.objective].discrete:
-            _check(
+            require(
                 (self.eval.steps or 1) <= self.diffusion.timesteps,
                 "eval.steps",
                 f"at most diffusion.timesteps ({self.diffusion.timesteps})",
                 self.eval.steps,
             )
-        _check(
+        require(
             self.eval.ema in (None, 0.0, *self.train.ema_decays),
             "eval.ema",
             f"None, 0 or one of train.ema_decays {self.train.ema_decays}",
             self.eval.ema,
         )
-        _check(
+        require(
             self.eval.reference is not None or not any(METRICS[name].needs for name in self.eval.metrics),
             "eval.reference",
             f"a file of reference statistics for eval.metrics {self.eval.metrics}",
             self.eval.reference,
         )
         latents = self.data.latents
-        _check(
+        require(
             latents == (self.eval.vae is not None),
             "eval.vae",
             "the weights of the autoencoder for a run on latents" if latents else "None for a run on pixels",
@@ -669,9 +673,9 @@ def from_dict(values: Values, cls: type[C] = Config) -> C:
     """
     try:
         task = task_of(values)
-        _check(task == cls.TASK, "the task of the run", repr(cls.TASK), task)
+        require(task == cls.TASK, "the task of the run", repr(cls.TASK), task)
         version = values.get("version", 1)
-        _check(
+        require(
             isinstance(version, int) and 1 <= version <= cls.VERSION,
             "the version of the saved config",
             f"1 to {cls.VERSION}, which this program reads",
@@ -687,10 +691,10 @@ def from_dict(values: Values, cls: type[C] = Config) -> C:
 
 
 def _build(cls: type, values: dict[str, Any], where: str) -> Any:
-    _check(isinstance(values, dict), where, "a group of fields", values)
+    require(isinstance(values, dict), where, "a group of fields", values)
     fields = {field.name: field for field in dataclasses.fields(cls)}
     for name in values:
-        _check(name in fields, f"{where}.{name}", "one of " + ", ".join(fields), name)
+        require(name in fields, f"{where}.{name}", "one of " + ", ".join(fields), name)
     built = {}
     for name, value in values.items():
         kind = fields[name].type

@@ -11,11 +11,11 @@ from gspn_jax.config import (
     RunConfig,
     SourceName,
     TrainConfig,
-    _check,
-    _fraction,
-    _one_of,
-    _positive,
     check_numbers,
+    require,
+    require_fraction,
+    require_one_of,
+    require_positive,
 )
 
 Preset = Literal["GSPN-T", "GSPN-S", "GSPN-B", "GSPN-mini"]
@@ -47,12 +47,12 @@ class ClassifierConfig:
 
     def __post_init__(self) -> None:
         check_numbers(self, "model")
-        _one_of("model.preset", self.preset, get_args(Preset))
-        _one_of("model.mixer", self.mixer, get_args(Mixer))
-        _one_of("model.remat", self.remat, get_args(Remat))
+        require_one_of("model.preset", self.preset, get_args(Preset))
+        require_one_of("model.mixer", self.mixer, get_args(Mixer))
+        require_one_of("model.remat", self.remat, get_args(Remat))
         drop_path = self.drop_path
-        _check(drop_path is None or 0 <= drop_path < 1, "model.drop_path", "in [0, 1), or None", drop_path)
-        _check(self.groups is None or self.groups > 0, "model.groups", "greater than 0 or None", self.groups)
+        require(drop_path is None or 0 <= drop_path < 1, "model.drop_path", "in [0, 1), or None", drop_path)
+        require(self.groups is None or self.groups > 0, "model.groups", "greater than 0 or None", self.groups)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,15 +91,15 @@ class AugmentConfig:
         check_numbers(self, "augment")
         for name in ("crop_area", "crop_aspect"):
             low, high = getattr(self, name)
-            _check(0 < low <= high, f"augment.{name}", "(low, high) with 0 < low <= high", (low, high))
-        _check(self.crop_area[1] <= 1, "augment.crop_area", "at most 1", self.crop_area)
+            require(0 < low <= high, f"augment.{name}", "(low, high) with 0 < low <= high", (low, high))
+        require(self.crop_area[1] <= 1, "augment.crop_area", "at most 1", self.crop_area)
         for name in ("flip", "rand_probability", "erasing", "mix_switch", "mix_probability"):
-            _check(0 <= getattr(self, name) <= 1, f"augment.{name}", "in [0, 1]", getattr(self, name))
+            require(0 <= getattr(self, name) <= 1, f"augment.{name}", "in [0, 1]", getattr(self, name))
         for name in ("rand_layers", "rand_deviation", "mixup", "cutmix"):
-            _check(getattr(self, name) >= 0, f"augment.{name}", "0 or more", getattr(self, name))
-        _check(0 <= self.rand_magnitude <= 10, "augment.rand_magnitude", "in [0, 10]", self.rand_magnitude)
-        _fraction(self, "augment", "smoothing")
-        _check(all(value > 0 for value in self.deviation), "augment.deviation", "greater than 0", self.deviation)
+            require(getattr(self, name) >= 0, f"augment.{name}", "0 or more", getattr(self, name))
+        require(0 <= self.rand_magnitude <= 10, "augment.rand_magnitude", "in [0, 10]", self.rand_magnitude)
+        require_fraction(self, "augment", "smoothing")
+        require(all(value > 0 for value in self.deviation), "augment.deviation", "greater than 0", self.deviation)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,12 +123,12 @@ class ValidationConfig:
 
     def __post_init__(self) -> None:
         check_numbers(self, "eval")
-        _check(self.every >= 0, "eval.every", "0 or more", self.every)
-        _check(SMALLEST_CROP <= self.crop <= 1, "eval.crop", f"from {SMALLEST_CROP} to 1", self.crop)
-        _positive(self, "eval", "batch_size")
-        _check(self.image_size is None or self.image_size > 0, "eval.image_size", "greater than 0", self.image_size)
+        require(self.every >= 0, "eval.every", "0 or more", self.every)
+        require(SMALLEST_CROP <= self.crop <= 1, "eval.crop", f"from {SMALLEST_CROP} to 1", self.crop)
+        require_positive(self, "eval", "batch_size")
+        require(self.image_size is None or self.image_size > 0, "eval.image_size", "greater than 0", self.image_size)
         if self.source is not None:
-            _one_of("eval.source", self.source, ("digits", "folder", "records", "tfds"))
+            require_one_of("eval.source", self.source, ("digits", "folder", "records", "tfds"))
 
 
 def check_view(image_size: int | None, crop: float | None) -> None:
@@ -162,19 +162,19 @@ class ClassifyConfig(RunConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check(not self.data.latents, "data.source", "a set of images", self.data.source)
-        _check(not self.data.flip, "data.flip", "False: augment.flip mirrors images", self.data.flip)
-        _check(not self.data.in_memory, "data.in_memory", "False: prepare images as records instead", True)
+        require(not self.data.latents, "data.source", "a set of images", self.data.source)
+        require(not self.data.flip, "data.flip", "False: augment.flip mirrors images", self.data.flip)
+        require(not self.data.in_memory, "data.in_memory", "False: prepare images as records instead", True)
         for name in ("mean", "deviation"):
             values = getattr(self.augment, name)
-            _check(
+            require(
                 len(values) == self.data.channels,
                 f"augment.{name}",
                 f"{self.data.channels} numbers, one a channel",
                 values,
             )
         if self.eval.every and self.validation.source in ("folder", "records"):
-            _check(bool(self.eval.path), "eval.path", "the folder of images to evaluate on", self.eval.path)
+            require(bool(self.eval.path), "eval.path", "the folder of images to evaluate on", self.eval.path)
 
     @property
     def validation(self) -> DataConfig:

@@ -13,7 +13,8 @@ from jax.sharding import Mesh
 from gspn_jax.classify.config import ClassifyConfig, ValidationConfig
 from gspn_jax.classify.network import Network
 from gspn_jax.config import ConfigError, from_dict, to_dict
-from gspn_jax.files import check_new_folder, new_folder, sha256_of
+from gspn_jax.convert import card
+from gspn_jax.files import check_new_folder, new_folder
 from gspn_jax.parallel import sharding
 from gspn_jax.runs import averages, checkpoints
 from gspn_jax.runs.digest import digest_of
@@ -231,8 +232,7 @@ def export(arguments: Export) -> None:
     """Raises ConfigError or CheckpointError with one sentence for what cannot be used."""
     output = pathlib.Path(arguments.output)
     check_new_folder(output)
-    if not arguments.license.strip() or "\n" in arguments.license:
-        raise ConfigError(f"--license must be one line, found {arguments.license!r}")
+    card.check_license(arguments.license)
     mesh = sharding.make_mesh(ClassifyConfig(run_dir=".").mesh, jax.devices()[:1])
     decay = first_average(arguments.run) if arguments.ema is None else arguments.ema
     trained = read(arguments.run, mesh, step=arguments.step, decays=(decay,))
@@ -301,16 +301,13 @@ def _card(
         ),
         ("weights", f"exponential moving average, decay {decay:g}" if decay else "the parameters themselves"),
         ("evaluated at", f"{size} pixels, crop {config.eval.crop:g}, bicubic"),
-        ("license", header["license"] if header["license"] != "unknown" else "unknown: not stated by who exported"),
-        ("SHA-256 of the parameters", header["parameters_sha256"]),
-        (f"SHA-256 of {weights.name}", f"{sha256_of(weights)} ({weights.stat().st_size:,} bytes)"),
+        *card.provenance(header, weights),
     ]
     scores = "\n".join(
         f"- top-1 {one['top1']:.2f} %, top-5 {one['top5']:.2f} % of {one['images']:,} images at {one['image_size']} "
         f"pixels, crop {one['crop']:g}, in {one['dtype']}"
         for one in results
     )
-    table = "\n".join(f"| {left} | {right} |" for left, right in [("", ""), ("---", "---"), *rows])
     return f"""---
 license: {json.dumps(header["license"])}
 library_name: gspn-jax
@@ -318,7 +315,7 @@ tags: [image-classification]
 ---
 # {name}
 
-{table}
+{card.table(("", ""), rows)}
 
 ## How to use
 ```

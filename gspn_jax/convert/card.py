@@ -5,7 +5,7 @@ import logging
 import pathlib
 from typing import Any
 
-from gspn_jax.config import Config, from_dict
+from gspn_jax.config import Config, ConfigError, from_dict
 from gspn_jax.evaluate.report import label, read_result
 from gspn_jax.files import sha256_of
 from gspn_jax.models import learns_sigma, resolve
@@ -31,9 +31,7 @@ def text(name: str, header: dict[str, Any], *, count: int, weights: pathlib.Path
         ("training", _training(config, header)),
         ("weights", _average(header["ema_decay"])),
         ("data set", f"{_data(config)}, {config.data.num_classes:,} classes, fingerprint {header['fingerprint']}"),
-        ("license", header["license"] if header["license"] != "unknown" else "unknown: not stated by who exported"),
-        ("SHA-256 of the parameters", header["parameters_sha256"]),
-        (f"SHA-256 of {weights.name}", f"{sha256_of(weights)} ({weights.stat().st_size:,} bytes)"),
+        *provenance(header, weights),
     ]
     vae = " --vae VAE.safetensors" if config.data.latents else ""
     names = (
@@ -41,7 +39,7 @@ def text(name: str, header: dict[str, Any], *, count: int, weights: pathlib.Path
         if header["names"] == "dit"
         else "those of gspn-jax (blocks of one kind are stacked along the first axis)"
     )
-    measured = _table(("", ""), scores) if scores else "None were measured before the export."
+    measured = table(("", ""), scores) if scores else "None were measured before the export."
     return f"""---
 license: {json.dumps(header["license"])}
 library_name: gspn-jax
@@ -49,7 +47,7 @@ tags: [diffusion, class-conditional, image-generation]
 ---
 # {name}
 
-{_table(("", ""), rows)}
+{table(("", ""), rows)}
 
 ## How to load
 ```
@@ -95,7 +93,23 @@ def scores(run: pathlib.Path, config: Config, step: int, decay: float, parameter
     return found
 
 
-def _table(head: tuple[str, str], rows: list[tuple[str, str]]) -> str:
+def check_license(license: str) -> None:
+    """Raises ConfigError for a `--license` that a card cannot name in its front matter."""
+    if not license.strip() or "\n" in license:
+        raise ConfigError(f"--license must be one line, found {license!r}")
+
+
+def provenance(header: dict[str, Any], weights: pathlib.Path) -> list[tuple[str, str]]:
+    """Rows of every card: the license, and by which hashes parameters and file are known."""
+    return [
+        ("license", header["license"] if header["license"] != "unknown" else "unknown: not stated by who exported"),
+        ("SHA-256 of the parameters", header["parameters_sha256"]),
+        (f"SHA-256 of {weights.name}", f"{sha256_of(weights)} ({weights.stat().st_size:,} bytes)"),
+    ]
+
+
+def table(head: tuple[str, str], rows: list[tuple[str, str]]) -> str:
+    """Markdown of two columns."""
     return "\n".join(f"| {left} | {right} |" for left, right in [head, ("---", "---"), *rows])
 
 

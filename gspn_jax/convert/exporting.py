@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from gspn_jax import models
-from gspn_jax.config import Config, ConfigError, EvalConfig, MeshConfig, to_dict
+from gspn_jax.config import Config, EvalConfig, MeshConfig, to_dict
 from gspn_jax.convert import card
 from gspn_jax.files import check_new_folder, new_folder
 from gspn_jax.models.convert import dit_to_torch
@@ -45,8 +45,7 @@ def export_weights(arguments: Export) -> None:
     """Raises ConfigError or CheckpointError with one sentence for what cannot be used."""
     output = pathlib.Path(arguments.output)
     check_new_folder(output)
-    if not arguments.license.strip() or "\n" in arguments.license:
-        raise ConfigError(f"--license must be one line, found {arguments.license!r}")
+    card.check_license(arguments.license)
     step, meta = checkpoints.read_meta(arguments.run, arguments.step)
     _, config = checkpoints.read_config(arguments.run, step)
     decay = config.train.ema_decays[0] if arguments.ema is None else arguments.ema

@@ -13,7 +13,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from gspn_jax.config import ConfigError, ModelConfig, Remat
+from gspn_jax.config import ConfigError, ModelConfig, Remat, require
 from gspn_jax.kernels import available_backends, depthwise_conv, propagate_low_rank
 from gspn_jax.models.attention import attention
 from gspn_jax.models.embeddings import XAVIER
@@ -93,8 +93,10 @@ class AttentionOptions:
     def of(cls, model: ModelConfig) -> Self:
         _no_options(model)
         hidden, heads = model.hidden, model.heads
-        _check(heads is not None and hidden % heads == 0, "model.heads", f"a divisor of model.hidden ({hidden})", heads)
-        _check(model.groups is None, "model.groups", "None with model.mixer='attention'", model.groups)
+        require(
+            heads is not None and hidden % heads == 0, "model.heads", f"a divisor of model.hidden ({hidden})", heads
+        )
+        require(model.groups is None, "model.groups", "None with model.mixer='attention'", model.groups)
         return cls(heads)
 
     def build(self, width: int, *, dtype: DTypeLike, rngs: nnx.Rngs) -> "Attention":
@@ -182,15 +184,15 @@ class GSPNOptions:
     def of(cls, model: ModelConfig) -> Self:
         _no_options(model)
         hidden, backends = model.hidden, available_backends()
-        _check(
+        require(
             model.backend in (None, *backends),
             "model.backend",
             f"None or one of {', '.join(map(repr, backends))} here",
             model.backend,
         )
         groups = hidden if model.groups is None else model.groups
-        _check(hidden % groups == 0, "model.groups", f"a divisor of model.hidden ({hidden})", groups)
-        _check(model.proxy_ratio <= hidden, "model.proxy_ratio", f"at most model.hidden ({hidden})", model.proxy_ratio)
+        require(hidden % groups == 0, "model.groups", f"a divisor of model.hidden ({hidden})", groups)
+        require(model.proxy_ratio <= hidden, "model.proxy_ratio", f"at most model.hidden ({hidden})", model.proxy_ratio)
         return cls(groups, hidden // model.proxy_ratio, model.skip, model.backend)
 
     def build(self, width: int, *, dtype: DTypeLike, rngs: nnx.Rngs) -> "GSPNMixer":
@@ -262,8 +264,3 @@ class GSPNMixer(nnx.Module):
             skip=skip, chunk=chunk, backend=self.backend,
         )  # fmt: skip
         return named(self.out_proj(named(y, "scan")), "out_proj")
-
-
-def _check(condition: bool, field: str, expected: str, found: object) -> None:
-    if not condition:
-        raise ConfigError(f"{field} must be {expected}, found {found!r}")

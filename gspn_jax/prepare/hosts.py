@@ -8,10 +8,18 @@ import logging
 import time
 from collections.abc import Callable
 
+from gspn_jax.config import ConfigError
+
 log = logging.getLogger(__name__)
 
 SECONDS = 0.5
 """Between two looks at the files that others write."""
+
+
+def check_share(host: int, num_hosts: int) -> None:
+    """Raises ConfigError unless `--host` is one of the `--num-hosts` that share the work."""
+    if not 0 <= host < num_hosts:
+        raise ConfigError(f"--host must be in 0..{num_hosts - 1}, found {host}")
 
 
 def wait_until(there: Callable[[], bool], wanted: str) -> None:

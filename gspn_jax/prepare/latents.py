@@ -15,6 +15,7 @@ import numpy as np
 from gspn_jax.config import ConfigError
 from gspn_jax.data.ahead import read_ahead
 from gspn_jax.files import claim, replacing, sha256_of
+from gspn_jax.prepare.hosts import check_share
 from gspn_jax.prepare.images import CHANNELS, ImageFlags
 from gspn_jax.small_files import DamagedFile, read_as
 
@@ -55,8 +56,7 @@ class Latents(ImageFlags):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.check_positive("image_size", "shard_size", "num_hosts")
-        if not 0 <= self.host < self.num_hosts:
-            raise ConfigError(f"--host must be in 0..{self.num_hosts - 1}, found {self.host}")
+        check_share(self.host, self.num_hosts)
 
     def scale(self) -> "autoencoder.Scale | None":
         """Scale and shift that the flags tell."""

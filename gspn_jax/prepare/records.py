@@ -22,6 +22,7 @@ from gspn_jax.data.decoding import DataError
 from gspn_jax.data.records import INDEX, METADATA, Index, RecordMetadata, Shard, problem, shard_name
 from gspn_jax.data.source import Source
 from gspn_jax.files import claim, replacing, sha256_of
+from gspn_jax.prepare.hosts import check_share
 from gspn_jax.prepare.images import ImageFlags
 from gspn_jax.small_files import DamagedFile, read_as
 
@@ -50,8 +51,7 @@ class Records(ImageFlags):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.check_positive("image_size", "shard_size", "num_hosts")
-        if not 0 <= self.host < self.num_hosts:
-            raise ConfigError(f"--host must be in 0..{self.num_hosts - 1}, found {self.host}")
+        check_share(self.host, self.num_hosts)
 
 
 def prepare_records(arguments: Records) -> None:

@@ -72,3 +72,19 @@ def encode(weights, config, ids):
     last = norm("final_layer_norm", x)
     pooled = last[list(ids).index(max(ids))]
     return last, before, pooled if config.projection is None else pooled @ get("text_projection.weight").T
+
+
+def config_json(config: TextConfig) -> dict:
+    """The config.json of a tower, as transformers writes it."""
+    return {
+        "architectures": ["CLIPTextModelWithProjection" if config.projection else "CLIPTextModel"],
+        "hidden_size": config.width,
+        "num_hidden_layers": config.layers,
+        "num_attention_heads": config.heads,
+        "intermediate_size": config.hidden,
+        "hidden_act": config.activation,
+        "vocab_size": config.vocabulary,
+        "projection_dim": config.projection or 512,
+        "max_position_embeddings": config.length,
+        "eos_token_id": 2,
+    }

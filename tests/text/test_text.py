@@ -31,23 +31,8 @@ def relative_error(found, truth) -> float:
     return np.abs(np.asarray(found, np.float64) - truth).max() / np.abs(truth).max()
 
 
-def as_json(config: TextConfig) -> dict:
-    return {
-        "architectures": ["CLIPTextModelWithProjection" if config.projection else "CLIPTextModel"],
-        "hidden_size": config.width,
-        "num_hidden_layers": config.layers,
-        "num_attention_heads": config.heads,
-        "intermediate_size": config.hidden,
-        "hidden_act": config.activation,
-        "vocab_size": config.vocabulary,
-        "projection_dim": config.projection or 512,
-        "max_position_embeddings": config.length,
-        "eos_token_id": 2,
-    }
-
-
 def write_folder(folder, config, weights):
-    (folder / "config.json").write_text(json.dumps(as_json(config)))
+    (folder / "config.json").write_text(json.dumps(numpy_clip.config_json(config)))
     save_file(weights, folder / "model.safetensors")
     return folder
 
@@ -140,11 +125,11 @@ def test_other_weights_get_a_sentence(tmp_path, change, message):
 )
 def test_other_configs_get_a_sentence(field, value, message):
     with pytest.raises(ConfigError, match=message):
-        TextConfig.from_json(as_json(QUICK) | {field: value})
+        TextConfig.from_json(numpy_clip.config_json(QUICK) | {field: value})
 
 
 def test_too_many_tokens_get_a_sentence():
     params = from_state_dict(random_state_dict(QUICK), QUICK)
     with pytest.raises(ValueError, match=r"ids must be \[B, N\] with N from 1 to 11, found \[1, 12\]"):
         encode(params, QUICK, jnp.zeros((1, 12), jnp.int32))
-    assert TextConfig.from_json(as_json(QUICK)) == QUICK
+    assert TextConfig.from_json(numpy_clip.config_json(QUICK)) == QUICK

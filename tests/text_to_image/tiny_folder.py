@@ -23,21 +23,6 @@ XL = (dataclasses.replace(numpy_unet.LINEAR, in_channels=4, out_channels=4), (FI
 """And as in SDXL."""
 
 
-def text_json(config: TextConfig) -> dict:
-    return {
-        "architectures": ["CLIPTextModelWithProjection" if config.projection else "CLIPTextModel"],
-        "hidden_size": config.width,
-        "num_hidden_layers": config.layers,
-        "num_attention_heads": config.heads,
-        "intermediate_size": config.hidden,
-        "hidden_act": config.activation,
-        "vocab_size": config.vocabulary,
-        "projection_dim": config.projection or 512,
-        "max_position_embeddings": config.length,
-        "eos_token_id": 2,
-    }
-
-
 def write_json(path: pathlib.Path, content: dict) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(content))
@@ -56,7 +41,7 @@ def write_folder(folder: pathlib.Path, unet, texts) -> pathlib.Path:
     save_file(numpy_unet.random_state_dict(unet), folder / "unet/diffusion_pytorch_model.safetensors")
     words, merges = small_vocabulary()
     for end, config in zip(("", "_2"), texts, strict=False):
-        write_json(folder / f"text_encoder{end}/config.json", text_json(config))
+        write_json(folder / f"text_encoder{end}/config.json", numpy_clip.config_json(config))
         save_file(numpy_clip.random_state_dict(config), folder / f"text_encoder{end}/model.safetensors")
         write_json(folder / f"tokenizer{end}/vocab.json", words)
         lines = "".join(f"{left} {right}\n" for left, right in merges)
