@@ -1,18 +1,19 @@
-"""The configuration of a run: frozen dataclasses, validated when built.
-
-`RunConfig` is what every run has, `Config` that of a diffusion model; another task has another class. A config file
-under `configs/` builds one; the command line overrides any field of it by its dotted name.
-Every error is a `ConfigError` whose message is one sentence naming the field, what was expected and what was found.
-"""
+"""The sections of a config: frozen dataclasses, validated when built."""
 
 import dataclasses
-import math
-import os
-import re
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar, get_args, get_origin
+from typing import TYPE_CHECKING, Literal, get_args
 
-from gspn_jax.tables import METRICS, MIXERS, OBJECTIVES, SAMPLERS, SOURCES, Choice, Table, samplers_of
+from gspn_jax.config.checks import (
+    LARGEST,
+    check_numbers,
+    put_homes,
+    require,
+    require_fraction,
+    require_one_of,
+    require_positive,
+    whole_number,
+)
+from gspn_jax.tables import METRICS, MIXERS, OBJECTIVES, SAMPLERS, SOURCES, Choice
 
 if TYPE_CHECKING:
     SourceName = MixerName = ObjectiveName = SamplerName = MetricName = str
@@ -41,95 +42,6 @@ Remat = Literal["none", "dots", "names", "full"]
 
 CHANGEABLE = ("data", "train.batch_size", "train.accumulate", "train.seed")
 """What `train.allow_change` can name."""
-
-
-class ConfigError(ValueError):
-    """A setting that cannot be used; the message is one sentence for the user."""
-
-
-def require(condition: bool, field: str, expected: str, found: Any) -> None:
-    """Raises ConfigError, "FIELD must be EXPECTED, found FOUND", unless `condition` holds."""
-    if not condition:
-        raise ConfigError(f"{field} must be {expected}, found {found!r}")
-
-
-def whole_number(text: str) -> int | None:
-    """The number that `text` writes as we do, in the digits 0 to 9; None for all else ("²", "٣", "-1", "01")."""
-    plain = text.isascii() and text.isdigit() and len(text) < 20 and (text == "0" or not text.startswith("0"))
-    return int(text) if plain else None
-
-
-LARGEST = 2**31 - 1
-"""Steps are counted in 32 bits."""
-LIMITS = {
-    "seed": 2**64 - 1,
-    "timesteps": 10**6,
-    "num_samples": 10**8,
-    "per_class": 10**6,
-    "image_size": 2**16,
-    "hidden": 2**20,
-    "depth": 2**16,
-    "threads": 2**12,
-    "workers": 2**12,
-}
-"""Where another number is the largest, by the field's name: more would not end, or fit anywhere."""
-
-
-def check_numbers(owner: Any, prefix: str = "") -> None:
-    """Raises ConfigError unless each field of the dataclass `owner` that holds numbers, by its type, holds such ones:
-    whole where they must be, finite, and within `LIMITS`. Without `prefix` fields are named as flags, --batch-size."""
-    for field in dataclasses.fields(owner):
-        kinds = _kinds(field.type)
-        if not kinds & {int, float}:
-            continue
-        name = f"{prefix}.{field.name}" if prefix else f"--{field.name.replace('_', '-')}"
-        found, inner = getattr(owner, field.name), get_args(field.type)
-        if get_origin(field.type) is tuple:
-            wanted = "several numbers" if inner[-1] is ... else f"{len(inner)} numbers"
-            several = isinstance(found, tuple | list) and (inner[-1] is ... or len(found) == len(inner))
-            require(several, name, wanted, found)
-        for value in found if isinstance(found, tuple | list) else (found,):
-            if type(value) in kinds - {int, float}:
-                continue
-            whole = isinstance(value, int) and not isinstance(value, bool)
-            expected = "a number" if float in kinds else "a whole number"
-            require(whole or (float in kinds and isinstance(value, float)), name, expected, value)
-            require(whole or math.isfinite(value), name, "finite", value)
-            limit = LIMITS.get(field.name, LARGEST)
-            require(not whole or abs(value) <= limit, name, f"at most {limit:,}", value)
-
-
-def _kinds(annotation: Any) -> set[Any]:
-    """The types of single values that an annotation allows."""
-    if get_origin(annotation) is Literal:
-        return {type(value) for value in get_args(annotation)}
-    inner = [one for one in get_args(annotation) if one is not ...]
-    return set().union(*map(_kinds, inner)) if inner else {annotation}
-
-
-def require_one_of(field: str, found: Any, allowed: tuple | Table) -> None:
-    """`require` for a value of a tuple or a name of a table."""
-    require(found in allowed, field, "one of " + ", ".join(map(repr, allowed)), found)
-
-
-def require_positive(owner: Any, prefix: str, *names: str) -> None:
-    """`require` for fields of `owner` that are greater than 0."""
-    for name in names:
-        require(getattr(owner, name) > 0, f"{prefix}.{name}", "greater than 0", getattr(owner, name))
-
-
-def _put_homes(owner: Any, *names: str) -> None:
-    """Puts the user's home in place of a leading "~", which would otherwise be a folder of that name."""
-    for name in names:
-        value = getattr(owner, name)
-        if isinstance(value, str) and (value == "~" or value.startswith("~/")):
-            object.__setattr__(owner, name, os.path.expanduser(value))
-
-
-def require_fraction(owner: Any, prefix: str, *names: str) -> None:
-    """`require` for fields of `owner` in [0, 1)."""
-    for name in names:
-        require(0.0 <= getattr(owner, name) < 1.0, f"{prefix}.{name}", "in [0, 1)", getattr(owner, name))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -203,7 +115,7 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         check_numbers(self, "data")
-        _put_homes(self, "path")
+        put_homes(self, "path")
         require_one_of("data.source", self.source, SOURCES)
         require_one_of("data.bad_images", self.bad_images, ("error", "skip"))
         require_positive(self, "data", "image_size", "channels", "num_classes")
@@ -426,7 +338,7 @@ class EvalConfig:
 
     def __post_init__(self) -> None:
         check_numbers(self, "eval")
-        _put_homes(self, "reference", "inception", "vae")
+        put_homes(self, "reference", "inception", "vae")
         require(self.every >= 0, "eval.every", "0 or more", self.every)
         require(self.num_samples > 3, "eval.num_samples", "4 or more", self.num_samples)
         require(
@@ -509,198 +421,3 @@ class LogConfig:
 
     def __post_init__(self) -> None:
         require(self.wandb != "", "log.wandb", "the name of a project, or None", self.wandb)
-
-
-Values = dict[str, Any]
-"""A config as plain JSON values."""
-
-
-@dataclasses.dataclass(frozen=True)
-class RunConfig:
-    """Settings that a run of any task has; each task adds its own in a class. `run_dir` receives checkpoints,
-    logs and pictures."""
-
-    run_dir: str
-    optimizer: OptimizerConfig = OptimizerConfig()
-    mesh: MeshConfig = MeshConfig()
-    train: TrainConfig = TrainConfig()
-    guard: GuardConfig = GuardConfig()
-    profile: ProfileConfig = ProfileConfig()
-    log: LogConfig = LogConfig()
-
-    TASK: ClassVar[str]
-    """The name by which a saved config is known to be of this class."""
-    VERSION: ClassVar[int] = 1
-    """The version of what `to_dict` gives. It grows when a field is renamed, removed or means something else; a new
-    field with a default needs no new version."""
-    MIGRATIONS: ClassVar[dict[int, Callable[[Values], Values]]] = {}
-    """Version of a saved config -> function that makes the next version of it."""
-    MACHINE: ClassVar[tuple[str, ...]] = ()
-    """Settings that belong to the machine and are not saved."""
-    FIXED: ClassVar[tuple[str, ...]] = (
-        "model",
-        "data",
-        "train.batch_size",
-        "train.accumulate",
-        "train.seed",
-        "train.ema_decays",
-    )
-    """Settings (or sections) that are fixed for the life of a run; `train.allow_change` unlocks those of the data and
-    the batch."""
-    FREE: ClassVar[tuple[str, ...]] = ()
-    """Settings among `FIXED` that may change: parameters and the stream of batches stay the same run's. The content of
-    the data is compared by its fingerprint."""
-    SHAPES: ClassVar[tuple[str, ...]] = ()
-    """Settings among `CHANGEABLE` that the shapes of parameters depend on, so that nothing unlocks them."""
-
-    def __post_init__(self) -> None:
-        require(bool(self.run_dir), "run_dir", "a folder", self.run_dir)
-        require(not re.match(r"[A-Za-z][\w.+-]*://", self.run_dir), "run_dir", "a folder of this machine", self.run_dir)
-        _put_homes(self, "run_dir")
-        require(
-            self.optimizer.warmup_steps <= self.train.steps,
-            "optimizer.warmup_steps",
-            f"at most train.steps ({self.train.steps})",
-            self.optimizer.warmup_steps,
-        )
-
-
-def _from_version_1(values: Values) -> Values:
-    """Had no version, and had model.backend, which is since chosen where a model runs. In model.chunk, None was what
-    the preset says and 0 global. The two parts of train.precision could stand in any order."""
-    model, train = values.get("model"), values.get("train")
-    if isinstance(model, dict):
-        model = {name: value for name, value in model.items() if name != "backend"}
-        chunk = model.pop("chunk", None)
-        if chunk is not None:
-            model["chunk"] = [lines or None for lines in chunk] if isinstance(chunk, list | tuple) else chunk or None
-        values = values | {"model": model}
-    if isinstance(train, dict) and isinstance(train.get("precision"), str):
-        parts = sorted(train["precision"].split(","), reverse=True)
-        values = values | {"train": train | {"precision": ",".join(parts)}}
-    return values
-
-
-@dataclasses.dataclass(frozen=True)
-class Config(RunConfig):
-    """One experiment with a diffusion model. `run_dir` receives checkpoints, logs and sample grids."""
-
-    model: ModelConfig = ModelConfig()
-    data: DataConfig = DataConfig()
-    diffusion: DiffusionConfig = DiffusionConfig()
-    sampler: SamplerConfig = SamplerConfig()
-    eval: EvalConfig = EvalConfig()
-
-    TASK = "diffusion"
-    VERSION = 2
-    MIGRATIONS = {1: _from_version_1}  # noqa: RUF012 (declared in RunConfig)
-    MACHINE = ("model.backend",)
-    FIXED = (*RunConfig.FIXED, "diffusion")
-    FREE = ("model.remat", "data.path", "data.workers", "data.bad_images", "data.in_memory")
-    SHAPES = ("data.channels", "data.num_classes")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        allowed = (*samplers_of(self.diffusion.objective), None)
-        require(
-            self.sampler.name in allowed,
-            "sampler.name",
-            f"one of {allowed} with diffusion.objective={self.diffusion.objective!r}",
-            self.sampler.name,
-        )
-        if OBJECTIVES[self.diffusion.objective].discrete:
-            require(
-                self.sampler.steps <= self.diffusion.timesteps,
-                "sampler.steps",
-                f"at most diffusion.timesteps ({self.diffusion.timesteps})",
-                self.sampler.steps,
-            )
-        if self.eval.every:
-            self._check_eval()
-
-    def _check_eval(self) -> None:
-        if OBJECTIVES[self.diffusion.objective].discrete:
-            require(
-                (self.eval.steps or 1) <= self.diffusion.timesteps,
-                "eval.steps",
-                f"at most diffusion.timesteps ({self.diffusion.timesteps})",
-                self.eval.steps,
-            )
-        require(
-            self.eval.ema in (None, 0.0, *self.train.ema_decays),
-            "eval.ema",
-            f"None, 0 or one of train.ema_decays {self.train.ema_decays}",
-            self.eval.ema,
-        )
-        require(
-            self.eval.reference is not None or not any(METRICS[name].needs for name in self.eval.metrics),
-            "eval.reference",
-            f"a file of reference statistics for eval.metrics {self.eval.metrics}",
-            self.eval.reference,
-        )
-        latents = self.data.latents
-        require(
-            latents == (self.eval.vae is not None),
-            "eval.vae",
-            "the weights of the autoencoder for a run on latents" if latents else "None for a run on pixels",
-            self.eval.vae,
-        )
-
-
-C = TypeVar("C", bound=RunConfig)
-
-
-def to_dict(config: RunConfig) -> Values:
-    """The config as plain JSON values, as it is saved with every checkpoint; without what belongs to the machine."""
-    values: Values = dataclasses.asdict(config)
-    for name in config.MACHINE:
-        section, field = name.split(".")
-        del values[section][field]
-    return {"task": config.TASK, "version": config.VERSION} | values
-
-
-def task_of(values: Values) -> str:
-    """The task of a saved config; those of before there was a second one say none."""
-    return values.get("task", Config.TASK)
-
-
-def from_dict(values: Values, cls: type[C] = Config) -> C:
-    """The inverse of `to_dict` for configs of the class `cls`, also after a trip through JSON (lists become tuples
-    again), and of what versions before this one saved. A field that is not there has its default.
-
-    Raises ConfigError for the config of another task, for a field that does not exist, such as one written by a later
-    version, and for other damage.
-    """
-    try:
-        task = task_of(values)
-        require(task == cls.TASK, "the task of the run", repr(cls.TASK), task)
-        version = values.get("version", 1)
-        require(
-            isinstance(version, int) and 1 <= version <= cls.VERSION,
-            "the version of the saved config",
-            f"1 to {cls.VERSION}, which this program reads",
-            version,
-        )
-        for old in range(version, cls.VERSION):
-            values = cls.MIGRATIONS[old](values)
-        return _build(cls, {name: value for name, value in values.items() if name not in ("task", "version")}, "config")
-    except ConfigError:
-        raise
-    except (TypeError, AttributeError, ValueError) as error:  # values of another type do not compare
-        raise ConfigError(f"the saved config must be one that to_dict gives, found other values ({error})") from error
-
-
-def _build(cls: type, values: dict[str, Any], where: str) -> Any:
-    require(isinstance(values, dict), where, "a group of fields", values)
-    fields = {field.name: field for field in dataclasses.fields(cls)}
-    for name in values:
-        require(name in fields, f"{where}.{name}", "one of " + ", ".join(fields), name)
-    built = {}
-    for name, value in values.items():
-        kind = fields[name].type
-        if isinstance(kind, type) and dataclasses.is_dataclass(kind):
-            value = _build(kind, value, name)
-        elif isinstance(value, list):
-            value = tuple(value)
-        built[name] = value
-    return cls(**built)

@@ -1,0 +1,157 @@
+"""The config of a run: what every run has, and that of a diffusion model; what older versions of it meant."""
+
+import dataclasses
+import re
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+from gspn_jax.config.checks import put_homes, require
+from gspn_jax.config.sections import (
+    DataConfig,
+    DiffusionConfig,
+    EvalConfig,
+    GuardConfig,
+    LogConfig,
+    MeshConfig,
+    ModelConfig,
+    OptimizerConfig,
+    ProfileConfig,
+    SamplerConfig,
+    TrainConfig,
+)
+from gspn_jax.tables import METRICS, OBJECTIVES, samplers_of
+
+Values = dict[str, Any]
+"""A config as plain JSON values."""
+
+
+@dataclasses.dataclass(frozen=True)
+class RunConfig:
+    """Settings that a run of any task has; each task adds its own in a class. `run_dir` receives checkpoints,
+    logs and pictures."""
+
+    run_dir: str
+    optimizer: OptimizerConfig = OptimizerConfig()
+    mesh: MeshConfig = MeshConfig()
+    train: TrainConfig = TrainConfig()
+    guard: GuardConfig = GuardConfig()
+    profile: ProfileConfig = ProfileConfig()
+    log: LogConfig = LogConfig()
+
+    TASK: ClassVar[str]
+    """The name by which a saved config is known to be of this class."""
+    VERSION: ClassVar[int] = 1
+    """The version of what `to_dict` gives. It grows when a field is renamed, removed or means something else; a new
+    field with a default needs no new version."""
+    MIGRATIONS: ClassVar[dict[int, Callable[[Values], Values]]] = {}
+    """Version of a saved config -> function that makes the next version of it."""
+    MACHINE: ClassVar[tuple[str, ...]] = ()
+    """Settings that belong to the machine and are not saved."""
+    FIXED: ClassVar[tuple[str, ...]] = (
+        "model",
+        "data",
+        "train.batch_size",
+        "train.accumulate",
+        "train.seed",
+        "train.ema_decays",
+    )
+    """Settings (or sections) that are fixed for the life of a run; `train.allow_change` unlocks those of the data and
+    the batch."""
+    FREE: ClassVar[tuple[str, ...]] = ()
+    """Settings among `FIXED` that may change: parameters and the stream of batches stay the same run's. The content of
+    the data is compared by its fingerprint."""
+    SHAPES: ClassVar[tuple[str, ...]] = ()
+    """Settings among `CHANGEABLE` that the shapes of parameters depend on, so that nothing unlocks them."""
+
+    def __post_init__(self) -> None:
+        require(bool(self.run_dir), "run_dir", "a folder", self.run_dir)
+        require(not re.match(r"[A-Za-z][\w.+-]*://", self.run_dir), "run_dir", "a folder of this machine", self.run_dir)
+        put_homes(self, "run_dir")
+        require(
+            self.optimizer.warmup_steps <= self.train.steps,
+            "optimizer.warmup_steps",
+            f"at most train.steps ({self.train.steps})",
+            self.optimizer.warmup_steps,
+        )
+
+
+def _from_version_1(values: Values) -> Values:
+    """Had no version, and had model.backend, which is since chosen where a model runs. In model.chunk, None was what
+    the preset says and 0 global. The two parts of train.precision could stand in any order."""
+    model, train = values.get("model"), values.get("train")
+    if isinstance(model, dict):
+        model = {name: value for name, value in model.items() if name != "backend"}
+        chunk = model.pop("chunk", None)
+        if chunk is not None:
+            model["chunk"] = [lines or None for lines in chunk] if isinstance(chunk, list | tuple) else chunk or None
+        values = values | {"model": model}
+    if isinstance(train, dict) and isinstance(train.get("precision"), str):
+        parts = sorted(train["precision"].split(","), reverse=True)
+        values = values | {"train": train | {"precision": ",".join(parts)}}
+    return values
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(RunConfig):
+    """One experiment with a diffusion model. `run_dir` receives checkpoints, logs and sample grids."""
+
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    diffusion: DiffusionConfig = DiffusionConfig()
+    sampler: SamplerConfig = SamplerConfig()
+    eval: EvalConfig = EvalConfig()
+
+    TASK = "diffusion"
+    VERSION = 2
+    MIGRATIONS = {1: _from_version_1}  # noqa: RUF012 (declared in RunConfig)
+    MACHINE = ("model.backend",)
+    FIXED = (*RunConfig.FIXED, "diffusion")
+    FREE = ("model.remat", "data.path", "data.workers", "data.bad_images", "data.in_memory")
+    SHAPES = ("data.channels", "data.num_classes")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        allowed = (*samplers_of(self.diffusion.objective), None)
+        require(
+            self.sampler.name in allowed,
+            "sampler.name",
+            f"one of {allowed} with diffusion.objective={self.diffusion.objective!r}",
+            self.sampler.name,
+        )
+        if OBJECTIVES[self.diffusion.objective].discrete:
+            require(
+                self.sampler.steps <= self.diffusion.timesteps,
+                "sampler.steps",
+                f"at most diffusion.timesteps ({self.diffusion.timesteps})",
+                self.sampler.steps,
+            )
+        if self.eval.every:
+            self._check_eval()
+
+    def _check_eval(self) -> None:
+        if OBJECTIVES[self.diffusion.objective].discrete:
+            require(
+                (self.eval.steps or 1) <= self.diffusion.timesteps,
+                "eval.steps",
+                f"at most diffusion.timesteps ({self.diffusion.timesteps})",
+                self.eval.steps,
+            )
+        require(
+            self.eval.ema in (None, 0.0, *self.train.ema_decays),
+            "eval.ema",
+            f"None, 0 or one of train.ema_decays {self.train.ema_decays}",
+            self.eval.ema,
+        )
+        require(
+            self.eval.reference is not None or not any(METRICS[name].needs for name in self.eval.metrics),
+            "eval.reference",
+            f"a file of reference statistics for eval.metrics {self.eval.metrics}",
+            self.eval.reference,
+        )
+        latents = self.data.latents
+        require(
+            latents == (self.eval.vae is not None),
+            "eval.vae",
+            "the weights of the autoencoder for a run on latents" if latents else "None for a run on pixels",
+            self.eval.vae,
+        )
