@@ -30,7 +30,7 @@ REDUCED_VALUES = 2**22
 KEPT_CHECKPOINTS = 3
 """The latest two and the one that is being written."""
 TOLERANCE = 1e-4
-"""Of a backend's values and gradients against those of the scan, relative to the largest."""
+"""Largest error of a backend's values and gradients against those of the scan, relative to the largest."""
 BFLOAT16_TOLERANCE = 5e-2
 """The same where a backend computes in bfloat16 and the scan in float32."""
 

@@ -26,7 +26,7 @@ from gspn_jax.small_files import DamagedFile, read_as
 log = logging.getLogger(__name__)
 
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
-"""What a file system says that has no locks."""
+"""Errors of a file system that has no locks."""
 _LONGEST_NAME = 150
 """Bytes of a name that is written out in a hidden one; file systems allow 255 in all."""
 

@@ -40,7 +40,7 @@ class Arguments:
     labels: Literal["random", "balanced"] = "random"
     """Labels of --num-samples: uniform at random, as published numbers use, or equally many of each in turn."""
     seed: int = 0
-    """Of the set, up to 2**64-1: the noise of image i comes from the seed and i, so that two seeds share none."""
+    """Seed of the set, up to 2**64-1: the noise of image i comes from the seed and i, so that two seeds share none."""
     batch_size: int = 64
     """Images at a time, over all devices."""
     image_size: tuple[int, int] | None = None
@@ -207,7 +207,7 @@ def _led(drawing):
 
 
 def _follow(drawing, labels, numbers) -> None:
-    """What the other hosts do: they draw their part of what the first one asks for."""
+    """The work of the other hosts: they draw their part of what the first one asks for."""
     from gspn_jax.parallel.agreement import agree
 
     while (start := agree(0)) != _DONE:

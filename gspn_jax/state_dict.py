@@ -22,7 +22,7 @@ AVERAGES = ("ema", "model_ema", "ema_model", "state_dict_ema", "ema_state_dict")
 WRAPPERS = (*AVERAGES, "model", "state_dict", "model_state_dict", "module")
 """Keys under which training checkpoints keep a state_dict, an average before what it is of; one may lie in another."""
 PREFIXES = ("module.", "_orig_mod.", "ema.", "model.")
-"""Of every name in a state_dict: of data-parallel, compiled and averaged modules."""
+"""Beginnings of every name in a state_dict: of data-parallel, compiled and averaged modules."""
 
 FLOATS: dict[str, Any] = {
     "F64": np.dtype("<f8"),
@@ -43,7 +43,7 @@ _INTEGERS = {f"{kind}{bits}": np.dtype(f"<{kind.lower()}{bits // 8}") for kind i
 _DEEPEST = 16
 """Wrappers and prefixes in one another: a dictionary may hold itself."""
 _REPEATED_BYTES = 2**20
-"""Of a tensor that repeats what is stored; a larger one is no weight."""
+"""Bytes of a tensor that repeats what is stored; a larger one is no weight."""
 
 
 class WeightsError(ValueError):
@@ -114,7 +114,7 @@ def layer_numbers(pattern: re.Pattern, names: Mapping[str, Any]) -> list[int]:
 
 
 def _unwrapped(content: Any) -> tuple[Any, str | None]:
-    """What lies in all wrappers, without prefixes; and the last wrapper, or average, that was taken off."""
+    """Contents of all wrappers, without prefixes; and the last wrapper, or average, that was taken off."""
     taken = None
     for _ in range(_DEEPEST):
         if not isinstance(content, Mapping) or not content:

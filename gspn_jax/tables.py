@@ -105,7 +105,7 @@ METRICS = Table(
 """`eval.metrics`: `metrics.scores.Metric`s."""
 
 FEATURE_NETWORKS = Table({"inception": "gspn_jax.metrics.inception"})
-"""What metrics see of images: `metrics.networks.FeatureNetwork`s."""
+"""Networks through which metrics see images: `metrics.networks.FeatureNetwork`s."""
 
 
 def samplers_of(objective: str) -> tuple[str, ...]:

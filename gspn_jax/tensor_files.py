@@ -20,10 +20,10 @@ from gspn_jax.state_dict import WeightsError, refuse_pointer
 NetworkConfig = TypeVar("NetworkConfig")
 
 TYPES = ("float32", "float16", "bfloat16")
-"""Of tensors that are read."""
+"""Types of tensors that are read."""
 
 VARIANTS = ("", ".fp16", ".bf16")
-"""Of a file's name before `.safetensors`, as diffusers writes them; the first that is there is read."""
+"""Ends of a file's name before `.safetensors`, as diffusers writes them; the first that is there is read."""
 
 _CHANNELS_LAST = {4: (2, 3, 1, 0), 2: (1, 0), 1: (0,)}
 """Axes of a convolution [out, in, kh, kw], a linear [out, in] and a vector -> those of [kh, kw, in, out], [in, out]."""

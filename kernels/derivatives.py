@@ -129,7 +129,7 @@ def linear_call(function: Callable, transpose: Callable, residuals: Any, operand
 
 
 _linear_call = Primitive("linear_call_with_transpose")
-"""Of flat lists: `count` residuals, then operands; `types` are those of the results."""
+"""Call on flat lists: `count` residuals, then operands; `types` are those of the results."""
 _linear_call.multiple_results = True
 
 

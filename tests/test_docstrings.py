@@ -1,6 +1,7 @@
 """Docstrings begin with a noun or a verb, and arrays in public signatures have shapes."""
 
 import ast
+import itertools
 import pathlib
 import re
 from collections.abc import Iterator
@@ -15,6 +16,8 @@ INSIDE = {name for name in SOURCES if name.startswith("gspn_jax.kernels.") and n
 """Modules of the GPU kernels, whose values are tiles spread over threads."""
 RIDDLE = re.compile(r"(What|Of|That|Whether|How|Which|Why|Who|Where|When|If|It|They|This|There|Is|Are|Has|Does)\b")
 """First words after which a reader has to guess the noun."""
+RIDDLE_OF_AN_ATTRIBUTE = re.compile(r"(What|Of|That|Which|Why|Who|When|If|It|They|This|There|Is|Are|Has|Does)\b")
+"""The same, but that a setting may begin with "Whether", "How many" and "Where", as is usual."""
 ARRAYS = {"Array", "jax.Array", "jnp.ndarray", "np.ndarray"}
 
 Definition = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
@@ -33,10 +36,23 @@ def public(path: pathlib.Path) -> Iterator[ast.Module | Definition]:
                     queue.append(node)
 
 
+def riddles(node: ast.Module | Definition) -> Iterator[str]:
+    """First lines of docstrings, of `node` and of its attributes (a string after an assignment), that make one
+    guess."""
+    text = ast.get_docstring(node) or ""
+    if RIDDLE.match(text):
+        yield text.splitlines()[0]
+    for before, after in itertools.pairwise(node.body):
+        if isinstance(before, ast.Assign | ast.AnnAssign) and isinstance(after, ast.Expr):
+            text = getattr(after.value, "value", None)
+            if isinstance(text, str) and RIDDLE_OF_AN_ATTRIBUTE.match(text):
+                yield f"{ast.unparse(before)[:60]}: {text.splitlines()[0]}"
+
+
 @pytest.mark.parametrize("module", sorted(SOURCES.keys() - INSIDE))
 def test_docstrings_begin_with_a_noun_or_a_verb(module):
-    texts = {getattr(node, "name", module): ast.get_docstring(node) or "" for node in public(SOURCES[module])}
-    found = [f"{name}: {text.splitlines()[0]}" for name, text in texts.items() if RIDDLE.match(text)]
+    nodes = public(SOURCES[module])
+    found = [f"{getattr(node, 'name', module)}: {line}" for node in nodes for line in riddles(node)]
     assert not found, "\n".join(found)
 
 

@@ -25,13 +25,13 @@ class AutoencoderConfig:
     """The defaults are those of Stable Diffusion 1 and 2: 83,653,863 parameters."""
 
     channels: tuple[int, ...] = (128, 256, 512, 512)
-    """Of each level; between levels the image is halved."""
+    """Width of each level; between levels the image is halved."""
     layers: int = 2
     """Residual blocks of each level of the encoder; the decoder has one more."""
     latent_channels: int = 4
     image_channels: int = 3
     groups: int = 32
-    """Of every group normalisation."""
+    """Number of groups of every group normalisation."""
     scaling_factor: float = LATENT_SCALE
     shift_factor: float = 0.0
     """Latents are trained on as (latent - shift_factor) * scaling_factor."""

@@ -32,8 +32,8 @@ class ClassifierConfig:
 
     preset: Preset = "GSPN-T"
     mixer: Mixer = "gspn"
-    """What lets distant tokens see one another: line scans, or for comparison attention or nothing, at about equal
-    parameters."""
+    """Operation by which distant tokens see one another: line scans, or for comparison attention or nothing, at about
+    equal parameters."""
     drop_path: float | None = None
     """Rate of the last block, of the first 0; None is the preset's."""
     groups: int | None = None
@@ -43,7 +43,7 @@ class ClassifierConfig:
     released: bool = False
     """Starts from the released code's initialisation, and has its skip term."""
     remat: Remat = "none"
-    """What the backward pass recomputes, as in `config.ModelConfig`."""
+    """Values that the backward pass computes again, as in `config.ModelConfig`."""
 
     def __post_init__(self) -> None:
         check_numbers(self, "model")
@@ -69,13 +69,13 @@ class AugmentConfig:
     rand_magnitude: float = 9.0
     rand_deviation: float = 0.5
     rand_probability: float = 0.5
-    """Of each operation that is drawn to be applied."""
+    """Probability of each operation that is drawn to be applied."""
     erasing: float = 0.25
     """Probability that a box of the image becomes noise."""
     mixup: float = 0.8
     """Parameter of the Beta distribution of Mixup; 0 leaves it out."""
     cutmix: float = 1.0
-    """That of CutMix; 0 leaves it out."""
+    """Alpha of CutMix; 0 leaves it out."""
     mix_switch: float = 0.5
     """Probability of CutMix rather than Mixup."""
     mix_probability: float = 1.0
@@ -83,7 +83,7 @@ class AugmentConfig:
     smoothing: float = 0.1
     """Share of a target that is spread over all classes."""
     mean: tuple[float, ...] = IMAGENET_MEAN
-    """Of each channel, subtracted from pixels in 0..1."""
+    """Mean of each channel, subtracted from pixels in 0..1."""
     deviation: tuple[float, ...] = IMAGENET_DEVIATION
     """By which they are then divided."""
 
@@ -113,7 +113,7 @@ class ValidationConfig:
     path: str | None = None
     """The folder of images or records, or the data_dir of tensorflow-datasets."""
     split: str = "validation"
-    """That of a set of tensorflow-datasets."""
+    """Split of a set of tensorflow-datasets."""
     image_size: int | None = None
     """None is data.image_size."""
     crop: float = 0.875

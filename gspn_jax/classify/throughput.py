@@ -36,7 +36,7 @@ class Throughput:
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     remat: Literal["none", "dots", "names", "full"] = "none"
     seconds: float = 5.0
-    """Of each measurement, after compilation and two calls."""
+    """Seconds of each measurement, after compilation and two calls."""
     only: Literal["training", "inference"] | None = None
     mesh: MeshConfig = MeshConfig()
 

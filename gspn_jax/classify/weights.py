@@ -272,7 +272,7 @@ def _released(config: ClassifyConfig, decay: float) -> ClassifyConfig:
 
 
 def _results(run: pathlib.Path, parameters_sha256: str) -> list[dict[str, Any]]:
-    """What `classify evaluate` wrote of these parameters into the run directory."""
+    """Scores that `classify evaluate` wrote of these parameters into the run directory."""
     found = []
     for path in sorted((run / "evaluation").glob("*.json")):
         try:

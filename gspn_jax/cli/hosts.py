@@ -77,7 +77,7 @@ def join_other_hosts(argv: Sequence[str] | None = None) -> list[str]:
 
 
 def _arguments(address: str, count: str, index: str, patience: int) -> dict[str, Any]:
-    """What jax.distributed.initialize is told of a place that was given; the coordinator is there."""
+    """Arguments of jax.distributed.initialize for a place that was given; the coordinator is there."""
     if not (_is_number(count) and _is_number(index) and int(index) < int(count)):
         raise ConfigError(f"--process-id must be a number below --num-processes, found {index!r} of {count!r}")
     _, port = _split(address)

@@ -41,7 +41,7 @@ Precision = Literal["params=float32,compute=bfloat16", "params=float32,compute=f
 Remat = Literal["none", "dots", "names", "full"]
 
 CHANGEABLE = ("data", "train.batch_size", "train.accumulate", "train.seed")
-"""What `train.allow_change` can name."""
+"""Names that `train.allow_change` can hold."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,8 +72,8 @@ class ModelConfig:
     learn_sigma: bool | None = None
     """None: two outputs per channel (prediction and variance range) under the "ddpm" objective, one under "flow"."""
     remat: Remat = "none"
-    """What the backward pass recomputes: nothing, all but the linears, all but what is dear to compute for its size
-    (`gspn_jax.models.remat.NAMES`), all. Under mesh.fsdp "none" is "dots"."""
+    """Values that the backward pass computes again: none, all but the linears, all but what is dear to compute for its
+    size (`gspn_jax.models.remat.NAMES`), all. Under mesh.fsdp "none" is "dots"."""
     backend: Backend | None = None
 
     def __post_init__(self) -> None:
@@ -106,7 +106,7 @@ class DataConfig:
     num_classes: int = 10
     flip: bool = False
     bad_images: Literal["error", "skip"] = "error"
-    """What a corrupt image does: stop with its name, or be replaced by another one and counted in a warning."""
+    """Effect of a corrupt image: stop with its name, or be replaced by another one and counted in a warning."""
     workers: int = 0
     """Grain worker processes; 0 decodes in threads of the main process."""
     in_memory: bool = False
@@ -277,7 +277,7 @@ class TrainConfig:
     keep_every: int = 0
     """Checkpoints at multiples of this are kept for good; 0 keeps the latest only."""
     allow_change: tuple[str, ...] = ()
-    """What a run may change when it goes on, although it is then no longer the run that was started: "data",
+    """Settings that a run may change when it goes on, although it is then no longer the run that was started: "data",
     "train.batch_size", "train.accumulate", "train.seed"."""
 
     def __post_init__(self) -> None:

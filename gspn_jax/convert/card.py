@@ -16,7 +16,7 @@ from gspn_jax.tables import OBJECTIVES
 log = logging.getLogger(__name__)
 
 AUTOENCODER_FACTOR = 8
-"""Of Stable Diffusion's autoencoder: side of the image over that of the latent."""
+"""Side of the image over that of the latent, in Stable Diffusion's autoencoder."""
 
 
 def text(name: str, header: dict[str, Any], *, count: int, weights: pathlib.Path, scores: list[tuple[str, str]]) -> str:

@@ -35,7 +35,7 @@ from gspn_jax.state_dict import AVERAGES, Weights, WeightsError, layer_numbers, 
 log = logging.getLogger(__name__)
 
 DIT_EMA_DECAY, DIT_BATCH_SIZE = 0.9999, 256
-"""Of the published checkpoints (arXiv 2212.09748, section 4), which hold the average only."""
+"""Settings of the published checkpoints (arXiv 2212.09748, section 4), which hold the average only."""
 DIT_TABLE = 1001
 """Rows of their table of classes, of which the last is the null class of guidance."""
 _TABLE = "y_embedder.embedding_table.weight"
@@ -58,7 +58,8 @@ class Import:
     image_size: int | None = None
     """Side of the latents of a DiT whose file has no pos_embed."""
     objective: Literal["ddpm", "flow"] | None = None
-    """What a model of DiT's names was trained for: flow for SiT (linear path, velocity), ddpm for DiT (the default)."""
+    """Objective that a model of DiT's names was trained for: flow for SiT (linear path, velocity), ddpm for DiT (the
+    default)."""
     null_row: Literal["last", "none"] | None = None
     """Whether the table of classes ends in the null class of guidance, or has none (trained without label dropout).
     Must be given unless the table has DiT's 1,001 rows, whose last is the null class."""
@@ -128,11 +129,11 @@ HEADER_FIELDS = {
     "class_names": list[str],
     "parameters_sha256": str,
 }
-"""What is read again of what `export` wrote beside the tensors."""
+"""Entries that are read again of those that `export` wrote beside the tensors."""
 
 
 def _header(path: str) -> dict[str, Any] | None:
-    """What `export` wrote beside the tensors; None for a file of another origin. No tensor is read."""
+    """Notes that `export` wrote beside the tensors; None for a file of another origin. No tensor is read."""
     if pathlib.Path(path).suffix != ".safetensors" or not pathlib.Path(path).is_file():
         return None
     from safetensors import SafetensorError, safe_open

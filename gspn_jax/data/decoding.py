@@ -29,9 +29,10 @@ EXTENSIONS = {
 FORMATS = tuple(EXTENSIONS)
 
 MAX_PIXELS = 89_478_485
-"""Of an image that is decoded whole, as Pillow warns (256 MB in RGB); a larger JPEG is decoded at a fraction of it."""
+"""Pixels of an image that is decoded whole, as Pillow warns (256 MB in RGB); a larger JPEG is decoded at a fraction of
+it."""
 MAX_BYTES = 2**30
-"""Of an image file."""
+"""Bytes of an image file that is read."""
 
 _LONGEST = 64
 """Times its width that an image is scaled as a whole; of a longer one, only what is kept is computed."""

@@ -31,7 +31,7 @@ MIN_LOG_VARIANCE, MAX_LOG_VARIANCE = -30.0, 20.0
 """The range of the VAE's log-variance (CompVis/latent-diffusion, `DiagonalGaussianDistribution`)."""
 
 _NOTED = ("images",)
-"""What the metadata say that makes no other set of it: it is no part of the fingerprint."""
+"""Entries of the metadata that make no other set of it: no part of the fingerprint."""
 _LOOKED_AT = 16
 """Records, spread over the set, that are read, and their labels looked at, before training begins."""
 
@@ -39,7 +39,7 @@ _TOGETHER = 64
 """Rows that are drawn by one call of each NumPy function: in one call a row, two threads would mostly wait for one
 another; in one call a batch, the values would not stay in the cache."""
 _ROUNDS = 4
-"""Of the cipher that permutes an epoch, as in Grain's own shuffle."""
+"""Rounds of the cipher that permutes an epoch, as in Grain's own shuffle."""
 _BLOCK = 16
 """16-bit values in a block of Philox, which its counter counts."""
 
@@ -58,13 +58,13 @@ class LatentMetadata:
     """Contents of the `metadata.json` of a set of latents."""
 
     vae_sha256: str
-    """Of the file of VAE weights."""
+    """SHA-256 of the file of VAE weights."""
     image_size: int
     """Side of the images that were encoded, in pixels."""
     latent_shape: tuple[int, int, int]
     """[h, w, C] of a latent; the moments have 2C channels."""
     scaling_factor: float
-    """What a latent is multiplied by before it is trained on, after `shift_factor` was taken off."""
+    """Factor by which a latent is multiplied before it is trained on, after `shift_factor` was taken off."""
     class_names: tuple[str, ...]
     class_counts: tuple[int, ...]
     shards: tuple[Shard, ...]

@@ -33,7 +33,7 @@ class Listing:
     files: tuple[str, ...]
     """Paths relative to the folder, with "/", sorted."""
     left_out: collections.Counter
-    """What -> how many."""
+    """Kind of file -> how many."""
 
     def describe_left_out(self) -> str:
         """Such as "3 .heic, 2 broken links"; empty if nothing was left out."""

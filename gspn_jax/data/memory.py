@@ -19,7 +19,7 @@ from gspn_jax.machine import free_memory
 logger = logging.getLogger("gspn_jax.data")
 
 _SHARE_OF_FREE = 0.8
-"""Of the free memory that a set may take: training needs some too."""
+"""Share of the free memory that a set may take: training needs some too."""
 _MAX_THREADS = 16
 _TOGETHER = 64
 """Images that a thread decodes before it asks for more."""

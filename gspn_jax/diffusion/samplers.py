@@ -29,7 +29,7 @@ class Table(NamedTuple):
     """Coefficients of each network evaluation, in sampling order: float64 on the host, float32 in the loop."""
 
     time: Float[np.ndarray, "S"]
-    """What the denoiser is told, 0 .. 1000."""
+    """Time that the denoiser is told, 0 .. 1000."""
     noise_time: Float[np.ndarray, "S"]
     """Fraction of the noise time, 0 clean to 1 noise: where the guidance interval looks."""
     signal: Float[np.ndarray, "S"]
@@ -55,7 +55,7 @@ class SamplerKind(NamedTuple):
     """A sampler, a line of `tables.SAMPLERS`."""
 
     moves: Literal["x0", "velocity"]
-    """What it takes for the prediction; objectives say which they give."""
+    """Kind of prediction that it takes; objectives say which they give."""
     table: Callable[[SamplerConfig, DiffusionConfig], Table]
     """Its rows for a config. Raises ConfigError where they do not fit."""
     learned_variance: bool = False

@@ -46,7 +46,7 @@ class Sampler(NamedTuple):
     table: Callable[[SchedulerConfig, int], Any]
     """(scheduler, steps) -> its rows, one an evaluation: NumPy columns with `time`, `signal` and `sigma` among them."""
     moves: Literal["x0", "output"] = "x0"
-    """What it takes for the prediction: clean latents, or the output of the network as it is."""
+    """Kind of prediction that it takes: clean latents, or the output of the network as it is."""
     start: Callable[[SchedulerConfig, Any], float] = lambda scheduler, table: 1.0
     """Scale of the first noise."""
     move: Callable[..., Array] = linear

@@ -47,7 +47,7 @@ class FileFlags(ScoreFlags):
     threads: int = os.cpu_count() or 1
     """Threads that decode the images of a folder."""
     bad_images: Literal["error", "skip"] = "error"
-    """What a corrupt image of a folder does: stop with its name, or be left out with a warning."""
+    """Effect of a corrupt image of a folder: stop with its name, or be left out with a warning."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -62,7 +62,7 @@ class _Samples:
     count: int
     labels: Int[np.ndarray, " N"] | None
     about: dict[str, Any]
-    """What a result tells of them."""
+    """Entries of a result that tell of them."""
     warnings: list[str]
     chunks: Iterator[UInt8[np.ndarray, "n H W 3"]]
 
@@ -131,7 +131,8 @@ def _npz(flags: FileFlags, path: pathlib.Path) -> _Samples:
 
 
 def _settings(about: dict[str, Any]) -> dict[str, Any]:
-    """What the file tells of its samples; nothing where it names a sampler in another way than sample.py does."""
+    """Settings that the file tells of its samples; nothing where it names a sampler in another way than sample.py
+    does."""
     if "sampler" not in about:
         return about
     sampler = about["sampler"]

@@ -27,7 +27,7 @@ _FORMATS = (".png", ".svg", ".pdf")
 
 class Point(NamedTuple):
     line: str
-    """What all points of a line have in common; its label."""
+    """Settings that all points of a line have in common; its label."""
     x: float
     metrics: Mapping[str, float]
 

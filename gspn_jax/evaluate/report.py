@@ -19,7 +19,7 @@ from gspn_jax.small_files import read_as, typed
 from gspn_jax.tables import METRICS
 
 PUBLISHED_SAMPLES = 50_000
-"""That published numbers are computed of."""
+"""Number of samples that published numbers are computed of."""
 
 _PACKAGES = ("gspn-jax", "jax", "jaxlib", "flax", "numpy", "scipy")
 
@@ -28,15 +28,15 @@ RESULT = {
     "samples": {"count": int, "labels": str | None, "sampler": {"name": str, "steps": int, "guidance_scale": float}},
     "metrics": dict[str, float],
 }
-"""What every reader of a result needs."""
+"""Entries that every reader of a result needs."""
 DRAWN = {"samples": {"run": str, "step": int, "images_seen": int, "ema_decay": float}}
-"""What a picture needs besides."""
+"""Entries that a picture needs besides."""
 SHOWN = {
     "samples": {"step": int, "ema_decay": float, "seed": int, "image_size": list[int], "source": str},
     "reference": dict | None,
     "warnings": list[str],
 }
-"""What `table` needs besides."""
+"""Entries that `table` needs besides."""
 
 
 def read_result(path: str | pathlib.Path, besides: Mapping[str, Any] | None = None) -> dict[str, Any]:

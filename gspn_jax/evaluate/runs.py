@@ -43,7 +43,8 @@ class RunFlags(ScoreFlags):
     labels: Labels = "random"
     """Uniform at random, or equally many of each class in turn, which lowers FID by about 0.1."""
     seed: int = 0
-    """Of the set, up to 2**64-1: the noise of image i comes from the seed and i; random labels come from it too."""
+    """Seed of the set, up to 2**64-1: the noise of image i comes from the seed and i; random labels come from it
+    too."""
     vae: str | None = None
     """Weights of the autoencoder (.safetensors or .bin) that decodes what a run on latents draws."""
     image_size: tuple[int, int] | None = None

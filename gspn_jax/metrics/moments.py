@@ -18,7 +18,7 @@ from gspn_jax.metrics.frechet import Gaussian
 HOST_ROWS = 2048
 """After how many collected rows, as much memory as one float32 [D, D] for Inception's features, they are summed."""
 PADDED_ROWS = 256
-"""They are padded to a multiple of this: every number of them would be a program of its own to compile."""
+"""Multiple to which rows are padded: every number of them would be a program of its own to compile."""
 DRAIN_ROWS = 4096
 """After how many rows, padded ones among them, the sums move to the host: float32 is left before its error grows."""
 

@@ -89,7 +89,7 @@ def _tiles(rows: np.ndarray) -> np.ndarray:
 
 
 def _in_float16_or_32(work: Callable, float16: bool):
-    """What `work` finds in a block; in float16 if that is asked for and no distance overflows."""
+    """Result of `work` on a block; in float16 if that is asked for and no distance overflows."""
     if float16:
         finite, found = work(float16=True)
         if finite:

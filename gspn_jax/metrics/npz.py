@@ -37,7 +37,7 @@ _DAMAGE = (
     NotImplementedError,
     RuntimeError,
 )
-"""What zipfile and NumPy raise for files that others wrote, found by tests/test_fuzz.py."""
+"""Errors that zipfile and NumPy raise for files that others wrote, found by tests/test_fuzz.py."""
 
 SMALL = 2**26
 """Bytes of an array that is read however well it was compressed, ..."""

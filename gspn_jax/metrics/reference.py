@@ -48,7 +48,7 @@ class Reference:
 
     path: str
     sha256: str
-    """Of the file."""
+    """SHA-256 of the file."""
     pool: Gaussian | None = None
     spatial: Gaussian | None = None
     features: Float32[np.ndarray, "M pool"] | None = None
@@ -58,9 +58,9 @@ class Reference:
     image_size: tuple[int, int] | None = None
     """Height and width of the images that the statistics are of, where the file says so or holds images."""
     inception_sha256: str | None = None
-    """Of the weights behind the statistics (`inception.digest`), where the file says so."""
+    """SHA-256 of the weights behind the statistics (`inception.digest`), where the file says so."""
     kept: dict[str, Any] = dataclasses.field(default_factory=dict, compare=False)
-    """What metrics that need `images` keep of them (`scores.Metric.keeps`), once `complete`."""
+    """Parts of the images that metrics which need `images` keep (`scores.Metric.keeps`), once `complete`."""
     _radii: dict[bool, np.ndarray] = dataclasses.field(default_factory=dict, repr=False, compare=False)
 
     @property

@@ -30,15 +30,15 @@ class Metric(NamedTuple):
     """A metric of images by their features."""
 
     label: str
-    """What people call it."""
+    """Name that people call it by."""
     keeps: str
-    """What it keeps of the features, by name: metrics of one name and network share it."""
+    """Parts of the features that it keeps, by name: metrics of one name and network share it."""
     keep: Callable[[], Kept]
     score: Callable[[Any, Reference | None, bool], float]
     """score(kept, reference, float16): the number. With `float16` distances are rounded, as the ADM evaluator does."""
     needs: str | None = None
-    """What it needs of the reference: "pool", "spatial", "features" or "images", a field of `Reference`, or nothing. Of
-    "images" the reference keeps (`Reference.kept`) what the metric keeps of samples."""
+    """Part of the reference that it needs: "pool", "spatial", "features" or "images", a field of `Reference`, or
+    nothing. Of "images" the reference keeps (`Reference.kept`) what the metric keeps of samples."""
     network: str = "inception"
     """The line of `tables.FEATURE_NETWORKS` whose features it sees."""
 
@@ -104,7 +104,7 @@ class _Moments:
 
 
 class _Logits:
-    """What the Inception score keeps of them."""
+    """Parts of them that the Inception score keeps."""
 
     def __init__(self):
         self._kept = inception_score.InceptionScore()

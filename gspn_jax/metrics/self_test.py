@@ -25,7 +25,7 @@ TOLERANCE = 1e-4
 """Relative L2; TF32 is 5e-4 away, bfloat16 or another resize 2e-3 and more."""
 
 RANDOM_SEED = 0
-"""Of the random weights in `known_features`."""
+"""Seed of the random weights in `known_features`."""
 
 
 class Check(NamedTuple):

@@ -19,7 +19,7 @@ from gspn_jax.kernels.sharding import over_shards
 logger = logging.getLogger(__name__)
 
 OLDEST_CAPABILITY = (8, 0)
-"""Of an NVIDIA GPU that has cuDNN's flash attention (Ampere)."""
+"""Capability of the first NVIDIA GPU that has cuDNN's flash attention (Ampere)."""
 
 _device = jax.make_user_context(default_value=None)
 """The device for which attention is traced, None for the one that is there."""

@@ -42,8 +42,9 @@ _MINI_STAGES = ((64, _LOCAL * 2, 4), (128, _GLOBAL * 3, 8))
 """(width, chunks, proxy) of the stages of our own small network, of depthwise 5x5, for images of 32 pixels."""
 
 MIXERS = ("gspn", "attention", "none")
-"""What lets distant tokens see one another. "attention" and "none" are widened to the parameters of GSPN's mixer with a
-proxy of a sixteenth of the width: those of GSPN-mini are equal within 1 %, by our arithmetic and a test."""
+"""Operation by which distant tokens see one another. "attention" and "none" are widened to the parameters of GSPN's
+mixer with a proxy of a sixteenth of the width: those of GSPN-mini are equal within 1 %, by our arithmetic and a
+test."""
 
 
 def preset(

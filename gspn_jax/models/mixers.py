@@ -35,7 +35,7 @@ class MixerOptions(Protocol):
     has_chunks: ClassVar[bool]
     """Whether `chunk`, the lines of a local scan, means something to it."""
     remat_on_cpu: ClassVar[Remat]
-    """What "none" is on a CPU."""
+    """Meaning of "none" on a CPU."""
     aligned: ClassVar[bool]
     """Whether `width` knows how to round its parameters up for tensor cores."""
 

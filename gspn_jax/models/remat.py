@@ -10,7 +10,8 @@ from gspn_jax.config import Remat
 from gspn_jax.kernels import SCAN_STATES
 
 NAMES = ("in_proj", "conv7", "proxy", SCAN_STATES, "scan", "out_proj", "join", "fc1")
-"""What "names" keeps: products after their bias, the 7x7 convolution, and the result and the states of the scans."""
+"""Values that "names" keeps: products after their bias, the 7x7 convolution, and the result and the states of the
+scans."""
 
 
 def named(value: Shaped[Array, "*axes"], name: str) -> Shaped[Array, "*axes"]:

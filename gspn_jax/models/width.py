@@ -19,7 +19,8 @@ from gspn_jax.models.presets import Architecture
 ALIGNED = 8
 """Numbers of bfloat16 in 16 bytes."""
 QUANTA = {"hidden": 64, "proxy": 32}
-"""What a width that is not aligned is rounded up to: whole lines of 128 bytes, and the tiles of the scan's products."""
+"""Multiple to which a width that is not aligned is rounded up: whole lines of 128 bytes, and the tiles of the scan's
+products."""
 
 _AXES = (
     (r"join/kernel$", ("halves", "hidden")),

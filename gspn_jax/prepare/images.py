@@ -33,7 +33,7 @@ class ImageFlags:
     """Where tensorflow-datasets keeps its sets."""
     tfds_split: str = "train"
     bad_images: Literal["error", "skip"] = "error"
-    """What a corrupt image does: stop with its name, or be left out with a warning."""
+    """Effect of a corrupt image: stop with its name, or be left out with a warning."""
     batch_size: int = 64
     """Images at a time, over the devices of this host."""
     threads: int = os.cpu_count() or 1

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _SPARE_RATIO, _SPARE_BYTES = 1.01, 2**18
-"""What array_record adds to the records, and to each shard."""
+"""Bytes that array_record adds to the records, and to each shard."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -36,10 +36,10 @@ class Latents(ImageFlags):
     """The autoencoder: a folder of diffusers, or a file such as sd-vae-ft-ema's or sd-vae-ft-mse's (both encode alike),
     .safetensors or .bin."""
     vae_scale: float | None = None
-    """What latents are multiplied by, where no config.json beside the weights tells: 0.18215 (Stable Diffusion 1 and 2)
+    """Factor of latents, where no config.json beside the weights tells: 0.18215 (Stable Diffusion 1 and 2)
     by default, 0.13025 of SDXL's."""
     vae_shift: float | None = None
-    """What is taken off latents before, 0 by default."""
+    """Number that is taken off latents before, 0 by default."""
     output: str
     """The folder to write, which a training run then takes as data.path."""
     image_size: int = 256
@@ -49,9 +49,9 @@ class Latents(ImageFlags):
     shard_size: int = 4096
     """Images a file; a killed run loses at most the file it was writing."""
     num_hosts: int = 1
-    """Of hosts that do not know one another; those of one job (docs/launch) need neither this nor `host`."""
+    """Number of hosts that do not know one another; those of one job (docs/launch) need neither this nor `host`."""
     host: int = 0
-    """Which of `num_hosts` this is; 0 writes the metadata at the end."""
+    """Number of this host among `num_hosts`; 0 writes the metadata at the end."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -194,7 +194,7 @@ def _counts_path(shard: pathlib.Path) -> pathlib.Path:
 
 
 NOTE = {"classes": list[int], "skipped": int, "bytes": int, "sha256": str}
-"""What lies beside a shard until the metadata has it."""
+"""Contents of the note beside a shard until the metadata has them."""
 
 
 def _is_done(shard: pathlib.Path) -> bool:

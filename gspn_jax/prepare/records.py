@@ -44,9 +44,9 @@ class Records(ImageFlags):
     shard_size: int = 1024
     """Images a file; a killed run loses at most the file it was writing."""
     num_hosts: int = 1
-    """Of hosts that share the work, and a file system."""
+    """Number of hosts that share the work, and a file system."""
     host: int = 0
-    """Which of `num_hosts` this is; 0 writes the metadata at the end."""
+    """Number of this host among `num_hosts`; 0 writes the metadata at the end."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

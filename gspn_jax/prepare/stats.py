@@ -31,7 +31,7 @@ from gspn_jax.small_files import DamagedFile, parse, typed
 log = logging.getLogger(__name__)
 
 PARTIAL = ".gspn-partial"
-"""What is added to the name of an output for the folder of what is known so far."""
+"""End of an output's name for the folder of what is known so far."""
 _OURS = re.compile(r"state\.npz|part-\d{5,}\.npz")
 _SEAL = "sha256"
 """The array of a file of sums that holds the digest of the others."""
@@ -57,7 +57,7 @@ class Stats(ImageFlags):
     image_size: int | None = None
     """Side of the square that each image is scaled and cropped to, as ADM does: the size of the samples."""
     keep: int = 10_000
-    """Of how many images, spread evenly over the set, single features are kept for KID, precision and recall."""
+    """Number of images, spread evenly over the set, of which single features are kept for KID, precision and recall."""
     keep_images: bool = False
     """Keep those images too, so that the ADM evaluator can read the file (2 GB for 10,000 of 256 pixels)."""
     save_every: int = 10_000

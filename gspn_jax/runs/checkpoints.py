@@ -27,7 +27,7 @@ _STEP = re.compile("0|[1-9][0-9]{0,17}")
 
 
 META = {"config": dict, "fingerprint": str, "class_names": list[str], "notes": dict | None}
-"""What is saved beside the arrays, as JSON."""
+"""Notes that are saved beside the arrays, as JSON."""
 
 
 class CheckpointError(ValueError):

@@ -29,7 +29,7 @@ from gspn_jax.small_files import DamagedFile, read_as
 log = logging.getLogger(__name__)
 
 _KEEPS = {"config": {"train": {"keep_every": int}}}
-"""What the config that is saved with a checkpoint says of keeping it."""
+"""Part of the config, as it is saved with a checkpoint, that says of keeping it."""
 LATEST = 2
 """Checkpoints that are kept beside the periodic ones."""
 

@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 
 Draw = Callable[[np.ndarray, np.ndarray], np.ndarray]
 PARTIAL = ".gspn-partial"
-"""What is added to the name of an output for the folder of its finished batches."""
+"""End of an output's name for the folder of its finished batches."""
 _PIXELS, _SETTINGS, _BATCHES = "images.bin", "settings.json", "batches.jsonl"
 
 

@@ -9,7 +9,7 @@ from gspn_jax.config import ConfigError
 LARGEST = 2**64 - 1
 MOST_IMAGES = 2**32
 RULE = "fold_in(seed, number)"
-"""Is noted beside samples; those drawn by another rule are others."""
+"""Note beside samples; those drawn by another rule are others."""
 
 
 def check(seed: int, images: int = 1, *, flag: str = "--seed") -> int:

@@ -41,7 +41,7 @@ class TextConfig:
     length: int = 77
     """Positions; no text has more tokens."""
     epsilon: float = 1e-5
-    """Of every layer norm."""
+    """Epsilon of every layer norm."""
 
     def __post_init__(self):
         if self.width % self.heads:

@@ -16,7 +16,7 @@ START, END = "<|startoftext|>", "<|endoftext|>"
 LENGTH = 77
 """Tokens of a prompt, with start and end."""
 MERGES = 48_894
-"""Of CLIP's vocabulary; OpenAI's file holds more lines, which are not part of it."""
+"""Number of merges of CLIP's vocabulary; OpenAI's file holds more lines, which are not part of it."""
 
 _PIECES = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 """Words, single digits and runs of other characters (Radford et al. 2021, openai/CLIP)."""

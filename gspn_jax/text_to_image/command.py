@@ -36,7 +36,7 @@ class Arguments:
     model: str
     """Folder of Stable Diffusion 1, 2 or SDXL, as diffusers writes it."""
     prompt: tuple[str, ...] = ()
-    """What to draw; several are drawn one after another."""
+    """Text to draw; several are drawn one after another."""
     prompts: str | None = None
     """A text file of prompts, one a line."""
     negative: str | None = None
@@ -55,7 +55,7 @@ class Arguments:
     sampler: str | None = None
     """euler, ddim, pndm or dpm++; the model's own by default."""
     spacing: Spacing | None = None
-    """Of timesteps; the model's own by default."""
+    """Spacing of timesteps; the model's own by default."""
     karras: bool = False
     """Noise levels of Karras et al. (euler and dpm++), also where the model's folder does not say so."""
     seed: int = 0
@@ -63,7 +63,7 @@ class Arguments:
     batch_size: int = 1
     """Images at a time, over all devices."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
-    """Of the U-Net and the text towers; that of the files by default. The autoencoder is float32."""
+    """Type of the U-Net and the text towers; that of the files by default. The autoencoder is float32."""
     mesh: MeshConfig = MeshConfig()
     """Images are split over mesh.data and mesh.fsdp; weights are whole on every device."""
 

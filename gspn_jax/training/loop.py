@@ -34,7 +34,7 @@ class Loop:
     target: TrainState
     """The state's shapes and shardings, to restore it in."""
     frozen: tuple[Any, ...]
-    """What a step reads beside state and batch (`Task.frozen`)."""
+    """Values that a step reads beside state and batch (`Task.frozen`)."""
     batches: Batches
     batch_size: int
     seed: int

@@ -14,7 +14,7 @@ import jax
 from jax.experimental import multihost_utils
 
 _GONE = (errno.EPIPE, errno.EIO, errno.ECONNRESET, errno.EBADF)
-"""What a stream says whose reader is gone: of a pipe, a terminal, a socket, and one that was closed."""
+"""Errors of a stream whose reader is gone: of a pipe, a terminal, a socket, and one that was closed."""
 
 
 class Stop:

@@ -61,17 +61,17 @@ class UNetConfig:
     middle_depth: int = 1
     heads: tuple[int, ...] = (8, 8, 8, 8)
     context_width: int = 768
-    """Of the text states."""
+    """Width of the text states."""
     linear_projection: bool = False
     """Around transformers linears, not 1x1 convolutions; the function is the same, the shapes in a file are not."""
     in_channels: int = 4
     out_channels: int = 4
     groups: int = 32
-    """Of every group normalisation."""
+    """Number of groups of every group normalisation."""
     added_width: int | None = None
     """Width of the pooled text and the sizes (SDXL), which are embedded and added to the time; None: not used."""
     added_size_width: int = 256
-    """Of it, the numbers for each of the six sizes."""
+    """Numbers for each of the six sizes, within `added_width`."""
 
     def __post_init__(self):
         levels = len(self.channels)

@@ -15,7 +15,7 @@ from gspn_jax.data.augment.draws import whole
 LARGEST = 10
 """Magnitudes are 0 .. LARGEST."""
 MEAN_COLOUR = (124, 116, 104)
-"""Of ImageNet, in 0 .. 255: what comes in from outside of an image."""
+"""Mean colour of ImageNet, in 0 .. 255: what comes in from outside of an image."""
 
 
 class Operation(NamedTuple):
