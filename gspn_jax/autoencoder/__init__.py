@@ -2,6 +2,7 @@
 
 from gspn_jax.autoencoder.model import LATENT_SCALE, AutoencoderConfig, decode, encode
 from gspn_jax.autoencoder.runner import Autoencoder, decode_to_uint8
+from gspn_jax.autoencoder.tiles import TiledAutoencoder
 from gspn_jax.autoencoder.weights import Scale, check_scale, expected_shapes, from_state_dict, load, weights_file
 
 __all__ = [
@@ -9,6 +10,7 @@ __all__ = [
     "Autoencoder",
     "AutoencoderConfig",
     "Scale",
+    "TiledAutoencoder",
     "check_scale",
     "decode",
     "decode_to_uint8",

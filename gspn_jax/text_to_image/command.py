@@ -3,13 +3,16 @@
 import contextlib
 import dataclasses
 import json
+import logging
 import pathlib
+from collections.abc import Iterator
 from typing import Any, Literal
 
 import jax
 import numpy as np
 from jaxtyping import UInt8
 from PIL import Image, PngImagePlugin
+from tqdm import tqdm
 
 import gspn_jax
 from gspn_jax.config import ConfigError, MeshConfig, check_numbers
@@ -17,13 +20,19 @@ from gspn_jax.diffusion.scheduler_config import Spacing
 from gspn_jax.files import claim_new, replacing
 from gspn_jax.parallel import sharding
 from gspn_jax.parallel.agreement import on_first_host
+from gspn_jax.parallel.memory import check_fits
 from gspn_jax.runs import same_hosts
 from gspn_jax.runs.digest import digest_of
 from gspn_jax.sampling import seeds
 from gspn_jax.tables import STABLE_DIFFUSION_SAMPLERS
 from gspn_jax.tensor_files import errors_name, read_json
+from gspn_jax.text_to_image import gspn_layers, high_resolution, layer_files
 from gspn_jax.text_to_image.drawing import Drawing, Settings, sampler_of, scheduler_of
 from gspn_jax.text_to_image.folder import Model, load_folder
+from gspn_jax.text_to_image.gspn_layers import LayerOptions, Layers
+from gspn_jax.text_to_image.high_resolution import RefineOptions
+
+log = logging.getLogger(__name__)
 
 GUIDANCE = {1: 7.5, 2: 5.0}
 """By the number of text towers, as diffusers' pipelines of Stable Diffusion and SDXL."""
@@ -64,6 +73,17 @@ class Arguments:
     """Images at a time, over all devices."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """Type of the U-Net and the text towers; that of the files by default. The autoencoder is float32."""
+    mixer: Literal["attention", "gspn"] = "attention"
+    """gspn replaces the U-Net's self-attentions by GSPN layers."""
+    gspn_layers: str | None = None
+    """A .safetensors file of GSPN layers that were trained for this model; without it they are untrained."""
+    gspn: LayerOptions = LayerOptions()
+    """Form of untrained layers; those of a file are what it says."""
+    coarse_to_fine: bool | None = None
+    """Draw at a size trained on, then double the image and refine it until --size; by default from four times the
+    pixels trained on. One image at a time, on one device."""
+    refine: RefineOptions = RefineOptions()
+    """Settings of coarse to fine."""
     mesh: MeshConfig = MeshConfig()
     """Images are split over mesh.data and mesh.fsdp; weights are whole on every device."""
 
@@ -87,6 +107,10 @@ class Arguments:
             raise ConfigError(f"--karras is for the samplers euler and dpm++, found {self.sampler}")
         if self.size is not None and (min(self.size) < 8 or any(side % 2 for side in self.size)):
             raise ConfigError(f"--size must be multiples of 8, found {self.size[0]} {self.size[1]}")
+        if self.gspn_layers is not None and self.mixer != "gspn":
+            raise ConfigError(f"--gspn-layers is for --mixer gspn, found --mixer {self.mixer}")
+        if self.gspn_layers is not None and self.gspn != LayerOptions():
+            raise ConfigError("--gspn.* are for untrained layers, as a file of --gspn-layers says its own, found both")
         if pathlib.Path(self.output).suffix != ".png":
             raise ConfigError(f"--output must end in .png, found {self.output!r}")
 
@@ -97,32 +121,95 @@ def run(arguments: Arguments) -> list[pathlib.Path]:
     prompts = [prompt for prompt in _prompts(arguments) for _ in range(arguments.images)]
     seeds.check(arguments.seed, len(prompts))
     paths = _paths(pathlib.Path(arguments.output), len(prompts))
-    mesh = sharding.make_mesh(arguments.mesh)
     with contextlib.ExitStack() as stack:
         on_first_host(lambda: _claim(stack, arguments, paths), ConfigError)
         model = load_folder(arguments.model, arguments.dtype)
+        if arguments.mixer == "gspn":
+            model = model._replace(gspn=read_layers(arguments, model))
         settings = _settings(arguments, model)
+        refined = _is_refined(arguments, model, settings.size)
         made = _described(arguments, settings, model)
-        drawing = stack.enter_context(
-            Drawing(
-                model,
-                settings,
-                mesh,
-                seed=arguments.seed,
-                batch_size=min(arguments.batch_size, len(prompts)),
-                total=len(prompts),
-            )
-        )
+        draw = _refined_images if refined else _images
+        for i, image, more in draw(arguments, model, settings, prompts):
+            _write(paths[i], image, made | more | {"prompt": prompts[i], "number": i})
+    if jax.process_index():
+        return []
+    print(f"{len(paths)} images in {paths[0]}" + (f" to {paths[-1].name}" if len(paths) > 1 else ""))
+    return paths
+
+
+Drawn = Iterator[tuple[int, UInt8[np.ndarray, "H W 3"], dict[str, Any]]]
+"""Number of an image, itself, and what more is to be said of it; on the first host."""
+
+
+def _images(arguments: Arguments, model: Model, settings: Settings, prompts: list[str]) -> Drawn:
+    """Images in one pass, a batch at a time over the mesh."""
+    batch_size, mesh = min(arguments.batch_size, len(prompts)), sharding.make_mesh(arguments.mesh)
+    with Drawing(model, settings, mesh, seed=arguments.seed, batch_size=batch_size, total=len(prompts)) as drawing:
         for start in range(0, len(prompts), drawing.batch_size):
             batch = range(start, min(start + drawing.batch_size, len(prompts)))
             latents = drawing.latents([prompts[i] for i in batch], batch)
             if jax.process_index() == 0:
                 for i, image in zip(batch, drawing.decode(latents), strict=True):
-                    _write(paths[i], image, made | {"prompt": prompts[i], "number": i})
-    if jax.process_index():
-        return []
-    print(f"{len(paths)} images in {paths[0]}" + (f" to {paths[-1].name}" if len(paths) > 1 else ""))
-    return paths
+                    yield i, image, {}
+
+
+def _refined_images(arguments: Arguments, model: Model, settings: Settings, prompts: list[str]) -> Drawn:
+    """Images coarse to fine, one at a time on one device: first by the model's own attention at a size that it knows,
+    then doubled and refined. Prints the plan of memory before anything is drawn."""
+    if jax.process_count() > 1:
+        raise ConfigError("coarse to fine must run on one host, one image at a time, found several")
+    device, trained = jax.local_devices()[0], _trained_size(arguments, model)
+    mesh, factor = sharding.make_mesh(MeshConfig(), [device]), model.autoencoder_config.factor
+    first, levels = high_resolution.make_levels(settings.size, trained, factor, arguments.refine, len(model.texts))
+    refinement = high_resolution.Refinement(
+        model,
+        settings,
+        levels,
+        arguments.refine,
+        seed=arguments.seed,
+        tile=(arguments.refine.tile or trained) // factor,
+        device=device,
+    )
+    stages = refinement.plan()
+    print(high_resolution.describe(stages, settings.size), flush=True)
+    most = max(stage.together for stage in stages)
+    check_fits(most, mesh, f"an image of {'x'.join(map(str, settings.size))}", "a smaller --size takes less")
+    small = dataclasses.replace(settings, size=first)
+    with Drawing(
+        model._replace(gspn=None), small, mesh, seed=arguments.seed, batch_size=1, total=len(prompts)
+    ) as drawing:
+        images = [drawing.decode(drawing.latents([prompt], [i]))[0] for i, prompt in enumerate(prompts)]
+    del drawing  # the device is free for the levels
+    more = {"drawn_at": list(first), "levels": [level._asdict() for level in levels], "blur": arguments.refine.blur}
+    with tqdm(unit="evaluation", desc="refining", dynamic_ncols=True, total=refinement.calls * len(prompts)) as bar:
+        for i, (prompt, image) in enumerate(zip(prompts, images, strict=True)):
+            yield i, refinement(prompt, image, i, bar.update), more
+
+
+def _is_refined(arguments: Arguments, model: Model, size: tuple[int, int]) -> bool:
+    """Whether images are drawn coarse to fine: as asked, or else from four times the pixels trained on."""
+    if arguments.coarse_to_fine is not None:
+        return arguments.coarse_to_fine
+    trained = _sample_size(arguments)
+    if not isinstance(trained, int):
+        return False
+    found = size[0] * size[1] >= 4 * (trained * model.autoencoder_config.factor) ** 2
+    if found:
+        log.info("coarse to fine, as the size has four times the pixels that the model was trained on, or more")
+    return found
+
+
+def _sample_size(arguments: Arguments) -> Any:
+    return read_json(pathlib.Path(arguments.model) / "unet" / "config.json").get("sample_size")
+
+
+def _trained_size(arguments: Arguments, model: Model) -> int:
+    """Side in pixels that the U-Net was trained on."""
+    trained = _sample_size(arguments)
+    if not isinstance(trained, int) or trained < 1:
+        raise ConfigError(f"--size must be given, as the U-Net's sample_size is not a number, found {trained!r}")
+    return trained * model.autoencoder_config.factor
 
 
 def _prompts(arguments: Arguments) -> list[str]:
@@ -158,10 +245,7 @@ def _claim(stack: contextlib.ExitStack, arguments: Arguments, paths: list[pathli
 def _settings(arguments: Arguments, model: Model) -> Settings:
     size = arguments.size
     if size is None:
-        trained = read_json(pathlib.Path(arguments.model) / "unet" / "config.json").get("sample_size")
-        if not isinstance(trained, int):
-            raise ConfigError(f"--size must be given, as the U-Net's sample_size is not a number, found {trained!r}")
-        size = (trained * model.autoencoder_config.factor,) * 2
+        size = (_trained_size(arguments, model),) * 2
     sampler = arguments.sampler or sampler_of(model)
     if arguments.karras and not STABLE_DIFFUSION_SAMPLERS[sampler].takes_karras:
         raise ConfigError(f"--karras is for the samplers euler and dpm++, found {sampler}")
@@ -178,14 +262,33 @@ def _settings(arguments: Arguments, model: Model) -> Settings:
     )
 
 
+def read_layers(arguments: Arguments, model: Model) -> Layers:
+    """Layers of the file; without one, fresh ones that start from the model's own attentions, with a warning."""
+    if arguments.gspn_layers is not None:
+        return layer_files.load(arguments.gspn_layers, model.unet_config)
+    log.warning(
+        "the GSPN layers are untrained: what is drawn is noise until --gspn-layers names some that were distilled from "
+        "this model"
+    )
+    fresh = jax.jit(gspn_layers.init, static_argnums=(0, 1))(model.unet_config, arguments.gspn, jax.random.key(0))
+    started = gspn_layers.started_from(fresh, model.unet)
+    return Layers({name: np.asarray(value) for name, value in started.items()}, arguments.gspn)
+
+
 def _described(arguments: Arguments, settings: Settings, model: Model) -> dict[str, Any]:
     """What decides an image beside its prompt and number, as JSON values. Every host has a part in it."""
-    weights = {
+    weights: dict[str, Any] = {
         "unet": dict(model.unet),
         "texts": [dict(part.params) for part in model.texts],
         "autoencoder": dict(model.autoencoder),
     }
+    gspn = {}
+    if model.gspn is not None:
+        weights["gspn"] = dict(model.gspn.params)
+        gspn = dataclasses.asdict(model.gspn.options) | {"layers": arguments.gspn_layers or "untrained"}
     return {
+        "mixer": arguments.mixer,
+        **({"gspn": gspn} if gspn else {}),
         "negative": settings.negative,
         "seed": arguments.seed,
         "noise": seeds.RULE,

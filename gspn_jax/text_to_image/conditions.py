@@ -1,14 +1,18 @@
 """Prompts to what the U-Net is told of them, by one text tower or the two of SDXL."""
 
+import logging
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from gspn_jax import text
 from gspn_jax.text_to_image.folder import TextPart
+
+log = logging.getLogger(__name__)
 
 _encode = jax.jit(text.encode, static_argnums=1)
 
@@ -33,3 +37,30 @@ def encode_prompts(parts: Sequence[TextPart], prompts: Sequence[str]) -> TextCon
         return TextConditions(states[0].last, None, cut)
     context = jnp.concatenate([state.penultimate for state in states], axis=-1)
     return TextConditions(context, states[-1].pooled, cut)
+
+
+def condition_of(
+    parts: Sequence[TextPart], prompts: Sequence[str], what: str = "the prompt"
+) -> dict[str, Float[np.ndarray, "B ..."]]:
+    """The states of prompts by what they are to the U-Net: "context", and of SDXL "pooled".
+
+    Says of each prompt that is longer than the text towers take what of it they do not see; `what` names it.
+    """
+    found = encode_prompts(parts, prompts)
+    for prompt, cut in dict(zip(prompts, found.cut, strict=True)).items():
+        if cut:
+            log.warning("%s %r is longer than the 77 tokens that are read, cut off: %r", what, prompt[:40], cut)
+    condition = {"context": np.asarray(found.context)}
+    if found.pooled is not None:
+        condition["pooled"] = np.asarray(found.pooled)
+    return condition
+
+
+def null_condition(
+    parts: Sequence[TextPart], negative: str | None, *, zero: bool
+) -> dict[str, Float[np.ndarray, "..."]]:
+    """The states that guidance leads away from, of one image, without its axis: those of the negative prompt, of an
+    empty text where there is none, or then, with `zero`, zeros."""
+    found = condition_of(parts, [negative or ""], "--negative")
+    unconditional = negative is None and zero
+    return {name: np.zeros_like(value[0]) if unconditional else value[0] for name, value in found.items()}

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, UInt8
 from tqdm import tqdm
 
@@ -16,12 +17,16 @@ from gspn_jax import autoencoder, unet
 from gspn_jax.config import ConfigError
 from gspn_jax.diffusion import stable_diffusion
 from gspn_jax.diffusion.scheduler_config import SchedulerConfig
+from gspn_jax.kernels import sharded
+from gspn_jax.models.attention import attention
+from gspn_jax.models.parameters import cast
 from gspn_jax.parallel import sharding
 from gspn_jax.parallel.memory import check_fits
 from gspn_jax.sampling import seeds
 from gspn_jax.sampling.decoding import DECODED_AT_A_TIME, DECODED_PIXELS
 from gspn_jax.tables import STABLE_DIFFUSION_SAMPLERS
-from gspn_jax.text_to_image.conditions import TextConditions, encode_prompts
+from gspn_jax.text_to_image import gspn_layers
+from gspn_jax.text_to_image.conditions import condition_of, null_condition
 from gspn_jax.text_to_image.folder import Model
 
 log = logging.getLogger(__name__)
@@ -78,7 +83,7 @@ class Drawing:
         self._vae = autoencoder.Autoencoder(model.autoencoder, model.autoencoder_config, batch_size=at_a_time)
         self._seed = self._everywhere(seeds.words(seed))
         self._check_memory()
-        self._params = {name: self._everywhere(value) for name, value in model.unet.items()}
+        self._params = jax.tree.map(self._everywhere, network_params(model))
         self._null = self._encode_null()
         self._gather = jax.jit(lambda latents: latents, out_shardings=sharding.replicated(mesh))
         self._draw = self._compile()
@@ -89,13 +94,8 @@ class Drawing:
 
     def _encode_null(self) -> dict[str, jax.Array]:
         """The states of the negative prompt, which guidance leads away from."""
-        negative = self.settings.negative
-        text = negative or ""
-        encoded = encode_prompts(self._texts, [text])
-        warn_of_cut([text], encoded, "--negative")
-        found = _condition(encoded)
-        zero = negative is None and self._model.empty_is_zero
-        return {name: self._everywhere(np.zeros_like(value[0]) if zero else value[0]) for name, value in found.items()}
+        found = null_condition(self._texts, self.settings.negative, zero=self._model.empty_is_zero)
+        return {name: self._everywhere(value) for name, value in found.items()}
 
     def _compile(self):
         """The program that draws a batch of latents, compiled; says what it takes."""
@@ -109,7 +109,11 @@ class Drawing:
                 added = None
                 if "pooled" in condition:
                     added = unet.Added(condition["pooled"], jnp.broadcast_to(sizes, (len(x), 6)))
-                output = unet.apply(params, model.unet_config, x.astype(dtype), time, condition["context"], added)
+                mixer = network_mixer(model, params)
+                output = unet.apply(
+                    params["unet"], model.unet_config, x.astype(dtype), time, condition["context"], added,
+                    attend=attend_of(dtype), mixer=mixer,
+                )  # fmt: skip
                 return output.astype(jnp.float32)
 
             return stable_diffusion.sample(
@@ -131,7 +135,8 @@ class Drawing:
             for name, value in self._null.items()
         }
         numbers = jax.ShapeDtypeStruct((self.batch_size,), np.uint32, sharding=split)
-        lowered = jax.jit(draw, out_shardings=split).lower(self._params, condition, self._null, numbers, self._seed)
+        with sharded(self._mesh, batch=sharding.BATCH_AXES):
+            lowered = jax.jit(draw, out_shardings=split).lower(self._params, condition, self._null, numbers, self._seed)
         compiled = lowered.compile()
         needed = compiled.memory_analysis()
         if needed is not None:
@@ -141,22 +146,24 @@ class Drawing:
                 self.batch_size,
                 *settings.size,
                 self._devices,
-                _bytes(model.unet) / 1e9,
+                _bytes(self._params["unet"] | self._params["gspn"]) / 1e9,
                 needed.temp_size_in_bytes / 1e9,
             )
         return compiled
 
     def _check_memory(self) -> None:
         """Raises ConfigError for weights and the attention scores of the finest transformer that a device cannot hold
-        together."""
+        together; of a U-Net with GSPN there are only those of the text."""
         model, (height, width) = self._model, self._latent_size
         level = next(
             (i for i, depth in enumerate(model.unet_config.depths) if depth), len(model.unet_config.depths) - 1
         )
         tokens = -(-height // 2**level) * -(-width // 2**level)
         images = self.batch_size // self._devices * (1 if self.settings.guidance == 1.0 else 2)
-        scores = 4 * images * model.unet_config.heads[level] * tokens**2
-        weights = _bytes(model.unet) + sum(_bytes(part.params) for part in model.texts) + _bytes(model.autoencoder)
+        seen = tokens if model.gspn is None else model.texts[0].tokenizer.length
+        scores = 4 * images * model.unet_config.heads[level] * tokens * seen
+        network = network_params(model)
+        weights = sum(map(_bytes, (*network.values(), *(part.params for part in model.texts), model.autoencoder)))
         check_fits(
             weights + scores,
             self._mesh,
@@ -187,12 +194,10 @@ class Drawing:
         """
         count = len(prompts)
         padded = [*prompts, *[prompts[-1]] * (self.batch_size - count)]
-        found = encode_prompts(self._texts, padded)
-        warn_of_cut(prompts, found, "the prompt")
         split = sharding.batch_sharding(self._mesh)
         condition = {
             name: jax.make_array_from_callback(value.shape, split, lambda index, value=value: value[index])
-            for name, value in _condition(found).items()
+            for name, value in condition_of(self._texts, padded).items()
         }
         all_numbers = np.resize(np.asarray(numbers, np.uint32), self.batch_size)
         placed = jax.make_array_from_callback(all_numbers.shape, split, lambda index: all_numbers[index])
@@ -219,10 +224,35 @@ def check_finite(latents: Float[np.ndarray, "N h w D"], numbers: Sequence[int]) 
             )
 
 
-def start_noise(seed, numbers, shape: tuple[int, int, int]) -> Float[Array, "N h w D"]:
-    """Noise that image `numbers[i]` of a seed begins with (`sampling.seeds`)."""
+def network_params(model: Model) -> dict[str, dict[str, Any]]:
+    """Weights of the U-Net as `draw` reads them: with GSPN without the self-attentions that it replaces, and the layers
+    in the type of the rest."""
+    if model.gspn is None:
+        return {"unet": dict(model.unet), "gspn": {}}
+    dtype = model.unet["conv_in.weight"].dtype
+    own = gspn_layers.shapes(model.unet_config, model.gspn.options)
+    layers = {name: np.asarray(model.gspn.params[name]) for name in own}
+    rest = {name: value for name, value in model.unet.items() if ".attn1." not in name}
+    return {"unet": rest, "gspn": cast(layers, own, dtype)}
+
+
+def network_mixer(model: Model, params: dict[str, dict[str, Any]], channels: int | None = None) -> unet.Mixer | None:
+    """Mixer of a U-Net whose weights are those of `network_params`; None is its own self-attention. `channels` are
+    scanned at a time, None for all."""
+    if model.gspn is None:
+        return None
+    return gspn_layers.mixer(params["gspn"], model.unet_config, model.gspn.options, channels=channels)
+
+
+def attend_of(dtype: DTypeLike) -> unet.Attend:
+    """Attention of a U-Net that computes in `dtype`: of half precision flash attention where it can run."""
+    return attention if jnp.dtype(dtype).itemsize == 2 else unet.attention
+
+
+def start_noise(seed, numbers, shape: tuple[int, int, int], draw: int = 0) -> Float[Array, "N h w D"]:
+    """Noise of image `numbers[i]` of a seed (`sampling.seeds`): what it begins with, or that of another `draw`."""
     keys = seeds.image_keys(seed, numbers)
-    return jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, 0), shape, jnp.float32))(keys)
+    return jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, draw), shape, jnp.float32))(keys)
 
 
 def scheduler_of(model: Model, **changes: Any) -> SchedulerConfig:
@@ -245,21 +275,6 @@ def sampler_of(model: Model) -> str:
             f"of them, found {name!r}"
         )
     return SAMPLERS[name]
-
-
-def warn_of_cut(prompts: Sequence[str], found: TextConditions, what: str) -> None:
-    """Says of each prompt that is longer than the text towers take what of it they do not see."""
-    for prompt, cut in dict(zip(prompts, found.cut, strict=False)).items():
-        if cut:
-            log.warning("%s %r is longer than the 77 tokens that are read, cut off: %r", what, prompt[:40], cut)
-
-
-def _condition(found: TextConditions) -> dict[str, np.ndarray]:
-    """The arrays of text conditions, by what they are to the U-Net."""
-    condition = {"context": np.asarray(found.context)}
-    if found.pooled is not None:
-        condition["pooled"] = np.asarray(found.pooled)
-    return condition
 
 
 def _latent_size(model: Model, size: tuple[int, int]) -> tuple[int, int]:

@@ -15,6 +15,7 @@ from gspn_jax.autoencoder.weights import infer_config
 from gspn_jax.config import ConfigError
 from gspn_jax.tensor_files import errors_name, open_folder, read_json
 from gspn_jax.text import TextConfig, Tokenizer
+from gspn_jax.text_to_image.gspn_layers import Layers
 from gspn_jax.unet import Prediction, UNetConfig
 
 _TOWERS = {"StableDiffusionPipeline": ("",), "StableDiffusionXLPipeline": ("", "_2")}
@@ -45,6 +46,8 @@ class Model(NamedTuple):
     """`scheduler_config.json`: betas, spacing, which sampler."""
     empty_is_zero: bool
     """True where no negative prompt means text states of zeros (SDXL), not those of an empty text."""
+    gspn: Layers | None = None
+    """Layers in the place of the U-Net's self-attentions; they are in no folder."""
 
 
 def load_folder(folder: str | pathlib.Path, dtype: DTypeLike | None = None) -> Model:

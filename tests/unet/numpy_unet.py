@@ -41,8 +41,9 @@ def random_state_dict(config: UNetConfig, seed: int = 0) -> dict[str, np.ndarray
     return weights
 
 
-def apply(weights, config, x, timestep, context, pooled=None, sizes=None):
+def apply(weights, config, x, timestep, context, pooled=None, sizes=None, dilation=1):
     net = _Network(weights, config)
+    net.dilation = dilation
     net.time, net.context = net.embed(timestep, pooled, sizes), context
     last = len(config.channels) - 1
     skips = [x := net.conv("conv_in", x)]
@@ -126,9 +127,10 @@ class _Network:
 
     def conv(self, name, x, stride=1):
         weight = self.weights[f"{name}.weight"]
-        half = weight.shape[2] // 2
+        half = self.dilation * (weight.shape[2] // 2)
         x = np.pad(x, ((0, 0), (half, half), (half, half)))
-        windows = np.lib.stride_tricks.sliding_window_view(x, weight.shape[2:], axis=(1, 2))[:, ::stride, ::stride]
+        windows = np.lib.stride_tricks.sliding_window_view(x, (2 * half + 1,) * 2, axis=(1, 2))[:, ::stride, ::stride]
+        windows = windows[..., :: self.dilation, :: self.dilation]
         out = np.einsum("ihwkl,oikl->ohw", windows, weight, optimize=True)
         return out + self.weights[f"{name}.bias"][:, None, None]
 

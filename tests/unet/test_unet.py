@@ -18,6 +18,7 @@ from gspn_jax.unet import (
     STABLE_DIFFUSION_1,
     STABLE_DIFFUSION_2,
     Added,
+    Execution,
     UNetConfig,
     apply,
     attention,
@@ -53,6 +54,29 @@ def test_outputs_are_the_published_ones(config, size):
         more = () if added is None else (added.pooled[i], added.sizes[i])
         truth = numpy_unet.apply(weights, config, x[i].transpose(2, 0, 1), TIMESTEPS[i], context[i], *more)
         assert relative_error(found[i], truth.transpose(1, 2, 0)) < TOLERANCE
+
+
+def test_dilated_convolutions_see_as_far_in_a_larger_map():
+    weights = random_state_dict(LINEAR)
+    x, context, added = random_inputs(LINEAR, 7, 10)
+    run = jax.jit(apply, static_argnums=1, static_argnames="execution")
+    found = run(from_state_dict(weights, LINEAR), LINEAR, x, TIMESTEPS, context, added, execution=Execution(dilation=2))
+    truth = numpy_unet.apply(
+        weights, LINEAR, x[0].transpose(2, 0, 1), TIMESTEPS[0], context[0], added.pooled[0], added.sizes[0], dilation=2
+    )
+    assert relative_error(found[0], truth.transpose(1, 2, 0)) < TOLERANCE
+
+
+def test_pieces_and_skips_on_the_host_change_memory_alone():
+    params = from_state_dict(random_state_dict(CONVOLUTIONS), CONVOLUTIONS)
+    x, context, _ = random_inputs(CONVOLUTIONS, 5, 8)
+    run = jax.jit(apply, static_argnums=1, static_argnames="execution")
+    plain = np.asarray(_apply(params, CONVOLUTIONS, x, TIMESTEPS, context))
+    for execution in (Execution(pieces=3), Execution(pieces=16, skips_on_host=True)):
+        found = run(params, CONVOLUTIONS, x, TIMESTEPS, context, execution=execution)
+        assert relative_error(found, plain) < 1e-5
+    program = str(jax.make_jaxpr(lambda x: apply(params, CONVOLUTIONS, x, TIMESTEPS, context, execution=execution))(x))
+    assert program.count("MemorySpace.Host") == program.count("MemorySpace.Device") == 9  # every skip, there and back
 
 
 @pytest.mark.parametrize(
