@@ -14,11 +14,12 @@ def main(argv: list[str] | None = None, *, program: str = "gspn-train") -> None:
     cli.setup()
     from gspn_jax.data import DataError  # after setup: importing JAX reads the environment
     from gspn_jax.runs.checkpoints import CheckpointError
+    from gspn_jax.state_dict import WeightsError
     from gspn_jax.training.guard import DivergedError
     from gspn_jax.training.loop import Interrupted
     from gspn_jax.training.train import train
 
-    with cli.user_errors(DataError, CheckpointError):
+    with cli.user_errors(DataError, CheckpointError, WeightsError, ImportError):
         argv = cli.join_other_hosts(cli.words(argv))
         config = cli.parse_config(argv, program=program, description="Train a class-conditional denoiser.")
         try:

@@ -151,9 +151,6 @@ class ClassifyConfig(RunConfig):
     optimizer: OptimizerConfig = OptimizerConfig()
     train: TrainConfig = TrainConfig()
     eval: ValidationConfig = ValidationConfig()
-    init_from: str | None = None
-    """A run directory, or a model.safetensors of `classify export`, whose weights a new run begins with; the last
-    linear begins anew where the classes are others."""
 
     TASK = "classification"
     FIXED = (*RunConfig.FIXED, "augment")
@@ -163,6 +160,7 @@ class ClassifyConfig(RunConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         require(not self.data.latents, "data.source", "a set of images", self.data.source)
+        require(not self.data.unconditional, "data.unconditional", "False: a classifier tells classes apart", True)
         require(not self.data.flip, "data.flip", "False: augment.flip mirrors images", self.data.flip)
         require(not self.data.in_memory, "data.in_memory", "False: prepare images as records instead", True)
         for name in ("mean", "deviation"):

@@ -19,6 +19,7 @@ from gspn_jax.data.augment.erasing import RandomErasing
 from gspn_jax.data.augment.host import HostAugmentation
 from gspn_jax.data.augment.mixing import Mixing
 from gspn_jax.data.augment.rand_augment import RandAugment
+from gspn_jax.training.given import Given
 from gspn_jax.training.task import Batch, Metrics, Task
 
 
@@ -39,8 +40,8 @@ class ClassificationTask(Task):
     def init(self, key: Key[Array, ""]) -> Any:
         return self.network.init(key)
 
-    def start(self, mesh: Mesh) -> Any | None:
-        return weights.start(self._config, self.network, mesh) if self._config.init_from else None
+    def given(self) -> Given | None:
+        return weights.given(self._config.init_from) if self._config.init_from else None
 
     def loss(self, params: Any, batch: Batch, key: Key[Array, ""], *_: Any) -> tuple[Float[Array, ""], Metrics]:
         """Cross-entropy with soft targets of a batch {"image": uint8 [B, S, S, C], "label": int32 [B]}.

@@ -18,13 +18,14 @@ from gspn_jax.files import check_new_folder, new_folder
 from gspn_jax.parallel import sharding
 from gspn_jax.runs import averages, checkpoints
 from gspn_jax.runs.digest import digest_of
+from gspn_jax.runs.weight_files import FORMAT_VERSION, HEADER, named
 from gspn_jax.small_files import DamagedFile, parse, read_json, typed
 from gspn_jax.state_dict import WeightsError, read_state_dict, refuse_pointer
+from gspn_jax.training.given import Given
 
 log = logging.getLogger(__name__)
 
 WEIGHTS, CARD = "model.safetensors", "README.md"
-HEADER, FORMAT_VERSION = "gspn_jax", 1
 HEADER_FIELDS = {
     "version": int,
     "config": dict,
@@ -60,9 +61,7 @@ def read(path: str, mesh: Mesh, *, step: int | None = None, decays: tuple[float,
     `decays` are those of averages, 0 for the parameters themselves; None is all that there are. Raises CheckpointError,
     WeightsError or ConfigError for what cannot be used.
     """
-    where = pathlib.Path(path)
-    if (where / WEIGHTS).is_file():
-        where = where / WEIGHTS
+    where = _file(path)
     if where.is_file():
         if step is not None or decays is not None:
             raise ConfigError(f"--step and --ema choose from a run directory, found the file {where}")
@@ -100,7 +99,7 @@ def _of_file(path: pathlib.Path, mesh: Mesh) -> Trained:
     params = jax.tree.unflatten(jax.tree.structure(network.shapes), [tensors[name] for name in expected])
     if digest_of(params, network.shapes) != header["parameters_sha256"]:
         raise WeightsError(f"{path} must hold the tensors that were exported, found that their SHA-256 has changed")
-    sets = {_set_name(header["ema_decay"]): _placed(params, network.shapes, mesh)}
+    sets = {_set_name(header["ema_decay"]): sharding.put(params, network.shapes, mesh)}
     return Trained(config, tuple(header["class_names"]), header["fingerprint"], header["step"], sets, str(path))
 
 
@@ -144,72 +143,39 @@ def check_not_released(path: pathlib.Path, names: set[str]) -> None:
         )
 
 
-def named(params: Any):
-    """(name, leaf) of every parameter, such as "backbone.stage1.blocks.mixer.conv.kernel", as in a file."""
-    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        yield jax.tree_util.keystr(path, simple=True, separator="."), leaf
+def given(path: str) -> Given:
+    """The classifier that `path` names, for a run to begin with: the first average of a run. The last linear begins
+    anew where the classes are others.
 
-
-def _placed(params: Any, shapes: Any, mesh: Mesh) -> Any:
-    """Parameters of this host as they are stored on the mesh; every host has them whole."""
-
-    def one(array, target):
-        padded = np.pad(array, [(0, to - size) for size, to in zip(array.shape, target.shape, strict=True)])
-        return jax.make_array_from_callback(target.shape, target.sharding, lambda index: padded[index])
-
-    return jax.tree.map(one, params, sharding.stored(shapes, mesh))
-
-
-def start(config: ClassifyConfig, network: Network, mesh: Mesh) -> Any:
-    """The parameters that `config.init_from` names, for a run of `network`: the first average of a run.
-
-    The last linear begins anew where the classes are others, which is logged. Raises WeightsError for a network that is
-    another one, and what `read` raises.
+    Raises ConfigError, CheckpointError or WeightsError for what cannot be used.
     """
-    path = config.init_from
-    assert path is not None, "asked for where it is given"
-    given = read(path, mesh, decays=None if _is_file(path) else (first_average(path),))
-    (params,) = given.sets.values()
-    theirs, ours = (dict(_by_path(shapes)) for shapes in (Network(given.config).shapes, network.shapes))
-    odd = [
-        name
-        for name in sorted(theirs.keys() | ours.keys())
-        if not name.startswith(HEAD) and (name not in theirs or name not in ours or theirs[name] != ours[name])
-    ]
-    if odd:
-        raise WeightsError(
-            "init_from must have the network of the config but for its classes, found "
-            f"{given.config.model.preset} with {given.config.model.mixer} in {path}: {odd[0]} is "
-            f"{theirs.get(odd[0], 'not there')}, not {ours.get(odd[0], 'there')}"
-        )
-    if all(theirs.get(name) == shape for name, shape in ours.items() if name.startswith(HEAD)):
-        log.info("beginning with the weights of %s", given.said)
+    if _is_file(path):
+        header = read_header(_file(path))
+        config, said = from_dict(header["config"], ClassifyConfig), path
+    else:
+        step, meta = checkpoints.read_meta(path)
+        config = from_dict(meta["config"], ClassifyConfig)
+        said = f"{path}, step {step}, {_set_name(config.train.ema_decays[0])}"
+
+    def read_it(mesh: Mesh) -> Any:
+        (params,) = read(path, mesh, decays=None if _is_file(path) else config.train.ema_decays[:1]).sets.values()
         return params
-    log.info(
-        "beginning with the weights of %s but for the last linear: %d classes there, %d here",
-        given.said,
-        given.config.data.num_classes,
-        config.data.num_classes,
-    )
-    head = sharding.stored(network.shapes, mesh)["head"]["linear"]
-    fresh = jax.jit(
-        lambda key: sharding.pad(network.init(key), network.shapes, mesh)["head"]["linear"],
-        out_shardings=jax.tree.map(lambda s: s.sharding, head),
-    )(jax.random.key(config.train.seed))
-    return params | {"head": params["head"] | {"linear": fresh}}
+
+    return Given(said, Network(config).shapes, read_it, loose=(HEAD,))
+
+
+def _file(path: str) -> pathlib.Path:
+    """`path`, or the file of weights in the folder that it is."""
+    where = pathlib.Path(path)
+    return where / WEIGHTS if (where / WEIGHTS).is_file() else where
 
 
 def _is_file(path: str) -> bool:
-    return pathlib.Path(path).is_file() or (pathlib.Path(path) / WEIGHTS).is_file()
+    return _file(path).is_file()
 
 
 def first_average(path: str) -> float:
     return from_dict(checkpoints.read_meta(path)[1]["config"], ClassifyConfig).train.ema_decays[0]
-
-
-def _by_path(shapes: Any):
-    for path, leaf in jax.tree_util.tree_leaves_with_path(shapes):
-        yield jax.tree_util.keystr(path, simple=True, separator="/"), tuple(leaf.shape)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -9,6 +9,7 @@ from gspn_jax.config.checks import put_homes, require
 from gspn_jax.config.sections import (
     DataConfig,
     DiffusionConfig,
+    DistillConfig,
     EvalConfig,
     GuardConfig,
     LogConfig,
@@ -37,6 +38,10 @@ class RunConfig:
     guard: GuardConfig = GuardConfig()
     profile: ProfileConfig = ProfileConfig()
     log: LogConfig = LogConfig()
+    init_from: str | None = None
+    """Weights that a new run begins with: a run directory (the first average of its newest checkpoint), or a file or
+    folder of weights. What does not fit begins anew, as the table init_from.txt of the run directory says; optimizer,
+    schedule and averages are new. A run that has checkpoints goes on from them."""
 
     TASK: ClassVar[str]
     """The name by which a saved config is known to be of this class."""
@@ -54,6 +59,7 @@ class RunConfig:
         "train.accumulate",
         "train.seed",
         "train.ema_decays",
+        "train.only",
     )
     """Settings (or sections) that are fixed for the life of a run; `train.allow_change` unlocks those of the data and
     the batch."""
@@ -66,7 +72,8 @@ class RunConfig:
     def __post_init__(self) -> None:
         require(bool(self.run_dir), "run_dir", "a folder", self.run_dir)
         require(not re.match(r"[A-Za-z][\w.+-]*://", self.run_dir), "run_dir", "a folder of this machine", self.run_dir)
-        put_homes(self, "run_dir")
+        put_homes(self, "run_dir", "init_from")
+        require(self.init_from != "", "init_from", "a run directory, a file of weights, or None", self.init_from)
         require(
             self.optimizer.warmup_steps <= self.train.steps,
             "optimizer.warmup_steps",
@@ -100,12 +107,13 @@ class Config(RunConfig):
     diffusion: DiffusionConfig = DiffusionConfig()
     sampler: SamplerConfig = SamplerConfig()
     eval: EvalConfig = EvalConfig()
+    distill: DistillConfig = DistillConfig()
 
     TASK = "diffusion"
     VERSION = 2
     MIGRATIONS = {1: _from_version_1}  # noqa: RUF012 (declared in RunConfig)
     MACHINE = ("model.backend",)
-    FIXED = (*RunConfig.FIXED, "diffusion")
+    FIXED = (*RunConfig.FIXED, "diffusion", "distill")
     FREE = ("model.remat", "data.path", "data.workers", "data.bad_images", "data.in_memory")
     SHAPES = ("data.channels", "data.num_classes")
 
@@ -118,6 +126,12 @@ class Config(RunConfig):
             f"one of {allowed} with diffusion.objective={self.diffusion.objective!r}",
             self.sampler.name,
         )
+        if self.data.unconditional:
+            for name, scale in (
+                ("sampler.guidance_scale", self.sampler.guidance_scale),
+                ("eval.guidance_scale", self.eval.guidance_scale),
+            ):
+                require(scale in (None, 1), name, "1 with data.unconditional: there is no class to guide by", scale)
         if OBJECTIVES[self.diffusion.objective].discrete:
             require(
                 self.sampler.steps <= self.diffusion.timesteps,

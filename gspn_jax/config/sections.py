@@ -1,10 +1,12 @@
 """The sections of a config: frozen dataclasses, validated when built."""
 
 import dataclasses
+import re
 from typing import TYPE_CHECKING, Literal, get_args
 
 from gspn_jax.config.checks import (
     LARGEST,
+    ConfigError,
     check_numbers,
     put_homes,
     require,
@@ -109,6 +111,9 @@ class DataConfig:
     """Effect of a corrupt image: stop with its name, or be replaced by another one and counted in a warning."""
     workers: int = 0
     """Grain worker processes; 0 decodes in threads of the main process."""
+    unconditional: bool = False
+    """Trains without classes: `path` of a "folder" is then any folder of images, and `num_classes` is 1, whatever it
+    is set to. There is nothing to guide by."""
     in_memory: bool = False
     """Decodes all images once, before training, and keeps them in the memory of every host: for small sets, which then
     feed fast devices. The batches are the same; Grain is not needed."""
@@ -116,6 +121,8 @@ class DataConfig:
     def __post_init__(self) -> None:
         check_numbers(self, "data")
         put_homes(self, "path")
+        if self.unconditional:
+            object.__setattr__(self, "num_classes", 1)
         require_one_of("data.source", self.source, SOURCES)
         require_one_of("data.bad_images", self.bad_images, ("error", "skip"))
         require_positive(self, "data", "image_size", "channels", "num_classes")
@@ -276,6 +283,9 @@ class TrainConfig:
     """The latest checkpoint is replaced every so many steps."""
     keep_every: int = 0
     """Checkpoints at multiples of this are kept for good; 0 keeps the latest only."""
+    only: str | None = None
+    """Regular expression: parameters in whose names, such as "trunk/blocks/mixer/qkv/kernel", it is found are trained,
+    the others keep their bits. None trains all."""
     allow_change: tuple[str, ...] = ()
     """Settings that a run may change when it goes on, although it is then no longer the run that was started: "data",
     "train.batch_size", "train.accumulate", "train.seed"."""
@@ -298,6 +308,11 @@ class TrainConfig:
         for name in self.allow_change:
             require_one_of("train.allow_change", name, CHANGEABLE)
         require_one_of("train.precision", self.precision, get_args(Precision))
+        if self.only is not None:
+            try:
+                re.compile(self.only)
+            except re.error as error:
+                raise ConfigError(f"train.only must be a regular expression, found {self.only!r}: {error}") from error
 
     @property
     def compute(self) -> str:
@@ -421,3 +436,30 @@ class LogConfig:
 
     def __post_init__(self) -> None:
         require(self.wandb != "", "log.wandb", "the name of a project, or None", self.wandb)
+
+
+@dataclasses.dataclass(frozen=True)
+class DistillConfig:
+    """Learning from a teacher, a trained denoiser of the same images and classes."""
+
+    teacher: str | None = None
+    """Run directory of the teacher, whose first average is taken; a new run begins with those of its weights that fit,
+    unless `init_from` names others. None is no teacher."""
+    step: int | None = None
+    """Checkpoint of the teacher; None is the newest."""
+    prediction_weight: float = 1.0
+    """Weight of the mean squared distance from its prediction."""
+    features: tuple[int, ...] = ()
+    """Numbers of blocks, from 0, whose tokens are compared as well."""
+    feature_weight: float = 1.0
+    """Weight of that distance, which is relative to the mean square of the teacher's tokens."""
+    data_weight: float = 0.0
+    """Weight of the objective's own loss."""
+
+    def __post_init__(self) -> None:
+        check_numbers(self, "distill")
+        put_homes(self, "teacher")
+        require(self.teacher != "", "distill.teacher", "a run directory, or None", self.teacher)
+        require(all(i >= 0 for i in self.features), "distill.features", "numbers of blocks from 0", self.features)
+        for name in ("prediction_weight", "feature_weight", "data_weight"):
+            require(getattr(self, name) >= 0, f"distill.{name}", "0 or more", getattr(self, name))

@@ -9,18 +9,16 @@ import jax
 import numpy as np
 
 from gspn_jax import models
-from gspn_jax.config import Config, EvalConfig, MeshConfig, to_dict
+from gspn_jax.config import Config, DistillConfig, EvalConfig, MeshConfig, to_dict
 from gspn_jax.convert import card
 from gspn_jax.files import check_new_folder, new_folder
 from gspn_jax.models.convert import dit_to_torch
 from gspn_jax.parallel import sharding
 from gspn_jax.runs import checkpoints
 from gspn_jax.runs.digest import digest_of
+from gspn_jax.runs.weight_files import FORMAT_VERSION, HEADER, named
 
 WEIGHTS, CARD = "model.safetensors", "README.md"
-HEADER = "gspn_jax"
-"""The key of the file's metadata under which all that `import` needs lies as JSON."""
-FORMAT_VERSION = 1
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -77,12 +75,6 @@ def export_weights(arguments: Export) -> None:
     print(f"step {step}, {'the parameters themselves' if decay == 0 else f'EMA {decay:g}'}, in {output}")
 
 
-def named(params: Any):
-    """(name, leaf) of every parameter, such as "trunk.blocks.mixer.qkv.kernel", as in the file."""
-    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        yield jax.tree_util.keystr(path, simple=True, separator="."), leaf
-
-
 def _released(config: Config, decay: float) -> Config:
     """The config of what is exported: with the one average that is there, and without the folders of this machine."""
     path = config.data.path and pathlib.PurePath(config.data.path).name
@@ -92,6 +84,8 @@ def _released(config: Config, decay: float) -> Config:
         data=dataclasses.replace(config.data, path=path),
         train=dataclasses.replace(config.train, ema_decays=(decay,)),
         eval=EvalConfig(),
+        init_from=None,
+        distill=DistillConfig(),
     )
 
 

@@ -7,7 +7,7 @@ what happens then is the loader's choice.
 import hashlib
 import os
 from collections.abc import Iterable, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -27,6 +27,23 @@ class Source(Protocol):
     def __getitem__(self, index: int) -> dict[str, np.ndarray | np.int32]:
         """{"image": uint8 [S, S, C], "label": int32}. Raises DataError for an image that cannot be decoded."""
         ...
+
+
+class Unlabelled:
+    """The images of `source` as one class without a name."""
+
+    class_names = ("",)
+
+    def __init__(self, source: Source):
+        self._source, self.fingerprint = source, source.fingerprint
+        self.metadata: Any = getattr(source, "metadata", None)
+        """Those of latents."""
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray | np.int32]:
+        return self._source[index] | {"label": np.int32(0)}
 
 
 def hash_of(parts: Iterable[str | bytes]) -> str:

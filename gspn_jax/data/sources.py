@@ -6,7 +6,7 @@ from typing import NamedTuple
 from gspn_jax import extras
 from gspn_jax.config import ConfigError, DataConfig
 from gspn_jax.data.memory import MemorySource
-from gspn_jax.data.source import Source, shorten
+from gspn_jax.data.source import Source, Unlabelled, shorten
 from gspn_jax.tables import SOURCES
 
 
@@ -29,6 +29,10 @@ def _digits(config: DataConfig, size: int | None) -> Source:
 
 
 def _folder(config: DataConfig, size: int | None) -> Source:
+    if config.unconditional:
+        from gspn_jax.data.flat_folder import FlatFolder
+
+        return FlatFolder(config.path, size, config.channels)
     from gspn_jax.data.folder import FolderSource
 
     return FolderSource(config.path, size, config.channels)
@@ -66,6 +70,8 @@ def make_source(config: DataConfig, *, whole: bool = False) -> Source:
 
     With `whole` images keep their size, whatever it is, for an augmentation to crop, and are not kept in memory.
 
+    With `config.unconditional` all of them are of one class, and a folder of images is read whatever its folders are.
+
     Latents are of the size they were prepared in; `LatentSource` gives their moments in place of an image. With
     `config.in_memory` all images are decoded here (`memory.MemorySource`, which says what that raises).
     Raises ConfigError for a set that is missing, empty, prepared in another format, or has other classes than
@@ -75,6 +81,8 @@ def make_source(config: DataConfig, *, whole: bool = False) -> Source:
         raise ConfigError(f"data.channels must be 1 (greyscale) or 3 (RGB) for images, found {config.channels}")
     kind = SOURCES[config.source]
     source = kind.make(config, None if whole else config.image_size)
+    if config.unconditional:
+        source = Unlabelled(source)
     found = len(source.class_names)
     if found != config.num_classes:
         raise ConfigError(

@@ -1,14 +1,14 @@
 """Weights of the original DiT (facebookresearch/DiT, a PyTorch state_dict) to our parameters and back."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
 from gspn_jax import models
 from gspn_jax.config import Config, ConfigError
 from gspn_jax.models.embeddings import MAX_PERIOD, TIME_FREQUENCIES, sincos_positions
+from gspn_jax.models.parameters import by_path
 from gspn_jax.models.presets import resolve
 
 # Our path -> the original's name. A stack of blocks is one array here and one array a block there ("{}").
@@ -64,7 +64,7 @@ def dit_to_torch(params: Mapping, config: Config) -> dict[str, np.ndarray]:
     side = config.data.image_size // arch.patch
     positions = np.asarray(sincos_positions(side, side, arch.hidden)).reshape(1, side * side, arch.hidden)
     state_dict = {_POSITIONS: positions}
-    flat = _flatten(params)
+    flat = by_path(params)
     for path, (names, _) in _targets(config).items():
         array = np.asarray(flat[path], np.float32)
         for name, one in zip(names, array if _is_stacked(path) else [array], strict=True):
@@ -81,7 +81,7 @@ def _targets(config: Config) -> dict[str, tuple[list[str], tuple[int, ...]]]:
             f"found layout {arch.layout!r} with mixer {arch.mixer!r}"
         )
     targets = {}
-    for path, leaf in _flatten(models.abstract(config)[1]).items():
+    for path, leaf in by_path(models.abstract(config)[1]).items():
         module, _, kind = path.rpartition("/")
         name = f"{_NAMES[module]}.{_LEAVES[kind]}"
         stacked = _is_stacked(path)
@@ -92,11 +92,6 @@ def _targets(config: Config) -> dict[str, tuple[list[str], tuple[int, ...]]]:
 
 def _is_stacked(path: str) -> bool:
     return path.startswith("trunk/blocks/")
-
-
-def _flatten(params: Mapping) -> dict[str, object]:
-    leaves = jax.tree_util.tree_leaves_with_path(params)
-    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
 
 
 def _their_shape(name: str, shape: tuple[int, ...], config: Config) -> tuple[int, ...]:
@@ -140,18 +135,31 @@ def dit_from_sit(state_dict: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
 
     SiT's time s runs from 0 (noise) to 1 (clean) and enters as it is; its velocity is clean - noise. Ours is
     t = 1 - s, enters as 1000 t, and the velocity is noise - clean. So the last layer changes its sign, and the first
-    layer of the time MLP takes up the map from our cosines and sines to SiT's (`_sit_frequencies`).
+    layer of the time MLP takes up the map from our cosines and sines to SiT's (`_frequencies_of`).
     """
+    last = {name: -np.asarray(state_dict[name]) for name in ("final_layer.linear.weight", "final_layer.linear.bias")}
+    return dict(state_dict) | last | _time_layer(state_dict, lambda t: 1 - t)
+
+
+def dit_from_repa(state_dict: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Weights of REPA (sihyun-yu/REPA, linear path, velocity) without its projectors, in our convention of flow
+    matching: its time and its velocity are ours, but the time enters as it is, ours as 1000 t."""
+    return dict(state_dict) | _time_layer(state_dict, lambda t: t)
+
+
+def _time_layer(
+    state_dict: Mapping[str, np.ndarray], theirs: Callable[[np.ndarray], np.ndarray]
+) -> dict[str, np.ndarray]:
+    """The first layer of the time MLP, which was given `theirs` of our time t in [0, 1], for our 1000 t."""
     first = "t_embedder.mlp.0.weight"
-    changed = {name: -np.asarray(state_dict[name]) for name in ("final_layer.linear.weight", "final_layer.linear.bias")}
-    changed[first] = (np.asarray(state_dict[first], np.float64) @ _sit_frequencies()).astype(np.float32)
-    return dict(state_dict) | changed
+    return {first: (np.asarray(state_dict[first], np.float64) @ _frequencies_of(theirs)).astype(np.float32)}
 
 
-def _sit_frequencies() -> np.ndarray:
-    """The matrix M [256, 256] with M @ f(1000 t) = f(1 - t) for t in [0, 1], f as in `timestep_frequencies`.
+def _frequencies_of(theirs: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+    """The matrix M [256, 256] with M @ f(1000 t) = f(theirs(t)) for t in [0, 1], f as in `timestep_frequencies`;
+    `theirs` is t or 1 - t.
 
-    Our frequencies 96 to 127 are SiT's 0 to 31; SiT's others change so slowly over [0, 1] that a few of ours give them
+    Our frequencies 96 to 127 are their 0 to 31; their others change so slowly over [0, 1] that a few of ours give them
     to 1e-7. Solved by least squares with a small ridge, which keeps the coefficients small.
     """
     half = TIME_FREQUENCIES // 2
@@ -162,10 +170,10 @@ def _sit_frequencies() -> np.ndarray:
         return np.concatenate([np.cos(time * rate), np.sin(time * rate)], axis=1)
 
     slow = np.flatnonzero(np.tile(1000 * rate <= 1 + 1e-9, 2))
-    ours, theirs = features(1000 * t)[:, slow], features(1 - t)
+    wanted, ours = features(theirs(t)), features(1000 * t)[:, slow]
     gram = ours.T @ ours + _RIDGE * len(t) * np.eye(len(slow))
     matrix = np.zeros((TIME_FREQUENCIES, TIME_FREQUENCIES))
-    matrix[:, slow] = np.linalg.solve(gram, ours.T @ theirs).T
+    matrix[:, slow] = np.linalg.solve(gram, ours.T @ wanted).T
     return matrix
 
 

@@ -60,6 +60,12 @@ def shapes_of(state: nnx.State) -> dict[str, Any]:
     return shapes
 
 
+def by_path(tree: Any) -> dict[str, Any]:
+    """Leaves of nested dicts by their paths, such as "trunk/blocks/mixer/qkv/kernel"."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
+
+
 def cast(params: Any, shapes: Any, dtype: DTypeLike) -> Any:
     """Parameters of blocks in the type that blocks compute in, but for those that stay float32."""
     return jax.tree.map(lambda leaf, own: leaf.astype(jnp.float32 if own.float32 else dtype), params, shapes)

@@ -58,15 +58,25 @@ def outside_blocks(shapes: Any, mesh: Mesh, params: Any) -> Any:
     return jax.tree.map(one, params, shapes)
 
 
-def placed(make: Callable[[], Any], shapes: Any, mesh: Mesh) -> Any:
-    """Parameters of these `shapes` as `make` makes them, where a step reads what it does not train (`Task.frozen`):
-    stacks of blocks as they are stored, what is in no block whole on every device."""
+def gathered_outside_blocks(stored: Any, shapes: Any, mesh: Mesh) -> Any:
+    """Parameters as they are stored -> as `placed` puts them, once for all steps."""
+    gather = jax.jit(lambda params: outside_blocks(shapes, mesh, params), out_shardings=_where_read(shapes, mesh))
+    return gather(stored)
+
+
+def _where_read(shapes: Any, mesh: Mesh) -> Any:
+    """Shardings of parameters that a step reads and does not train."""
     whole = sharding.replicated(mesh)
-    where = jax.tree.map(
+    return jax.tree.map(
         lambda own, stored: stored.sharding if getattr(own, "stacked", False) else whole,
         shapes,
         sharding.stored(shapes, mesh),
     )
+
+
+def placed(make: Callable[[], Any], shapes: Any, mesh: Mesh) -> Any:
+    """Parameters of these `shapes` as `make` makes them, where a step reads what it does not train (`Task.frozen`):
+    stacks of blocks as they are stored, what is in no block whole on every device."""
 
     def one(own, leaf, padded):
         return padded if getattr(own, "stacked", False) else leaf
@@ -75,7 +85,7 @@ def placed(make: Callable[[], Any], shapes: Any, mesh: Mesh) -> Any:
         params = make()
         return jax.tree.map(one, shapes, params, sharding.pad(params, shapes, mesh))
 
-    return jax.jit(build, out_shardings=where)()
+    return jax.jit(build, out_shardings=_where_read(shapes, mesh))()
 
 
 @functools.cache  # one object, so that nothing is traced twice for it

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from gspn_jax.config import ConfigError, MeshConfig, RunConfig
@@ -112,6 +113,16 @@ def stored(params: Any, mesh: Mesh | AbstractMesh) -> Any:
 def param_shardings(params: Any, mesh: Mesh | AbstractMesh) -> Any:
     """The shardings of `stored`."""
     return jax.tree.map(lambda s: s.sharding, stored(params, mesh))
+
+
+def put(params: Any, shapes: Any, mesh: Mesh) -> Any:
+    """Parameters of NumPy in their own `shapes`, whole on every host -> as they are stored, on the devices."""
+
+    def one(array: np.ndarray, target: jax.ShapeDtypeStruct) -> jax.Array:
+        padded = np.pad(array, [(0, to - size) for size, to in zip(array.shape, target.shape, strict=True)])
+        return jax.make_array_from_callback(target.shape, target.sharding, lambda index: padded[index])
+
+    return jax.tree.map(one, params, stored(shapes, mesh))
 
 
 def pad(params: Any, shapes: Any, mesh: Mesh | AbstractMesh) -> Any:

@@ -188,7 +188,7 @@ class Checkpoints:
             raise CheckpointError(
                 f"the checkpoint of step {step} in {self._folder} must have {', '.join(items)} to "
                 f"train on from it, and has no {', '.join(missing)}: weights that were imported can "
-                "be sampled, evaluated and exported"
+                "be sampled, evaluated and exported, and another run begins with them by --init-from"
             )
         read = checkpoints.read_items(where, {stored[name]: item for name, item in items.items()})
         state = jax.block_until_ready(target.of_items(step, {name: read[stored[name]] for name in items}))

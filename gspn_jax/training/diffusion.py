@@ -13,14 +13,16 @@ from PIL import Image
 
 from gspn_jax import data, models
 from gspn_jax.config import Config
-from gspn_jax.diffusion import objectives
+from gspn_jax.diffusion import ddpm, objectives
 from gspn_jax.pixels import from_uint8
 from gspn_jax.runs import averages
 from gspn_jax.sampling.grid import grid
 from gspn_jax.sampling.sampler import Sampler
 from gspn_jax.training.evaluation import SampleEvaluation
+from gspn_jax.training.given import Given
 from gspn_jax.training.state import TrainState
 from gspn_jax.training.task import Batch, Metrics, Task
+from gspn_jax.training.weights import denoiser_of
 
 GRID_PER_CLASS, GRID_CLASSES = 4, 10
 
@@ -46,6 +48,11 @@ class DiffusionTask(Task):
     def init(self, key: Key[Array, ""]) -> Any:
         return models.init(self.config, key, embedder=self.embedder)
 
+    def given(self) -> Given | None:
+        path = self.config.init_from
+        labels = self.embedder is None
+        return path and denoiser_of(path, self.config, self._source.class_names, labels=labels)
+
     def condition(self, batch: Batch) -> Any:
         """Condition that the denoiser is told of a batch: a tree of arrays [B, ...] that its `embedder` embeds."""
         return batch["label"]
@@ -63,20 +70,32 @@ class DiffusionTask(Task):
 
         Dropped conditions, times, noise and DropPath come from `key`.
         """
-        config, graphdef = self.config, self._abstract[0]
         label_key, noise_key, path_key = jax.random.split(key, 3)
-        condition = objectives.drop_condition(
-            label_key, self.condition(batch), config.diffusion.label_dropout, self.no_condition
-        )
+        losses, metrics = self.losses(self.denoiser(params, path_key), batch, label_key, noise_key)
+        return losses.mean(), {name: value.mean() for name, value in metrics.items()}
+
+    def denoiser(self, params: Any, path_key: Key[Array, ""]) -> ddpm.Denoise:
+        """The network as an objective calls it, with DropPath by `path_key`."""
 
         def denoise(x, t, condition, features=()):
             key = path_key if self._arch.drop_path else None
-            return models.apply(graphdef, params, x, t, condition, drop_path_key=key, features=features)
+            return models.apply(self._abstract[0], params, x, t, condition, drop_path_key=key, features=features)
 
+        return denoise
+
+    def losses(
+        self, denoise: ddpm.Denoise, batch: Batch, label_key: Key[Array, ""], noise_key: Key[Array, ""]
+    ) -> tuple[Float[Array, "B"], Metrics]:
+        """Loss and metrics of each image of a batch, as `loss` has it."""
+        config = self.config
+        condition = self.condition(batch)
+        if not config.data.unconditional:
+            condition = objectives.drop_condition(
+                label_key, condition, config.diffusion.label_dropout, self.no_condition
+            )
         image = batch["image"]
         x0 = from_uint8(image) if image.dtype == jnp.uint8 else image  # latents are floats, in their final scale
-        losses, metrics = objectives.loss(config.diffusion, denoise, x0, condition, noise_key)
-        return losses.mean(), {name: value.mean() for name, value in metrics.items()}
+        return objectives.loss(config.diffusion, denoise, x0, condition, noise_key)
 
     def forward_flops(self) -> float:
         size = self.config.data.image_size
@@ -90,6 +109,10 @@ class DiffusionTask(Task):
         return 4 * pixels + arch.depth * tokens * arch.hidden * compute  # what each block begins with is kept
 
     def source(self) -> data.Source:
+        return self._source
+
+    @functools.cached_property
+    def _source(self) -> data.Source:
         return data.make_source(self.config.data)
 
     def loader(self, source: data.Source, **place: int) -> data.Loader:
@@ -97,9 +120,10 @@ class DiffusionTask(Task):
 
     def describe(self, source: data.Source) -> str:
         config = self.config
+        classes = "without classes" if config.data.unconditional else f"of {config.data.num_classes} classes"
         return (
             f"{config.model.preset} ({models.count_parameters(config) / 1e6:.1f}M parameters) on {len(source):,} "
-            f"images of {config.data.num_classes} classes"
+            f"images {classes}"
         )
 
     def evaluation(self, mesh: Mesh) -> SampleEvaluation | None:

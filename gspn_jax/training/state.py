@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Int
 
 from gspn_jax.parallel import sharding
 from gspn_jax.runs import averages
-from gspn_jax.training import ema
+from gspn_jax.training import ema, only
 from gspn_jax.training.task import Task
 
 
@@ -58,7 +58,7 @@ def _begin(task: Task, params: Any) -> TrainState:
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
-        opt_state=task.optimizer().init(params),
+        opt_state=task.optimizer().init(only.part(params, only.trained(task.config.train, task.shapes))),
         ema=ema.init(params, task.config.train.ema_decays),
         halted=jnp.zeros((), jnp.bool_),
     )
@@ -70,7 +70,11 @@ def abstract_state(task: Task, mesh: Mesh | AbstractMesh) -> TrainState:
     params = sharding.param_shardings(task.shapes, mesh)
     everywhere = sharding.replicated(mesh)
     opt_state = optax.tree_utils.tree_map_params(
-        task.optimizer(), lambda _, s: s, shapes.opt_state, params, transform_non_params=lambda _: everywhere
+        task.optimizer(),
+        lambda _, s: s,
+        shapes.opt_state,
+        only.part(params, only.trained(task.config.train, task.shapes)),
+        transform_non_params=lambda _: everywhere,
     )
     shardings = TrainState(
         step=everywhere, params=params, opt_state=opt_state, ema=dict.fromkeys(shapes.ema, params), halted=everywhere
@@ -78,11 +82,11 @@ def abstract_state(task: Task, mesh: Mesh | AbstractMesh) -> TrainState:
     return jax.tree.map(lambda s, where: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where), shapes, shardings)
 
 
-def create_state(task: Task, mesh: Mesh) -> TrainState:
-    """The initial state, from `train.seed` or the task's `start`; every shard is made on the device that holds it."""
+def create_state(task: Task, mesh: Mesh, params: Any = None) -> TrainState:
+    """The initial state, of `params` as they are stored on `mesh`, or from `train.seed`; every shard is made on the
+    device that holds it."""
     shardings = jax.tree.map(lambda s: s.sharding, abstract_state(task, mesh))
-    given = task.start(mesh)
-    if given is not None:
-        return jax.jit(lambda params: _begin(task, params), out_shardings=shardings)(given)
+    if params is not None:
+        return jax.jit(lambda params: _begin(task, params), out_shardings=shardings)(params)
     key = jax.random.key(task.config.train.seed)
     return jax.jit(lambda key: _build(task, mesh, key), out_shardings=shardings)(key)

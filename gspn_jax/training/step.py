@@ -10,7 +10,7 @@ import optax
 from jax.sharding import Mesh
 
 from gspn_jax.parallel import fsdp, sharding
-from gspn_jax.training import ema
+from gspn_jax.training import ema, only
 from gspn_jax.training.state import TrainState, abstract_state
 from gspn_jax.training.task import Batch, Metrics, Task
 
@@ -38,8 +38,15 @@ def make_loss(task: Task, mesh: Mesh | None = None) -> Callable:
 
 def make_gradient(task: Task, mesh: Mesh | None = None) -> Callable:
     """gradient(params, batch, key, *frozen) -> ((loss, metrics), gradient), the mean over `train.accumulate`
-    micro-batches."""
-    value_and_grad = jax.value_and_grad(make_loss(task, mesh), has_aux=True)
+    micro-batches; of the parameters that are trained (`only.part`)."""
+    loss, trained = make_loss(task, mesh), only.trained(task.config.train, task.shapes)
+
+    def of_part(part: Any, params: Any, *arguments: Any) -> tuple[jax.Array, Metrics]:
+        return loss(only.merged(part, params), *arguments)
+
+    def value_and_grad(params: Any, *arguments: Any):
+        return jax.value_and_grad(of_part, has_aux=True)(only.part(params, trained), params, *arguments)
+
     count = task.config.train.accumulate
     if count == 1:
         return value_and_grad
@@ -64,6 +71,7 @@ def make_step(task: Task, mesh: Mesh, frozen: Sequence[Any] = ()) -> Step:
     guard.nonfinite "skip" only the step's number grows, and the next one goes on.
     """
     optimizer, schedule, gradient = task.optimizer(), task.learning_rate(), make_gradient(task, mesh)
+    trained = only.trained(task.config.train, task.shapes)
     train, skips = task.config.train, task.config.guard.nonfinite == "skip"
 
     def step(state: TrainState, batch: Batch, *frozen: Any) -> tuple[TrainState, Metrics]:
@@ -72,13 +80,16 @@ def make_step(task: Task, mesh: Mesh, frozen: Sequence[Any] = ()) -> Step:
             (loss, metrics), grads = gradient(state.params, batch, key, *frozen)
         grad_norm = optax.tree.norm(grads)
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
+        part = only.part(state.params, trained)
+        updates, opt_state = optimizer.update(grads, state.opt_state, part)
+        part = optax.apply_updates(part, updates)
+        averages = {name: only.part(average, trained) for name, average in state.ema.items()}
+        averages = ema.update(averages, part, state.step)
         new = TrainState(
             step=state.step + 1,
-            params=params,
+            params=only.merged(part, state.params),
             opt_state=opt_state,
-            ema=ema.update(state.ema, params, state.step),
+            ema={name: only.merged(average, state.ema[name]) for name, average in averages.items()},
             halted=jnp.zeros((), jnp.bool_),
         )
         good = finite & ~state.halted

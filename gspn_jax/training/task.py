@@ -14,10 +14,11 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Key
 from PIL import Image
 
-from gspn_jax.config import RunConfig
+from gspn_jax.config import RunConfig, require
 from gspn_jax.data.loader import Loader
 from gspn_jax.data.source import Source
 from gspn_jax.runs.evaluations import Best
+from gspn_jax.training.given import Given
 from gspn_jax.training.optimizer import learning_rate, make_optimizer
 
 Batch = dict[str, jax.Array]
@@ -65,9 +66,12 @@ class Task(abc.ABC):
     def init(self, key: Key[Array, ""]) -> Any:
         """Parameters to begin with; traced, so that they are born where they live."""
 
-    def start(self, mesh: Mesh) -> Any | None:
-        """Parameters that a new run begins with in place of those of `init`, as `sharding.stored` on `mesh`: those of
-        another run. Raises ConfigError, CheckpointError or WeightsError for what cannot be used."""
+    def given(self) -> Given | None:
+        """Parameters that a new run begins with in place of those of `init`: what `config.init_from` names, found and
+        not yet read. Raises ConfigError, CheckpointError or WeightsError for what cannot be used."""
+        require(
+            self.config.init_from is None, "init_from", f"None for the task {self.config.TASK!r}", self.config.init_from
+        )
         return None
 
     def frozen(self, mesh: Mesh) -> tuple[Any, ...]:

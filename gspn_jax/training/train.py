@@ -2,19 +2,24 @@
 
 import logging
 import pathlib
+from collections.abc import Sequence
 
 import jax
 from jax.sharding import Mesh
 
 from gspn_jax import extras
-from gspn_jax.config import Config, RunConfig
+from gspn_jax.config import Config, DistillConfig, RunConfig
 from gspn_jax.parallel import sharding
+from gspn_jax.parallel.agreement import agree
 from gspn_jax.parallel.memory import bytes_a_device, check_fits
 from gspn_jax.runs import readback, same_hosts
+from gspn_jax.runs.checkpoints import steps
 from gspn_jax.runs.saving import Checkpoints
-from gspn_jax.training import hooks
+from gspn_jax.training import hooks, only, start
 from gspn_jax.training.batches import Batches
 from gspn_jax.training.diffusion import DiffusionTask
+from gspn_jax.training.distillation import DistillationTask
+from gspn_jax.training.given import Given
 from gspn_jax.training.guard import Guard, advice
 from gspn_jax.training.hooks import Run
 from gspn_jax.training.logs import RunLog
@@ -31,8 +36,9 @@ logger = logging.getLogger(__name__)
 
 
 def train(config: Config) -> pathlib.Path:
-    """Trains a diffusion model as `train_task` says."""
-    return train_task(DiffusionTask(config))
+    """Trains a diffusion model as `train_task` says, from a teacher where the config asks for one."""
+    task = DiffusionTask if config.distill == DistillConfig() else DistillationTask
+    return train_task(task(config))
 
 
 def train_task(task: Task) -> pathlib.Path:
@@ -55,6 +61,9 @@ def train_task(task: Task) -> pathlib.Path:
     source = task.source()
     same_hosts.check_data(source.fingerprint, source.class_names)
     evaluation = task.evaluation(mesh)
+    begun = bool(agree(len(steps(config.run_dir))))
+    given = None if begun else task.given()
+    origins = given and start.plan(given, task.shapes)
     frozen = task.frozen(mesh)
     run_dir = pathlib.Path(config.run_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
@@ -66,7 +75,9 @@ def train_task(task: Task) -> pathlib.Path:
         wandb_log(config) as wandb,
     ):
         # --- state: the latest checkpoint, or born sharded
-        first_step, state = checkpoints.restore(target) or (0, create_state(task, mesh))
+        first_step, state = checkpoints.restore(target) or (0, _first_state(task, mesh, given, origins))
+        if begun and config.init_from:
+            logger.warning("%s goes on from its own step %d: init_from is for a new run", config.run_dir, first_step)
         if checkpoints.restored_config and first_step < config.train.steps:
             said = jump(checkpoints.restored_config, config, first_step)
             if said:
@@ -114,12 +125,22 @@ def train_task(task: Task) -> pathlib.Path:
     return run_dir
 
 
+def _first_state(task: Task, mesh: Mesh, given: Given | None, origins: Sequence[start.Line] | None) -> TrainState:
+    """State of a new run: of what it is given, whose origin is printed and kept, or fresh."""
+    if given is None or origins is None:
+        return create_state(task, mesh)
+    state = create_state(task, mesh, start.begin(task, given, origins, mesh))
+    start.keep(task.config.run_dir, start.table(given, task.shapes, origins))
+    return state
+
+
 def _check_memory(task: Task, target: TrainState, mesh: Mesh) -> None:
     """Raises ConfigError for a state, a gradient and a batch that a device cannot hold together."""
     train = task.config.train
+    trained = only.trained(train, task.shapes)
     images = train.batch_size // (mesh.shape["data"] * mesh.shape["fsdp"] * train.accumulate)
     check_fits(
-        bytes_a_device(target) + bytes_a_device(target.params) + images * task.image_bytes(),
+        bytes_a_device(target) + bytes_a_device(only.part(target.params, trained)) + images * task.image_bytes(),
         mesh,
         f"the state of training and {images:,} images",
         "a smaller train.batch_size or model, more train.accumulate or mesh.fsdp take less",

@@ -24,6 +24,7 @@ from gspn_jax.parallel import sharding
 from gspn_jax.runs import checkpoints
 from gspn_jax.runs.checkpoints import CheckpointError
 from gspn_jax.state_dict import WeightsError
+from gspn_jax.training import start
 from gspn_jax.training.loop import Interrupted
 from gspn_jax.training.signals import Stop
 from gspn_jax.training.state import abstract_state
@@ -61,6 +62,13 @@ def everything(config):
     """All that the checkpoint of step 4 has: parameters, optimizer, averages."""
     target = abstract_state(ClassificationTask(config), one_device())
     return checkpoints.read_items(checkpoints.folder(config.run_dir) / "4", target.items())
+
+
+def begun(task, mesh):
+    """(parameters that a new run begins with, where each comes from)."""
+    given = task.given()
+    origins = start.plan(given, task.shapes)
+    return start.begin(task, given, origins, mesh), origins
 
 
 def lines(run_dir):
@@ -150,18 +158,20 @@ def test_weights_go_out_with_a_card_and_come_back(run, tmp_path, capsys):
         weights.read(str(tmp_path / "released"), one_device(), step=4)
 
 
-def test_a_run_begins_with_the_weights_of_another_with_other_classes_and_size(run, tmp_path, caplog):
+def test_a_run_begins_with_the_weights_of_another_with_other_classes_and_size(run, tmp_path):
     data = dataclasses.replace(run.data, num_classes=2, image_size=12)
     config = dataclasses.replace(run, run_dir=str(tmp_path), data=data, init_from=run.run_dir)
     task, mesh = ClassificationTask(config), one_device()
-    with caplog.at_level("INFO", "gspn_jax"):
-        params = task.start(mesh)
-    assert "but for the last linear: 3 classes there, 2 here" in caplog.text
+    params, lines = begun(task, mesh)
+    assert {line.path: line.why for line in lines if line.origin == "anew"} == {
+        "head/linear/bias": "of shape (3,) there",
+        "head/linear/kernel": "of shape (16, 3) there",
+    }
     (theirs,) = weights.read(run.run_dir, mesh, decays=(0.9,)).sets.values()
     jax.tree.map(np.testing.assert_array_equal, params["backbone"], theirs["backbone"])
     np.testing.assert_array_equal(params["head"]["norm"]["scale"], theirs["head"]["norm"]["scale"])
     assert params["head"]["linear"]["kernel"].shape == (16, 2)
-    same = ClassificationTask(dataclasses.replace(run, init_from=run.run_dir)).start(mesh)
+    same, _ = begun(ClassificationTask(dataclasses.replace(run, init_from=run.run_dir)), mesh)
     jax.tree.map(np.testing.assert_array_equal, same, theirs)
 
 
@@ -171,8 +181,8 @@ def test_weights_of_another_network_and_of_the_release_are_refused(run, tmp_path
     grey = dataclasses.replace(run.data, channels=1)
     augment = dataclasses.replace(run.augment, mean=(0.5,), deviation=(0.2,))
     config = dataclasses.replace(run, data=grey, augment=augment, init_from=run.run_dir)
-    with pytest.raises(WeightsError, match=r"init_from must have the network .*stage1/down/conv1/kernel is"):
-        ClassificationTask(config).start(one_device())
+    with pytest.raises(WeightsError, match=r"init_from must have parameters .*stage1/down/conv1/kernel of shape"):
+        begun(ClassificationTask(config), one_device())
     save_file({name: np.zeros((2, 2), np.float32) for name in weights.RELEASED}, tmp_path / "released.safetensors")
     with pytest.raises(WeightsError, match="named as in the authors' released code, which are refused"):
         weights.read(str(tmp_path / "released.safetensors"), one_device())

@@ -16,8 +16,6 @@ import sample
 import train_dit
 from gspn_jax import convert, models
 from gspn_jax.config import DataConfig, MeshConfig, to_dict
-from gspn_jax.convert.exporting import HEADER
-from gspn_jax.convert.importing import dit_config
 from gspn_jax.data import make_source
 from gspn_jax.data.latents import write_synthetic
 from gspn_jax.evaluate import report
@@ -25,6 +23,7 @@ from gspn_jax.parallel import sharding
 from gspn_jax.runs import checkpoints
 from gspn_jax.runs.digest import digest_of
 from gspn_jax.runs.saving import Checkpoints
+from gspn_jax.runs.weight_files import HEADER, dit_config
 from gspn_jax.sampling.sampler import Sampler
 from gspn_jax.training.diffusion import DiffusionTask
 from gspn_jax.training.state import create_state
@@ -344,6 +343,25 @@ def test_other_files_and_places_get_a_sentence(folder, tmp_path, capsys):
     assert "must be a DiT with attention" in refused(capsys, "export", "--run", folder / "ours", "--dit-names", *to)
     assert "gspn_jax.convert can: import, export, found 'eat'" in refused(capsys, "eat")
     assert not (tmp_path / "run").exists()
+
+
+def test_a_repa_is_known_by_its_projectors_and_a_lightning_dit_by_its_blocks(folder, tmp_path, capsys):
+    tensors = load_file(folder / "dit.safetensors")
+    final = {name: value[: len(value) // 2] for name, value in tensors.items() if name.startswith("final_layer.linear")}
+    repa = tensors | final | {"projectors.0.0.weight": np.zeros((3, 16), np.float32)}
+    save_file(repa, tmp_path / "repa.safetensors")
+    to = ["--heads", "2", "--null-row", "last", "--output"]
+    convert.main(["import", "--weights", str(tmp_path / "repa.safetensors"), *to, str(tmp_path / "run")])
+    config = checkpoints.read_config(tmp_path / "run")[1]
+    assert config.diffusion.objective == "flow" and not models.learns_sigma(config)
+    for name, part in (
+        ("blocks.0.mlp.w12.weight", "SwiGLU"),
+        ("blocks.0.norm1.weight", "RMSNorm"),
+        ("feat_rope.freqs_cos", "RoPE"),
+    ):
+        save_file(tensors | {name: np.zeros(3, np.float32)}, tmp_path / "lightning.safetensors")
+        said = refused(capsys, "import", "--weights", tmp_path / "lightning.safetensors", *to, tmp_path / "no")
+        assert f"found some of a LightningDiT with {part}" in said
 
 
 def test_what_was_exported_must_be_whole(folder, tmp_path, capsys):

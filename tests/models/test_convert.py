@@ -6,7 +6,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from gspn_jax.config import ConfigError
-from gspn_jax.models.convert import dit_from_sit, dit_from_torch, dit_to_torch
+from gspn_jax.models.convert import dit_from_repa, dit_from_sit, dit_from_torch, dit_to_torch
 from gspn_jax.state_dict import read_state_dict, read_weights
 from tests.attacks.foreign import save_safetensors
 from tests.models.model_cases import DIT, PAPER, make_config, random_inputs, random_params, relative_error, run
@@ -124,6 +124,21 @@ def test_a_sit_becomes_a_model_of_our_flow():
     truth = -np.stack(
         [
             denoise(state_dict, image.transpose(2, 0, 1), 1 - time, label, heads=2, patch=2).transpose(1, 2, 0)
+            for image, time, label in zip(x, t.astype(np.float64), y, strict=True)
+        ]
+    )
+    assert relative_error(found, truth) < TOLERANCE
+
+
+def test_a_repa_becomes_a_model_of_our_flow():
+    """REPA (arXiv 2410.06940): time and velocity as ours, but the time enters the network from 0 to 1."""
+    state_dict = random_state_dict(**SIZES)
+    x, _, y = random_inputs(6, 8, 8)
+    t = np.array([0.0, 1e-3, 0.25, 0.5, 0.9, 1.0], np.float32)
+    found = run(CONFIG, dit_from_torch(dit_from_repa(state_dict), CONFIG), x, 1000 * t, y)
+    truth = np.stack(
+        [
+            denoise(state_dict, image.transpose(2, 0, 1), time, label, heads=2, patch=2).transpose(1, 2, 0)
             for image, time, label in zip(x, t.astype(np.float64), y, strict=True)
         ]
     )

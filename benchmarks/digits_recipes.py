@@ -1,0 +1,164 @@
+"""Numbers of docs/recipes.md, on scikit-learn's digits: other classes by --init-from, and a GSPN from a DiT.
+
+python benchmarks/digits_recipes.py classes --seed 0     0-4, then 5-9 from it and from scratch: conditional accuracy
+python benchmarks/digits_recipes.py teacher --seed 0     a DiT, then a GSPN from it and from scratch: Frechet distance
+
+Runs lie in --output (runs/recipes by default) and are gone on with. A line of JSON for each run that is scored: what it
+is, steps, images, conditional accuracy and Frechet distance (`metrics.digits.DigitsJudge`), the mean of `--sets` sets
+of 1,000 samples with the standard deviation.
+"""
+
+import argparse
+import dataclasses
+import functools
+import json
+import pathlib
+import statistics
+
+import numpy as np
+from PIL import Image
+
+from gspn_jax import cli
+from gspn_jax.config import Config, DataConfig, DistillConfig
+
+SAMPLES = 1000
+SIZE = {"hidden": 64, "depth": 4}
+QUARTER, FIFTH = 4, 5
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("recipe", choices=("classes", "teacher"))
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--steps", type=int, default=400, help="of training from scratch")
+    parser.add_argument("--sets", type=int, default=1, help="of samples")
+    parser.add_argument("--output", default="runs/recipes")
+    flags = parser.parse_args()
+    cli.setup()
+    {"classes": classes, "teacher": teacher}[flags.recipe](flags)
+
+
+def classes(flags: argparse.Namespace) -> None:
+    """Classes 0 to 4; then 5 to 9 from that model in a quarter of the steps that a model of their own has."""
+    root = pathlib.Path(flags.output) / f"classes_{flags.seed}"
+    low, high = (digits_of(root / name, names) for name, names in (("low", range(5)), ("high", range(5, 10))))
+    base = trained(flags, root / "of_0_to_4", low, flags.steps)
+    scratch = trained(flags, root / "scratch", high, flags.steps)
+    short = flags.steps // QUARTER
+    tuned = trained(flags, root / "from_0_to_4", high, short, init_from=base.run_dir)
+    early = trained(flags, root / "scratch_short", high, short)
+    for what, config in (("scratch", scratch), ("from 0-4", tuned), ("scratch, a quarter", early)):
+        report(flags, what, config, first=5)
+
+
+def teacher(flags: argparse.Namespace) -> None:
+    """A DiT; then a GSPN from it in a fifth of its steps, and one from scratch in as many."""
+    root, data = pathlib.Path(flags.output) / f"teacher_{flags.seed}", DataConfig(in_memory=True)
+    dit = {"preset": "DiT-S/2", "heads": 4}
+    gspn = {"preset": "DiT-S/2", "mixer": "gspn"}
+    short = flags.steps // FIFTH
+    theirs = trained(flags, root / "dit", data, flags.steps, model=dit)
+    blocks = tuple(range(theirs.model.depth or 0))
+    for what, settings in (
+        ("predictions and features", DistillConfig(teacher=theirs.run_dir, features=blocks)),
+        ("predictions", DistillConfig(teacher=theirs.run_dir)),
+    ):
+        student = trained(flags, root / what.replace(" ", "_"), data, short, model=gspn, distill=settings)
+        report(flags, f"GSPN from a DiT, {what}", student)
+    begun = trained(flags, root / "begun", data, short, model=gspn, init_from=theirs.run_dir)
+    scratch = trained(flags, root / "scratch", data, short, model=gspn)
+    for what, config in (("DiT", theirs), ("GSPN with its other weights", begun), ("GSPN from scratch", scratch)):
+        report(flags, what, config)
+
+
+def digits_of(folder: pathlib.Path, names: range) -> DataConfig:
+    """The digits of these classes as a folder of PNG."""
+    if not folder.exists():
+        images, labels = real()
+        for i in np.flatnonzero(np.isin(labels, names)):
+            path = folder / str(labels[i]) / f"{i:04d}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(images[i, ..., 0]).save(path)
+    return DataConfig(
+        source="folder", path=str(folder), image_size=8, channels=1, num_classes=len(names), in_memory=True
+    )
+
+
+def trained(flags: argparse.Namespace, run: pathlib.Path, data: DataConfig, steps: int, **changes) -> Config:
+    """The config of a finished run: that of configs/digits.py, but smaller and for what is given."""
+    from gspn_jax.training.train import train
+
+    base = cli.load_config("digits")
+    model = dataclasses.replace(base.model, **SIZE | changes.pop("model", {}))
+    config = dataclasses.replace(
+        base,
+        run_dir=str(run),
+        data=data,
+        model=model,
+        optimizer=dataclasses.replace(base.optimizer, warmup_steps=min(50, steps // 10)),
+        train=dataclasses.replace(
+            base.train,
+            steps=steps,
+            seed=flags.seed,
+            ema_decays=(0.95, 0.99),
+            sample_every=0,
+            save_every=steps,
+            log_every=20,
+        ),
+        **changes,
+    )
+    train(config)
+    return config
+
+
+@functools.cache
+def real() -> tuple[np.ndarray, np.ndarray]:
+    """(images, labels) of all digits."""
+    from gspn_jax.data import make_source
+
+    source = make_source(DataConfig())
+    records = [source[i] for i in range(len(source))]
+    return np.stack([r["image"] for r in records]), np.array([r["label"] for r in records])
+
+
+@functools.cache
+def judge():
+    from gspn_jax.metrics.digits import DigitsJudge
+
+    return DigitsJudge(*real())
+
+
+def report(flags: argparse.Namespace, what: str, config: Config, *, first: int = 0) -> None:
+    """Prints the scores of each average; class 0 of the run is the digit `first`."""
+    from gspn_jax.parallel import sharding
+    from gspn_jax.runs import checkpoints
+    from gspn_jax.sampling.sampler import Sampler
+
+    mesh, count = sharding.make_mesh(config.mesh), config.data.num_classes
+    labels = np.tile(np.arange(count), SAMPLES // count)
+    for decay in config.train.ema_decays:
+        params = checkpoints.restore_params(config.run_dir, config.train.steps, config, mesh, ema_decay=decay)
+        scores = [
+            judge().score(Sampler(config, mesh, seed=seed)(params, labels, np.arange(len(labels))), labels + first)
+            for seed in range(flags.sets)
+        ]
+        accuracy, frechet = ([getattr(s, name) for s in scores] for name in ("conditional_accuracy", "frechet"))
+        line = {
+            "what": what,
+            "seed": flags.seed,
+            "steps": config.train.steps,
+            "images": config.train.steps * config.train.batch_size,
+            "ema": decay,
+            "accuracy": round(statistics.mean(accuracy), 4),
+        }
+        if count == 10:  # of five classes it would be a distance from all ten
+            line |= {
+                "frechet": round(statistics.mean(frechet), 4),
+                "deviation": round(statistics.pstdev(frechet), 4),
+                "floor": round(scores[0].frechet_floor, 4),
+            }
+        print(json.dumps(line), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,90 @@
+"""The weights that a denoiser begins with: of a run, of an import, or of a file."""
+
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+from gspn_jax import models
+from gspn_jax.config import Config, ConfigError, from_dict
+from gspn_jax.parallel import sharding
+from gspn_jax.runs import checkpoints, weight_files
+from gspn_jax.training.given import Given, Rows
+
+WEIGHTS = "model.safetensors"
+"""The file in a folder that `export` wrote."""
+_LABELS = "label_embed/embedding"
+_INPUT, _OUTPUT, _MIXERS = "patch_embed/proj/", "final/linear/", r"trunk/\w+/mixer/"
+_SHOWN = 5
+"""Names of classes in a line of the table."""
+
+
+def denoiser_of(path: str, config: Config, class_names: Sequence[str], *, labels: bool) -> Given:
+    """The denoiser that `path` names, for a run of `config` on classes of these names; `labels` tells whether its
+    condition is a table of them. Of a run it is the first average of the newest whole checkpoint.
+
+    Raises ConfigError, CheckpointError or WeightsError for what cannot be used.
+    """
+    where = pathlib.Path(path)
+    where = where / WEIGHTS if (where / WEIGHTS).is_file() else where
+    if where.is_file():
+        theirs, names, said, read = _of_file(where, config)
+    elif where.is_dir():
+        theirs, names, said, read = _of_run(path)
+    else:
+        raise ConfigError(f"init_from must be a run directory or a file of weights, found nothing at {path!r}")
+    rows = {_LABELS: class_rows(names, class_names)} if labels else {}
+    anew = _anew(theirs, config) | ({} if labels else {"label_embed/": "another condition"})
+    return Given(said, models.abstract(theirs)[1], read, loose=(_INPUT, _OUTPUT, _MIXERS), anew=anew, rows=rows)
+
+
+def _of_run(path: str) -> tuple[Config, Sequence[str], str, Any]:
+    step, meta = checkpoints.read_meta(path)
+    try:
+        theirs = from_dict(meta["config"])
+    except ConfigError as error:
+        raise ConfigError(f"init_from {path}: {error}") from error
+    decay = theirs.train.ema_decays[0]
+    said = f"{path}, step {step}, {f'EMA {decay:g}' if decay else 'the parameters themselves'}"
+    return theirs, meta["class_names"], said, lambda mesh: checkpoints.restore_params(path, step, theirs, mesh)
+
+
+def _of_file(path: pathlib.Path, config: Config) -> tuple[Config, Sequence[str], str, Any]:
+    try:
+        found = weight_files.read(str(path), weight_files.Origin())
+        theirs, wanted = found.config.diffusion.objective, config.diffusion.objective
+        if not found.ours and theirs != wanted:
+            raise ConfigError(f"it was taken for a model of {theirs}, and a SiT has a DiT's names; found {wanted} here")
+    except ConfigError as error:
+        raise ConfigError(
+            f"init_from {path}: {error} (python -m gspn_jax.convert import takes flags that say it, and makes a run)"
+        ) from error
+    shapes = models.abstract(found.config)[1]
+    said = str(path) + (f", step {found.step}" if found.step else "")
+    return found.config, found.class_names, said, lambda mesh: sharding.put(found.params, shapes, mesh)
+
+
+def _anew(theirs: Config, ours: Config) -> dict[str, str]:
+    """Parts whose parameters would mean something else here, whatever their shapes."""
+    there, here = models.resolve(theirs.model), models.resolve(ours.model)
+    found = {}
+    if there.mixer != here.mixer:
+        found[_MIXERS] = f"mixer {here.mixer}, {there.mixer} there"
+    elif getattr(there.options, "heads", None) != getattr(here.options, "heads", None):
+        found[_MIXERS] = f"{here.options.heads} heads, {there.options.heads} there"
+    if theirs.diffusion.objective != ours.diffusion.objective:
+        found[_OUTPUT] = f"objective {ours.diffusion.objective}, {theirs.diffusion.objective} there"
+    return found
+
+
+def class_rows(theirs: Sequence[str], ours: Sequence[str]) -> Rows:
+    """Rows of a table of classes and the null class: a class goes on by its name, or, where one side has numbers for
+    names and both have as many, by its number; the null class always does."""
+    known = {name: row for row, name in enumerate(theirs)}
+    there = [known.get(name) for name in ours]
+    numbered = any(list(side) == [str(i) for i in range(len(side))] for side in (theirs, ours))
+    if numbered and len(theirs) == len(ours):
+        there = list(range(len(ours)))
+    new = [name for name, row in zip(ours, there, strict=True) if row is None]
+    shown = ", ".join(map(repr, new[:_SHOWN])) + (", ..." if len(new) > _SHOWN else "")
+    said = f"{len(ours) - len(new)} of {len(ours)} classes and the null class copied"
+    return Rows((*there, len(theirs)), said + (f", {len(new)} anew ({shown})" if new else ""))
