@@ -29,7 +29,7 @@ from gspn_jax.text_to_image.folder import Model
 from gspn_jax.unet import Execution
 
 RATIO = 2
-"""Of the sides of an image and the next."""
+"""Ratio of the sides of an image and the next."""
 
 CHANNELS = 128
 """Channels that a GSPN layer scans at a time."""
