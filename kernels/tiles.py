@@ -26,6 +26,8 @@ APART = 3
 """Bytes of a map whose directions do not meet on chip, where one whose directions do has 2: 66 an element and 44."""
 SLABS = (64, 32, 16, 8)
 """Channels that a block may take, best first: 64 of bfloat16 are a whole 128-byte cache line."""
+NARROW = 32
+"""Narrower slabs are taken where no other fits, or a group of weights has no more channels: 32 are 64 bytes."""
 ROWS = 64
 """Positions of a line that a block expands from a proxy at once: the rows of the tensor cores' instruction."""
 
@@ -60,6 +62,11 @@ class Plan:
     def slabs(self) -> int:
         return math.ceil(self.channels / self.slab)
 
+    @property
+    def sharing(self) -> int:
+        """Warpgroups that share the lines of a direction."""
+        return 1 if self.joint else self.warpgroups
+
     def lines(self, direction: str) -> "Lines":
         """The cut of the lines of scans in `direction`."""
         return self.rows if direction in ("down", "up") else self.columns
@@ -70,11 +77,10 @@ class Plan:
         return directions * state + self.height * self.room(self.rows) * self.slab * 4 if self.joint else state
 
     @property
-    def computed(self) -> int:
-        """Elements that are computed in one of the directions, on average of rows and columns."""
-        sharing = 1 if self.joint else self.warpgroups
-        lines = ((lines.count, sharing * lines.tiles * lines.positions) for lines in (self.rows, self.columns))
-        return self.channels * sum(map(math.prod, lines)) // 2
+    def computed(self) -> tuple[int, int]:
+        """(positions, channels) that are computed in one of the directions, on average of rows and columns."""
+        lines = ((lines.count, self.sharing * lines.tiles * lines.positions) for lines in (self.rows, self.columns))
+        return sum(map(math.prod, lines)) // 2, self.slabs * self.slab
 
     @property
     def layout(self) -> object:
@@ -94,8 +100,7 @@ class Plan:
         """Positions that shared memory has for a line: whole tiles."""
         if self.expands:
             return ROWS
-        sharing = 1 if self.joint else self.warpgroups
-        return _up(sharing * lines.stretch, lines.positions)
+        return _up(self.sharing * lines.stretch, lines.positions)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -141,7 +146,7 @@ def make_plan(
     apart_tile = (group and device.shared_tile) or device.apart_tile
     slabs = [slab for slab in SLABS if group in (None, channels) or group % slab == 0]
     for joint, slab in itertools.product((True, False), slabs):
-        if joint and not (may_be_joint and slab >= min(32, group or channels)):
+        if joint and not (may_be_joint and slab >= min(NARROW, group or channels)):
             continue
         quantum = QUANTUM // slab
         sides = max(height, quantum), max(width, quantum)
@@ -163,7 +168,10 @@ def make_plan(
         )
         if plan.scan_bytes(directions) > device.scan_bytes:
             continue
-        cost = plan.height * plan.width * plan.channels, plan.computed * (2 if joint else APART)
+        positions, computed = plan.computed
+        computed = max(computed, _up(channels, NARROW))  # narrower slabs are no gain
+        work = positions * _tolerant(computed, plan.channels) * (2 if joint else APART)
+        cost = plan.height * plan.width * plan.channels, work
         if cost < least:
             best, least = plan, cost
     return best
@@ -199,13 +207,13 @@ def make_expanding_plan(height: int, width: int, channels: int, *, device: Devic
 def _cut(lengths: Sequence[int], quantum: int, most: int, shares: Sequence[int]) -> tuple[int, list[tuple[int, int]]]:
     """(warpgroups that share a line, (stretch, positions of a tile) for lines of each of the lengths).
 
-    Tiles are whole quanta, up to `most` positions. Of the cuts that compute no more than a seventh twice, that is taken
+    Tiles are whole quanta, up to `most` positions. Of the cuts that compute few positions twice, that is taken
     which computes most at a time, and then the one with the largest tiles: 56 positions are four stretches of 14, each
     two tiles of 8.
     """
 
     def cost(stretch: int, positions: int) -> int:
-        return max(7 * _up(stretch, positions), 8 * stretch)
+        return _tolerant(_up(stretch, positions), stretch)
 
     def positions(stretch: int) -> int:
         choices = range(quantum, min(max(most, quantum), stretch) + 1, quantum)
@@ -218,11 +226,16 @@ def _cut(lengths: Sequence[int], quantum: int, most: int, shares: Sequence[int])
     }
 
     def order(n: int) -> tuple[int, int, int]:
-        tile = sum(positions for _, positions in cuts[n])
+        tile = min(positions for _, positions in cuts[n])
         return sum(n * cost(*cut) for cut in cuts[n]), -n * tile, -tile
 
     best = min(cuts, key=order)
     return best, cuts[best]
+
+
+def _tolerant(computed: int, wanted: int) -> int:
+    """Work of which a seventh more than is wanted counts as nothing: wider slabs and tiles are worth that."""
+    return max(7 * computed, 8 * wanted)
 
 
 def _up(number: int, multiple: int) -> int:
