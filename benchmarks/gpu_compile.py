@@ -3,6 +3,8 @@ r"""GPU programs compiled by XLA for H100 or H200 on a machine without a GPU, an
 python benchmarks/gpu_compile.py step GSPN-XL/2 --batch 64 --gpu h200      one training step, all 57 blocks
 python benchmarks/gpu_compile.py step GSPN-XL/2 --batch 256 --mesh 8x1     data x fsdp, over 8 GPUs
 python benchmarks/gpu_compile.py sampler GSPN-L/2 --batch 64               the sampler, by its evaluations
+python benchmarks/gpu_compile.py step GSPN-T --batch 128                   one training step of an image classifier
+python benchmarks/gpu_compile.py inference GSPN-T --batch 128              its classes of a batch
 python benchmarks/gpu_compile.py recorded     every program of docs/performance.md, with its results
 python benchmarks/gpu_compile.py render       docs/performance.md again from the results
 make gpu-compile ARGS="step GSPN-B/2"         the same in an environment of its own (JAX for CUDA, 4 GB of wheels)
@@ -47,6 +49,7 @@ RECORDED = (
     "sampler GSPN-XL/2 --batch 64",
     "sampler GSPN-L/2 --batch 64",
     "sampler DiT-XL/2 --batch 64",
+    *(f"{what} {preset} --batch 128" for preset in ("GSPN-T", "GSPN-S", "GSPN-B") for what in ("step", "inference")),
 )
 """The programs of docs/performance.md."""
 
@@ -131,8 +134,31 @@ def traced_for(device: Any) -> Iterator[None]:
         jax.default_backend = attached
 
 
+def is_classifier(preset: str) -> bool:
+    """Whether a preset is one of images at 224 pixels, which have no patch size in their name."""
+    return "/" not in preset
+
+
+def classifier_config(arguments: argparse.Namespace):
+    """The recipe of the preset, with what was asked for."""
+    import importlib
+
+    from gspn_jax.config import MeshConfig
+
+    base = importlib.import_module("gspn_jax.configs." + arguments.preset.lower().replace("-", "_")).config
+    return dataclasses.replace(
+        base,
+        model=dataclasses.replace(base.model, **arguments.model, remat=arguments.remat or base.model.remat),
+        mesh=MeshConfig(*arguments.mesh),
+        data=dataclasses.replace(base.data, image_size=arguments.image_size),
+        train=dataclasses.replace(base.train, batch_size=arguments.batch),
+    )
+
+
 def config_of(arguments: argparse.Namespace):
     """The config file of the preset, or of its family, with what was asked for."""
+    if is_classifier(arguments.preset):
+        return classifier_config(arguments)
     from gspn_jax.config import MeshConfig
     from gspn_jax.configs.dit_xl_2 import config as dit
     from gspn_jax.configs.gspn_xl_2 import config as gspn
@@ -156,6 +182,8 @@ def lower(arguments: argparse.Namespace, config: Any, gpus: list) -> tuple[Any, 
     import jax
     import jax.numpy as jnp
 
+    from gspn_jax.classify.network import forward
+    from gspn_jax.classify.task import ClassificationTask
     from gspn_jax.parallel import sharding
     from gspn_jax.sampling.sampler import Sampler
     from gspn_jax.training.diffusion import DiffusionTask
@@ -169,12 +197,17 @@ def lower(arguments: argparse.Namespace, config: Any, gpus: list) -> tuple[Any, 
         return sampler.lower(arguments.batch), sampler.evaluations
     split, size = sharding.batch_sharding(mesh), config.data.image_size
     shape = (config.train.batch_size, size, size, config.data.channels)
+    classifies = is_classifier(arguments.preset)
     batch = {
-        "image": jax.ShapeDtypeStruct(shape, jnp.float32, sharding=split),
+        "image": jax.ShapeDtypeStruct(shape, jnp.uint8 if classifies else jnp.float32, sharding=split),
         "label": jax.ShapeDtypeStruct(shape[:1], jnp.int32, sharding=split),
     }
-    task = DiffusionTask(config)
-    return make_step(task, mesh).lower(abstract_state(task, mesh), batch), 1
+    task = (ClassificationTask if classifies else DiffusionTask)(config)
+    state = abstract_state(task, mesh)
+    if arguments.what == "inference":
+        logits = forward(config, task.network, mesh)
+        return jax.jit(lambda *given: logits(*given).argmax(-1)).lower(state.params, batch["image"]), 1
+    return make_step(task, mesh).lower(state, batch), 1
 
 
 def compiled(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
@@ -251,7 +284,7 @@ def versions() -> dict[str, str]:
 
 def show(result: dict[str, Any]) -> None:
     """Prints one program's results."""
-    one = "an evaluation" if result["what"] == "sampler" else "a step"
+    one = {"step": "a step", "sampler": "an evaluation", "inference": "a batch"}[result["what"]]
     print(
         f"\n{name_of(result)}: {one} takes at least "
         + " or ".join(f"{ms:.1f} ms on {GPUS[gpu].name}" for gpu, ms in result["ms"].items())
@@ -305,10 +338,10 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         return int(data), int(fsdp)
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("step", "sampler", "recorded", "render"))
+    parser.add_argument("what", choices=("step", "sampler", "inference", "recorded", "render"))
     parser.add_argument("preset", nargs="?", default="GSPN-XL/2")
     parser.add_argument("--batch", type=int, default=64, help="images over all devices")
-    parser.add_argument("--image-size", type=int, default=32, help="of the latents")
+    parser.add_argument("--image-size", type=int, help="of the latents, 32 if not given, or of images, 224")
     parser.add_argument("--remat", help="that of the config if not given")
     parser.add_argument("--mesh", type=mesh, default=(1, 1), metavar="DATAxFSDP")
     parser.add_argument("--gpu", default="h200", choices=GPUS)
@@ -319,6 +352,10 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     arguments = parser.parse_args(argv)
     arguments.xla = dict(arguments.xla)
     arguments.model = {name: int(value) for name, value in arguments.model}
+    arguments.image_size = arguments.image_size or (224 if is_classifier(arguments.preset) else 32)
+    wrong = "sampler" if is_classifier(arguments.preset) else "inference"
+    if arguments.what == wrong:
+        parser.error(f"{arguments.preset} has no {wrong}")
     return arguments
 
 

@@ -37,6 +37,21 @@ the last layer; "zero-filling" is of the stacks that JAX's loops write their sav
 |---|{rule}|
 {kinds}
 
+## Image classification
+GSPN-T, S and B on images of 224 pixels ([classification.md](classification.md)); bfloat16 computation, a step with
+erasing, mixing, AdamW and one average, inference up to the class. Bounds as above.
+
+| program | batch | remat | H100 ms | H200 ms | images/s, at most (H200) | state or weights GB | temporary GB |
+|---|---|---|---|---|---|---|---|
+{classifiers}
+
+Where the time goes, ms on one H200. Stages of a single block are not loops, and "outside of blocks" has what of them is
+neither a product, a convolution nor a scan, beside stem, downsampling, head, augmentation and AdamW.
+
+| kind of work | {classifier_columns} |
+|---|{classifier_rule}|
+{classifier_kinds}
+
 ## What GPUs send one another
 By the compiled programs of 8 GPUs; GB sent by one of them in a step, by a ring. The bounds above have their bytes in
 memory, not their way over the links. An asynchronous exchange costs only what it takes longer than the kernels that are
@@ -111,6 +126,8 @@ def render(results: list[dict[str, Any]]) -> str:
             result["remat"] == "full",
         ),
     )
+    classifiers = [result for result in results if "/" not in result["preset"]]
+    results = [result for result in results if result not in classifiers]
     steps = [result for result in results if result["what"] == "step"]
     samplers = [result for result in results if result["what"] == "sampler"]
     shown = [result for result in results if result["mesh"] == "1x1" and result["batch"] == 64]
@@ -120,9 +137,13 @@ def render(results: list[dict[str, Any]]) -> str:
         "dates": " to ".join(dict.fromkeys((dates[0], dates[-1]))),
         "steps": "\n".join(map(_step, steps)),
         "samplers": "\n".join(map(_sampler, samplers)),
-        "columns": " | ".join(f"{result['what']}, {result['preset']}" for result in shown),
+        "columns": _columns(shown),
         "rule": "|".join("---" for _ in shown),
         "kinds": "\n".join(_kinds(shown)),
+        "classifiers": "\n".join(map(_classifier, classifiers)),
+        "classifier_columns": _columns(classifiers),
+        "classifier_rule": "|".join("---" for _ in classifiers),
+        "classifier_kinds": "\n".join(_kinds(classifiers)),
         "exchanged": "\n".join(row for result in steps for row in _exchanged(result)),
         "history": HISTORY,
     }
@@ -148,6 +169,19 @@ def _sampler(result: dict[str, Any]) -> str:
         f"{1e3 * result['batch'] / ms['h200']:,.0f} | {result['arguments_gb']:.2f} | "
         f"{result['temporary_gb']:.1f} |"
     )
+
+
+def _classifier(result: dict[str, Any]) -> str:
+    ms = result["ms"]
+    return (
+        f"| {result['what']}, {result['preset']} | {result['batch']} | "
+        f"{result['remat'] if result['what'] == 'step' else ''} | {ms['h100']:.1f} | {ms['h200']:.1f} | "
+        f"{1e3 * result['batch'] / ms['h200']:,.0f} | {result['arguments_gb']:.2f} | {result['temporary_gb']:.1f} |"
+    )
+
+
+def _columns(shown: list[dict[str, Any]]) -> str:
+    return " | ".join(f"{result['what']}, {result['preset']}" for result in shown)
 
 
 def _kinds(shown: list[dict[str, Any]]) -> list[str]:

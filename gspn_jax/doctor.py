@@ -2,6 +2,7 @@
 
 python -m gspn_jax.doctor                              the machine
 python -m gspn_jax.doctor --config configs/digits.py   and a run: mesh, memory, disk, data set, files of weights
+python -m gspn_jax.doctor --config configs/gspn_t.py   and one that trains a classifier
 
 Exit codes: 0 nothing found that would stop the run, 1 something that would, 2 a config that cannot be used.
 """
@@ -15,12 +16,16 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from gspn_jax import cli
-from gspn_jax.config import Config, ConfigError
+from gspn_jax.config import Config, ConfigError, RunConfig
+
+if TYPE_CHECKING:
+    from gspn_jax.classify.config import ClassifyConfig
+    from gspn_jax.training.task import Task
 
 OLDEST, TOO_NEW = (0, 10, 2), (0, 13)
 """The versions of JAX that the tests run with: from the first, before the second."""
@@ -33,6 +38,7 @@ TOLERANCE = 1e-4
 """Largest error of a backend's values and gradients against those of the scan, relative to the largest."""
 BFLOAT16_TOLERANCE = 5e-2
 """The same where a backend computes in bfloat16 and the scan in float32."""
+LOCAL = {"chunk": 2}
 
 
 MARKS = {True: "ok     ", False: "PROBLEM", None: "note   "}
@@ -60,7 +66,7 @@ def main(argv: list[str] | None = None) -> None:
         return
     with cli.user_errors():
         argv = cli.join_other_hosts(argv)
-        config = cli.parse_config(argv, program="gspn_jax.doctor", description=__doc__) if argv else None
+        config = cli.parse_config(argv, program="gspn_jax.doctor", description=__doc__, cls=RunConfig) if argv else None
     checks: dict[str, Callable[[], Findings]] = {
         "versions": versions,
         "devices": devices,
@@ -73,7 +79,7 @@ def main(argv: list[str] | None = None) -> None:
             "memory": lambda: memory(config),
             "disk": lambda: disk(config),
             "data": lambda: data_set(config),
-            "files": lambda: weight_files(config),
+            "files": lambda: weight_files(config) if isinstance(config, Config) else classifier_files(config),
         }
     wrong = []
     for name, check in checks.items():
@@ -144,6 +150,8 @@ def kernels() -> Findings:
     from gspn_jax.kernels import (
         available_backends,
         backend_caveats,
+        depthwise,
+        depthwise_conv,
         line_scan,
         propagate,
         propagate_low_rank,
@@ -167,6 +175,16 @@ def kernels() -> Findings:
     def scan_down(x, gates, **options):
         return line_scan(x, *stochastic_weights(gates, direction="down"), direction="down", **options)
 
+    def grouped(x, taps):
+        return jax.lax.conv_general_dilated(
+            x, taps[:, :, None], (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"),
+            feature_group_count=x.shape[3], precision="highest",
+        )  # fmt: skip
+
+    def rounded(arrays: list, dtype) -> list[np.ndarray]:
+        """The numbers that a backend of `dtype` gets, in float32."""
+        return [np.asarray(jnp.asarray(a, dtype), np.float32) for a in arrays]
+
     x, merge = normal(4, 16, 16, 64), np.full(4, 0.25, np.float32)
     one = [x, normal(4, 16, 16, 3, 64)]
     four = [x, normal(4, 16, 16, 4, 3, 64), normal(4, 16, 16, 4, 64), normal(4, 16, 16, 4, 64), merge]
@@ -181,19 +199,32 @@ def kernels() -> Findings:
     for backend in available_backends():
         if backend in ("scan", "reference"):
             continue
-        for name, operator, arrays, dtype, tolerance in (
-            ("line_scan", scan_down, one, jnp.float32, TOLERANCE),
-            ("propagate", propagate, four, jnp.float32, TOLERANCE),
-            ("propagate_low_rank", propagate_low_rank, low_rank, jnp.bfloat16, BFLOAT16_TOLERANCE),
+        for name, operator, arrays, dtype, tolerance, options in (
+            ("line_scan", scan_down, one, jnp.float32, TOLERANCE, {}),
+            ("propagate", propagate, four, jnp.float32, TOLERANCE, {}),
+            ("propagate_low_rank", propagate_low_rank, low_rank, jnp.bfloat16, BFLOAT16_TOLERANCE, {}),
+            # with chunk=2 it has a kernel of its own
+            ("propagate_low_rank, chunk=2,", propagate_low_rank, low_rank, jnp.bfloat16, BFLOAT16_TOLERANCE, LOCAL),
         ):
-            exact = [np.asarray(jnp.asarray(a, dtype), np.float32) for a in arrays]  # the scan, of the same numbers
             yield _same(
                 f"{name} by the {backend!r} backend",
                 "the scan, with gradients,",
-                run(operator, arrays, dtype, backend=backend),
-                run(operator, exact, backend="scan"),
+                run(operator, arrays, dtype, backend=backend, **options),
+                run(operator, rounded(arrays, dtype), backend="scan", **options),
                 tolerance,
             )
+    convolved = [normal(2, 8, 16, 256), normal(7, 7, 256)]
+    reason = depthwise.refusal(*(jnp.asarray(a, jnp.bfloat16) for a in convolved))
+    if reason:
+        yield Finding(None, f"depthwise convolutions are XLA's: our kernel {reason}")
+    else:
+        yield _same(
+            "depthwise_conv by our kernel",
+            "XLA's, with gradients,",
+            run(depthwise_conv, convolved, jnp.bfloat16),
+            run(grouped, rounded(convolved, jnp.bfloat16)),
+            BFLOAT16_TOLERANCE,
+        )
     for backend, caveat in backend_caveats().items():
         yield Finding(None, f"the {backend!r} backend {caveat}")
 
@@ -234,7 +265,16 @@ def _same(
     return Finding(bool(off < tolerance), f"{what} agrees with {reference} to {off:.1e} (at most {tolerance:.0e})")
 
 
-def mesh(config: Config) -> Findings:
+def task_of(config: RunConfig) -> "Task":
+    """The task that the config is of."""
+    from gspn_jax.classify.config import ClassifyConfig
+    from gspn_jax.classify.task import ClassificationTask
+    from gspn_jax.training.diffusion import DiffusionTask
+
+    return (ClassificationTask if isinstance(config, ClassifyConfig) else DiffusionTask)(config)
+
+
+def mesh(config: RunConfig) -> Findings:
     """Builds the mesh and sums over all of it, checking the values and taking the time."""
     import jax
     from jax.sharding import NamedSharding, PartitionSpec
@@ -270,15 +310,14 @@ def mesh(config: Config) -> Findings:
     )
 
 
-def memory(config: Config) -> Findings:
+def memory(config: RunConfig) -> Findings:
     """The state of training against the memory of a device; activations come on top."""
     import jax
 
     from gspn_jax.parallel import sharding
-    from gspn_jax.training.diffusion import DiffusionTask
     from gspn_jax.training.state import abstract_state
 
-    state = abstract_state(DiffusionTask(config), sharding.make_mesh(config.mesh))
+    state = abstract_state(task_of(config), sharding.make_mesh(config.mesh))
     share = sum(np.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
     limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
     text = f"the state takes {share / 1e9:.2f} GB a device, gradients and activations come on top"
@@ -289,13 +328,12 @@ def memory(config: Config) -> Findings:
     )
 
 
-def disk(config: Config) -> Findings:
+def disk(config: RunConfig) -> Findings:
     """Writes and reads a file in the run directory, and compares the free space with what checkpoints take."""
     import jax
 
     from gspn_jax.parallel import sharding
     from gspn_jax.runs import checkpoints, readback
-    from gspn_jax.training.diffusion import DiffusionTask
     from gspn_jax.training.state import abstract_state
 
     run_dir = pathlib.Path(config.run_dir)
@@ -327,7 +365,7 @@ def disk(config: Config) -> Findings:
         f"{parent} is written at {WRITTEN_BYTES / write / 1e6:.0f} MB/s and read at "
         f"{WRITTEN_BYTES / read / 1e6:.0f} MB/s" + ("" if same else ", but what is read is not what was written"),
     )
-    state = abstract_state(DiffusionTask(config), sharding.make_mesh(config.mesh))
+    state = abstract_state(task_of(config), sharding.make_mesh(config.mesh))
     size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
     periodic = config.train.steps // config.train.keep_every if config.train.keep_every else 0
     needed = (KEPT_CHECKPOINTS + periodic) * size
@@ -349,23 +387,15 @@ def disk(config: Config) -> Findings:
         )
 
 
-def data_set(config: Config) -> Findings:
-    """Opens the set and reads batches for a moment."""
+def data_set(config: RunConfig) -> Findings:
+    """Opens the set and reads batches for a moment, as they are trained on."""
     import jax
 
-    from gspn_jax import data
-
-    source = data.make_source(config.data)
+    task = task_of(config)
+    source = task.source()
     yield Finding(True, f"{len(source):,} images of {len(source.class_names)} classes")
     hosts = jax.process_count()
-    with data.make_loader(
-        config.data,
-        source,
-        batch_size=config.train.batch_size,
-        seed=config.train.seed,
-        num_hosts=hosts,
-        host=jax.process_index(),
-    ) as loader:
+    with task.loader(source, seed=config.train.seed, num_hosts=hosts, host=jax.process_index()) as loader:
         next(loader)
         start, count = time.perf_counter(), 0
         while count < 3 or (time.perf_counter() - start < 2 and count < 50):
@@ -397,6 +427,22 @@ def weight_files(config: Config) -> Findings:
     if settings.vae:
         autoencoder.load(settings.vae)
         yield Finding(True, f"autoencoder {settings.vae}")
+
+
+def classifier_files(config: "ClassifyConfig") -> Findings:
+    """The images that are evaluated on, and the weights that a run begins with."""
+    from gspn_jax.classify.scoring import validation_source
+    from gspn_jax.parallel import sharding
+
+    task = task_of(config)
+    if config.eval.every:
+        images = validation_source(config, task.source().class_names)
+        yield Finding(True, f"{len(images):,} images to evaluate on, of the same classes")
+    else:
+        yield Finding(None, "nothing is evaluated: eval.every is 0")
+    if config.init_from:
+        task.start(sharding.make_mesh(config.mesh))
+        yield Finding(True, f"the weights of {config.init_from} fit the network")
 
 
 if __name__ == "__main__":

@@ -72,7 +72,8 @@ def _tile_by_tile(walk: Walk, do: Callable, carry: Any, queue: tuple) -> tuple[A
 
     def step(m, carry):
         carry, (first, *others) = carry
-        carry, new = do(walk.positions()[0] + m * walk.lines.positions, carry, first)
+        walk.await_tile_before(m)
+        carry, new = do(walk.positions()[0] + walk.lines.start(m), carry, first)
         return carry, (*others, new)
 
     return lax.fori_loop(0, len(queue), step, (carry, queue))
@@ -146,6 +147,7 @@ def forward(inputs: Inputs, outputs, shared: Shared, *, job: Job, plan: tiles.Pl
             positions, results = walk.positions(), []
             for m, position in enumerate(positions):
                 tile, *queue = queue
+                walk.await_tile_before(m)
                 results.append((position, scan_tile(t, position, tile)))
                 lines_ahead, at = divmod(m + 1 + len(queue), len(positions))
                 queue.append(fetch(walk, t + lines_ahead, positions[at]))
@@ -243,7 +245,7 @@ def backward(inputs, outputs, shared: Shared, *, job: Job, plan: tiles.Plan):
                     term = term + fetched["skip"] * x
                     write(SKIP, scaled * x)
                     by_x = scaled * fetched["skip"]
-                by_merge = by_merge + gy * term
+                by_merge = by_merge + walk.once(position, gy * term)
                 adjoint = adjoint + scaled * out_gate
             else:
                 adjoint = adjoint + gy
@@ -305,6 +307,7 @@ def backward(inputs, outputs, shared: Shared, *, job: Job, plan: tiles.Plan):
                     weights = fetch_weights(n, position)
                 if m == 0:
                     begin_line(plan, shared)
+                walk.await_tile_before(m)
                 if not early:
                     pixel = fetch_pixel(n, position)
                 by_merge, adjoint, adjoint_x = pull_pixel(n, position, pixel, by_merge, from_center)
@@ -322,7 +325,7 @@ def backward(inputs, outputs, shared: Shared, *, job: Job, plan: tiles.Plan):
         def step(n, carry):
             """As `joint_step`, but for the turn; the tiles of a line are one program."""
             begin_line(plan, shared)
-            first = walk.positions()[0]
+            first, last_tile = walk.positions()[0], lines.start(lines.tiles - 1)
 
             def pull(position, carry, from_center):
                 by_merge, pixel = carry
@@ -332,7 +335,9 @@ def backward(inputs, outputs, shared: Shared, *, job: Job, plan: tiles.Plan):
                 weights = fetch_weights(n, position)
                 by_merge, adjoint, _ = pull_pixel(n, position, pixel, by_merge, from_center)
                 following = position + lines.positions
-                last = following == first + len(walk.positions()) * lines.positions
+                last = following == first + lines.stretch
+                if lines.overlap:
+                    following = lax.min(following, first + last_tile)
                 pixel = fetch_pixel(jnp.where(last, n + 1, n), jnp.where(last, first, following))
                 return (by_merge, pixel), pull_weights(n, position, *weights, adjoint)
 

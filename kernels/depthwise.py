@@ -51,7 +51,7 @@ def depthwise_conv(
     if bias is not None and bias.shape != x.shape[3:]:
         raise ValueError(f"bias must have shape {list(x.shape[3:])}, found {list(bias.shape)}.")
     with split_by(shards):
-        reason = _refusal(x, kernel)
+        reason = refusal(x, kernel)
         on_chip = reason is None and squared_relu and bias is None
         if reason is None:
             # the kernel in float32, in which the parts of a sharded batch then add up its gradient
@@ -65,8 +65,8 @@ def depthwise_conv(
     return y * jax.nn.relu(y) if squared_relu and not on_chip else y
 
 
-def _refusal(x: Array, kernel: Array) -> str | None:
-    """Why our GPU kernel does not run, in words, or None."""
+def refusal(x: Float[Array, "B H W C"], kernel: Float[Array, "kh kw C"]) -> str | None:
+    """Reason why our GPU kernel does not run, in words, or None."""
     if depthwise_gpu is None:
         return _no_kernel
     return devices.missing() or depthwise_gpu.refuses(x, kernel)

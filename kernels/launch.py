@@ -36,7 +36,7 @@ def backward(job: Job, plan: tiles.Plan, inputs: Inputs, states: tuple[Array, ..
     if job.shared:
         outputs = outputs._replace(weights=jax.ShapeDtypeStruct((*inputs.weights.shape[:-1], plan.slabs), jnp.float32))
     if inputs.merge is not None:
-        positions = _writers(plan) * max(plan.rows.positions, plan.columns.positions)
+        positions = plan.sharing * max(plan.rows.positions, plan.columns.positions)
         blocks = (batch, len(job.directions), plan.slabs)
         outputs = outputs._replace(merge=jax.ShapeDtypeStruct((*blocks, positions, plan.slab), jnp.float32))
     arrays = (inputs, (cotangent.astype(inputs.x.dtype), *states))
@@ -82,16 +82,11 @@ def _state_shape(shape: tuple[int, ...], direction: str) -> tuple[int, ...]:
     return (batch, height, width + 2, channels) if rows else (batch, height + 2, width, channels)
 
 
-def _writers(plan: tiles.Plan) -> int:
-    """Warpgroups that work on one direction of a block."""
-    return 1 if plan.joint else plan.warpgroups
-
-
 def _merge_cotangent(partial: Float[Array, "B K S P slab"], job: Job, plan: tiles.Plan) -> Float[Array, "K C"]:
     """Sums what the warpgroups left; channels that the last slab shares with the one before it are counted once."""
     by_slab = jnp.stack(
         [
-            partial[:, k, :, : _writers(plan) * plan.lines(direction).positions].sum((0, 2))
+            partial[:, k, :, : plan.sharing * plan.lines(direction).positions].sum((0, 2))
             for k, direction in enumerate(job.directions)
         ]
     )
@@ -160,7 +155,7 @@ def run(
 
 def _shared(job: Job, plan: tiles.Plan, inputs: Inputs, states: int) -> Shared:
     """The shared memory of a block, for `states` values that a line hands on."""
-    total = (plan.height, plan.width, plan.slab) if plan.joint else (1, 1, tiles.QUANTUM)
+    total = (plan.height, plan.room(plan.rows), plan.slab) if plan.joint else (1, 1, tiles.QUANTUM)
     held = len(job.directions) if plan.joint else 1
     return Shared(
         state=row_major((held, 2, states, plan.state_positions, plan.slab)),

@@ -81,23 +81,12 @@ def line_scan(
 
 
 def _padded(job: Job, inputs: Inputs) -> Float[Array, "B H W C"]:
-    """Fills the map up to whole tiles, and spreads weights over their channels if the channels of a block have several
-    groups; neither happens to our presets in maps of 16, 32 or 64."""
+    """Fills a map up that is shorter than a tile, and spreads weights over their channels if the channels of a block
+    would have several groups; neither happens to our presets."""
     _, height, width, channels = inputs.x.shape
-    groups, device = inputs.weights.shape[-1], devices.current()
-    make_plan = functools.partial(
-        tiles.make_plan, height, width, channels, directions=len(job.directions), device=device
-    )
-
-    def shares(plan: tiles.Plan) -> bool:
-        return groups < channels and (groups == 1 or channels // groups % plan.slab == 0)
-
-    plan = make_plan()
-    if shares(plan):
-        plan = make_plan(shared_weights=True)
-    if shares(plan):
-        job = dataclasses.replace(job, shared=True)
-    elif groups != channels:
+    groups = inputs.weights.shape[-1]
+    plan, job = _plan(job, height, width, channels, groups)
+    if groups != channels and not job.shared:
         inputs = inputs._replace(weights=jnp.repeat(inputs.weights, channels // groups, axis=-1))
     more = (0, plan.height - height), (0, plan.width - width)
     wider = (0, plan.channels - channels)
@@ -111,6 +100,20 @@ def _padded(job: Job, inputs: Inputs) -> Float[Array, "B H W C"]:
     merge = None if inputs.merge is None else jnp.pad(inputs.merge, ((0, 0), wider))
     filled = Inputs(*map(fill, inputs[:5]), merge)
     return _run(job, plan, filled)[:, :height, :width, :channels]
+
+
+def _plan(job: Job, height: int, width: int, channels: int, groups: int) -> tuple[tiles.Plan, Job]:
+    """The plan, and the job with whether its blocks read weights that their channels share: where the narrower slabs
+    that this may take do not fill the map up more."""
+    make_plan = functools.partial(
+        tiles.make_plan, height, width, channels, directions=len(job.directions), device=devices.current()
+    )
+    plan, sharing = make_plan(), None
+    if groups < channels:
+        sharing = make_plan(group=channels // groups)
+    if sharing and sharing.height * sharing.width <= plan.height * plan.width:
+        return sharing, dataclasses.replace(job, shared=True)
+    return plan, job
 
 
 def _run(job: Job, plan: tiles.Plan, inputs: Inputs) -> Float[Array, "B H W C"]:

@@ -6,7 +6,10 @@ What differs between GPUs comes from `devices`.
 import dataclasses
 import itertools
 import math
+from collections.abc import Sequence
+from typing import Any
 
+from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from gspn_jax.kernels.devices import Device
@@ -19,8 +22,12 @@ QUANTUM = WARPGROUP * VECTOR
 HANDED_ON = {True: 2, False: 3}
 """Values a position that a line of the backward pass hands to the next one in shared memory, in a joint plan and in
 another; there the third, which stays at its position, would be several tiles of registers."""
+APART = 3
+"""Bytes of a map whose directions do not meet on chip, where one whose directions do has 2: 66 an element and 44."""
 SLABS = (64, 32, 16, 8)
 """Channels that a block may take, best first: 64 of bfloat16 are a whole 128-byte cache line."""
+NARROW = 32
+"""Narrower slabs are taken where no other fits, or a group of weights has no more channels: 32 are 64 bytes."""
 ROWS = 64
 """Positions of a line that a block expands from a proxy at once: the rows of the tensor cores' instruction."""
 
@@ -55,9 +62,25 @@ class Plan:
     def slabs(self) -> int:
         return math.ceil(self.channels / self.slab)
 
+    @property
+    def sharing(self) -> int:
+        """Warpgroups that share the lines of a direction."""
+        return 1 if self.joint else self.warpgroups
+
     def lines(self, direction: str) -> "Lines":
         """The cut of the lines of scans in `direction`."""
         return self.rows if direction in ("down", "up") else self.columns
+
+    def scan_bytes(self, directions: int) -> int:
+        """Of shared memory, in the backward pass, which takes more."""
+        state = 2 * self.handed_on * self.state_positions * self.slab * 4
+        return directions * state + self.height * self.room(self.rows) * self.slab * 4 if self.joint else state
+
+    @property
+    def computed(self) -> tuple[int, int]:
+        """(positions, channels) that are computed in one of the directions, on average of rows and columns."""
+        lines = ((lines.count, self.sharing * lines.tiles * lines.positions) for lines in (self.rows, self.columns))
+        return sum(map(math.prod, lines)) // 2, self.slabs * self.slab
 
     @property
     def layout(self) -> object:
@@ -71,61 +94,86 @@ class Plan:
     @property
     def state_positions(self) -> int:
         """Positions of a block's line of the longer kind, with one beyond each end."""
-        return self.images * max(self.rows.padded, self.columns.padded) + 2
+        return max(map(self.room, (self.rows, self.columns))) + 2
+
+    def room(self, lines: "Lines") -> int:
+        """Positions that shared memory has for a line: whole tiles."""
+        if self.expands:
+            return ROWS
+        return _up(self.sharing * lines.stretch, lines.positions)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Lines:
-    """`count` lines of `length` positions, `padded` to whole tiles of `positions`."""
+    """`count` lines of `length` positions; a warpgroup takes a stretch of each in tiles of `positions`.
+
+    Where `positions` does not divide the stretch its last tile overlaps the one before it, as slabs of channels do.
+    """
 
     count: int
     length: int
-    padded: int
+    stretch: int
+    """The line itself, filled up to a tile if it is shorter than one, or an equal part of it."""
     positions: int
 
     @property
     def tiles(self) -> int:
-        return self.padded // self.positions
+        """Of a stretch."""
+        return math.ceil(self.stretch / self.positions)
+
+    @property
+    def overlap(self) -> bool:
+        return self.stretch % self.positions > 0
+
+    def start(self, n: Any) -> Any:
+        """First position of the n-th tile, from the start of the stretch."""
+        if not self.overlap:
+            return n * self.positions
+        last = self.stretch - self.positions
+        return min(n * self.positions, last) if isinstance(n, int) else lax.min(n * self.positions, last)
 
 
 def make_plan(
-    height: int, width: int, channels: int, *, directions: int, device: Device, shared_weights: bool = False
+    height: int, width: int, channels: int, *, directions: int, device: Device, group: int | None = None
 ) -> Plan | None:
-    """The plan with the least padding, then the widest slab; None when no line of the map fits in shared memory.
+    """The plan with the least padding, then the fewest bytes and positions computed, then the widest slab; None when
+    no line of the map fits in shared memory.
 
-    `shared_weights`: whether channels of a block share their weights.
+    `group`: channels that share their weights, to which a block's belong; None if each has its own.
     """
-    best, least = None, math.inf
-    may_be_joint = directions > 1 and (device.shared_joint or not shared_weights)
-    apart_tile = (shared_weights and device.shared_tile) or device.apart_tile
-    for joint, slab in itertools.product((True, False), SLABS):
-        quantum = QUANTUM // slab
-        padded_height, padded_width = _up(height, quantum), _up(width, quantum)
-        padded_channels = max(_up(channels, VECTOR), slab)
-        state = 2 * HANDED_ON[joint] * (max(padded_height, padded_width) + 2) * slab * 4
-        shared = directions * state + padded_height * padded_width * slab * 4 if joint else state
-        wide_enough = slab >= 32 or slab >= channels
-        if shared > device.scan_bytes or (joint and not (wide_enough and may_be_joint)):
+    best, least = None, (math.inf, math.inf)
+    may_be_joint = directions > 1 and (device.shared_joint or not group)
+    apart_tile = (group and device.shared_tile) or device.apart_tile
+    slabs = [slab for slab in SLABS if group in (None, channels) or group % slab == 0]
+    for joint, slab in itertools.product((True, False), slabs):
+        if joint and not (may_be_joint and slab >= min(NARROW, group or channels)):
             continue
-        waste = padded_height * padded_width * padded_channels
-        if waste < least:
-            tile = device.joint_tile if joint else apart_tile
-            rows, columns = (
-                Lines(count=count, length=length, padded=padded, positions=_positions(padded, quantum, tile // slab))
-                for count, length, padded in ((height, width, padded_width), (width, height, padded_height))
-            )
-            shares = max(n for n in (1, 2, 4) if rows.tiles % n == columns.tiles % n == 0)
-            best = Plan(
-                height=padded_height,
-                width=padded_width,
-                channels=padded_channels,
-                slab=slab,
-                joint=joint,
-                rows=rows,
-                columns=columns,
-                warpgroups=directions if joint else shares,
-            )
-            least = waste
+        quantum = QUANTUM // slab
+        sides = max(height, quantum), max(width, quantum)
+        tile = device.joint_tile if joint else apart_tile
+        shares, stretches = _cut(sides[::-1], quantum, tile // slab, (1,) if joint else (1, 2, 4))
+        rows, columns = (
+            Lines(count=count, length=length, stretch=stretch, positions=positions)
+            for count, length, (stretch, positions) in zip((height, width), (width, height), stretches, strict=True)
+        )
+        plan = Plan(
+            height=sides[0],
+            width=sides[1],
+            channels=max(_up(channels, VECTOR), slab),
+            slab=slab,
+            joint=joint,
+            rows=rows,
+            columns=columns,
+            warpgroups=directions if joint else shares,
+        )
+        if plan.scan_bytes(directions) > device.scan_bytes:
+            continue
+        positions, computed = plan.computed
+        computed = max(computed, _up(channels, NARROW))  # narrower slabs are no gain
+        work = positions * _tolerant(computed, plan.channels) * (2 if joint else APART)
+        cost = plan.height * plan.width * plan.channels, work
+        if cost < least:
+            best, least = plan, cost
     return best
 
 
@@ -140,7 +188,7 @@ def make_expanding_plan(height: int, width: int, channels: int, *, device: Devic
     slab, positions = SLABS[0], ROWS // warpgroups
     if height != width or width % positions or ROWS % width or channels < slab or channels % VECTOR:
         return None
-    lines = Lines(count=height, length=width, padded=width, positions=positions // 2)
+    lines = Lines(count=height, length=width, stretch=positions, positions=positions // 2)
     return Plan(
         height=height,
         width=width,
@@ -156,9 +204,38 @@ def make_expanding_plan(height: int, width: int, channels: int, *, device: Devic
     )
 
 
-def _positions(padded: int, quantum: int, most: int) -> int:
-    """The most positions, up to `most`, in whole quanta, that divide a line of `padded`."""
-    return max(p for p in range(quantum, max(most, quantum) + 1, quantum) if padded % p == 0)
+def _cut(lengths: Sequence[int], quantum: int, most: int, shares: Sequence[int]) -> tuple[int, list[tuple[int, int]]]:
+    """(warpgroups that share a line, (stretch, positions of a tile) for lines of each of the lengths).
+
+    Tiles are whole quanta, up to `most` positions. Of the cuts that compute few positions twice, that is taken
+    which computes most at a time, and then the one with the largest tiles: 56 positions are four stretches of 14, each
+    two tiles of 8.
+    """
+
+    def cost(stretch: int, positions: int) -> int:
+        return _tolerant(_up(stretch, positions), stretch)
+
+    def positions(stretch: int) -> int:
+        choices = range(quantum, min(max(most, quantum), stretch) + 1, quantum)
+        return min(choices, key=lambda choice: (cost(stretch, choice), -choice))
+
+    cuts = {
+        n: [(length // n, positions(length // n)) for length in lengths]
+        for n in shares
+        if all(length % n == 0 and length // n >= quantum for length in lengths)
+    }
+
+    def order(n: int) -> tuple[int, int, int]:
+        tile = min(positions for _, positions in cuts[n])
+        return sum(n * cost(*cut) for cut in cuts[n]), -n * tile, -tile
+
+    best = min(cuts, key=order)
+    return best, cuts[best]
+
+
+def _tolerant(computed: int, wanted: int) -> int:
+    """Work of which a seventh more than is wanted counts as nothing: wider slabs and tiles are worth that."""
+    return max(7 * computed, 8 * wanted)
 
 
 def _up(number: int, multiple: int) -> int:

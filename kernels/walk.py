@@ -42,9 +42,11 @@ class Walk(NamedTuple):
             mine = tiles.ROWS // self.plan.warpgroups
             first = lax.rem(self.warpgroup * mine, self.lines.length)
             return [pl.multiple_of(first + n, self.lines.positions) for n in range(0, mine, self.lines.positions)]
-        share = self.lines.tiles if self.plan.joint else self.lines.tiles // self.plan.warpgroups
-        first = 0 if self.plan.joint else self.warpgroup * share
-        return [(first + n) * self.lines.positions for n in range(share)]
+        if self.lines.overlap:
+            first = 0 if self.plan.joint else self.warpgroup * self.lines.stretch
+            return [first + self.lines.start(n) for n in range(self.lines.tiles)]
+        first = 0 if self.plan.joint else self.warpgroup * self.lines.tiles
+        return [(first + n) * self.lines.positions for n in range(self.lines.tiles)]
 
     def row(self, position: Any) -> Any:
         """Where a tile is in the block's line, in which several images may lie side by side."""
@@ -52,6 +54,20 @@ class Walk(NamedTuple):
             image_on_line = lax.div(self.warpgroup * (tiles.ROWS // self.plan.warpgroups), self.lines.length)
             return pl.multiple_of(image_on_line * self.lines.length + position, self.lines.positions)
         return position
+
+    def once(self, position: Any, tile: Float[Array, "P slab"]) -> Float[Array, "P slab"]:
+        """The tile at `position`, or zeros at positions that the tile before it has too."""
+        if not self.lines.overlap:
+            return tile
+        before = lax.rem(jnp.int32(position - self.positions()[0]), jnp.int32(self.lines.positions))
+        shared = jnp.where(before == 0, 0, self.lines.positions - before)
+        return jnp.where(compat.iota(tile.shape, 0, self.plan.layout) < shared, 0.0, tile)
+
+    def await_tile_before(self, n: Any) -> None:
+        """Before the n-th tile is stored to shared memory: the one before it is, with which it may have positions in
+        common."""
+        if self.lines.overlap and not (isinstance(n, int) and n != self.lines.tiles - 1):
+            compat.warpgroup_barrier()
 
     def visited(self, n: Any) -> Any:
         """The n-th line that is visited."""
@@ -192,8 +208,9 @@ def clear(walk: Walk, shared: Shared, kinds: int) -> None:
         clear_at(position, 2)
 
     def clear_line() -> None:
-        pl.loop(0, walk.lines.tiles)(lambda n: clear_at(n * positions, 0))
-        clear_end((walk.lines.tiles - 1) * positions)
+        tiles = plan.room(walk.lines) // positions
+        pl.loop(0, tiles)(lambda n: clear_at(n * positions, 0))
+        clear_end((tiles - 1) * positions)
 
     if plan.expands:  # each warpgroup its part
         for position in walk.positions():
@@ -208,7 +225,7 @@ def clear(walk: Walk, shared: Shared, kinds: int) -> None:
 
         @pl.loop(0, plan.height)
         def _(row):
-            for position in range(0, plan.width, walk.lines.positions):
+            for position in range(0, plan.room(walk.lines), walk.lines.positions):
                 shared.total[row, pl.ds(position, walk.lines.positions), :] = zeros
 
     if walk.k == len(walk.job.directions) - 1:
@@ -221,9 +238,10 @@ def take_turn(walk: Walk, shared: Shared, t: Array, results: Sequence[tuple[Any,
     The directions do so in turns, always in the same order, so that the sum is the same every time.
     """
     plgpu.barrier_wait(shared.turn.at[walk.k])
-    for position, tile in results:
+    for n, (position, tile) in enumerate(results):
+        walk.await_tile_before(n)
         index = (*walk.pixels(t, position), slice(None))
-        shared.total[index] = walk.read(shared.total, index) + tile
+        shared.total[index] = walk.read(shared.total, index) + walk.once(position, tile)
     plgpu.barrier_arrive(shared.turn.at[(walk.k + 1) % len(walk.job.directions)])
 
 
@@ -241,12 +259,12 @@ def finish(walk: Walk, shared: Shared, output: Any) -> None:
     if walk.k == 0:
         plgpu.barrier_wait(shared.turn.at[0])
     meet(plan, shared)
-    positions = plan.rows.positions
+    rows = plan.rows
 
     @pl.loop(0, pl.cdiv(plan.height - walk.k, directions))
     def _(n):
         row = n * directions + walk.k
-        for position in range(0, plan.width, positions):
-            along = pl.ds(position, positions)
+        for position in map(rows.start, range(rows.tiles)):
+            along = pl.ds(position, rows.positions)
             tile = walk.read(shared.total, (row, along, slice(None)))
             compat.store(output, (walk.image, row, along, pl.ds(walk.start, plan.slab)), tile)

@@ -5,7 +5,7 @@ import importlib.metadata
 import numpy as np
 import pytest
 
-from gspn_jax import doctor
+from gspn_jax import doctor, kernels
 from gspn_jax.kernels import api
 from gspn_jax.models import attention
 from gspn_jax.runs import checkpoints
@@ -79,16 +79,55 @@ def test_a_kernel_with_wrong_values_is_found(monkeypatch, capsys):
 def test_every_operator_of_another_backend_is_held_against_the_scan(monkeypatch):
     scan = api._BACKENDS["scan"]
     monkeypatch.setitem(api._BACKENDS, "mosaic_gpu", scan)  # as if it were the kernel
-    _, *found = doctor.kernels()
-    assert [finding.text.split()[0] for finding in found] == ["line_scan", "propagate", "propagate_low_rank"]
+    _, *found, convolution = doctor.kernels()
+    names = ["line_scan", "propagate", "propagate_low_rank", "propagate_low_rank, chunk=2,"]
+    assert [finding.text.split(" by")[0] for finding in found] == names
     assert all(finding.works for finding in found)
+    assert convolution.text.startswith("depthwise convolutions are XLA's: our kernel needs an NVIDIA GPU")
     monkeypatch.setitem(
         api._BACKENDS,
         "mosaic_gpu",
         scan._replace(propagate=lambda x, *rest: scan.propagate(x * x.dtype.type(1.1), *rest)),
     )
-    _, *found = doctor.kernels()
-    assert [finding.works for finding in found] == [True, False, False]
+    _, *found, _ = doctor.kernels()
+    assert [finding.works for finding in found] == [True, False, False, False]
+
+
+@pytest.mark.parametrize("factor", [1, 1.1])
+def test_the_depthwise_kernel_is_held_against_a_convolution(factor, monkeypatch):
+    right = kernels.depthwise_conv  # as if it were the kernel
+    monkeypatch.setattr(kernels, "depthwise_conv", lambda x, taps: right(x, taps.astype("float32") * factor))
+    refusals = iter([None])  # the first to ask is the doctor
+    monkeypatch.setattr(kernels.depthwise, "refusal", lambda *arrays: next(refusals, "is not here"))
+    finding = next(finding for finding in doctor.kernels() if finding.text.startswith("depthwise_conv by our kernel"))
+    assert finding.works == (factor == 1)
+
+
+@pytest.mark.parametrize("flags", [(), ("--data.path", "/no/such/folder")])
+def test_a_run_that_trains_a_classifier(flags, tmp_path, capsys):
+    path = tmp_path / "c.py"
+    path.write_text(
+        "from gspn_jax.classify.config import ClassifierConfig, ClassifyConfig, ValidationConfig\n"
+        "from gspn_jax.config import DataConfig, TrainConfig\n"
+        "digits = DataConfig(source='digits', image_size=8, channels=1, num_classes=10)\n"
+        "from gspn_jax.classify.config import AugmentConfig\n"
+        "config = ClassifyConfig(run_dir='RUN', model=ClassifierConfig(preset='GSPN-mini'), data=digits,\n"
+        "    augment=AugmentConfig(mean=(0.5,), deviation=(0.5,)), train=TrainConfig(steps=3, batch_size=16),\n"
+        "    eval=ValidationConfig(every=3))\n".replace("RUN", str(tmp_path / "run"))
+    )
+    flags = ("--data.source", "folder", "--eval.every", "0", *flags) if flags else ()
+    code = 0
+    try:
+        doctor.main(["--config", str(path), *flags])
+    except SystemExit as stopped:
+        code = stopped.code
+    shown = capsys.readouterr().out
+    if flags:
+        assert code == 1 and "/no/such/folder" in shown.rsplit("would stop the run", 1)[1]
+    else:
+        assert code == 0 and "PROBLEM" not in shown
+        for said in ("the state takes", "1,797 images of 10 classes", "images to evaluate on, of the same classes"):
+            assert said in shown
 
 
 def test_attention_with_wrong_values_is_found(monkeypatch):

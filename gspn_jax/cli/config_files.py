@@ -57,7 +57,8 @@ def _said_by(error: BaseException) -> str:
 
 
 def parse_config(argv: Sequence[str] | None, *, program: str, description: str, cls: type[C] = Config) -> C:
-    """--config FILE, then any field of it by its dotted name. A wrong flag or value exits with code 2 (tyro)."""
+    """--config FILE, of class `cls` or one made of it, then any field of it by its dotted name. A wrong flag or value
+    exits with code 2 (tyro)."""
     extras.require("train", "tyro", by=program)
     first = argparse.ArgumentParser(prog=program, description=description, add_help=False, allow_abbrev=False)
     first.add_argument("--config")
@@ -70,12 +71,9 @@ def parse_config(argv: Sequence[str] | None, *, program: str, description: str, 
             )
             sys.exit(0)
         raise ConfigError(f"{program} needs --config NAME_OR_FILE")
+    config = load_config(chosen.config, cls)
     return parse(
-        cls,
-        args=rest,
-        default=load_config(chosen.config, cls),
-        prog=f"{program} --config {chosen.config}",
-        description=description,
+        type(config), args=rest, default=config, prog=f"{program} --config {chosen.config}", description=description
     )
 
 

@@ -55,6 +55,23 @@ def assert_same_as_the_scan(arrays, chunk=None, *, races=True):
             assert truth.relative_error(a, b) < TOLERANCE[arrays[0].dtype.name], name
 
 
+def assert_one_direction_is_the_scan(arrays, direction):
+    x, gates, *_ = arrays
+    weights = [0.3 * gates[:, :, :, 0, j] for j in range(3)]
+
+    def run(backend):
+        return value_and_gradients(
+            lambda *a: line_scan(*a, direction=direction, chunk=3, backend=backend), (x, *weights)
+        )
+
+    expected = run("scan")
+    with interpreted():
+        found = jax.block_until_ready(run("mosaic_gpu"))
+    assert not compat.races_found()
+    for a, b in zip(found, expected, strict=True):
+        assert truth.relative_error(a, b) < TOLERANCE["float32"]
+
+
 def test_directions_meet_in_shared_memory(monkeypatch):
     """With loads ahead, for which float32 has no registers on a GPU, but which it shows more exactly."""
     monkeypatch.setattr(bodies, "MOST_AHEAD", 28)
@@ -149,22 +166,54 @@ def test_other_maps(height, width, channels, groups):
     assert_same_as_the_scan(arguments(1, height, width, channels, groups=groups, skip=True))
 
 
+def test_tiles_of_a_line_that_overlap():
+    """Rows of 5 positions and columns of 7, each two tiles of 4. What both tiles have is summed once."""
+    plan = tiles.make_plan(7, 5, 64, directions=4, device=devices.current())
+    assert plan.joint and plan.rows.overlap and plan.columns.overlap
+    assert_same_as_the_scan(arguments(1, 7, 5, 64, skip=True, merge=(4, 64)), chunk=3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("groups", [None, 1])
+def test_tiles_that_overlap_within_the_parts_of_warpgroups(groups):
+    """Two warpgroups share a line of 14 positions; each takes 7 of them in two tiles of 4."""
+    device = dataclasses.replace(devices.DEVICES["9.0"], scan_bytes=2**15, apart_tile=256)
+    with devices.for_device(device):
+        plan = tiles.make_plan(14, 14, 64, directions=4, device=device)
+        assert not plan.joint and plan.warpgroups == 2 and plan.rows.stretch == 7
+        assert_same_as_the_scan(arguments(1, 14, 14, 64, groups=groups), chunk=5)
+
+
+def test_groups_of_weights_smaller_than_a_slab(monkeypatch):
+    """Two sets for 64 channels: slabs are as narrow as a group, and the kernel gets the weights as they are."""
+
+    def forward(job, plan, inputs, **options):
+        found.append((job.shared, plan.slab, inputs.weights.shape[-1]))
+        return run(job, plan, inputs, **options)
+
+    found, run = [], launch.forward
+    monkeypatch.setattr(launch, "forward", forward)
+    assert_one_direction_is_the_scan(arguments(1, 8, 8, 64, groups=2), "right")
+    assert found == [(True, 32, 2)]
+
+
+@pytest.mark.parametrize(("height", "width"), [(7, 7), (14, 14), (28, 28), (56, 56), (14, 10), (30, 20), (130, 200)])
+@pytest.mark.parametrize("capability", devices.DEVICES)
+def test_no_map_from_seven_on_is_filled_up(capability, height, width):
+    """Every pixel is in memory once, and few positions of lines are computed twice."""
+    plan = tiles.make_plan(height, width, 576, directions=4, device=devices.DEVICES[capability])
+    assert (plan.height, plan.width, plan.channels) == (height, width, 576)
+    positions, channels = plan.computed
+    assert positions <= 1.4 * height * width and channels == 576
+    if capability == "9.0":
+        assert positions <= 1.2 * height * width
+        assert plan.joint == (height <= 30)
+        assert plan.joint or plan.warpgroups == 4 or height > 56
+
+
 @pytest.mark.parametrize("direction", ["up", pytest.param("left", marks=pytest.mark.slow)])
 def test_one_direction_with_ready_weights(direction):
-    x, gates, *_ = arguments(2, 4, 8, 64)
-    weights = [0.3 * gates[:, :, :, 0, j] for j in range(3)]
-
-    def run(backend):
-        return value_and_gradients(
-            lambda *a: line_scan(*a, direction=direction, chunk=3, backend=backend), (x, *weights)
-        )
-
-    expected = run("scan")
-    with interpreted():
-        found = jax.block_until_ready(run("mosaic_gpu"))
-    assert not compat.races_found()
-    for a, b in zip(found, expected, strict=True):
-        assert truth.relative_error(a, b) < TOLERANCE["float32"]
+    assert_one_direction_is_the_scan(arguments(2, 4, 7, 64), direction)
 
 
 def test_the_interpreter_sees_a_missing_barrier(small_memory, monkeypatch):

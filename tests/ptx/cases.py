@@ -87,6 +87,19 @@ CASES = [
     Case(1, 16, 16, 64, groups=1, skip=True, quick=True),
     Case(4, 16, 16, 64, rank=24, quick=True),
     Case(2, 16, 16, 40, rank=24, chunk=2, quick=True),  # slabs that overlap
+    Case(1, 7, 5, 64, quick=True),  # tiles that overlap
+    Case(1, 7, 7, 64, "float32", chunk=2),
+    Case(2, 7, 7, 100, skip=True),
+    Case(1, 14, 14, 64, "float32", skip=True),
+    Case(1, 14, 14, 64, chunk=2),
+    Case(1, 14, 9, 64, "float32"),
+    Case(1, 28, 28, 64, "float32"),
+    Case(1, 28, 28, 64, chunk=2),
+    Case(1, 56, 56, 64, "float32", chunk=2),  # overlap in each warpgroup's part of a line
+    Case(1, 56, 56, 96),  # slabs of 32
+    Case(1, 28, 20, 64, groups=2),  # slabs as narrow as a group
+    Case(1, 32, 32, 64, "float32", groups=4),
+    Case(1, 14, 14, 64, groups=1, skip=True),
     Case(1, 16, 16, 96, "float32"),
     Case(2, 16, 16, 96),
     Case(1, 16, 16, 100, "float32", skip=True, chunk=2),

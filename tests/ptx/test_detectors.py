@@ -143,7 +143,9 @@ FAULTS = {  # what is reported: (a program, what stands HERE if it has the fault
     "out of bounds: store": ("st.global.b32 [%rd5+HERE], %r0;", "-4", "0"),
     "misaligned access to device memory": ("@%p1 ld.global.b32 %r6, [%rd0+HERE];", "2", "4"),
     "store to an input": ("st.global.b32 [HERE], %r0;", "%rd4", "%rd5"),
-    "stored twice with different values": ("st.global.b32 [%rd5], %r0; st.global.b32 [%rd5], HERE;", "%r2", "%r0"),
+    "stored twice with different values": (
+        "shl.b32 %r7, %r3, 2; cvt.u64.u32 %rd6, %r7; add.s64 %rd6, %rd1, %rd6; @%p0 st.global.b32 [%rd6], %r2; HERE"
+        "@!%p0 st.global.b32 [%rd6], %r2;", "", "bar.sync 0;"),
     "deadlock": (
         "@%p1 mbarrier.init.shared::cta.b64 [%r1+512], 1; bar.sync 0; HERE" + WAIT, "",
         "@%p1 mbarrier.arrive.shared::cta.b64 _, [%r1+512];"),

@@ -13,6 +13,7 @@ from tests.ptx import cases, emulation
 
 pytestmark = pytest.mark.ptx
 PLAIN = cases.Case(1, 16, 16, 64, "float32")
+OVERLAPPING = cases.Case(1, 7, 7, 64, "float32")
 LOW_RANK = cases.Case(4, 16, 16, 64, rank=24)
 RIGHT = {PLAIN: 1e-6, LOW_RANK: 1e-2}
 """Bounds of a norm error that only comes of rounding."""
@@ -64,6 +65,12 @@ def test_a_wait_for_a_turn_left_out(which):
 def test_barriers_left_out(which):
     """The first two are those of the launch; each direction has two of its own, and each of them is needed."""
     assert any_race(forward(PLAIN, replace(r"bar\.sync[^;]*;", "", which))[1])
+
+
+@pytest.mark.parametrize("which", [4, 5], ids=["of states", "of the sum"])
+def test_a_barrier_between_tiles_that_overlap_left_out(which):
+    assert not forward(OVERLAPPING)[1]
+    assert any_race(forward(OVERLAPPING, replace(r"bar\.sync[^;]*;", "", which))[1])
 
 
 def test_a_wait_for_a_copy_left_out():

@@ -22,6 +22,7 @@ class Block {
 
   // Returns the number of instructions of warps.
   uint64_t run() {
+    device_.begin_block();
     uint64_t steps = 0;
     while (!scheduler_.all_done()) {
       if (scheduler_.copy_is_next()) {
@@ -211,7 +212,7 @@ class Block {
       const uint64_t address = warp.address(in, lane);
       const uint32_t bytes = in.bytes * in.count;
       in.kind == SHARED ? memory_.write(by(number, pc, lane), address, bytes, values)
-                        : device_.store(pc, address, bytes, values);
+                        : device_.store(by(number, pc, lane), address, bytes, values);
     }
   }
 

@@ -27,3 +27,12 @@ struct Knowledge {
     fenced.join(other.fenced);
   }
 };
+
+// Who accesses memory: a lane of a warp, the tensor cores for a warp, or a copy.
+struct Access {
+  int pc, agent, lane;
+  bool asynchronous;
+  uint32_t now;     // the agent's clock
+  uint32_t synced;  // its clock when the lanes of the warp last met
+  const Knowledge& knows;
+};

@@ -9,15 +9,6 @@
 
 constexpr uint32_t kSharedBase = 1024;  // the address of its first byte, so that 0 is none
 
-// Who accesses memory: a lane of a warp, the tensor cores for a warp, or a copy.
-struct Access {
-  int pc, agent, lane;
-  bool asynchronous;
-  uint32_t now;     // the agent's clock
-  uint32_t synced;  // its clock when the lanes of the warp last met
-  const Knowledge& knows;
-};
-
 class SharedMemory {
  public:
   SharedMemory(const Launch& launch, Report& report)
