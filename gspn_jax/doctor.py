@@ -24,7 +24,6 @@ from gspn_jax import cli
 from gspn_jax.config import Config, ConfigError, RunConfig
 
 if TYPE_CHECKING:
-    from gspn_jax.classify.config import ClassifyConfig
     from gspn_jax.training.task import Task
 
 OLDEST, TOO_NEW = (0, 10, 2), (0, 13)
@@ -80,6 +79,7 @@ def main(argv: list[str] | None = None) -> None:
             "disk": lambda: disk(config),
             "data": lambda: data_set(config),
             "files": lambda: weight_files(config) if isinstance(config, Config) else classifier_files(config),
+            "start": lambda: first_weights(config),
         }
     wrong = []
     for name, check in checks.items():
@@ -271,7 +271,10 @@ def task_of(config: RunConfig) -> "Task":
     from gspn_jax.classify.task import ClassificationTask
     from gspn_jax.training.diffusion import DiffusionTask
 
-    return (ClassificationTask if isinstance(config, ClassifyConfig) else DiffusionTask)(config)
+    if isinstance(config, ClassifyConfig):
+        return ClassificationTask(config)
+    assert isinstance(config, Config), "the command line reads no other"
+    return DiffusionTask(config)
 
 
 def mesh(config: RunConfig) -> Findings:
@@ -429,20 +432,30 @@ def weight_files(config: Config) -> Findings:
         yield Finding(True, f"autoencoder {settings.vae}")
 
 
-def classifier_files(config: "ClassifyConfig") -> Findings:
-    """The images that are evaluated on, and the weights that a run begins with."""
+def classifier_files(config: RunConfig) -> Findings:
+    """The images that are evaluated on."""
+    from gspn_jax.classify.config import ClassifyConfig
     from gspn_jax.classify.scoring import validation_source
-    from gspn_jax.parallel import sharding
+
+    assert isinstance(config, ClassifyConfig), "the command line reads no other"
+    if not config.eval.every:
+        yield Finding(None, "nothing is evaluated: eval.every is 0")
+        return
+    images = validation_source(config, task_of(config).source().class_names)
+    yield Finding(True, f"{len(images):,} images to evaluate on, of the same classes")
+
+
+def first_weights(config: RunConfig) -> Findings:
+    """The weights that a run begins with."""
+    from gspn_jax.training import start
 
     task = task_of(config)
-    if config.eval.every:
-        images = validation_source(config, task.source().class_names)
-        yield Finding(True, f"{len(images):,} images to evaluate on, of the same classes")
-    else:
-        yield Finding(None, "nothing is evaluated: eval.every is 0")
-    if config.init_from:
-        task.start(sharding.make_mesh(config.mesh))
-        yield Finding(True, f"the weights of {config.init_from} fit the network")
+    given = task.given()
+    if given is None:
+        yield Finding(None, "nothing is loaded: init_from is None")
+        return
+    start.plan(given, task.shapes)
+    yield Finding(True, f"the weights of {given.said} fit the network")
 
 
 if __name__ == "__main__":

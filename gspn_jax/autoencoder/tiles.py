@@ -26,7 +26,8 @@ class Places(NamedTuple):
     side: int
     starts: tuple[int, ...]
     weights: tuple[Float32[np.ndarray, " finer"], ...]
-    """Weights of each tile at each of its positions, which may be finer than those that `starts` counts; they sum to 1."""
+    """Weights of each tile at each of its positions, which may be finer than those that `starts` counts; their sum is
+    1."""
 
     @property
     def each(self) -> tuple[tuple[int, Float32[np.ndarray, " finer"]], ...]:
@@ -105,7 +106,7 @@ class TiledAutoencoder:
         return image
 
     def memory(self, height: int, width: int) -> dict[str, Any]:
-        """Memory, as the compiler tells it, of the programs for latents of this size: {"encode": ..., "decode": ...}."""
+        """Memory of the programs for latents of this size, by the compiler: {"encode": ..., "decode": ...}."""
         return {
             name: self._compile(height, width, decodes=name == "decode").memory_analysis()
             for name in ("encode", "decode")

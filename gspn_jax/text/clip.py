@@ -177,7 +177,8 @@ def _transformers_configs(content: Mapping[str, Any]) -> tuple[VisionConfig, Tex
 
 
 def _open_clip_configs(content: Mapping[str, Any]) -> tuple[VisionConfig, TextConfig]:
-    """Config of an `open_clip_config.json`. Raises ConfigError for a tower that is no plain ViT or CLIP's text transformer."""
+    """Config of an `open_clip_config.json`. Raises ConfigError for a tower that is no plain ViT, or no transformer as
+    CLIP has for text."""
     try:
         model, seen = content["model_cfg"], content.get("preprocess_cfg") or {}
         image, text = dict(model["vision_cfg"]), dict(model["text_cfg"])
