@@ -4,6 +4,8 @@ import pathlib
 import re
 import resource
 
+from gspn_jax import control_groups
+
 
 def free_memory() -> int | None:
     """Bytes that this process could still take: by Linux, by the limit of its container, and by its own (`ulimit -d`);
@@ -20,16 +22,9 @@ def _of_machine(path: str = "/proc/meminfo") -> int | None:
     return next((1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")), None)
 
 
-def _of_container(folder: str = "/sys/fs/cgroup") -> int | None:
-    """By control groups, version 2; what is only cached from files can be given back."""
-    try:
-        limit, used, stat = (
-            pathlib.Path(folder, name).read_text().strip() for name in ("memory.max", "memory.current", "memory.stat")
-        )
-        cached = dict(line.split() for line in stat.splitlines()).get("inactive_file", 0)
-        return None if limit == "max" else int(limit) - int(used) + int(cached)
-    except (OSError, ValueError):
-        return None
+def _of_container() -> int | None:
+    tightest = control_groups.tightest()
+    return None if tightest is None else tightest.left
 
 
 def _of_process(path: str = "/proc/self/status") -> int | None:

@@ -124,6 +124,9 @@ def _shards(index: pathlib.Path) -> list[pathlib.Path]:
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise WeightsError(f"{index} must hold a weight_map from names to files, found none")
+    for name in weight_map.values():
+        if not isinstance(name, str):
+            raise WeightsError(f"{index} must name safetensors files beside it, found {name!r}")
     shards = [index.parent / name for name in sorted(set(weight_map.values()))]
     for shard in shards:
         if shard.parent != index.parent or shard.suffix != ".safetensors":

@@ -13,6 +13,7 @@ from gspn_jax import cli
 def main(argv: list[str] | None = None, *, program: str = "gspn-train") -> None:
     cli.setup()
     from gspn_jax.data import DataError  # after setup: importing JAX reads the environment
+    from gspn_jax.parallel.agreement import on_every_host
     from gspn_jax.runs.checkpoints import CheckpointError
     from gspn_jax.state_dict import WeightsError
     from gspn_jax.training.guard import DivergedError
@@ -21,7 +22,9 @@ def main(argv: list[str] | None = None, *, program: str = "gspn-train") -> None:
 
     with cli.user_errors(DataError, CheckpointError, WeightsError, ImportError):
         argv = cli.join_other_hosts(cli.words(argv))
-        config = cli.parse_config(argv, program=program, description="Train a class-conditional denoiser.")
+        config = on_every_host(
+            lambda: cli.parse_config(argv, program=program, description="Train a class-conditional denoiser.")
+        )
         try:
             train(config)
         except DivergedError as error:

@@ -4,7 +4,10 @@ import pathlib
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 
-FOUNDATION = ("config", "extras", "files", "machine", "pixels", "small_files", "state_dict", "tables", "tensor_files")
+FOUNDATION = (
+    *("config", "control_groups", "extras", "files", "machine", "pixels", "small_files", "state_dict", "tables"),
+    "tensor_files",
+)
 """Modules that everything may import, and that import nothing of the project but one another."""
 
 

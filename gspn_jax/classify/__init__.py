@@ -55,9 +55,12 @@ def _run(command: str, argv: list[str]) -> None:
     program = f"python -m gspn_jax.classify {command}"
     if command in ("train", "compare"):
         from gspn_jax.classify.config import ClassifyConfig
+        from gspn_jax.parallel.agreement import on_every_host
 
         what = {"train": "Train an image classifier.", "compare": "Train one config with scans, attention and neither."}
-        config = cli.parse_config(argv, program=program, description=what[command], cls=ClassifyConfig)
+        config = on_every_host(
+            lambda: cli.parse_config(argv, program=program, description=what[command], cls=ClassifyConfig)
+        )
         if command == "train":
             from gspn_jax.classify.task import ClassificationTask
             from gspn_jax.training.train import train_task

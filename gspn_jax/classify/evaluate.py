@@ -19,7 +19,7 @@ from gspn_jax.data import Source
 from gspn_jax.evaluate import report
 from gspn_jax.files import claim_new
 from gspn_jax.parallel import sharding
-from gspn_jax.parallel.agreement import on_first_host
+from gspn_jax.parallel.agreement import on_every_host, on_first_host
 from gspn_jax.prepare.images import ImageFlags
 from gspn_jax.runs.digest import digest_of
 
@@ -91,10 +91,9 @@ def evaluate(arguments: Evaluate) -> dict[str, Any]:
 
 def _evaluate(arguments: Evaluate) -> dict[str, Any]:
     mesh = sharding.make_mesh(arguments.mesh)
+    source = on_every_host(lambda: _source(arguments))
     trained = weights.read(arguments.run, mesh, step=arguments.step, decays=arguments.ema)
     config = trained.config
-    source = arguments.source(config.data.channels)
-    check_classes(source, trained.class_names, f"the images of {_set_name(arguments)}")
     size, crop = arguments.image_size or config.validation.image_size, arguments.crop or config.eval.crop
     network = Network(config, arguments.dtype)
     scorer = Scorer(config, network, source, mesh, size=size, crop=crop, batch_size=arguments.batch_size)
@@ -146,6 +145,14 @@ def _evaluate(arguments: Evaluate) -> dict[str, Any]:
             print(json.dumps(result, indent=1), flush=True)
         _write(arguments, result)
     return result
+
+
+def _source(arguments: Evaluate) -> Source:
+    """The images, of the classes that the run was trained on."""
+    config, names = weights.about(arguments.run, arguments.step)
+    source = arguments.source(config.data.channels)
+    check_classes(source, names, f"the images of {_set_name(arguments)}")
+    return source
 
 
 def _set_name(arguments: Evaluate) -> str:

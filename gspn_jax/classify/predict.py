@@ -44,6 +44,8 @@ class Predict:
             if getattr(self, name) < 1:
                 raise ConfigError(f"--{name.replace('_', '-')} must be 1 or more, found {getattr(self, name)}")
         check_view(self.image_size, self.crop)
+        if not self.images:
+            raise ConfigError("--images must name files or folders of images, found none")
 
 
 def predict(arguments: Predict) -> list[dict]:

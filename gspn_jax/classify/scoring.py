@@ -24,7 +24,7 @@ from gspn_jax.data.ahead import read_ahead
 from gspn_jax.data.augment.crops import evaluation_crop
 from gspn_jax.data.source import shorten
 from gspn_jax.parallel import sharding
-from gspn_jax.parallel.agreement import agree
+from gspn_jax.parallel.agreement import agree, on_every_host
 from gspn_jax.runs import averages
 from gspn_jax.runs.evaluations import Best
 
@@ -131,13 +131,15 @@ class Scorer:
             total=len(self), unit="image", desc="evaluating", leave=False, dynamic_ncols=True,
             disable=not show or jax.process_index() > 0,
         )  # fmt: skip
-        with bar, contextlib.closing(self._batches()) as batches:
+        failures: list[Exception] = []
+        with bar, contextlib.closing(self._batches(failures)) as batches:
             for images, labels, real in batches:
                 if asked():
                     return None
                 for tally, params in zip(tallies, several, strict=True):
                     tally.add(self._score(params, images, labels, real))
                 bar.update(min(self._batch_size, len(self) - bar.n))
+        on_every_host(lambda: _raise_first(failures))
         return [tally.scores(len(self)) for tally in tallies]
 
     def score(self, params: Any) -> Scores:
@@ -146,8 +148,12 @@ class Scorer:
         assert found is not None, "nothing stops it"
         return found[0]
 
-    def _batches(self) -> Generator[tuple[jax.Array, ...]]:
-        """(images, labels, whether a row is real) of the whole set, on the devices."""
+    def _batches(self, failures: list[Exception]) -> Generator[tuple[jax.Array, ...]]:
+        """(images, labels, whether a row is real) of the whole set, on the devices.
+
+        Of several hosts one that cannot read its images goes on with none, as the others wait for it, and adds the
+        error to `failures`.
+        """
         rows = self._batch_size // jax.process_count()
         starts = range(jax.process_index() * rows, len(self._source) + self._batch_size, self._batch_size)
         count = -(-len(self._source) // self._batch_size)
@@ -161,11 +167,21 @@ class Scorer:
         ):
             for part in parts:
                 images, labels = np.zeros((rows, *self._shape), np.uint8), np.zeros(rows, np.int32)
-                for row in range(len(part)):
-                    record = next(decoded)()
-                    images[row], labels[row] = record["image"], record["label"]
+                try:
+                    for row in range(0 if failures else len(part)):
+                        record = next(decoded)()
+                        images[row], labels[row] = record["image"], record["label"]
+                except Exception as error:
+                    if jax.process_count() == 1:
+                        raise
+                    failures.append(error)
                 local = images, labels, np.arange(rows) < len(part)
                 yield tuple(jax.make_array_from_process_local_data(self._split, array) for array in local)
+
+
+def _raise_first(failures: list[Exception]) -> None:
+    for failure in failures:
+        raise failure
 
 
 class _Tally:

@@ -19,6 +19,7 @@ from gspn_jax.data.augment.erasing import RandomErasing
 from gspn_jax.data.augment.host import HostAugmentation
 from gspn_jax.data.augment.mixing import Mixing
 from gspn_jax.data.augment.rand_augment import RandAugment
+from gspn_jax.parallel.agreement import on_every_host
 from gspn_jax.training.given import Given
 from gspn_jax.training.task import Batch, Metrics, Task
 
@@ -81,7 +82,7 @@ class ClassificationTask(Task):
     def evaluation(self, mesh: Mesh) -> AccuracyEvaluation | None:
         if not self._config.eval.every:
             return None
-        source = validation_source(self._config, self._source.class_names)
+        source = on_every_host(lambda: validation_source(self._config, self._source.class_names))
         return AccuracyEvaluation(self._config, self.network, source, mesh)
 
     @functools.cached_property

@@ -21,6 +21,7 @@ from gspn_jax.runs.digest import digest_of
 from gspn_jax.runs.weight_files import FORMAT_VERSION, HEADER, named
 from gspn_jax.small_files import DamagedFile, parse, read_json, typed
 from gspn_jax.state_dict import WeightsError, read_state_dict, refuse_pointer
+from gspn_jax.tensor_files import errors_name
 from gspn_jax.training.given import Given
 
 log = logging.getLogger(__name__)
@@ -55,6 +56,16 @@ class Trained:
     """Where it comes from."""
 
 
+def about(path: str, step: int | None = None) -> tuple[ClassifyConfig, tuple[str, ...]]:
+    """(config, class names) of what `read` reads, without its weights; raises what that raises."""
+    where = _file(path)
+    if where:
+        header = read_header(where)
+        return _config(where, header), tuple(header["class_names"])
+    meta = checkpoints.read_meta(path, step)[1]
+    return from_dict(meta["config"], ClassifyConfig), tuple(meta["class_names"])
+
+
 def read(path: str, mesh: Mesh, *, step: int | None = None, decays: tuple[float, ...] | None = None) -> Trained:
     """Reads a run directory, or the file or folder that `export` wrote.
 
@@ -62,7 +73,7 @@ def read(path: str, mesh: Mesh, *, step: int | None = None, decays: tuple[float,
     WeightsError or ConfigError for what cannot be used.
     """
     where = _file(path)
-    if where.is_file():
+    if where:
         if step is not None or decays is not None:
             raise ConfigError(f"--step and --ema choose from a run directory, found the file {where}")
         return _of_file(where, mesh)
@@ -77,18 +88,30 @@ def read(path: str, mesh: Mesh, *, step: int | None = None, decays: tuple[float,
     return Trained(config, tuple(meta["class_names"]), meta["fingerprint"], step, sets, f"{path}, step {step}")
 
 
+def _file(path: str) -> pathlib.Path | None:
+    """The file that `export` wrote, of its path or its folder's; None for a run directory."""
+    where = pathlib.Path(path)
+    return next((one for one in (where / WEIGHTS, where) if one.is_file()), None)
+
+
+def _config(path: pathlib.Path, header: dict[str, Any]) -> ClassifyConfig:
+    with errors_name(path):
+        config = from_dict(header["config"], ClassifyConfig)
+    if header["step"] < 0 or len(header["class_names"]) != config.data.num_classes:
+        raise WeightsError(
+            f"{path} must tell its step and {config.data.num_classes} names of classes, found step {header['step']} "
+            f"and {len(header['class_names'])} names"
+        )
+    return config
+
+
 def _set_name(decay: float) -> str:
     return "params" if decay == 0 else averages.item(decay)
 
 
 def _of_file(path: pathlib.Path, mesh: Mesh) -> Trained:
     header = read_header(path)
-    config = from_dict(header["config"], ClassifyConfig)
-    if header["step"] < 0 or len(header["class_names"]) != config.data.num_classes:
-        raise WeightsError(
-            f"{path} must tell its step and {config.data.num_classes} names of classes, found step {header['step']} "
-            f"and {len(header['class_names'])} names"
-        )
+    config = _config(path, header)
     tensors, network = read_state_dict(path), Network(config)
     expected = {name: leaf.shape for name, leaf in named(network.shapes)}
     for name in sorted(expected.keys() ^ tensors.keys()):
@@ -149,29 +172,19 @@ def given(path: str) -> Given:
 
     Raises ConfigError, CheckpointError or WeightsError for what cannot be used.
     """
-    if _is_file(path):
-        header = read_header(_file(path))
-        config, said = from_dict(header["config"], ClassifyConfig), path
+    where = _file(path)
+    if where:
+        config, said = _config(where, read_header(where)), path
     else:
         step, meta = checkpoints.read_meta(path)
         config = from_dict(meta["config"], ClassifyConfig)
         said = f"{path}, step {step}, {_set_name(config.train.ema_decays[0])}"
 
     def read_it(mesh: Mesh) -> Any:
-        (params,) = read(path, mesh, decays=None if _is_file(path) else config.train.ema_decays[:1]).sets.values()
+        (params,) = read(path, mesh, decays=None if where else config.train.ema_decays[:1]).sets.values()
         return params
 
     return Given(said, Network(config).shapes, read_it, loose=(HEAD,))
-
-
-def _file(path: str) -> pathlib.Path:
-    """`path`, or the file of weights in the folder that it is."""
-    where = pathlib.Path(path)
-    return where / WEIGHTS if (where / WEIGHTS).is_file() else where
-
-
-def _is_file(path: str) -> bool:
-    return _file(path).is_file()
 
 
 def first_average(path: str) -> float:

@@ -8,6 +8,7 @@ import tempfile
 import threading
 from collections.abc import Iterator
 
+from gspn_jax.cli import interrupts
 from gspn_jax.cli.exits import INTERRUPTED, LOST, USAGE_ERROR
 
 _to_parent: int | None = None
@@ -43,6 +44,9 @@ def watch_over_child() -> None:
     if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as nohup sets it
         signal.signal(signal.SIGHUP, pass_on)
     code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    if code == -signal.SIGINT:  # while it joined the others, see `joining`
+        os.write(2, interrupts.LINE.encode())
+        os._exit(interrupts.CODE)
     if code == -signal.SIGABRT:
         os.set_blocking(said, False)  # a worker of the child may have the other end still
         last = _read(said).decode().rsplit("\n", 2)[-2:-1]
@@ -61,7 +65,8 @@ _ENDED = "JAX ended this process, see above"
 @contextlib.contextmanager
 def joining(sentence: str) -> Iterator[None]:
     """While this process joins the others: an abort() is then said to be `sentence`, without the stack of C++ that JAX
-    writes to stderr. All else that it writes is shown at the end."""
+    writes to stderr. All else that it writes is shown at the end. Ctrl-C ends it at once, which no handler in Python
+    does while JAX waits."""
     if _to_parent is None:
         yield
         return
@@ -70,9 +75,11 @@ def joining(sentence: str) -> Iterator[None]:
     stderr = os.dup(2)
     with tempfile.TemporaryFile() as kept:
         os.dup2(kept.fileno(), 2)
+        handler = signal.signal(signal.SIGINT, signal.SIG_DFL)
         try:
             yield
         finally:
+            signal.signal(signal.SIGINT, handler)
             os.dup2(stderr, 2)
             os.close(stderr)
             os.write(_to_parent, b"\n")  # joined: from now on an abort is the loss of another host

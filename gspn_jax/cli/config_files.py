@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any, TypeVar
 
 from gspn_jax import extras
+from gspn_jax.cli import streams
 from gspn_jax.config import C, Config, ConfigError
 from gspn_jax.tables import Choice
 
@@ -34,26 +35,29 @@ def load_config(name: str | pathlib.Path, cls: type[C] = Config) -> C:
     if spec is None or spec.loader is None:
         raise ConfigError(f"--config must be a Python file, found {str(path)!r}")
     module = importlib.util.module_from_spec(spec)
+    found = None
     try:
-        spec.loader.exec_module(module)
-        config = getattr(module, "config", None)
+        with streams.kept():
+            spec.loader.exec_module(module)
+            config = getattr(module, "config", None)
+            if isinstance(config, cls):
+                return config
+            found = type(config).__name__
     except (ConfigError, KeyboardInterrupt):
         raise
     except BaseException as error:  # it is a program of its own: it may raise anything, or leave
         found = f"{type(error).__name__}: {_said_by(error)}"
         raise ConfigError(f"{path} must define `config = {cls.__name__}(...)`, found {found}") from error
-    if not isinstance(config, cls):
-        raise ConfigError(f"{path} must define `config = {cls.__name__}(...)`, found {type(config).__name__}")
-    return config
+    raise ConfigError(f"{path} must define `config = {cls.__name__}(...)`, found {found}")
 
 
 def _said_by(error: BaseException) -> str:
     """The first line of an error's message, whose `__str__` may fail as the rest of its file does."""
     try:
         lines = str(error).strip().splitlines()
-    except Exception:
+    except BaseException:
         lines = []
-    return lines[0] if lines else "no message"
+    return lines[0][:300] if lines else "no message"
 
 
 def parse_config(argv: Sequence[str] | None, *, program: str, description: str, cls: type[C] = Config) -> C:

@@ -42,7 +42,7 @@ def user_errors(*kinds: type[Exception]) -> Iterator[None]:
     except KeyboardInterrupt:
         if command.is_command():
             interrupts.end_at_once()  # when it comes once more
-        print(interrupts.LINE, end="", file=sys.stderr)
+        streams.say(interrupts.LINE.rstrip())
         _leave(interrupts.CODE)
     except OSError as error:
         if streams.reader_is_gone(error):
@@ -57,7 +57,7 @@ def user_errors(*kinds: type[Exception]) -> Iterator[None]:
         _say(f"there is not enough memory ({str(error) or 'of the machine, or as much as this process may have'})")
     except Exception as error:
         if _lost_host(error):
-            print(LOST.format(str(error).splitlines()[0]), file=sys.stderr)
+            streams.say(LOST.format(str(error).splitlines()[0]))
             _leave(INTERRUPTED)
         text = _of_the_machine(error)
         if text is None:
@@ -66,8 +66,7 @@ def user_errors(*kinds: type[Exception]) -> Iterator[None]:
 
 
 def _say(text: str) -> NoReturn:
-    with contextlib.suppress(OSError):  # stderr may be full, too
-        print(f"error: {text}", file=sys.stderr)
+    streams.say(f"error: {text}")
     _leave(USAGE_ERROR)
 
 
@@ -100,7 +99,8 @@ def _leave(code: int) -> NoReturn:
     jax = sys.modules.get("jax")
     if jax and jax.distributed.is_initialized():
         streams.hand_over()
-        sys.stderr.flush()
+        with contextlib.suppress(OSError, ValueError):
+            sys.stderr.flush()
         if jax.process_index() == 0:
             time.sleep(LAST_SECONDS)
         os._exit(code)

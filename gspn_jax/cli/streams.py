@@ -1,8 +1,15 @@
-"""stdin, stdout and stderr of a command, whatever it was started with."""
+"""stdin, stdout and stderr of a command, whatever it was started with, and whatever a config file does to them."""
 
+import contextlib
 import errno
+import io
+import logging
 import os
 import sys
+from collections.abc import Iterator
+
+NAMES = ("stdin", "stdout", "stderr")
+"""Streams of a process, each at the place that is the number of its descriptor."""
 
 
 def prepare() -> None:
@@ -10,16 +17,53 @@ def prepare() -> None:
 
     Without the first, the next file that is opened takes the number of stdout, and those who print write into it.
     """
-    for number, name in enumerate(("stdin", "stdout", "stderr")):
+    for number, name in enumerate(NAMES):
         try:
             os.fstat(number)
         except OSError:
             os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free, which is this one
-        stream = getattr(sys, name)
-        if stream is None:
+        stream = getattr(sys, name, None)
+        if stream is None or getattr(stream, "closed", False):
             setattr(sys, name, open(number, "w" if number else "r", closefd=False))  # noqa: SIM115
-        elif number and hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")
+        if number and hasattr(getattr(sys, name), "reconfigure"):
+            getattr(sys, name).reconfigure(errors="backslashreplace")
+
+
+@contextlib.contextmanager
+def kept() -> Iterator[None]:
+    """At the end of the block the three streams are as before it: it may close them, or put others in their place.
+
+    A block that closes every descriptor there is (`os.closerange`) leaves streams that go nowhere.
+    """
+    streams, copies = {name: getattr(sys, name, None) for name in NAMES}, {}
+    for number in range(len(NAMES)):
+        with contextlib.suppress(OSError):  # it is closed already
+            copies[number] = os.dup(number)
+    try:
+        yield
+    finally:
+        for stream in (getattr(sys, name, None) for name in NAMES[1:]):
+            with contextlib.suppress(Exception):  # what the block printed; it may have left any object there
+                stream.flush()
+        for number, copy in copies.items():
+            with contextlib.suppress(OSError):
+                os.dup2(copy, number)
+                os.close(copy)
+        for name, stream in streams.items():
+            setattr(sys, name, stream)
+        prepare()
+        for handler in logging.getLogger().handlers:
+            if isinstance(handler, logging.StreamHandler) and handler.stream is streams["stderr"]:
+                handler.setStream(sys.stderr)
+
+
+def say(text: str) -> None:
+    """Writes a line to stderr, or where that cannot be written, nowhere: then the exit code alone says it."""
+    try:
+        print(text, file=sys.stderr, flush=True)
+    except (OSError, ValueError, AttributeError):  # full, closed, or no stream at all
+        with contextlib.suppress(OSError):
+            os.write(2, f"{text}\n".encode(errors="backslashreplace"))
 
 
 def hand_over() -> OSError | None:
@@ -27,9 +71,12 @@ def hand_over() -> OSError | None:
     try:
         sys.stdout.flush()
         return None
+    except ValueError:  # it was closed: nothing more can have been printed
+        return None
     except OSError as error:
         nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, sys.stdout.fileno())
+        with contextlib.suppress(io.UnsupportedOperation):
+            os.dup2(nowhere, sys.stdout.fileno())
         os.close(nowhere)
         return error
 

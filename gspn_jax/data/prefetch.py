@@ -15,7 +15,8 @@ def prefetch_to_device(
 
     `sharding` splits the leading axis. Each host passes its own rows; the global array is their blocks in the order of
     the devices that hold them. Transfers are explicit and asynchronous, so `next` returns as soon as the transfer of a
-    later batch has been started. Closing it closes `iterator`.
+    later batch has been started. What `iterator` raises is raised after the batches before it. Closing it closes
+    `iterator`.
     """
     if size < 1:
         raise ValueError(f"size must be 1 or more, found {size}")
@@ -28,6 +29,7 @@ class DevicePrefetcher:
     def __init__(self, iterator: Iterable[Mapping[str, np.ndarray]], sharding: jax.sharding.Sharding, size: int):
         self._iterator, self._sharding, self._size = iter(iterator), sharding, size
         self._queue: collections.deque[dict[str, jax.Array]] = collections.deque()
+        self._failure: Exception | None = None
         self._closed = False
 
     def __iter__(self) -> Self:
@@ -36,16 +38,19 @@ class DevicePrefetcher:
     def __next__(self) -> dict[str, jax.Array]:
         if self._closed:
             raise ValueError("the prefetcher is closed")
-        while len(self._queue) < self._size:
+        while len(self._queue) < self._size and not self._failure:
             try:
                 batch = next(self._iterator)
             except StopIteration:
+                break
+            except Exception as error:  # of a batch that comes later, and may not be asked for
+                self._failure = error
                 break
             self._queue.append(
                 {name: jax.make_array_from_process_local_data(self._sharding, values) for name, values in batch.items()}
             )
         if not self._queue:
-            raise StopIteration
+            raise self._failure or StopIteration
         return self._queue.popleft()
 
     def close(self) -> None:

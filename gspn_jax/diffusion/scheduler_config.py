@@ -14,6 +14,8 @@ Spacing = Literal["leading", "trailing", "linspace"]
 Betas = Literal["scaled_linear", "linear"]
 PredictionType = Literal["epsilon", "v_prediction"]
 
+MOST_TIMESTEPS = 10**6
+"""A thousand times as many as anybody trains with; each takes a row of a table."""
 _FIXED = {
     "trained_betas": None,
     "thresholding": False,
@@ -72,9 +74,10 @@ class SchedulerConfig:
                 raise ConfigError(f"the scheduler's {name} must be between 0 and 1, found {found!r}")
         for name, least in (("timesteps", 2), ("steps_offset", 0)):
             found = getattr(self, name)
-            if not isinstance(found, int) or isinstance(found, bool) or found < least:
+            if not isinstance(found, int) or isinstance(found, bool) or not least <= found <= MOST_TIMESTEPS:
                 raise ConfigError(
-                    f"the scheduler's {_NAMES[name]} must be a whole number, {least} or more, found {found!r}"
+                    f"the scheduler's {_NAMES[name]} must be a whole number from {least} to {MOST_TIMESTEPS:,}, found "
+                    f"{found!r}"
                 )
 
     @classmethod

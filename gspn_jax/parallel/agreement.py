@@ -2,12 +2,14 @@
 
 import json
 from collections.abc import Callable, Mapping
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 from jaxtyping import Shaped
+
+from gspn_jax.config import ConfigError
 
 Numbers = TypeVar("Numbers")
 Result = TypeVar("Result")
@@ -69,6 +71,35 @@ def on_first_host(action: Callable[[], Result], *failures: type[Exception]) -> R
     if said:
         raise failures[0](f"the first host says: {said}")
     return result
+
+
+def on_every_host(action: Callable[[], Result]) -> Result:
+    """Runs `action` on every host: its result there. It must not call what all hosts call together.
+
+    Where it fails on some of them, all raise: those what was raised there, the others a ConfigError that names the
+    first of those hosts and what it says. Every host must call this at the same place. A process that has joined no
+    others only runs it, without asking for devices.
+    """
+    if not jax.distributed.is_initialized():
+        return action()
+    result, failure = None, None
+    try:
+        result = action()
+    except (Exception, SystemExit) as error:
+        failure = error
+    said = texts("" if failure is None else _said_by(failure))
+    if failure:
+        raise failure
+    host = next((i for i, text in enumerate(said) if text), None)
+    if host is not None:
+        raise ConfigError(f"host {host} says: {said[host]}")
+    return cast(Result, result)
+
+
+def _said_by(failure: BaseException) -> str:
+    if isinstance(failure, SystemExit):
+        return "it has ended, see its own stderr"  # of flags that it does not know
+    return str(failure) or type(failure).__name__
 
 
 def meet(name: str) -> None:

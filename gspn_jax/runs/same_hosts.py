@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import importlib.metadata
 import os
 import pathlib
 from collections.abc import Sequence
@@ -17,6 +18,16 @@ from gspn_jax.runs.same_run import flat
 
 OWN = ("data.path", "data.workers", "eval.reference", "eval.inception", "eval.vae")
 """Settings that each host may have for itself, such as a copy of the data on its own disk."""
+LIBRARIES = ("flax", "numpy", "optax")
+"""Those whose arithmetic is part of a step."""
+SETTINGS = (
+    "jax_default_matmul_precision",
+    "jax_default_prng_impl",
+    "jax_enable_x64",
+    "jax_numpy_dtype_promotion",
+    "jax_threefry_partitionable",
+)
+"""Those that decide numbers and programs: hosts whose programs differ wait for one another for ever."""
 OWN_FLAGS = ("vae", "inception", "reference", "images", "tars", "tfds_dir", "threads")
 """The same among the flags of commands."""
 
@@ -45,13 +56,21 @@ def check_values(values: dict[str, Any]) -> None:
     """As `check`, for JSON values by their names."""
     if jax.process_count() == 1:
         return
-    versions = {
-        "the version of JAX": f"{jax.__version__}, jaxlib {jaxlib.__version__}",
-        "the digest of the code": code_digest(),
-    }
-    found = difference(values | versions)
+    found = difference(values | machine())
     if found:
         raise ConfigError(f"all hosts must do the same, but {found}: start the same command everywhere")
+
+
+def machine() -> dict[str, Any]:
+    """Versions, settings and devices that decide numbers beside the config, the same on every host."""
+    local = jax.local_devices()
+    return {
+        "the version of JAX": f"{jax.__version__}, jaxlib {jaxlib.__version__}",
+        "the versions of libraries": ", ".join(f"{name} {importlib.metadata.version(name)}" for name in LIBRARIES),
+        "the digest of the code": code_digest(),
+        "JAX's settings": {name: str(getattr(jax.config, name, None)) for name in SETTINGS},
+        "the devices": f"{len(local)} {local[0].platform}",
+    }
 
 
 def code_digest() -> str:

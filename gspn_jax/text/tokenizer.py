@@ -54,6 +54,12 @@ class Tokenizer:
         for word in special:
             if word not in vocabulary:
                 raise ConfigError(f"the tokenizer's vocabulary must have {word!r}, found {len(vocabulary)} other words")
+        for word, number in vocabulary.items():
+            if type(number) is not int or not 0 <= number < len(vocabulary):
+                raise ConfigError(
+                    f"the tokenizer's vocabulary must number its {len(vocabulary)} words from 0, found {number!r} for "
+                    f"{word!r}"
+                )
         if length < 2:
             raise ConfigError(f"the tokenizer's length must be 2 or more, found {length}")
         self.length, self.vocabulary = length, len(vocabulary)
@@ -149,11 +155,17 @@ def _byte_characters() -> list[str]:
 
 def _from_tokenizer_json(path: pathlib.Path) -> tuple[dict[str, int], list[Any]]:
     model = read_json(path).get("model")
-    if not isinstance(model, dict) or model.get("type") != "BPE" or not model.get("vocab"):
+    if not isinstance(model, dict) or model.get("type") != "BPE":
         raise ConfigError(f"{path} must hold a byte-pair encoding (model.type 'BPE'), found another model")
+    vocabulary, merges = model.get("vocab"), model.get("merges")
+    if not isinstance(vocabulary, dict) or not isinstance(merges, list):
+        raise ConfigError(f"{path} must hold a model.vocab and a list of model.merges, found others")
     # older files write a pair as one string
-    merges = [tuple(pair.split(" ")) if isinstance(pair, str) else tuple(pair) for pair in model["merges"]]
-    return model["vocab"], merges
+    pairs = [pair.split(" ") if isinstance(pair, str) else pair for pair in merges]
+    for pair in pairs:
+        if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(word, str) for word in pair):
+            raise ConfigError(f"{path} must hold pairs of words as model.merges, found {str(pair)[:80]}")
+    return vocabulary, [(first, second) for first, second in pairs]
 
 
 def _special_words(folder: pathlib.Path) -> tuple[dict[str, bool], str]:
@@ -168,17 +180,20 @@ def _special_words(folder: pathlib.Path) -> tuple[dict[str, bool], str]:
             config |= read_json(folder / name)
     words = {}
     for role in ("bos_token", "eos_token", "unk_token", "pad_token"):
-        word = config.get(role) or (START if role == "bos_token" else END)
-        if isinstance(word, dict):
-            words[word["content"]] = bool(word.get("normalized", False))
-            pad = word["content"]
-        else:
-            words[word] = False
-            pad = word
+        pad, lowered = _special_word(config.get(role) or (START if role == "bos_token" else END), folder)
+        words[pad] = lowered
+    whole = folder / "tokenizer.json"
     if "added_tokens_decoder" in config:
-        added = config["added_tokens_decoder"].values()
+        by_number = config["added_tokens_decoder"]
+        added = list(by_number.values()) if isinstance(by_number, dict) else by_number
     else:
-        whole = folder / "tokenizer.json"
         added = read_json(whole).get("added_tokens", []) if whole.is_file() else []
-    words |= {word["content"]: bool(word.get("normalized", False)) for word in added}
-    return words, pad
+    return words | dict(_special_word(word, folder) for word in (added if isinstance(added, list) else [added])), pad
+
+
+def _special_word(word: Any, folder: pathlib.Path) -> tuple[str, bool]:
+    """(the word, whether it is looked for after lower-casing) of an entry, which is a text or an object."""
+    content = word.get("content") if isinstance(word, dict) else word
+    if not isinstance(content, str):
+        raise ConfigError(f"the tokenizer's special words must be texts, found {str(word)[:80]} in {folder}")
+    return content, isinstance(word, dict) and bool(word.get("normalized", False))

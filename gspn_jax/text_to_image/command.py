@@ -96,6 +96,9 @@ class Arguments:
         if bool(self.prompt) == bool(self.prompts):
             found = "both" if self.prompt else "neither"
             raise ConfigError(f"--prompt or --prompts FILE must say what to draw, found {found}")
+        for flag, texts in (("--prompt", self.prompt), ("--negative", (self.negative or "",))):
+            for text in texts:
+                _check_unicode(flag, text)
         if self.guidance is not None and self.guidance < 0:
             raise ConfigError(f"--guidance must be 0 or more, found {self.guidance:g}")
         if not 0 <= self.guidance_rescale <= 1:
@@ -113,6 +116,13 @@ class Arguments:
             raise ConfigError("--gspn.* are for untrained layers, as a file of --gspn-layers says its own, found both")
         if pathlib.Path(self.output).suffix != ".png":
             raise ConfigError(f"--output must end in .png, found {self.output!r}")
+
+
+def _check_unicode(flag: str, text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:  # bytes of a command line that are no text
+        raise ConfigError(f"{flag} must be valid Unicode, found {text!r}") from error
 
 
 def run(arguments: Arguments) -> list[pathlib.Path]:

@@ -76,13 +76,13 @@ class Drawing:
         table = stable_diffusion.make_table(self._sampler, settings.scheduler, settings.steps)
         self._evaluations, self._batches, self._total = len(table.time), 0, -(-total // self.batch_size)
         self._latent_size = _latent_size(model, settings.size)
+        self._check_memory()
         height, width = settings.size
         at_a_time = max(1, min(DECODED_AT_A_TIME, DECODED_PIXELS // (height * width)))
         device = mesh.local_devices[0]
         self._texts = tuple(part._replace(params=jax.device_put(dict(part.params), device)) for part in model.texts)
         self._vae = autoencoder.Autoencoder(model.autoencoder, model.autoencoder_config, batch_size=at_a_time)
         self._seed = self._everywhere(seeds.words(seed))
-        self._check_memory()
         self._params = jax.tree.map(self._everywhere, network_params(model))
         self._null = self._encode_null()
         self._gather = jax.jit(lambda latents: latents, out_shardings=sharding.replicated(mesh))
@@ -269,7 +269,7 @@ def scheduler_of(model: Model, **changes: Any) -> SchedulerConfig:
 def sampler_of(model: Model) -> str:
     """The sampler that the folder names. Raises ConfigError for one that is not built here."""
     name = model.scheduler.get("_class_name")
-    if name not in SAMPLERS:
+    if not isinstance(name, str) or name not in SAMPLERS:
         raise ConfigError(
             f"--sampler must be given, one of {', '.join(STABLE_DIFFUSION_SAMPLERS)}, as the model's scheduler is none "
             f"of them, found {name!r}"

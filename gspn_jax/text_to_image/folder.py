@@ -111,7 +111,7 @@ def _check_parts(folder: pathlib.Path) -> tuple[dict[str, Any], list[tuple[str, 
     that are missing, and ConfigError for another kind of folder."""
     index = read_json(folder / "model_index.json")
     kind = index.get("_class_name")
-    if kind not in _TOWERS:
+    if not isinstance(kind, str) or kind not in _TOWERS:
         raise ConfigError(f"{folder / 'model_index.json'} must be that of a {' or a '.join(_TOWERS)}, found {kind!r}")
     texts = [(f"text_encoder{end}", f"tokenizer{end}") for end in _TOWERS[kind]]
     parts = ["unet", "vae", "scheduler", *(part for pair in texts for part in pair)]
@@ -142,7 +142,7 @@ def _read_autoencoder(folder: pathlib.Path) -> tuple[dict[str, Float32[np.ndarra
             if content.get(name, value) != value:
                 raise ConfigError(f"the autoencoder's {name} must be {value!r}, found {content[name]!r}")
         scale = content.get("scaling_factor", LATENT_SCALE)
-        if not isinstance(scale, float | int) or not scale > 0:
+        if not isinstance(scale, float | int) or isinstance(scale, bool) or not scale > 0:
             raise ConfigError(f"the autoencoder's scaling_factor must be a number greater than 0, found {scale!r}")
         tensors = open_folder(folder, "diffusion_pytorch_model")
         config = dataclasses.replace(infer_config(tensors), scaling_factor=float(scale))

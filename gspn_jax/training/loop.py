@@ -7,9 +7,10 @@ from typing import Any
 
 import jax
 
+from gspn_jax.parallel.agreement import on_every_host
 from gspn_jax.runs.checkpoints import CheckpointError
 from gspn_jax.runs.saving import Checkpoints
-from gspn_jax.training.batches import Batches
+from gspn_jax.training.batches import READ, Batches
 from gspn_jax.training.guard import Guard, Verdict
 from gspn_jax.training.hooks import Hook, Log, Run, Save
 from gspn_jax.training.logs import RunLog
@@ -62,8 +63,10 @@ class Loop:
                 with self.meter.waiting():
                     batch = next(self.batches)
             except Exception:  # of a thread or process that reads
-                self._rescue(run, window)
+                self._rescue(run, jax.device_get(window), run.step)
                 raise
+            if self.batches.failure:
+                self.stop.ask()  # the other hosts learn of it when all have stopped
             with jax.profiler.StepTraceAnnotation("train", step_num=run.step + 1):
                 window.append(self._step(run, batch, compiles=run.step + 1 == first))
             self.run_log.advance(run.step)
@@ -72,6 +75,7 @@ class Loop:
             if not self.log.due(run):
                 continue
             values, window = jax.device_get(window), []
+            self._check_read(run, values)
             verdict = self.guard.judge(run.step, values, run.saved)
             if verdict.action == "stop":
                 self._stop(run, verdict)
@@ -99,23 +103,35 @@ class Loop:
             self.meter.add(self.batch_size)
         return metrics
 
-    def _rescue(self, run: Run, window: list[Metrics]) -> None:
-        """Saves the last good step when there is no batch to go on with. Among several hosts, of which the others still
-        have theirs, nothing is saved: they are stopped by the loss of this one."""
-        if jax.process_count() > 1 or run.step == run.saved:
+    def _check_read(self, run: Run, values: list[Metrics]) -> None:
+        """Where some host had no batch for a step, all save the step before and raise its error."""
+        read = [bool(metrics.pop(READ, True)) for metrics in values]
+        if all(read):
             return
-        values = jax.device_get(window)
-        verdict = self.guard.judge(run.step, values, run.saved)
-        step = verdict.good_step if verdict.action == "stop" else run.step
-        if verdict.action == "roll back" or step is None or step <= run.saved:
+        good = read.index(False)
+        self._rescue(run, values[:good], run.step - len(values) + good)
+        on_every_host(self._raise_failure)
+
+    def _raise_failure(self) -> None:
+        if self.batches.failure:
+            raise self.batches.failure
+
+    def _rescue(self, run: Run, values: list[Metrics], step: int) -> None:
+        """Saves the last good step, `step` or one before it, when there is no batch to go on with. `values` are the
+        metrics of the steps since the last log up to `step`."""
+        if step == run.saved:
+            return
+        verdict = self.guard.judge(step, values, run.saved)
+        good = verdict.good_step if verdict.action == "stop" else step
+        if verdict.action == "roll back" or good is None or good <= run.saved:
             return
         try:
-            self.save.save(run, step)
+            self.save.save(run, good)
             self.checkpoints.wait()
         except CheckpointError as error:
             logger.error("%s", error)  # what ends the run is raised already
         else:
-            logger.error("there is no batch for step %d: step %d is saved", run.step + 1, step)
+            logger.error("there is no batch for step %d: step %d is saved", step + 1, good)
 
     def _stop(self, run: Run, verdict: Verdict) -> None:
         """Raises the verdict's error, after saving a good step that is not saved yet."""

@@ -62,6 +62,10 @@ class Stop:
             return None
         return self._name
 
+    def ask(self) -> None:
+        """Asks, as SIGTERM does, all hosts to stop."""
+        self._note(signal.SIGTERM, None)
+
     def _lost_reader(self) -> None:
         if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
             self._note(signal.SIGHUP, None)

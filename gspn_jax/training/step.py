@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 
 from gspn_jax.parallel import fsdp, sharding
 from gspn_jax.training import ema, only
+from gspn_jax.training.batches import READ
 from gspn_jax.training.state import TrainState, abstract_state
 from gspn_jax.training.task import Batch, Metrics, Task
 
@@ -68,7 +69,8 @@ def make_step(task: Task, mesh: Mesh, frozen: Sequence[Any] = ()) -> Step:
 
     The state is donated. The randomness of a step is fold_in(key(seed), step). A step whose loss or gradient is not
     finite changes nothing, and neither does any step after it (`state.halted`); metrics["finite"] says so. With
-    guard.nonfinite "skip" only the step's number grows, and the next one goes on.
+    guard.nonfinite "skip" only the step's number grows, and the next one goes on. The same holds for a batch that some
+    host could not read: metrics["read"] says so among several hosts.
     """
     optimizer, schedule, gradient = task.optimizer(), task.learning_rate(), make_gradient(task, mesh)
     trained = only.trained(task.config.train, task.shapes)
@@ -76,10 +78,13 @@ def make_step(task: Task, mesh: Mesh, frozen: Sequence[Any] = ()) -> Step:
 
     def step(state: TrainState, batch: Batch, *frozen: Any) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(jax.random.key(train.seed), state.step)
+        read = batch.get(READ)
+        batch = {name: rows for name, rows in batch.items() if name != READ}
         with fsdp.sharded_blocks(mesh, train.compute):
             (loss, metrics), grads = gradient(state.params, batch, key, *frozen)
         grad_norm = optax.tree.norm(grads)
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+        usable = finite if read is None else finite & read.all()
         part = only.part(state.params, trained)
         updates, opt_state = optimizer.update(grads, state.opt_state, part)
         part = optax.apply_updates(part, updates)
@@ -92,7 +97,7 @@ def make_step(task: Task, mesh: Mesh, frozen: Sequence[Any] = ()) -> Step:
             ema={name: only.merged(average, state.ema[name]) for name, average in averages.items()},
             halted=jnp.zeros((), jnp.bool_),
         )
-        good = finite & ~state.halted
+        good = usable & ~state.halted
         new = jax.tree.map(lambda n, o: jnp.where(good, n, o), new, state)
         new = dataclasses.replace(new, halted=~good)
         if skips:
@@ -102,7 +107,7 @@ def make_step(task: Task, mesh: Mesh, frozen: Sequence[Any] = ()) -> Step:
             "grad_norm": grad_norm,
             "learning_rate": jnp.asarray(schedule(state.step)),
             "finite": finite,
-        }
+        } | ({} if read is None else {READ: read.all()})
         return new, metrics
 
     state_shardings = jax.tree.map(lambda s: s.sharding, abstract_state(task, mesh))

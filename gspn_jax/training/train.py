@@ -9,8 +9,9 @@ from jax.sharding import Mesh
 
 from gspn_jax import extras
 from gspn_jax.config import Config, DistillConfig, RunConfig
+from gspn_jax.data.source import Source
 from gspn_jax.parallel import sharding
-from gspn_jax.parallel.agreement import agree
+from gspn_jax.parallel.agreement import agree, on_every_host
 from gspn_jax.parallel.memory import bytes_a_device, check_fits
 from gspn_jax.runs import readback, same_hosts
 from gspn_jax.runs.checkpoints import steps
@@ -57,12 +58,11 @@ def train_task(task: Task) -> pathlib.Path:
     mesh = sharding.make_mesh(config.mesh)
     sharding.check_batch(config, mesh)
     target = abstract_state(task, mesh)
-    _check_memory(task, target, mesh)
-    source = task.source()
+    source = on_every_host(lambda: _checked_source(task, target, mesh))
     same_hosts.check_data(source.fingerprint, source.class_names)
     evaluation = task.evaluation(mesh)
     begun = bool(agree(len(steps(config.run_dir))))
-    given = None if begun else task.given()
+    given = None if begun else on_every_host(task.given)
     origins = given and start.plan(given, task.shapes)
     frozen = task.frozen(mesh)
     run_dir = pathlib.Path(config.run_dir)
@@ -134,8 +134,8 @@ def _first_state(task: Task, mesh: Mesh, given: Given | None, origins: Sequence[
     return state
 
 
-def _check_memory(task: Task, target: TrainState, mesh: Mesh) -> None:
-    """Raises ConfigError for a state, a gradient and a batch that a device cannot hold together."""
+def _checked_source(task: Task, target: TrainState, mesh: Mesh) -> Source:
+    """What is trained on. Raises ConfigError for a state, a gradient and a batch that a device cannot hold together."""
     train = task.config.train
     trained = only.trained(train, task.shapes)
     images = train.batch_size // (mesh.shape["data"] * mesh.shape["fsdp"] * train.accumulate)
@@ -145,6 +145,7 @@ def _check_memory(task: Task, target: TrainState, mesh: Mesh) -> None:
         f"the state of training and {images:,} images",
         "a smaller train.batch_size or model, more train.accumulate or mesh.fsdp take less",
     )
+    return task.source()
 
 
 def _meter(task: Task) -> Throughput:

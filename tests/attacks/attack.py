@@ -211,6 +211,7 @@ def forbid_device_work(monkeypatch) -> None:
     from gspn_jax.metrics.extractor import Extractor
     from gspn_jax.runs import checkpoints
     from gspn_jax.sampling import sampler
+    from gspn_jax.text_to_image.drawing import Drawing
     from gspn_jax.training import train as page
 
     def device_work(*_, **__):
@@ -223,6 +224,7 @@ def forbid_device_work(monkeypatch) -> None:
         (sampler.Sampler, "__call__"),
         (autoencoder.Autoencoder, "encode"),
         (Extractor, "__call__"),
+        (Drawing, "_everywhere"),
     ):
         monkeypatch.setattr(owner, name, device_work)
 

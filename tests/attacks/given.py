@@ -72,6 +72,58 @@ class Given:
             damage(copy / "checkpoints")
         return copy
 
+    # --- tasks of other kinds
+    @functools.cached_property
+    def colours(self) -> pathlib.Path:
+        """Images of three classes that differ by their colour (`tests.classify.tiny`)."""
+        from tests.classify import tiny
+
+        return pathlib.Path(tiny.make_images(self.root / "colours", 2, 0))
+
+    @functools.cached_property
+    def classifier(self) -> pathlib.Path:
+        """A run of a classifier of the colours, with the checkpoint of step 2."""
+        import jax
+        import pytest
+
+        from gspn_jax.classify.task import ClassificationTask
+        from gspn_jax.parallel import sharding
+        from gspn_jax.runs.saving import Checkpoints
+        from gspn_jax.training.state import create_state
+        from tests.classify import tiny
+
+        config = tiny.config(self.root / "classifier", str(self.colours), str(self.colours))
+        with pytest.MonkeyPatch.context() as patch:
+            tiny.use(patch)
+            task = ClassificationTask(config)
+            state = create_state(task, sharding.make_mesh(config.mesh, jax.devices()[:1]))
+        source = task.source()
+        with Checkpoints(config, source.fingerprint, source.class_names) as saver:
+            saver.save(2, state)
+        return self.root / "classifier"
+
+    @functools.cached_property
+    def classifier_export(self) -> pathlib.Path:
+        """What `classify export` writes of `classifier`."""
+        import pytest
+
+        from gspn_jax.classify import weights
+        from tests.classify import tiny
+
+        with pytest.MonkeyPatch.context() as patch:
+            tiny.use(patch)
+            weights.export(weights.Export(run=str(self.classifier), output=str(self.root / "export")))
+        return self.root / "export"
+
+    @functools.cached_property
+    def stable_diffusion(self) -> pathlib.Path:
+        """A folder of Stable Diffusion 1, of tiny networks with random weights."""
+        from tests.text_to_image.tiny_folder import ONE, write_folder, write_json
+
+        folder = write_folder(self.root / "stable_diffusion", *ONE)
+        write_json(folder / "scheduler/scheduler_config.json", {"_class_name": "EulerDiscreteScheduler"})
+        return folder
+
     # --- images and latents
     @functools.cached_property
     def images(self) -> pathlib.Path:

@@ -227,9 +227,14 @@ def reading_fails(given, here, patch):
     from gspn_jax.training.guard import Guard
     from gspn_jax.training.loop import Loop
 
-    def batches():
-        yield from [{}, {}]
-        raise DataError("images/7.png is not a usable image")
+    class Batches:
+        failure, left = None, 2
+
+        def __next__(self):
+            self.left -= 1
+            if self.left < 0:
+                raise DataError("images/7.png is not a usable image")
+            return {}
 
     saved = []
     nothing = lambda *_, **__: None  # noqa: E731
@@ -239,7 +244,7 @@ def reading_fails(given, here, patch):
         train_step=lambda state, batch: (state + 1, metrics),
         target=None,
         frozen=(),
-        batches=batches(),
+        batches=Batches(),
         batch_size=1,
         seed=0,
         guard=Guard(GuardConfig(), {}),

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import socket
+import sys
 
 import pytest
 
@@ -14,6 +15,24 @@ from tests.attacks.lost import function
 from tests.training import tiny
 
 # --- A2: hosts that differ
+
+SLURM = {"SLURM_NTASKS": "2", "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_JOB_ID": "1"}
+
+
+def host_that_fails(error):
+    """What the first host says where the second has raised `error`."""
+
+    def action(given, here, patch):
+        import jax
+
+        from gspn_jax.parallel import agreement
+
+        patch.setattr(jax.distributed, "is_initialized", lambda: True)
+        patch.setattr(agreement, "texts", lambda own: [own, agreement._said_by(error)])
+        patch.setattr("gspn_jax.cli.exits._leave", sys.exit)
+        agreement.on_every_host(lambda: None)
+
+    return function(action)
 
 
 def two_hosts(check, **other):
@@ -47,6 +66,21 @@ def same_samples():
     from gspn_jax.runs import same_hosts
 
     same_hosts.check_flags(sample.Arguments(run="run", seed=1))
+
+
+def launched(**variables):
+    """train_dit.py as one of several processes that a launcher has started."""
+
+    def make(given, here):
+        def main(argv):
+            with pytest.MonkeyPatch.context() as patch:
+                for name, value in {"GSPN_JOIN_SECONDS": "1", **variables}.items():
+                    patch.setenv(name, value)
+                train_dit.main(["--config", str(given.digits), "--run-dir", str(here / "run")])
+
+        return Call(main)
+
+    return make
 
 
 def joined(address, index, *, environment=(), listening=None):
@@ -119,6 +153,73 @@ A2 = [
         "the first process at an address of another machine",
         joined("192.0.2.1:1234", 0),
         ("--coordinator must be an address of the host of process 0", "JAX_COORDINATOR_BIND_ADDRESS says"),
+    ),
+    *(
+        Attack("A2", what, launched(**variables), says)
+        for what, variables, says in (
+            ("Slurm's tasks without srun", SLURM, "start them with srun"),
+            ("Slurm's number of tasks is none", SLURM | {"SLURM_NTASKS": "²"}, "SLURM_NTASKS must be a whole number"),
+            ("Slurm's task 2 of 2", SLURM | {"SLURM_PROCID": "2"}, "SLURM_PROCID must be below SLURM_NTASKS"),
+            (
+                "Slurm's second task, whose first host has nothing that listens",
+                SLURM | {"SLURM_STEP_NODELIST": "localhost", "SLURM_PROCID": "1", "JAX_COORDINATOR_PORT": "1"},
+                ("the coordinator's address by Slurm must be where", "found at localhost:1", "Connection refused"),
+            ),
+            (
+                "Slurm's first task on another host than the first of its list",
+                SLURM | {"SLURM_STEP_NODELIST": "192.0.2.[1-2]"},
+                "the coordinator's address by Slurm must be an address of the host of process 0",
+            ),
+            (
+                "Slurm's second task, whose first host is unknown",
+                SLURM | {"SLURM_STEP_NODELIST": "no-such-node.invalid", "SLURM_PROCID": "1"},
+                "no such host",
+            ),
+            (
+                "Slurm's port that is none",
+                SLURM | {"SLURM_STEP_NODELIST": "localhost", "JAX_COORDINATOR_PORT": "http"},
+                "must be HOST:PORT, found 'localhost:http'",
+            ),
+            (
+                "processes of Open MPI 5, which tells no address",
+                {"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "0"},
+                "Open MPI, which started them, does not",
+            ),
+            ("processes of MPICH, which tells no address", {"PMI_SIZE": "2", "PMI_RANK": "1"}, "first of 2 processes"),
+        )
+    ),
+    Attack(
+        "A2",
+        "processes of MPICH that are to be alone",
+        launched(PMI_SIZE="2", PMI_RANK="1", JAX_NUM_PROCESSES="1"),
+        "",
+        GOES_ON,
+        writes=("run*",),
+    ),
+    Attack("A2", "a coordinator of an empty name", joined(":1234", 1), "--coordinator must be HOST:PORT"),
+    Attack("A2", "a coordinator of a name that no host can have", joined("a..b:1", 1), "no such host"),
+    Attack("A2", "a coordinator of a name of 300 letters", joined(f"{'x' * 300}:1", 0), "found xxx"),
+    Attack("A2", "a coordinator of port 0", joined("localhost:0", 0), "--coordinator must be HOST:PORT"),
+    Attack("A2", "a coordinator with a scheme", joined("http://localhost:1", 1), "no such host"),
+    Attack(
+        "A2",
+        "a host cannot read its config",
+        host_that_fails(SystemExit(2)),
+        "host 1 says: it has ended, see its own stderr",
+    ),
+    Attack("A2", "a host has no data", host_that_fails(OSError("nothing at /data")), "host 1 says: nothing at /data"),
+    Attack(
+        "A2",
+        "another host has other settings of JAX",
+        two_hosts(same_run, **{"JAX's settings": {"jax_enable_x64": True}}),
+        "JAX's settings is",
+    ),
+    Attack("A2", "another host has other devices", two_hosts(same_run, **{"the devices": "2 cpu"}), "the devices is"),
+    Attack(
+        "A2",
+        "another host has another optax",
+        two_hosts(same_run, **{"the versions of libraries": "1"}),
+        "libraries is",
     ),
     Attack("A2", "a port of six digits", joined("localhost:123456", 1), "--coordinator must be HOST:PORT"),
     Attack(

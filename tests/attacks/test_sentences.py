@@ -5,6 +5,7 @@ import dataclasses
 import errno
 import io
 import os
+import pathlib
 import sys
 
 import jax
@@ -12,7 +13,7 @@ import pytest
 
 from gspn_jax import cli
 from gspn_jax import train as command
-from gspn_jax.cli import config_files, streams
+from gspn_jax.cli import config_files, limits, streams
 from tests.attacks.attack import GOES_ON, Attack, flags, process, rows, train
 from tests.attacks.given import write
 
@@ -22,6 +23,37 @@ def script(done, text, says):
     return Attack(
         "C19", f"a config file that {done}", train(config="{here}/one.py", before=write("one.py", text)), says
     )
+
+
+def with_streams_of_its_own(argv):
+    """train_dit.py whose stdout and stderr are a pipe, so that what a config does to them is seen at its other end."""
+    before = sys.stdout, sys.stderr
+    copies, (read, written) = [os.dup(number) for number in (1, 2)], os.pipe()
+    try:
+        for number in (1, 2):
+            os.dup2(written, number)
+        sys.stdout, sys.stderr = (open(number, "w", closefd=False) for number in (1, 2))  # noqa: SIM115
+        command.main(argv)
+    finally:
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+        for number, copy in zip((1, 2), copies, strict=True):
+            os.dup2(copy, number)
+            os.close(copy)
+        os.close(written)
+        sys.stdout, sys.stderr = before
+        with open(read) as said:
+            print(said.read(), file=sys.stderr)
+
+
+def closing(done, text, says="found ZeroDivisionError: division by zero", code=2, more="1 / 0"):
+    """A config file that does something to stdout and stderr."""
+    make = flags(
+        with_streams_of_its_own,
+        *("--config", "{here}/one.py"),
+        before=write("one.py", f"import os, sys\n{text}\n{more}"),
+    )
+    return Attack("C19", f"a config file that {done}", make, says, code, writes=("run*",))
 
 
 def without_home(argv):
@@ -65,6 +97,51 @@ def out_of_memory(error):
     return flags(main)
 
 
+def in_a_container(**files):
+    """What is said of a control group with these files of version 2, in which the process is."""
+
+    def main(argv):
+        root = pathlib.Path(argv[0])
+        group = root / "sys/fs/cgroup/job"
+        group.mkdir(parents=True)
+        (root / "proc/self").mkdir(parents=True)
+        (root / "proc/self/mountinfo").write_text("30 23 0:26 / /sys/fs/cgroup rw - cgroup2 cgroup2 rw\n")
+        (root / "proc/self/cgroup").write_text("0::/job\n")
+        for name, text in files.items():
+            (group / f"memory.{name}").write_text(text)
+        with cli.user_errors():
+            limits.check(root)
+
+    return flags(main, "{here}")
+
+
+CONTAINERS = [
+    Attack("C18", what, in_a_container(**files), says, code, writes=("proc*", "sys*"))
+    for what, files, says, code in (
+        ("a container of 0.5 GB", {"max": "500000000", "current": "0"}, "found 0.50 GB left of the 0.50 GB of", 2),
+        (
+            "a container of 8 GB, of which others have 7.8",
+            {"max": "8000000000", "current": "7800000000"},
+            "found 0.20 GB left of the 8.00 GB of",
+            2,
+        ),
+        (
+            "a container that is slowed down from 0.5 GB on",
+            {"max": "max", "high": "500000000", "current": "0"},
+            "job/memory.high",
+            2,
+        ),
+        (
+            "a container of 8 GB, of which 7.8 are files that can be forgotten",
+            {"max": "8000000000", "current": "7800000000", "stat": "inactive_file 7700000000"},
+            "",
+            GOES_ON,
+        ),
+        ("a container without a limit", {"max": "max", "current": "7800000000"}, "", GOES_ON),
+        ("a container whose files are of another kind", {"max": "many", "current": "?", "stat": "\0"}, "", GOES_ON),
+    )
+]
+
 START = ("--train.steps", "3", "--optimizer.warmup-steps", "1")
 AROUND = [
     script("divides by zero", "config = 1 / 0", "found ZeroDivisionError: division by zero"),
@@ -86,6 +163,40 @@ AROUND = [
         "found E: no message",
     ),
     script("is empty", "", "found NoneType"),
+    script(
+        "raises an error that ends the process when it is asked what it is",
+        "import sys\nclass E(Exception):\n    def __str__(self): sys.exit(0)\nraise E",
+        "found E: no message",
+    ),
+    script("raises an error of 10**6 letters", "raise ValueError('x' * 10**6)", "found ValueError: xxx"),
+    script("raises an error of half a character", "raise ValueError('\\udcff')", "found ValueError: \\udcff"),
+    script(
+        "defines what cannot be asked for its class",
+        "class C:\n    __class__ = property(lambda self: 1 / 0)\nconfig = C()",
+        "found ZeroDivisionError",
+    ),
+    closing("closes the descriptors of stdout and stderr, and fails", "os.close(1); os.close(2)"),
+    closing("closes stdout, and fails", "sys.stdout.close()"),
+    closing("closes stdout and stderr, and fails", "sys.stdout.close(); sys.stderr.close()"),
+    closing(
+        "sends stdout and stderr to /dev/null, and fails", "n = os.open('/dev/null', 1); os.dup2(n, 1); os.dup2(n, 2)"
+    ),
+    closing("has no stdout and no stderr, and fails", "sys.stdout = sys.stderr = None"),
+    closing("deletes stdout and stderr, and fails", "del sys.stdout, sys.stderr"),
+    closing("puts other objects in place of stdout and stderr, and fails", "sys.stdout = sys.stderr = object()"),
+    closing("closes stdout and stderr, and is empty", "os.close(1); sys.stderr.close()", "found NoneType", more=""),
+    closing(
+        "closes stdout and stderr, and exits",
+        "os.close(1); sys.stderr.close()",
+        "found SystemExit: 0",
+        more="sys.exit(0)",
+    ),
+    closing(
+        "closes stdout and stderr, and trains for no steps",
+        "os.close(2); sys.stdout.close()",
+        "train.steps must be greater than 0",
+        more="from gspn_jax.config import *\nconfig = Config('r', train=TrainConfig(steps=0))",
+    ),
     Attack("C19", "a config that is as it should be", train(*START), "", GOES_ON, writes=("run*",)),
     Attack("C18", "no HOME and no user name", flags(without_home, "--config", "digits"), "", GOES_ON, writes=("run*",)),
     Attack("C18", "a stdout of ASCII is told of umlauts", flags(to_ascii), "", GOES_ON),
@@ -201,7 +312,7 @@ PROCESSES = [
 ]
 PROCESSES = [dataclasses.replace(row, slow=True) for row in PROCESSES]
 
-ATTACKS = [*AROUND, *PROCESSES]
+ATTACKS = [*AROUND, *CONTAINERS, *PROCESSES]
 
 
 @rows(ATTACKS)

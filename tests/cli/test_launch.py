@@ -1,8 +1,10 @@
 """The launch files give the command that they promise, checked without a cluster."""
 
+import json
 import os
 import pathlib
 import signal
+import socket
 import subprocess
 import sys
 
@@ -10,6 +12,7 @@ import pytest
 import yaml
 
 from gspn_jax import cli
+from gspn_jax.cli import launchers
 from gspn_jax.cli.hosts import HOSTS
 from gspn_jax.config import ConfigError
 
@@ -200,6 +203,151 @@ def test_tasks_of_slurm_find_one_another_and_their_devices(hosts, more, devices)
     ]
     said = [task.communicate(timeout=60) for task in tasks]
     assert [output.split() for output, _ in said] == [[str(i), "2", devices[i]] for i in range(2)], said
+
+
+LISTENING = """
+import json, socket, sys
+from gspn_jax import cli
+cli.join_other_hosts(sys.argv[1:])
+import jax
+from jax.experimental import multihost_utils
+listening = []
+for name, family in (("tcp", socket.AF_INET), ("tcp6", socket.AF_INET6)):
+    for line in open(f"/proc/self/net/{name}").read().splitlines()[1:]:
+        _, local, _, state, *_ = line.split()
+        host, port = local.split(":")
+        if state == "0A":
+            words = [bytes.fromhex(host[i:i + 8])[::-1] for i in range(0, len(host), 8)]
+            listening.append([socket.inet_ntop(family, b"".join(words)), int(port, 16)])
+multihost_utils.sync_global_devices("looked")
+print(json.dumps([jax.process_index(), jax.process_count(), listening]))
+"""
+
+
+def own_address() -> str:
+    """An address of this machine on a network; that of the loopback device where it has none."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as route:
+        try:
+            route.connect(("192.0.2.1", 9))
+        except OSError:
+            return "127.0.0.1"
+        return route.getsockname()[0]
+
+
+def slurm(index: int, port: int, **more: str) -> dict[str, str]:
+    """Variables of one of two tasks of Slurm on one machine."""
+    return {
+        "SLURM_JOB_ID": "77",
+        "SLURM_NTASKS": "2",
+        "SLURM_STEP_NUM_NODES": "1",
+        "SLURM_STEP_NODELIST": "localhost",
+        "SLURM_PROCID": str(index),
+        "SLURM_LOCALID": str(index),
+        "JAX_COORDINATOR_PORT": str(port),
+    } | more
+
+
+def open_mpi(index: int, port: int, **more: str) -> dict[str, str]:
+    """Variables of one of two processes of mpirun (Open MPI 4)."""
+    return {
+        "OMPI_MCA_orte_hnp_uri": "1531576320.0;tcp://127.0.0.1,10.0.0.9:34911",
+        "OMPI_COMM_WORLD_SIZE": "2",
+        "OMPI_COMM_WORLD_RANK": str(index),
+        "OMPI_COMM_WORLD_LOCAL_RANK": str(index),
+        "OMPI_COMM_WORLD_LOCAL_SIZE": "2",
+        "JAX_COORDINATOR_PORT": str(port),
+    } | more
+
+
+def mpich(index: int, port: int, **more: str) -> dict[str, str]:
+    """Variables of one of two processes of MPICH, which tells no address."""
+    return {"PMI_SIZE": "2", "PMI_RANK": str(index), "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}"} | more
+
+
+def slow(*values):
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize(
+    ("variables", "more", "flags", "where"),
+    [
+        (slurm, {}, (), "127.0.0.1"),
+        # a node whose own name is a loopback address, as Debian has it
+        slow(slurm, {"SLURM_STEP_NUM_NODES": "2", "SLURM_LAUNCH_NODE_IPADDR": own_address()}, (), own_address()),
+        slow(slurm, {}, ("--coordinator", "127.0.0.2:{port}"), "127.0.0.2"),
+        slow(slurm, {"JAX_COORDINATOR_BIND_ADDRESS": "0.0.0.0:{port}"}, (), "::"),
+        slow(open_mpi, {}, (), "127.0.0.1"),
+        slow(mpich, {}, (), "127.0.0.1"),
+    ],
+    ids=["slurm", "loopback name", "told by a flag", "told where to listen", "Open MPI", "MPICH"],
+)
+def test_the_coordinator_listens_where_the_launcher_says_and_nowhere_else(variables, more, flags, where):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    flags, more = [[one.format(port=port) for one in flags], {n: v.format(port=port) for n, v in more.items()}]
+    tasks = [
+        subprocess.Popen(
+            [sys.executable, "-c", LISTENING, *flags],
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            env=os.environ | {"PYTHONPATH": str(LAUNCH.parents[2]), "XLA_FLAGS": ""} | variables(i, port, **more),
+        )
+        for i in range(2)
+    ]
+    said = [task.communicate(timeout=60) for task in tasks]
+    found = [json.loads(output.splitlines()[-1] if output else "[]") for output, _ in said]
+    assert [one[:2] for one in found] == [[0, 2], [1, 2]], said
+    assert [address.removeprefix("::ffff:") for address, at in found[0][2] if at == port] == [where]
+
+
+@pytest.mark.parametrize(
+    ("nodes", "first"),
+    [
+        ("node001", "node001"),
+        ("node001,host2", "node001"),
+        ("node[001-0015],host2", "node001"),
+        ("node[001,007-015],host2", "node001"),
+        ("node[7-9]-ib", "node7-ib"),
+        ("rack[0-1]node[3-4]", "rack0node3"),
+        ("gpu-a.cluster.local,b", "gpu-a.cluster.local"),
+    ],
+)
+def test_the_first_node_of_a_list_of_slurm(nodes, first):
+    """As `scontrol show hostnames` expands them."""
+    assert launchers.first_node(nodes) == first
+
+
+SLURM = {"SLURM_NTASKS": "2", "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_JOB_ID": "1"}
+OPEN_MPI = {"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "0"}
+
+
+@pytest.mark.parametrize(
+    ("variables", "said"),
+    [
+        (SLURM, "no SLURM_STEP_NODELIST"),
+        (SLURM | {"SLURM_NTASKS": "many"}, "SLURM_NTASKS must be a whole number"),
+        (SLURM | {"SLURM_PROCID": "2"}, "SLURM_PROCID must be below SLURM_NTASKS, found 2 of 2"),
+        (SLURM | {"SLURM_JOB_ID": "x", "SLURM_STEP_NODELIST": "localhost"}, "SLURM_JOB_ID must be a whole number"),
+        (
+            SLURM | {"JAX_COORDINATOR_PORT": "http", "SLURM_STEP_NODELIST": "localhost"},
+            "the coordinator's address by Slurm must be HOST:PORT, found 'localhost:http'",
+        ),
+        (OPEN_MPI, "Open MPI, which started them, does not"),
+        (OPEN_MPI | {"OMPI_MCA_orte_hnp_uri": "nonsense"}, "Open MPI, which started them, does not"),
+        ({"PMI_SIZE": "4", "PMI_RANK": "1"}, "where the first of 4 processes is to listen"),
+        ({"PMI_SIZE": "4", "PMI_RANK": ""}, "PMI_RANK must be a whole number"),
+    ],
+)
+def test_a_launcher_that_tells_half_is_a_sentence(variables, said, monkeypatch):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError) as found:
+        cli.join_other_hosts([])
+    assert said in str(found.value)
+    monkeypatch.setenv("JAX_NUM_PROCESSES", "1")
+    assert cli.join_other_hosts(["--config", "c"]) == ["--config", "c"]
 
 
 def test_a_single_process_joins_nobody_and_keeps_its_flags():

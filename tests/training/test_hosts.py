@@ -29,6 +29,7 @@ from tests.training.processes import (
     assert_same_run_but_for_rounding,
     command,
     end,
+    everything,
     finish,
     preempt,
     start,
@@ -188,6 +189,62 @@ def test_hosts_agree_on_a_spike(tmp_path, seeing):
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
     assert max(line["loss"] for line in lines) < 10
+
+
+UNREAD = """
+import os, sys
+import train_dit
+from gspn_jax import data
+
+failing, at, make_loader = sys.argv.pop(1), int(sys.argv.pop(1)), data.make_loader
+
+class Loader:
+    def __init__(self, loader, start_step):
+        self.loader, self.number = loader, start_step
+    def __iter__(self):
+        return self
+    def __next__(self):
+        self.number += 1
+        if self.number >= at and os.environ["JAX_PROCESS_ID"] in failing:
+            raise data.DataError(f"images/{at}.png is not a usable image")
+        return next(self.loader)
+    def close(self):
+        self.loader.close()
+
+data.make_loader = lambda *arguments, **place: Loader(make_loader(*arguments, **place), place["start_step"])
+train_dit.main()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("failing", "at", "flags"),
+    [
+        ("1", 7, ()),
+        ("0", 7, ("--train.log-every", "40", "--train.save-every", "40")),  # hosts run ahead of one another
+        ("01", 7, ("--guard.nonfinite", "skip")),
+        ("1", 1, ()),
+        ("0", 1, ()),
+        ("1", 40, ("--train.log-every", "40", "--train.save-every", "40")),  # after the last log
+        ("1", 41, ()),  # nobody asks for it
+    ],
+)
+def test_a_batch_that_one_host_cannot_read_stops_all_after_the_same_save(tmp_path, alone, failing, at, flags):
+    """All name the image and end with code 2; the state is that of the step before, to the bit, and the job goes on."""
+    run_dir = tmp_path / "run"
+    _, *arguments = command(run_dir, *flags)
+    ended = end(*start_hosts(["-c", UNREAD, failing, str(at), *arguments], 2))
+    if at <= STEPS:
+        for host, (code, errors) in enumerate(ended):
+            assert code == 2 and "Traceback" not in errors, errors
+            says = "error: " if str(host) in failing else f"error: host {failing[0]} says: "
+            assert f"{says}images/{at}.png is not a usable image" in errors, errors
+        assert checkpoints.steps(run_dir)[-1:] == [at - 1][at == 1 :]
+    finish(run_dir, *flags, hosts=2)
+    if not flags:
+        assert_same_run(run_dir, alone(2))
+    else:
+        jax.tree.map(np.testing.assert_array_equal, everything(run_dir), everything(alone(2)))
 
 
 @pytest.mark.slow
