@@ -2,7 +2,12 @@ r"""One call of SDXL's U-Net compiled by XLA for an H200, by size: GSPN beside f
 
 python benchmarks/unet_compile.py --size 1024 1024 --mixer gspn             one program
 python benchmarks/unet_compile.py --size 8192 16384 --mixer gspn --record   and into benchmarks/results
+python benchmarks/unet_compile.py --size 8192 16384 --blocks 1 1 --record   with fewer blocks: a smaller program
 python benchmarks/unet_compile.py --render                                  the table, from the results
+
+Blocks of a level are alike, so that the bound of a call is linear in their numbers: where the whole network (2 and 10
+blocks a transformer) is not recorded, the table has the plane through 1 1, 2 1 and 1 2, and the largest of their
+temporary memory.
 
 Needs jax[cuda13] and no GPU, as `gpu_compile.py`, whose description of the device and untuned compilation these are. A
 call has one image in bfloat16: guidance takes its two halves in turn. GSPN is the pure form with proxies of an eighth,
@@ -20,6 +25,7 @@ import os
 import pathlib
 import sys
 import time
+from collections.abc import Sequence
 from typing import Any
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -28,8 +34,14 @@ SIZES = ((1024, 1024), (2048, 2048), (4096, 4096), (8192, 8192), (8192, 16384))
 """Pixels: the rows of the table."""
 
 
-def lower(size: tuple[int, int], mixer: str, pieces: int, device: Any) -> Any:
-    """The lowered program of one call."""
+WHOLE = (2, 10)
+"""Blocks of each transformer of SDXL at its two coarser levels."""
+
+
+def lower(size: tuple[int, int], mixer: str, blocks: tuple[int, int], pieces: int, device: Any) -> Any:
+    """The lowered program of one call, of SDXL with so many blocks in each transformer."""
+    import dataclasses
+
     import jax
     import jax.numpy as jnp
     from jax.sharding import SingleDeviceSharding
@@ -39,7 +51,10 @@ def lower(size: tuple[int, int], mixer: str, pieces: int, device: Any) -> Any:
     from gspn_jax.text_to_image import gspn_layers
     from gspn_jax.text_to_image.high_resolution import CHANNELS
 
-    config, options = unet.SDXL, gspn_layers.LayerOptions()
+    config, options = (
+        dataclasses.replace(unet.SDXL, depths=(0, *blocks), middle_depth=blocks[1]),
+        gspn_layers.LayerOptions(),
+    )
 
     def struct(*shape: int) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=SingleDeviceSharding(device))
@@ -114,20 +129,21 @@ def measures(text: str) -> dict[str, Any]:
     return {"ms": sum(row["ms"] for row in kinds.values()), "kinds": kinds}
 
 
-def compiled(size: tuple[int, int], mixer: str, pieces: int) -> tuple[dict[str, Any], str]:
+def compiled(size: tuple[int, int], mixer: str, blocks: tuple[int, int], pieces: int) -> tuple[dict[str, Any], str]:
     """(results, HLO text) of one program."""
     from benchmarks import gpu_compile
 
     device = gpu_compile.devices("h200", 1)[0]
     start = time.monotonic()
     with gpu_compile.traced_for(device):
-        lowered = lower(size, mixer, pieces, device)
+        lowered = lower(size, mixer, blocks, pieces, device)
     options = {name: {"true": True, "false": False}.get(value, value) for name, value in gpu_compile.OPTIONS.items()}
     program = lowered.compile(options)
     seconds, text, memory = time.monotonic() - start, program.as_text(), program.memory_analysis()
     about = {
         "size": list(size),
         "mixer": mixer,
+        "blocks": list(blocks),
         "pieces": pieces,
         "date": datetime.date.today().isoformat(),
         "versions": gpu_compile.versions(),
@@ -140,7 +156,28 @@ def compiled(size: tuple[int, int], mixer: str, pieces: int) -> tuple[dict[str, 
 
 
 def name_of(result: dict[str, Any]) -> str:
-    return f"{result['mixer']} {'x'.join(map(str, result['size']))}"
+    return _name(result["mixer"], result["size"], result["blocks"])
+
+
+def _name(mixer: str, size: Sequence[int], blocks: Sequence[int]) -> str:
+    return f"{mixer} {'x'.join(map(str, size))}, {' and '.join(map(str, blocks))} blocks"
+
+
+def of_whole(results: dict[str, Any], mixer: str, size: Sequence[int]) -> dict[str, Any] | None:
+    """Results of the whole network: its own, or by the plane through three smaller ones; None without them."""
+    if found := results.get(_name(mixer, size, WHOLE)):
+        return found
+    smaller = [results.get(_name(mixer, size, blocks)) for blocks in ((1, 1), (2, 1), (1, 2))]
+    if None in smaller:
+        return None
+
+    def whole(least: float, one: float, other: float) -> float:
+        return least + (WHOLE[0] - 1) * (one - least) + (WHOLE[1] - 1) * (other - least)
+
+    kinds = {kind for found in smaller for kind in found["kinds"]}
+    rows = {kind: {"ms": whole(*(found["kinds"].get(kind, {"ms": 0.0})["ms"] for found in smaller))} for kind in kinds}
+    temporary = max(found["temporary_gb"] for found in smaller)
+    return {"ms": whole(*(found["ms"] for found in smaller)), "kinds": rows, "temporary_gb": temporary}
 
 
 def record(result: dict[str, Any]) -> None:
@@ -161,7 +198,7 @@ def table(results: dict[str, Any]) -> str:
     ]
     for size in SIZES:
         label = "x".join(map(str, size))
-        attention, gspn = (results.get(f"{mixer} {label}") for mixer in ("attention", "gspn"))
+        attention, gspn = (of_whole(results, mixer, size) for mixer in ("attention", "gspn"))
         if attention and gspn:
             scans = sum(row["ms"] for kind, row in gspn["kinds"].items() if "scans" in kind)
             lines.append(
@@ -175,6 +212,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", type=int, nargs=2, default=(1024, 1024), metavar=("HEIGHT", "WIDTH"))
     parser.add_argument("--mixer", choices=("gspn", "attention"), default="gspn")
+    parser.add_argument("--blocks", type=int, nargs=2, default=WHOLE, help="of each transformer at the coarser levels")
     parser.add_argument("--pieces", type=int, default=16, help="runs of tokens of the feed-forwards")
     parser.add_argument("--hlo", type=pathlib.Path, metavar="FILE", help="where to keep the compiled program's text")
     parser.add_argument("--record", action="store_true", help="add the result to benchmarks/results")
@@ -186,7 +224,7 @@ def main() -> None:
     if arguments.render:
         print(table(json.loads(RESULTS.read_text())))
         return
-    result, text = compiled(tuple(arguments.size), arguments.mixer, arguments.pieces)
+    result, text = compiled(tuple(arguments.size), arguments.mixer, tuple(arguments.blocks), arguments.pieces)
     if arguments.hlo:
         arguments.hlo.write_text(text)
     if arguments.record:

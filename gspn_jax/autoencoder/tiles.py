@@ -1,8 +1,9 @@
 """Encoding and decoding in tiles that overlap by a quarter and are blended linearly: memory is that of one tile.
 
 Group norms and the attention in the middle see one tile, so that tones of tiles may differ; the blend hides the step
-but not the difference. Where tiles fit exactly this is diffusers' tiling (0.42); elsewhere tiles of full size are
-spread evenly, where diffusers has narrow ones at the end. The whole image is in the memory of the host alone.
+but not the difference. Where tiles fit exactly this is diffusers' tiling (0.42), but for corners where four meet,
+which it blends in part twice; elsewhere tiles of full size are spread evenly, where it has narrow ones at the end. The
+whole image is in the memory of the host alone.
 """
 
 from collections.abc import Callable, Mapping

@@ -97,14 +97,9 @@ def blur(x: Float[Array, "N H W C"], ratio: int, sigma: Float[Array, ""] | float
 
 
 def like(x: Float[Array, "N H W C"], other: Float[Array, "N H W C"]) -> Float[Array, "N H W C"]:
-    """`x` shifted and scaled to the mean and deviation of `other`, by image and channel (that of n - 1)."""
-
-    def centred(x: Float[Array, "N H W C"]) -> tuple[Array, Array, Array]:
-        mean = x.mean((1, 2), keepdims=True)
-        return mean, x - mean, jnp.std(x, (1, 2), ddof=1, keepdims=True)
-
-    (_, rest, deviation), (mean, _, wanted) = centred(x), centred(other)
-    return rest / deviation * wanted + mean
+    """`x` shifted and scaled to the mean and deviation of `other`, by image and channel."""
+    mean, wanted = other.mean((1, 2), keepdims=True), other.std((1, 2), keepdims=True)
+    return (x - x.mean((1, 2), keepdims=True)) / x.std((1, 2), keepdims=True) * wanted + mean
 
 
 _restored = jax.jit(like)

@@ -188,7 +188,7 @@ def mixer(
         prefix = f"{name}."
         own = {part: params[f"{prefix}{part}"] for part, *_ in _parts(x.shape[-1], options)}
         chunk = options.chunk(level_of(name, config))
-        return layer(own, options, x, chunk=chunk, backend=backend, channels=channels)
+        return _traced_once(own, options, x, chunk=chunk, backend=backend, channels=channels)
 
     return mix
 
@@ -228,6 +228,10 @@ def layer(
 
     y = _by_channels(scan, (value, *terms), channels or x.shape[-1])
     return times("to_out.0", y) + params["to_out.0.bias"].astype(x.dtype)
+
+
+_traced_once = jax.jit(layer, static_argnames=("options", "chunk", "backend", "channels"))
+"""Layers of one shape are one function of the program: 70 of them are traced, and their kernels made, twice."""
 
 
 def _by_channels(

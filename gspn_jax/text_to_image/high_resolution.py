@@ -38,7 +38,7 @@ PUBLISHED = {
     1: {1024: (50, 0.56), 2048: (50, 0.48), 4096: (50, 0.40)},
     2: {1024: (50, 0.42), 2048: (50, 0.32), 4096: (30, 0.32), 8192: (30, 0.28)},
 }
-"""Steps and strength of a level by its side, of models with one text tower and with two (NVlabs/GSPN, `t2i/`)."""
+"""Steps and strength of a level by its shorter side, of models with one text tower and with two, as released."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -101,7 +101,9 @@ def make_levels(
     `trained` has. Raises ConfigError for sizes that cannot be halved so often, and options of another number of levels.
     """
     height, width = size
-    count = max(1, math.ceil(math.log(height * width / trained**2, RATIO**2)))
+    count = 1
+    while height * width > trained**2 * RATIO ** (2 * count):
+        count += 1
     multiple = factor * RATIO**count
     if height % multiple or width % multiple:
         raise ConfigError(
@@ -127,7 +129,7 @@ def make_levels(
 
 def _published(size: tuple[int, int], towers: int) -> tuple[int, float]:
     table = PUBLISHED[towers]
-    side = 2 ** round(math.log2(size[0] * size[1]) / 2)
+    side = 2 ** round(math.log2(min(size)))
     return table[min(max(side, min(table)), max(table))]
 
 

@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from gspn_jax.autoencoder import AutoencoderConfig, decode, encode, from_state_dict, load, model
+from gspn_jax.autoencoder import AutoencoderConfig, TiledAutoencoder, decode, encode, from_state_dict, load, model
 from tests.autoencoder.numpy_vae import TINY, random_state_dict
 
 pytestmark = [
@@ -100,6 +100,32 @@ def test_every_layer_and_block_gives_what_that_of_diffusers_gives(config, side, 
         truth = np.moveaxis(truth, 1, -1) if channels_first else truth
         error = np.abs(np.asarray(ours[name]).reshape(truth.shape) - truth).max()
         assert error < TOLERANCE * np.abs(truth).max(), f"{name}: {error:.2g} of {np.abs(truth).max():.2g}"
+
+
+def test_tiles_that_fit_exactly_are_those_of_diffusers():
+    """Tiles of 8 latents, a quarter shared: 8, 14 and 20 positions are one, two and three of them."""
+    weights = random_state_dict()
+    theirs = diffusers_autoencoder(TINY, weights)
+    import torch
+
+    theirs.enable_tiling()
+    theirs.tile_latent_min_size, theirs.tile_sample_min_size = 8, 16
+    ours = TiledAutoencoder(from_state_dict(weights, TINY), TINY, 8)
+    rng = np.random.default_rng(0)
+    image = rng.integers(0, 256, (28, 40, 3), np.uint8)
+    pixels = torch.tensor((image / 127.5 - 1).astype(np.float32).transpose(2, 0, 1)[None])
+    with torch.no_grad():
+        mean = theirs.encode(pixels).latent_dist.mean[0].permute(1, 2, 0).numpy() * TINY.scaling_factor
+        decoded = theirs.decode(torch.tensor(mean.transpose(2, 0, 1)[None]) / TINY.scaling_factor).sample[0]
+    found = ours.encode(image)
+    # Theirs has one more tile along each axis, of the last 2 positions alone; and where four tiles meet it blends the
+    # upper right one twice, as it blends in place.
+    rows, columns = np.arange(12) // 2 == 3, np.isin(np.arange(18) // 2, (3, 6))
+    compared = ~(rows[:, None] & columns)
+    assert np.abs(found - mean)[:12, :18][compared].max() < TOLERANCE * np.abs(mean).max()
+    truth = np.clip(127.5 * decoded.permute(1, 2, 0).numpy() + 127.5, 0, 255)
+    compared = compared.repeat(2, axis=0).repeat(2, axis=1)
+    assert np.abs(ours.decode(mean) - truth)[:24, :36][compared].max() < 0.6
 
 
 @pytest.mark.parametrize("safe", [True, False])

@@ -7,8 +7,9 @@ import pytest
 from tests.text.plain_bpe import small_vocabulary
 
 
-def pipeline(folder: pathlib.Path, scheduler=None):
-    """Of the parts in `folder`, but for the autoencoder, which has random weights of its own."""
+def pipeline(folder: pathlib.Path, scheduler=None, filler: str = "<|endoftext|>"):
+    """Of the parts in `folder`, but for the autoencoder, which has random weights of its own; `filler` fills up
+    prompts."""
     diffusers, transformers = pytest.importorskip("diffusers"), pytest.importorskip("transformers")
     words, merges = small_vocabulary()
     two = (folder / "text_encoder_2").is_dir()
@@ -25,7 +26,7 @@ def pipeline(folder: pathlib.Path, scheduler=None):
         ),
     }
     for end, kind, pad in (
-        ("", transformers.CLIPTextModel, "<|endoftext|>"),
+        ("", transformers.CLIPTextModel, filler),
         ("_2", transformers.CLIPTextModelWithProjection, "!"),
     )[: 1 + two]:
         parts[f"text_encoder{end}"] = kind.from_pretrained(folder / f"text_encoder{end}").eval()

@@ -11,7 +11,7 @@ from gspn_jax.sampling import seeds
 from gspn_jax.text_to_image.drawing import Drawing, Settings, start_noise
 from gspn_jax.text_to_image.folder import load_folder
 from tests.text_to_image.diffusers_pipeline import pipeline
-from tests.text_to_image.tiny_folder import ONE, XL, write_folder
+from tests.text_to_image.tiny_folder import ONE, TWO, XL, write_folder
 
 pytestmark = [
     pytest.mark.torch,
@@ -28,10 +28,12 @@ BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_line
     [
         (ONE, "pndm", ("PNDMScheduler", {"skip_prk_steps": True}), "blurry", 5.0),
         (ONE, "ddim", ("DDIMScheduler", {"clip_sample": False, "prediction_type": "v_prediction"}), None, 1.5),
+        (TWO, "ddim", ("DDIMScheduler", {"clip_sample": False, "prediction_type": "v_prediction"}), "blurry", 1.5),
+        (TWO, "euler", ("EulerDiscreteScheduler", {"prediction_type": "v_prediction"}), None, 1.5),
         (XL, "euler", ("EulerDiscreteScheduler", {"timestep_spacing": "leading"}), None, 5.0),
         (XL, "dpm++", ("DPMSolverMultistepScheduler", {"use_karras_sigmas": True}), "blurry", 5.0),
     ],
-    ids=["1-pndm", "1-ddim", "XL-euler", "XL-dpm++"],
+    ids=["1-pndm", "1-ddim", "2-ddim", "2-euler", "XL-euler", "XL-dpm++"],
 )
 def test_images_are_those_of_the_pipeline(kind, sampler, scheduler, negative, guidance, tmp_path):
     """At guidance 5 their own float32 is 3e-4 from their float64 for v: these random networks amplify rounding."""
@@ -39,7 +41,8 @@ def test_images_are_those_of_the_pipeline(kind, sampler, scheduler, negative, gu
     import torch
 
     name, options = scheduler
-    theirs = pipeline(write_folder(tmp_path / "ours", *kind), getattr(diffusers, name)(**BETAS, **options))
+    filler = "!" if kind is TWO else "<|endoftext|>"
+    theirs = pipeline(write_folder(tmp_path / "ours", *kind), getattr(diffusers, name)(**BETAS, **options), filler)
     theirs.save_pretrained(tmp_path / "theirs")
     theirs.set_progress_bar_config(disable=True)
     model = load_folder(tmp_path / "theirs")

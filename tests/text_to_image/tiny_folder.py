@@ -19,6 +19,11 @@ FIRST = TextConfig(width=12, layers=2, heads=2, hidden=24, vocabulary=WORDS)
 SECOND = TextConfig(width=8, layers=2, heads=2, hidden=16, vocabulary=WORDS, activation="gelu", projection=10)
 ONE = (numpy_unet.CONVOLUTIONS, (FIRST,))
 """U-Net and text towers as in Stable Diffusion 1."""
+TWO = (
+    dataclasses.replace(numpy_unet.CONVOLUTIONS, linear_projection=True, heads=(1, 2, 2)),
+    (dataclasses.replace(FIRST, activation="gelu"),),
+)
+"""As in Stable Diffusion 2: a linear around transformers, heads of one width, another activation of the text."""
 XL = (dataclasses.replace(numpy_unet.LINEAR, in_channels=4, out_channels=4), (FIRST, SECOND))
 """And as in SDXL."""
 

@@ -9,6 +9,7 @@ from gspn_jax.unet import (
     SDXL,
     STABLE_DIFFUSION_1,
     STABLE_DIFFUSION_2,
+    Execution,
     UNetConfig,
     apply,
     expected_shapes,
@@ -71,6 +72,26 @@ def test_outputs_are_those_of_diffusers_and_its_folders_load(config, size, tmp_p
     assert found == config
     for name, value in params.items():
         np.testing.assert_array_equal(loaded[name], value, err_msg=name)
+
+
+@pytest.mark.parametrize("config", [CONVOLUTIONS, LINEAR], ids=["convolutions", "linear"])
+def test_dilated_calls_are_those_of_diffusers_with_dilated_modules(config):
+    """As LinFusion dilates them: dilation and padding of every convolution times the ratio."""
+    theirs = diffusers_unet(config)
+    import torch
+
+    weights = random_state_dict(config)
+    theirs.load_state_dict({name: torch.tensor(value) for name, value in weights.items()})
+    for module in theirs.modules():
+        if isinstance(module, torch.nn.Conv2d):
+            module.dilation = tuple(2 * size for size in module.dilation)
+            module.padding = tuple(2 * size for size in module.padding)
+    x, context, added = random_inputs(config, 9, 6)
+    truth = run_diffusers(theirs, x, context, added)
+    run = jax.jit(apply, static_argnums=1, static_argnames="execution")
+    params = from_state_dict(weights, config)
+    ours = np.asarray(run(params, config, x, TIMESTEPS, context, added, execution=Execution(dilation=2, pieces=3)))
+    assert np.abs(ours - truth).max() < TOLERANCE * np.abs(truth).max()
 
 
 @pytest.mark.slow
