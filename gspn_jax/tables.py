@@ -100,11 +100,12 @@ METRICS = Table(
         "kid": "gspn_jax.metrics.scores:KID",
         "precision": "gspn_jax.metrics.scores:PRECISION",
         "recall": "gspn_jax.metrics.scores:RECALL",
+        "clip": "gspn_jax.metrics.scores:CLIP_SCORE",
     }
 )
 """`eval.metrics`: `metrics.scores.Metric`s."""
 
-FEATURE_NETWORKS = Table({"inception": "gspn_jax.metrics.inception"})
+FEATURE_NETWORKS = Table({"inception": "gspn_jax.metrics.inception", "clip": "gspn_jax.text.clip"})
 """Networks through which metrics see images: `metrics.networks.FeatureNetwork`s."""
 
 

@@ -77,19 +77,24 @@ def errors_name(path: pathlib.Path) -> Iterator[None]:
 
 
 def open_folder(folder: pathlib.Path, stem: str) -> TensorFiles:
-    """Opens `<stem>.safetensors` of `folder`, a variant of it such as `.fp16`, or the shards that an index names.
+    """Opens the files that `weight_files` finds. Raises WeightsError for what is no safetensors file."""
+    return TensorFiles(weight_files(folder, stem))
 
-    Raises FileNotFoundError for a missing folder, file or shard, and WeightsError for what is no safetensors file.
+
+def weight_files(folder: pathlib.Path, stem: str) -> list[pathlib.Path]:
+    """Finds `<stem>.safetensors` of `folder`, a variant of it such as `.fp16`, or the shards that an index names.
+
+    Raises FileNotFoundError for a missing folder, file or shard.
     """
     if not folder.is_dir():
         raise FileNotFoundError(f"the folder of weights {folder} must exist, found none")
     for variant in VARIANTS:
         whole = folder / f"{stem}{variant}.safetensors"
         if whole.is_file():
-            return TensorFiles([whole])
+            return [whole]
         for index in (f"{stem}.safetensors.index{variant}.json", f"{stem}{variant}.safetensors.index.json"):
             if (folder / index).is_file():
-                return TensorFiles(_shards(folder / index))
+                return _shards(folder / index)
     found = ", ".join(sorted(path.name for path in folder.iterdir())[:8]) or "nothing"
     raise FileNotFoundError(
         f"{folder} must hold {stem}.safetensors (or its .fp16 variant, or shards with an index); "

@@ -142,7 +142,7 @@ def third_party(path: pathlib.Path, *, at_import: bool) -> set[str]:
 
 
 def test_every_package_that_is_imported_is_a_dependency_or_of_an_extra():
-    core, every = required(), required("train", "eval", "text", "plot", "torch", "wandb")
+    core, every = required(), required("train", "eval", "text", "parquet", "plot", "torch", "wandb")
     wrong = []
     for name, path in sources().items():
         wrong += [(name, found) for found in third_party(path, at_import=False) - every]

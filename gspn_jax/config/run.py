@@ -162,6 +162,12 @@ class Config(RunConfig):
             f"a file of reference statistics for eval.metrics {self.eval.metrics}",
             self.eval.reference,
         )
+        require(
+            not any(METRICS[name].captions for name in self.eval.metrics),
+            "eval.metrics",
+            "metrics of images without captions",
+            self.eval.metrics,
+        )
         latents = self.data.latents
         require(
             latents == (self.eval.vae is not None),

@@ -10,12 +10,16 @@ import stat
 import struct
 import warnings
 import zlib
+from typing import Literal
 
 import numpy as np
 from jaxtyping import UInt8
 from PIL import Image, UnidentifiedImageError
 
 from gspn_jax.state_dict import LFS_POINTER
+
+Fit = Literal["adm", "lanczos"]
+"""How images become squares: `fit_image` or `fit_square`."""
 
 EXTENSIONS = {
     "JPEG": (".jpg", ".jpeg"),
@@ -66,11 +70,16 @@ class DataError(ValueError):
     """An image that cannot be used; the message is one sentence naming the image and what is wrong with it."""
 
 
-def read_image(path: str | os.PathLike, size: int | None, channels: int) -> UInt8[np.ndarray, "H W C"]:
-    """Decodes the image file at `path` as `decode_image` does.
+def read_image(
+    path: str | os.PathLike, size: int | None, channels: int, fit: Fit = "adm"
+) -> UInt8[np.ndarray, "H W C"]:
+    """Decodes the image file at `path` as `decode_image` does. Raises DataError also as `read_file`."""
+    return decode_image(read_file(path), os.fspath(path), size, channels, fit)
 
-    Raises DataError also for what cannot be read, is no regular file (a pipe, a device) or is larger than `MAX_BYTES`.
-    """
+
+def read_file(path: str | os.PathLike) -> bytes:
+    """The bytes of an image file. Raises DataError for what cannot be read, is no regular file (a pipe, a device) or is
+    larger than `MAX_BYTES`."""
     name = os.fspath(path)
     try:
         # a pipe would otherwise be waited for, for ever
@@ -80,13 +89,31 @@ def read_image(path: str | os.PathLike, size: int | None, channels: int) -> UInt
                 raise DataError(f"{name} is not a usable image: it is no regular file")
             if status.st_size > MAX_BYTES:
                 raise DataError(f"{name} is not a usable image: it has {status.st_size:,} bytes, not at most 1 GiB")
-            encoded = file.read()
+            return file.read()
     except OSError as error:
         raise DataError(f"{name} cannot be read: {error.strerror}") from error
-    return decode_image(encoded, name, size, channels)
 
 
-def decode_image(encoded: bytes, name: str, size: int | None, channels: int) -> UInt8[np.ndarray, "H W C"]:
+def size_of(encoded: bytes, name: str) -> tuple[int, int]:
+    """Height and width of an image file that `decode_image` has decoded."""
+    try:
+        with Image.open(io.BytesIO(encoded), formats=FORMATS) as image:
+            return image.height, image.width
+    except (*_DAMAGE, UnidentifiedImageError) as error:
+        raise DataError(f"{name} is not a usable image: {str(error) or type(error).__name__}") from error
+
+
+def corner_of(height: int, width: int, size: int) -> tuple[int, int]:
+    """Top and left of the square that `fit_image` keeps of an image, in pixels of the scaled image."""
+    while min(height, width) >= 2 * size:
+        height, width = height // 2, width // 2
+    scale = size / min(height, width)
+    return (round(height * scale) - size) // 2, (round(width * scale) - size) // 2
+
+
+def decode_image(
+    encoded: bytes, name: str, size: int | None, channels: int, fit: Fit = "adm"
+) -> UInt8[np.ndarray, "H W C"]:
     """Decodes a file of one of `FORMATS` and fits it to [size, size, channels] (see `fit_image`).
 
     With `size` None it keeps its size. EXIF orientation is not applied, as in ADM and DiT, so that statistics stay
@@ -105,7 +132,7 @@ def decode_image(encoded: bytes, name: str, size: int | None, channels: int) -> 
             if size is None:
                 image = _to_mode(image, "L" if channels == 1 else "RGB")
                 return np.array(image).reshape(image.height, image.width, channels)
-            return fit_image(image, size, channels)
+            return (fit_image if fit == "adm" else fit_square)(image, size, channels)
     except UnidentifiedImageError as error:
         reason = "its format is not recognised"
         if encoded.startswith(LFS_POINTER):
@@ -135,6 +162,16 @@ def fit_image(image: Image.Image, size: int, channels: int) -> UInt8[np.ndarray,
     left, top = (image.width - size) // 2, (image.height - size) // 2
     pixels = np.asarray(image).reshape(image.height, image.width, channels)
     return np.array(pixels[top : top + size, left : left + size])
+
+
+def fit_square(image: Image.Image, size: int, channels: int) -> UInt8[np.ndarray, "S S C"]:
+    """Converts to RGB or greyscale, crops the largest square at the centre and scales that with a Lanczos filter, as
+    text-to-image papers do with COCO (GigaGAN's evaluation, `CenterCropLongEdge`)."""
+    image = _to_mode(image, "L" if channels == 1 else "RGB")
+    short = min(image.size)
+    left, top = (round((side - short) / 2) for side in image.size)
+    square = image.crop((left, top, left + short, top + short)).resize((size, size), Image.Resampling.LANCZOS)
+    return np.array(square).reshape(size, size, channels)
 
 
 def _scaled_centre(image: Image.Image, size: int) -> Image.Image:

@@ -6,7 +6,7 @@ import pathlib
 import numpy as np
 
 from gspn_jax.config import ConfigError
-from gspn_jax.data.decoding import DataError, read_image
+from gspn_jax.data.decoding import DataError, Fit, read_image
 from gspn_jax.data.listing import KINDS, list_images, say_left_out
 from gspn_jax.data.source import MAX_BAD_IN_A_ROW, hash_of
 
@@ -15,17 +15,18 @@ class FlatFolder:
     """Random access to {"image": uint8 [H, W, C], "label": 0} in the order of the files' paths; `files` are those.
 
     With `image_size` None, images are not touched and must be of one size; else they are scaled and cropped to a square
-    of it as ADM does. `left_out` describes what is no image, as `listing` says; it is logged.
+    of it as `fit` says. `left_out` describes what is no image, as `listing` says; it is logged.
     """
 
     class_names = ("",)
 
     def __init__(
-        self, root: str | pathlib.Path, image_size: int | None = None, channels: int = 3, *, skip_bad: bool = False
+        self, root: str | pathlib.Path, image_size: int | None = None, channels: int = 3, *, skip_bad: bool = False,
+        fit: Fit = "adm",
     ):
         """Raises ConfigError for a folder without images; with `image_size` None, DataError for a first image that
         cannot be decoded, or with `skip_bad` for many of them in a row."""
-        self.root, self._size, self._channels = pathlib.Path(root), image_size, channels
+        self.root, self._size, self._channels, self._fit = pathlib.Path(root), image_size, channels, fit
         listing = list_images(root)
         say_left_out(root, listing.left_out)
         self.left_out = listing.describe_left_out()
@@ -40,7 +41,7 @@ class FlatFolder:
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray | np.int32]:
         """Raises DataError for an image that cannot be decoded, ConfigError for one of another size than the first."""
-        image = read_image(self.files[index], self._size, self._channels)
+        image = read_image(self.files[index], self._size, self._channels, self._fit)
         if image.shape != self.shape:
             (height, width), (first_height, first_width) = image.shape[:2], self.shape[:2]
             raise ConfigError(

@@ -9,24 +9,23 @@ import contextlib
 import dataclasses
 import json
 import pathlib
+from typing import Any, Protocol
 
 import numpy as np
-from array_record.python.array_record_data_source import ArrayRecordDataSource
-from array_record.python.array_record_module import ArrayRecordWriter
 from grain.experimental import index_shuffle
 from jaxtyping import Float16, Float32, Int32, UInt16
 from scipy.special import ndtri
 
 from gspn_jax.config import ConfigError, DataConfig
+from gspn_jax.data import record_files
 from gspn_jax.data.decoding import DataError
+from gspn_jax.data.record_files import RecordFiles, Shard
 from gspn_jax.data.source import hash_of
 from gspn_jax.files import replacing
-from gspn_jax.small_files import DamagedFile, is_within, read_as, typed
+from gspn_jax.small_files import DamagedFile, read_as, typed
 
 FORMAT_VERSION = 1
 METADATA = "metadata.json"
-WRITER_OPTIONS = "group_size:1,uncompressed"
-"""Moments hardly compress, and a record alone in its group is read without its neighbours."""
 MIN_LOG_VARIANCE, MAX_LOG_VARIANCE = -30.0, 20.0
 """The range of the VAE's log-variance (CompVis/latent-diffusion, `DiagonalGaussianDistribution`)."""
 
@@ -42,15 +41,6 @@ _ROUNDS = 4
 """Rounds of the cipher that permutes an epoch, as in Grain's own shuffle."""
 _BLOCK = 16
 """16-bit values in a block of Philox, which its counter counts."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Shard:
-    """A file of the set: its name, and how many records and bytes it holds."""
-
-    name: str
-    records: int
-    bytes: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,9 +95,7 @@ class LatentMetadata:
                 )
             about = {"shift_factor": 0.0} | about  # sets from before it was written
             metadata, count = typed(about, cls, path.name), about["count"]
-            outside = next((shard.name for shard in metadata.shards if not is_within(shard.name)), None)
-            if outside is not None:
-                raise DamagedFile(f"{path.name} names the shard {outside!r}, which is no path within the folder")
+            record_files.check_names(metadata.shards, path.name)
         except DamagedFile as error:
             raise ConfigError(f"{path} must be the metadata of a set of latents, but {error}") from error
         if not count == metadata.count == sum(metadata.class_counts):
@@ -130,15 +118,10 @@ def write_shard(
             f"the moments for {path} must be finite float16, found {moments.dtype} of magnitude up to "
             f"{np.abs(moments).max()}"
         )
-    with replacing(path) as temporary:
-        try:
-            writer = ArrayRecordWriter(str(temporary), WRITER_OPTIONS)
-            for label, values in zip(labels, moments, strict=True):
-                writer.write(np.asarray(label, "<i4").tobytes() + np.asarray(values, "<f2").tobytes())
-            writer.close()
-        except RuntimeError as error:  # what array_record raises for a full disk
-            raise OSError(f"{path} cannot be written: {error}") from error
-    return Shard(path.name, len(labels), path.stat().st_size)
+    rows = zip(labels, moments, strict=True)
+    return record_files.write(
+        path, (np.asarray(label, "<i4").tobytes() + np.asarray(values, "<f2").tobytes() for label, values in rows)
+    )
 
 
 def record_type(latent_shape: tuple[int, int, int], flips: bool) -> np.dtype:
@@ -167,27 +150,15 @@ class LatentSource:
                 f"data.flip needs latents of both views, but those in {config.path!r} were prepared "
                 f"without flips: set data.flip to False, or prepare them again"
             )
-        for shard in metadata.shards:
-            path = folder / shard.name
-            size = path.stat().st_size if path.is_file() else None
-            if size != shard.bytes:
-                raise ConfigError(
-                    f"{path} must be a shard of {shard.bytes} bytes, found "
-                    f"{'no such file' if size is None else f'{size} bytes'}"
-                )
+        self._records = RecordFiles(folder, metadata.shards, record_type(metadata.latent_shape, metadata.flips))
         self.class_names = metadata.class_names
         about = {name: value for name, value in dataclasses.asdict(metadata).items() if name not in _NOTED}
         if not metadata.shift_factor:  # as sets from before it was written
             del about["shift_factor"]
         self.fingerprint = hash_of(["latents", json.dumps(about, sort_keys=True)])
-        self._records = ArrayRecordDataSource(
-            [_Instruction(str(folder / shard.name), 0, shard.records, shard.records) for shard in metadata.shards]
-        )
-        self._record = record_type(metadata.latent_shape, metadata.flips)
-        self._ends = np.cumsum([shard.records for shard in metadata.shards])
         for index in np.unique(np.linspace(0, len(self) - 1, min(_LOOKED_AT, len(self))).astype(int)):
             with contextlib.suppress(DataError):  # what is damaged is met where it is read
-                record = self._read(int(index))
+                record = self._records[int(index)]
                 self._check_label(int(index), record["label"], ConfigError)
 
     def __len__(self) -> int:
@@ -196,48 +167,40 @@ class LatentSource:
     def __getitem__(self, index: int) -> dict[str, np.ndarray | np.int32]:
         """{"moments": float16 [V, h, w, 2C], "label": int32}. Raises DataError for a damaged record, and for a label of
         no class."""
-        values = self._read(index)
+        values = self._records[index]
         self._check_label(index, values["label"], DataError)
         return {"moments": values["moments"], "label": values["label"]}
-
-    def _read(self, index: int) -> np.void:
-        try:
-            record = self._records[index]
-        except (RuntimeError, ValueError) as error:
-            raise DataError(f"{self._name(index)} cannot be read: {error}") from error
-        if len(record) != self._record.itemsize:
-            raise DataError(f"{self._name(index)} must have {self._record.itemsize} bytes, found {len(record)}")
-        return np.frombuffer(record, self._record)[0]
 
     def _check_label(self, index: int, label: np.int32, failure: type[Exception]) -> None:
         if not 0 <= label < len(self.class_names):
             raise failure(
-                f"{self._name(index)} must have a label in 0..{len(self.class_names) - 1}, as the metadata has so many "
-                f"classes, found {label}"
+                f"{self._records.name(index)} must have a label in 0..{len(self.class_names) - 1}, as the metadata has "
+                f"so many classes, found {label}"
             )
-
-    def _name(self, index: int) -> str:
-        shard = int(np.searchsorted(self._ends, index, side="right"))
-        start = self._ends[shard] - self.metadata.shards[shard].records
-        return f"record {index - start} of {self.metadata.shards[shard].name}"
-
-
-@dataclasses.dataclass(frozen=True)
-class _Instruction:
-    """What array_record calls a FileInstruction: with it, no shard is opened before a record of it is wanted."""
-
-    filename: str
-    skip: int
-    take: int
-    examples_in_shard: int
 
 
 def _times(shape: tuple[int, ...]) -> str:
     return "x".join(map(str, shape))
 
 
+class MomentSource(Protocol):
+    """A source of moments, and of whatever else its records have."""
+
+    @property
+    def metadata(self) -> Any:
+        """With `latent_shape`, `scaling_factor` and `shift_factor`."""
+        ...
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """{"moments": float16 [V, h, w, 2C], ...}, the others of one shape and type each."""
+        ...
+
+
 class LatentBatches:
-    """batches(k): batch k of an endless stream, {"image": float32 [b, h, w, C], "label": int32 [b]}.
+    """batches(k): batch k of an endless stream, {"image": float32 [b, h, w, C], "label": int32 [b]}; of another source
+    with what its records have in place of the label.
 
     Every epoch has every record once in an order of its own. A row's view and posterior sample, scaled,
     mean + exp(logvar / 2) * noise, depend on `seed` and the row's place in the stream only, whatever the batch size.
@@ -246,7 +209,7 @@ class LatentBatches:
     conversion, exponential and a generator a row would take two thirds of the loader's time.
     """
 
-    def __init__(self, source: LatentSource, *, batch_size: int, seed: int, flip: bool):
+    def __init__(self, source: MomentSource, *, batch_size: int, seed: int, flip: bool):
         self._source, self._batch_size, self._seed, self._flip = source, batch_size, seed, flip
         self._levels = _normal_levels()
         scale = np.float32(source.metadata.scaling_factor)
@@ -257,15 +220,17 @@ class LatentBatches:
 
     def __call__(self, batch: int) -> dict[str, np.ndarray]:
         places = range(batch * self._batch_size, (batch + 1) * self._batch_size)
-        images = np.empty((len(places), *self._source.metadata.latent_shape), np.float32)
-        labels = np.empty(len(places), np.int32)
+        arrays = {"image": np.empty((len(places), *self._source.metadata.latent_shape), np.float32)}
         order, bits = self._order(places), self._random_bits(places)
         for start in range(0, len(places), _TOGETHER):
             rows = slice(start, start + _TOGETHER)
             records = [self._source[index] for index in order[rows]]
-            labels[rows] = [record["label"] for record in records]
-            self._draw([record["moments"] for record in records], bits[rows], images[rows])
-        return {"image": images, "label": labels}
+            self._draw([record.pop("moments") for record in records], bits[rows], arrays["image"][rows])
+            for name, value in records[0].items():
+                if name not in arrays:
+                    arrays[name] = np.empty((len(places), *np.shape(value)), value.dtype)
+                arrays[name][rows] = [record[name] for record in records]
+        return arrays
 
     def _order(self, places: range) -> list[int]:
         """The record at each place: Grain's permutation by arithmetic, without Grain's time for each element."""
@@ -339,4 +304,4 @@ def write_synthetic(
 
 
 def shard_name(number: int, count: int) -> str:
-    return f"latents-{number:05}-of-{count:05}.array_record"
+    return record_files.shard_name("latents", number, count)

@@ -28,7 +28,7 @@ _UNREADABLE = "unreadable"
 
 @dataclasses.dataclass(frozen=True)
 class Listing:
-    """Images below a folder."""
+    """Images below a folder, and the files of other kinds that were asked for."""
 
     files: tuple[str, ...]
     """Paths relative to the folder, with "/", sorted."""
@@ -40,13 +40,14 @@ class Listing:
         return describe(self.left_out)
 
 
-def list_images(root: str | os.PathLike) -> Listing:
-    """Lists the images below `root`. No file is opened; only links and unknown entries are asked what they are.
+def list_images(root: str | os.PathLike, *, also: tuple[str, ...] = ()) -> Listing:
+    """Lists the images below `root`, and files whose names end as one of `also`. No file is opened; only links and
+    unknown entries are asked what they are.
 
     Raises ConfigError for a folder that cannot be read.
     """
     left_out: collections.Counter = collections.Counter()
-    files = tuple(sorted(_walk(os.fspath(root), "", (), left_out)))
+    files = tuple(sorted(_walk(os.fspath(root), "", (), left_out, also)))
     return Listing(files, left_out)
 
 
@@ -84,7 +85,7 @@ def refuse_splits(where: str, names: set[str], inner: bool, way_out: str) -> Non
         )
 
 
-def _walk(root: str, folder: str, above: tuple, left_out: collections.Counter) -> Iterator[str]:
+def _walk(root: str, folder: str, above: tuple, left_out: collections.Counter, also: tuple[str, ...]) -> Iterator[str]:
     """Images below root/folder, relative to root; `above` identifies the folders on the way."""
     path = os.path.join(root, folder) if folder else root
     try:
@@ -104,9 +105,9 @@ def _walk(root: str, folder: str, above: tuple, left_out: collections.Counter) -
                 if entry.is_symlink() and _identity(entry) in above:
                     left_out[_LOOP] += 1
                 else:
-                    yield from _walk(root, relative, above, left_out)
+                    yield from _walk(root, relative, above, left_out, also)
             elif entry.is_file():
-                if is_image_name(entry.name):
+                if is_image_name(entry.name) or entry.name.lower().endswith(also):
                     yield relative
                 else:
                     left_out[kind_of(entry.name)] += 1

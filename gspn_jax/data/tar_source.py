@@ -9,9 +9,7 @@ import collections
 import os
 import pathlib
 import re
-import tarfile
-from collections.abc import Iterable, Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
@@ -19,28 +17,13 @@ from gspn_jax.config import ConfigError
 from gspn_jax.data.decoding import DataError, decode_image
 from gspn_jax.data.listing import KINDS, SPLITS, is_image_name, kind_of, refuse_splits, say_left_out
 from gspn_jax.data.source import hash_of, shorten
+from gspn_jax.data.tar_files import Member, content, list_tars, members
 
 _MAX_LABEL_BYTES = 20
 _LABELS_OF_OTHERS = (".json", ".txt", ".caption", ".cls2")
 """Files that webdataset keeps beside an image, whose labels are not read."""
 _NUMBERED = re.compile(r"(.*?)(\d{3,})(-of-\d+)?")
 _WORDNET = re.compile(r"n\d{8}")
-
-
-class _Member(NamedTuple):
-    """A file of a tar, or of a tar within one."""
-
-    name: str
-    tar: str
-    """The path of the tar in the file system."""
-    inner: str | None
-    """The name of the tar within it, if it lies in one."""
-    offset: int
-    length: int
-
-    @property
-    def folders(self) -> tuple[str, ...]:
-        return tuple(part for part in pathlib.PurePosixPath(self.name).parent.parts if part not in (".", "/"))
 
 
 class TarSource:
@@ -56,10 +39,12 @@ class TarSource:
         read in two ways.
         """
         self._left_out: collections.Counter = collections.Counter()
-        tars = self._tars(root, insist=num_classes is not None)
+        tars = list_tars(root, self._left_out)
+        if num_classes is None:
+            _refuse_other_parts(root, tars)
         images, labels, beside = [], {}, collections.Counter()
         for path in tars:
-            for member in self._members(path):
+            for member in members(path, self._left_out):
                 if is_image_name(member.name):
                     images.append(member)
                 elif member.name.endswith(".cls"):
@@ -85,76 +70,10 @@ class TarSource:
         image = self._images[index]
         name = f"{image.name} in {image.tar}"
         try:
-            encoded = _content(image)
+            encoded = content(image)
         except OSError as error:
             raise DataError(f"{name} cannot be read: {error.strerror}") from error
         return {"image": decode_image(encoded, name, self._size, self._channels), "label": self._labels[index]}
-
-    def _tars(self, root: str, *, insist: bool) -> list[pathlib.Path]:
-        if os.path.isfile(root):
-            return [pathlib.Path(root)]
-        if not os.path.isdir(root):
-            raise ConfigError(f"--tars must be a tar file or a folder of tar files, found nothing at {root!r}")
-        tars = []
-        for path in sorted(pathlib.Path(root).iterdir()):
-            if path.name.startswith("."):
-                self._left_out["hidden"] += 1
-            elif path.suffix.lower() == ".tar" and path.is_file():
-                tars.append(path)
-            else:
-                self._left_out["folders" if path.is_dir() else kind_of(path.name)] += 1
-        if not tars:
-            raise ConfigError(
-                f"--tars must be a tar file or a folder of tar files without compression, found none in {root!r}"
-            )
-        if not insist:
-            _refuse_other_parts(root, tars)
-        return tars
-
-    def _members(self, path: pathlib.Path) -> Iterator[_Member]:
-        try:
-            with tarfile.open(path, "r:") as outer:
-                for member in outer:
-                    if not self._usable(member):
-                        continue
-                    if not member.name.lower().endswith(".tar"):
-                        yield _Member(member.name, str(path), None, member.offset_data, member.size)
-                        continue
-                    with tarfile.open(fileobj=outer.extractfile(member), mode="r:") as inner:
-                        for one in inner:
-                            if self._usable(one):
-                                offset = member.offset_data + one.offset_data
-                                yield _Member(one.name, str(path), member.name, offset, one.size)
-                        _check_end(inner)
-                _check_end(outer)
-        except (tarfile.TarError, OSError, ValueError) as error:
-            raise ConfigError(f"{path} must be a tar file without compression, found otherwise: {error}") from error
-
-    def _usable(self, member: tarfile.TarInfo) -> bool:
-        """Tells whether it is a file that lies in the tar as it is."""
-        if member.isdir():
-            return False
-        if any(part.startswith(".") and part not in (".", "..") for part in member.name.split("/")):
-            self._left_out["hidden"] += 1
-            return False
-        if not member.isreg() or member.issparse():
-            self._left_out["links, devices or sparse files in tars"] += 1
-            return False
-        return True
-
-
-def _check_end(archive: tarfile.TarFile) -> None:
-    """Raises ReadError unless the headers end in a block of zeros, or with the file: tarfile takes a header that is cut
-    or damaged for the end, unless it is the first."""
-    archive.fileobj.seek(archive.offset)
-    if archive.fileobj.read(tarfile.BLOCKSIZE).strip(b"\0") or archive.fileobj.tell() % tarfile.BLOCKSIZE > 0:
-        raise tarfile.ReadError(f"it is cut or damaged at byte {archive.offset:,}")
-
-
-def _content(member: _Member) -> bytes:
-    with open(member.tar, "rb") as file:
-        file.seek(member.offset)
-        return file.read(member.length)
 
 
 def _refuse_other_parts(root: str, tars: Sequence[pathlib.Path]) -> None:
@@ -176,11 +95,11 @@ def _refuse_other_parts(root: str, tars: Sequence[pathlib.Path]) -> None:
 def _classes(
     root: str,
     tars: Sequence[pathlib.Path],
-    images: Sequence[_Member],
-    labels: dict[tuple, _Member],
+    images: Sequence[Member],
+    labels: dict[tuple, Member],
     beside: collections.Counter,
     num_classes: int | None,
-) -> dict[str, list[_Member]]:
+) -> dict[str, list[Member]]:
     """The images of each class, by name in order. Raises ConfigError for what could be read in two ways."""
     insist = num_classes is not None
     if labels:
@@ -208,7 +127,7 @@ def _classes(
     return _of_folders(root, tars, images, beside, insist=insist)
 
 
-def _in_two_tars(images: Sequence[_Member]) -> tuple[str, str, str] | None:
+def _in_two_tars(images: Sequence[Member]) -> tuple[str, str, str] | None:
     """(inner tar, tar, another tar), such as of ImageNet's training archive and that of its third task."""
     home: dict[str, str] = {}
     for image in images:
@@ -218,8 +137,8 @@ def _in_two_tars(images: Sequence[_Member]) -> tuple[str, str, str] | None:
 
 
 def _of_folders(
-    root: str, tars: Sequence[pathlib.Path], images: Sequence[_Member], beside: collections.Counter, *, insist: bool
-) -> dict[str, list[_Member]]:
+    root: str, tars: Sequence[pathlib.Path], images: Sequence[Member], beside: collections.Counter, *, insist: bool
+) -> dict[str, list[Member]]:
     """Class folders below the folders that all have in common; a class a tar if no tar has several of them."""
     depth = _common(image.folders for image in images)
     of_tar = collections.defaultdict(set)
@@ -268,13 +187,13 @@ def _refuse_shards(root: str, tars: Sequence[pathlib.Path], count: int, beside: 
 
 
 def _of_labels(
-    root: str, images: Sequence[_Member], labels: dict[tuple, _Member], num_classes: int | None
-) -> dict[str, list[_Member]]:
+    root: str, images: Sequence[Member], labels: dict[tuple, Member], num_classes: int | None
+) -> dict[str, list[Member]]:
     """Classes by number, as webdataset tells them; every number below the largest is one, found or not."""
     numbers = []
     for image in images:
         label = labels.get((image.tar, image.inner, os.path.splitext(image.name)[0]))
-        text = _content(label)[: _MAX_LABEL_BYTES + 1].strip() if label else b""
+        text = content(label)[: _MAX_LABEL_BYTES + 1].strip() if label else b""
         if not re.fullmatch(rb"[0-9]{1,9}", text):
             found = f"{text!r} in {label.name}" if label else "none"
             raise ConfigError(f"{image.name} in {image.tar} must have a number as .cls beside it, found {found}")
@@ -293,7 +212,7 @@ def _of_labels(
     return groups
 
 
-def _grouped(named: Iterable[tuple[str, _Member]]) -> dict[str, list[_Member]]:
+def _grouped(named: Iterable[tuple[str, Member]]) -> dict[str, list[Member]]:
     groups = collections.defaultdict(list)
     for name, image in named:
         groups[name].append(image)

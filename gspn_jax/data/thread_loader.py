@@ -5,11 +5,12 @@ import concurrent.futures
 import itertools
 import os
 import weakref
+from collections.abc import Callable
 from typing import Self
 
 import numpy as np
 
-from gspn_jax.data.image_batches import ImageBatches, report_problems
+from gspn_jax.data.image_batches import report_problems
 
 _MAX_THREADS = 16
 _AHEAD = 2
@@ -23,7 +24,7 @@ class ThreadLoader:
     images met so far. Close it, or use it in a `with` statement.
     """
 
-    def __init__(self, batches: ImageBatches, *, first: int, stride: int):
+    def __init__(self, batches: Callable[[int], dict[str, np.ndarray]], *, first: int, stride: int):
         self._batches, self._numbers = batches, itertools.count(first, stride)
         self._threads = min(_MAX_THREADS, _cores())
         self._pool = concurrent.futures.ThreadPoolExecutor(self._threads, "batches")

@@ -6,6 +6,8 @@ python -m gspn_jax.evaluate --run ... --guidance-scales 1 1.25 1.5 2
                                                     the same for each guidance scale, with a plot
 python -m gspn_jax.evaluate --samples samples.npz --reference REF.npz --inception INCEPTION.pth
                                                     scores an .npz (arr_0) or a folder of images
+python -m gspn_jax.evaluate --samples IMAGES --metrics clip --networks clip=CLIP
+                                                    the CLIP score of images and their captions (docs/text_to_image.md)
 python -m gspn_jax.evaluate --self-test --inception INCEPTION.pth
                                                     checks this machine and a file of weights
 python -m gspn_jax.evaluate --plot runs/a runs/b --output fid.png

@@ -18,12 +18,14 @@ from tqdm import tqdm
 
 from gspn_jax.config import ConfigError, MeshConfig
 from gspn_jax.data.ahead import read_ahead
-from gspn_jax.data.decoding import DataError
+from gspn_jax.data.captions import caption_of, prompt_in, read_captions
+from gspn_jax.data.decoding import DataError, Fit
 from gspn_jax.data.flat_folder import FlatFolder
 from gspn_jax.data.listing import describe, kind_of
 from gspn_jax.evaluate.scoring import FEWEST, ScoreFlags, Scorer, finish
 from gspn_jax.files import sha256_of
 from gspn_jax.metrics import npz
+from gspn_jax.metrics.scores import captioned
 from gspn_jax.parallel import sharding
 from gspn_jax.runs import same_hosts
 
@@ -33,6 +35,7 @@ CHUNK = 64
 """Images that are read at a time."""
 _SETTINGS, _OF_SAMPLER = {"step", "ema_decay", "sampler", "seed", "labels"}, {"name", "steps", "guidance_scale"}
 """Fields of what sample.py writes beside its images."""
+_FILTERS = {"adm": "ADM's", "lanczos": "a Lanczos"}
 _LOSSY = (".jpg", ".jpeg", ".webp", ".gif")
 
 
@@ -43,7 +46,12 @@ class FileFlags(ScoreFlags):
     samples: str
     """An .npz with uint8 images [N, H, W, 3] as arr_0, or a folder of images."""
     image_size: int | None = None
-    """Scale and crop the images of a folder to a square of this size, as ADM does; by default they are not touched."""
+    """Scale and crop the images of a folder to a square of this size; by default they are not touched."""
+    fit: Fit = "adm"
+    """How: as ADM does, or the largest square in the centre by a Lanczos filter, as is usual with COCO."""
+    captions: str | None = None
+    """A file of the captions of a folder's images for --metrics clip: .parquet, .jsonl, or .json such as COCO's. By
+    default the prompts that gspn_jax.text_to_image wrote into its images."""
     threads: int = os.cpu_count() or 1
     """Threads that decode the images of a folder."""
     bad_images: Literal["error", "skip"] = "error"
@@ -54,6 +62,10 @@ class FileFlags(ScoreFlags):
         for name in ("image_size", "threads"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ConfigError(f"--{name.replace('_', '-')} must be 1 or more, found {value}")
+        if self.fit != "adm" and self.image_size is None:
+            raise ConfigError(f"--fit {self.fit} needs --image-size, found none")
+        if self.captions and not captioned(self.metrics):
+            raise ConfigError(f"--captions is for --metrics clip, found {', '.join(self.metrics) or 'no --metrics'}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,6 +77,8 @@ class _Samples:
     """Entries of a result that tell of them."""
     warnings: list[str]
     chunks: Iterator[UInt8[np.ndarray, "n H W 3"]]
+    captions: list[str] = dataclasses.field(default_factory=list)
+    """Of the images that `chunks` has given so far, where metrics need them."""
 
 
 def evaluate_files(flags: FileFlags) -> dict[str, Any]:
@@ -93,6 +107,7 @@ def _evaluate(flags: FileFlags) -> dict[str, Any]:
         result = scorer.score(
             _counted(chunks, bar),
             labels=samples.labels,
+            captions=samples.captions,
             warnings=samples.warnings,
             samples=samples.about | {"source": str(path), "count": samples.count, "image_size": list(samples.size)},
         )
@@ -112,6 +127,8 @@ def _counted(chunks: Iterator[np.ndarray], bar: tqdm) -> Iterator[np.ndarray]:
 def _npz(flags: FileFlags, path: pathlib.Path) -> _Samples:
     if flags.image_size is not None:
         raise ConfigError("--image-size is for the images of a folder, found an .npz, which is scored as it is")
+    if wanted := captioned(flags.metrics):
+        raise ConfigError(f"--metrics {', '.join(wanted)} is of a folder of images with captions, found an .npz")
     images = npz.StoredImages(path, "--samples")
     found = npz.names(path, "--samples")
     labels = None
@@ -147,7 +164,8 @@ def _folder(flags: FileFlags, path: pathlib.Path) -> _Samples:
         raise ConfigError(
             f"--samples must be an .npz file or a folder of images, found the run directory {path}: give it as --run"
         )
-    folder = FlatFolder(path, flags.image_size, skip_bad=flags.bad_images == "skip")
+    folder = FlatFolder(path, flags.image_size, skip_bad=flags.bad_images == "skip", fit=flags.fit)
+    texts, told = _captions(flags, folder) if captioned(flags.metrics) else ([], {})
     # files are often sorted by class, which would be the end of the Inception score
     order = np.random.default_rng(0).permutation(len(folder))
 
@@ -157,9 +175,10 @@ def _folder(flags: FileFlags, path: pathlib.Path) -> _Samples:
             contextlib.closing(read_ahead(pool, folder, order, 2 * max(CHUNK, flags.threads))) as decoded,
         ):
             waiting, bad = [], 0
-            for record in decoded:
+            for number, record in zip(order, decoded, strict=True):
                 try:
                     waiting.append(record()["image"])
+                    captions.extend(texts[number : number + 1])
                 except DataError as error:
                     if flags.bad_images == "error":
                         raise
@@ -177,15 +196,46 @@ def _folder(flags: FileFlags, path: pathlib.Path) -> _Samples:
             if bad:
                 warnings.append(f"{bad:,} of the {len(folder):,} files could not be read and were left out")
 
+    captions: list[str] = []
     warnings = [f"left out of the folder: {folder.left_out}"] if folder.left_out else []
     if flags.image_size is not None:
+        told["fit"] = flags.fit
         warnings.append(
-            f"the images were scaled and cropped to {flags.image_size}x{flags.image_size} here, by ADM's "
-            "filter: another filter gives another FID"
+            f"the images were scaled and cropped to {flags.image_size}x{flags.image_size} here, by "
+            f"{_FILTERS[flags.fit]} filter: another filter gives another FID"
         )
     lossy = collections.Counter(kind_of(name) for name in folder.files if kind_of(name) in _LOSSY)
     if lossy:
         warnings.append(
             f"{describe(lossy)} of the samples are files of lossy compression: what it took away counts against them"
         )
-    return _Samples(size=folder.shape[:2], count=len(folder), labels=None, about={}, warnings=warnings, chunks=chunks())
+    return _Samples(
+        size=folder.shape[:2],
+        count=len(folder),
+        labels=None,
+        about=told,
+        warnings=warnings,
+        chunks=chunks(),
+        captions=captions,
+    )
+
+
+def _captions(flags: FileFlags, folder: FlatFolder) -> tuple[list[str], dict[str, Any]]:
+    """The caption of every image of a folder, in order, the first where there are several; and what a result tells of
+    them. Raises ConfigError for an image without one."""
+    if flags.captions:
+        captions = read_captions(flags.captions)
+        names = [os.path.relpath(path, folder.root) for path in folder.files]
+        found = [next(iter(caption_of(name, captions)), None) for name in names]
+        told = {"captions": {"path": flags.captions, "sha256": sha256_of(flags.captions)}}
+    else:
+        found = [prompt_in(path) for path in folder.files]
+        told = {"captions": "the prompts in the images"}
+    missing = [path for path, caption in zip(folder.files, found, strict=True) if caption is None]
+    if missing:
+        where = f"in {flags.captions}" if flags.captions else "in it as a prompt, or in a file --captions"
+        raise ConfigError(
+            f"every image must have a caption {where} for --metrics clip, found none of {len(missing):,}, such as "
+            f"{missing[0]}"
+        )
+    return [caption for caption in found if caption is not None], told

@@ -16,6 +16,7 @@ from gspn_jax.evaluate import plots, report
 from gspn_jax.evaluate.scoring import FEWEST, ScoreFlags, Scorer, finish
 from gspn_jax.files import claim_new, sha256_of
 from gspn_jax.metrics.npz import StoredImages
+from gspn_jax.metrics.scores import captioned
 from gspn_jax.parallel import sharding
 from gspn_jax.pixels import to_rgb
 from gspn_jax.runs import same_hosts
@@ -75,6 +76,8 @@ class RunFlags(ScoreFlags):
 def evaluate_run(flags: RunFlags, config: Config, step: int) -> list[dict[str, Any]]:
     """Scores the checkpoint of `step` at each guidance scale; returns the results, also printed and written."""
     same_hosts.check_flags(flags, step=step)
+    if wanted := captioned(flags.metrics):
+        raise ConfigError(f"--metrics {', '.join(wanted)} is of a folder of images with captions, found --run")
     with flags.claimed():
         return _evaluate_scales(flags, config, step)
 

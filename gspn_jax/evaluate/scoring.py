@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import logging
 import pathlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -137,18 +137,23 @@ class Scorer:
         *,
         samples: dict[str, Any],
         labels: Int[np.ndarray, " N"] | None = None,
+        captions: Sequence[str] = (),
         warnings: Iterable[str] = (),
     ) -> dict[str, Any]:
         """The result, as JSON values, of images that come in chunks of any size.
 
-        `samples` tells what they are, with "count" and "image_size"; `labels` are their classes, where known.
+        `samples` tells what they are, with "count" and "image_size"; `labels` are their classes, where known;
+        `captions`, which metrics may need, may grow with the images that have come.
         """
         self.prepare()
         collector, predicted = Collector(self.names, float16=self._flags.float16), []
         size = next(iter(self._extractors.values())).batch_size
-        for batch in in_batches(images, size):
+        for number, batch in enumerate(in_batches(images, size)):
             for name, extractor in self._extractors.items():
                 features, mask = extractor(batch)
+                if embed := getattr(self._weights[name].network, "embed_captions", None):
+                    texts = embed(captions[number * size : number * size + len(batch)])
+                    features = features, np.pad(texts, ((0, size - len(texts)), (0, 0)))
                 collector.add(features, mask, name)
                 if labels is None and "is" in self.names and name == "inception":
                     predicted.append(on_host(features.logits.argmax(1))[on_host(mask)])

@@ -11,7 +11,11 @@ from gspn_jax.tables import FEATURE_NETWORKS, METRICS
 
 
 class FeatureNetwork(Protocol):
-    """A line of `tables.FEATURE_NETWORKS`: a module with these functions, or an object."""
+    """A line of `tables.FEATURE_NETWORKS`: a module with these functions, or an object.
+
+    Where files hold networks of several sizes, the line has `require` and `configured(path)`, which gives the network
+    of a file. A network of images with captions has `embed_captions(captions)`: arrays [N, ...] too.
+    """
 
     def require(self, path: str | None, flag: str) -> Any:
         """`path` if its weights are there; else ConfigError says what `flag` needs."""
@@ -72,6 +76,8 @@ def read_networks(
         network = FEATURE_NETWORKS[name]
         where = f"{flag}inception" if name == "inception" else f"{flag}networks {name}=FILE"
         path = network.require(files.get(name), where)
+        if configured := getattr(network, "configured", None):
+            network = configured(path)
         tensors = network.read(path)
         found[name] = Weights(network, path, network.digest(tensors), network.from_state_dict(tensors))
     return found

@@ -65,15 +65,15 @@ class Reference:
 
     @property
     def allowed(self) -> tuple[str, ...]:
-        """The metrics that can be computed against this reference."""
-        return tuple(name for name in METRICS if self._has(METRICS[name].needs))
+        """The metrics that can be computed against this reference, of images without captions."""
+        return tuple(name for name, metric in METRICS.items() if self._has(metric.needs) and not metric.captions)
 
     def _has(self, part: str | None) -> bool:
         return part is None or self.images is not None or getattr(self, part) is not None
 
     def check(self, names: Sequence[str]) -> None:
         """Raises ConfigError, naming what the file lacks, unless all metrics `names` can be computed."""
-        lacking = [name for name in names if name not in self.allowed]
+        lacking = [name for name in names if not self._has(METRICS[name].needs)]
         if lacking:
             parts = dict.fromkeys(METRICS[name].needs for name in lacking)
             wanted = [

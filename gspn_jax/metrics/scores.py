@@ -41,6 +41,13 @@ class Metric(NamedTuple):
     nothing. Of "images" the reference keeps (`Reference.kept`) what the metric keeps of samples."""
     network: str = "inception"
     """The line of `tables.FEATURE_NETWORKS` whose features it sees."""
+    captions: bool = False
+    """Whether images have captions: what it keeps is then given (features of images, `embed_captions` of theirs)."""
+
+
+def captioned(names: Sequence[str]) -> tuple[str, ...]:
+    """Those of the metrics `names` that are of images with captions."""
+    return tuple(name for name in names if METRICS[name].captions)
 
 
 def check_names(names: Sequence[str], field: str) -> None:
@@ -137,6 +144,21 @@ class _PoolFeatures:
         return self._found[float16]
 
 
+class _CaptionScores:
+    """The sum of 100 max(cos, 0) of images' embeddings and their captions', both of length 1."""
+
+    def __init__(self):
+        self._sum, self._count = 0.0, 0
+
+    def add(self, features, mask):
+        images, captions = (on_host(part)[on_host(mask)].astype(np.float64) for part in features)
+        self._sum += 100 * np.maximum((images * captions).sum(1), 0).sum()
+        self._count += len(images)
+
+    def mean(self) -> float:
+        return float(self._sum / self._count)
+
+
 FID, SFID = (
     Metric(
         label,
@@ -160,4 +182,7 @@ PRECISION, RECALL = (
         "features",
     )
     for which, label in enumerate(("precision", "recall"))
+)
+CLIP_SCORE = Metric(
+    "CLIP score", "caption scores", _CaptionScores, lambda kept, target, _: kept.mean(), network="clip", captions=True
 )

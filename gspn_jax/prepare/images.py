@@ -14,7 +14,28 @@ CHANNELS = 3
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ImageFlags:
+class ReadFlags:
+    """Flags of how images are read."""
+
+    bad_images: Literal["error", "skip"] = "error"
+    """Effect of a corrupt image: stop with its name, or be left out with a warning."""
+    batch_size: int = 64
+    """Images at a time, over the devices of this host."""
+    threads: int = os.cpu_count() or 1
+    """Threads that decode images."""
+
+    def __post_init__(self) -> None:
+        check_numbers(self)
+        self.check_positive("batch_size", "threads")
+
+    def check_positive(self, *names: str) -> None:
+        for name in names:
+            if getattr(self, name) < 1:
+                raise ConfigError(f"--{name.replace('_', '-')} must be 1 or more, found {getattr(self, name)}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ImageFlags(ReadFlags):
     """Flags of the images, and of how they are read."""
 
     KINDS: ClassVar[tuple[str, ...]] = ("images", "tars", "tfds")
@@ -32,27 +53,15 @@ class ImageFlags:
     tfds_dir: str | None = None
     """Where tensorflow-datasets keeps its sets."""
     tfds_split: str = "train"
-    bad_images: Literal["error", "skip"] = "error"
-    """Effect of a corrupt image: stop with its name, or be left out with a warning."""
-    batch_size: int = 64
-    """Images at a time, over the devices of this host."""
-    threads: int = os.cpu_count() or 1
-    """Threads that decode images."""
 
     def __post_init__(self) -> None:
         if sum(bool(getattr(self, kind)) for kind in self.KINDS) != 1:
             *first, last = (f"--{kind}" for kind in self.KINDS)
             found = " ".join(f"--{kind} {getattr(self, kind)}" for kind in self.KINDS)
             raise ConfigError(f"one of {', '.join(first)} and {last} must be given, found {found}")
-        check_numbers(self)
-        self.check_positive("batch_size", "threads")
+        super().__post_init__()
         if self.num_classes is not None:
             self.check_positive("num_classes")
-
-    def check_positive(self, *names: str) -> None:
-        for name in names:
-            if getattr(self, name) < 1:
-                raise ConfigError(f"--{name.replace('_', '-')} must be 1 or more, found {getattr(self, name)}")
 
     def source(self, image_size: int | None) -> Source:
         """The images as RGB squares of that size; None keeps theirs. Raises ConfigError for a set it cannot read."""

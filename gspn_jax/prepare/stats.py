@@ -22,6 +22,7 @@ from jaxtyping import UInt8
 
 from gspn_jax.config import ConfigError
 from gspn_jax.data.ahead import read_ahead
+from gspn_jax.data.decoding import Fit
 from gspn_jax.data.flat_folder import FlatFolder
 from gspn_jax.data.source import Source
 from gspn_jax.files import claim_new, replacing, sha256_of
@@ -55,7 +56,9 @@ class Stats(ImageFlags):
     npz: str | None = None
     """An .npz with images as arr_0, of the size that they have there."""
     image_size: int | None = None
-    """Side of the square that each image is scaled and cropped to, as ADM does: the size of the samples."""
+    """Side of the square that each image is scaled and cropped to, as `fit` says: the size of the samples."""
+    fit: Fit = "adm"
+    """How: as ADM does, or the largest square in the centre by a Lanczos filter, as is usual with COCO."""
     keep: int = 10_000
     """Number of images, spread evenly over the set, of which single features are kept for KID, precision and recall."""
     keep_images: bool = False
@@ -75,6 +78,8 @@ class Stats(ImageFlags):
             )
         if self.image_size is not None:
             self.check_positive("image_size")
+        if self.fit != "adm" and not self.images:
+            raise ConfigError(f"--fit {self.fit} is for the images of --images, found others")
         if pathlib.Path(self.output).suffix != ".npz":
             raise ConfigError(f"--output must end in .npz, found {self.output!r}")
 
@@ -82,7 +87,7 @@ class Stats(ImageFlags):
         """As `ImageFlags.source`, but images need not lie in class folders."""
         if not self.images:
             return super().source(image_size)
-        return FlatFolder(self.images, image_size, skip_bad=self.bad_images == "skip")
+        return FlatFolder(self.images, image_size, skip_bad=self.bad_images == "skip", fit=self.fit)
 
 
 class _Set:
@@ -180,7 +185,7 @@ def _prepare(arguments: Stats, output: pathlib.Path) -> None:
         "bad_images": arguments.bad_images,
         "batch_size": extractor.batch_size,
         "save_every": arguments.save_every,
-    }
+    } | ({"fit": arguments.fit} if arguments.fit != "adm" else {})  # as states from before there was a choice
     same_hosts.check_values(settings | {"output": arguments.output})
 
     # --- this host's parts that are not there yet

@@ -1,4 +1,5 @@
-"""Text towers and tokenizer of CLIP: prompts to the states that Stable Diffusion is conditioned on."""
+"""Tokenizer and towers of CLIP: prompts to the states that Stable Diffusion is conditioned on; images and captions to
+the embeddings that a CLIP score compares (`clip`)."""
 
 from gspn_jax.text.model import CLIP_L, OPENCLIP_BIGG, OPENCLIP_H, TextConfig, TextStates, encode
 from gspn_jax.text.tokenizer import LENGTH, Tokenizer, Tokens, load_tokenizer

@@ -5,24 +5,15 @@ Linears are [in, out], tables [rows, width]. Computed in the type of the token t
 """
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from gspn_jax.config import ConfigError
-
-Params = Mapping[str, Float[Array, "..."]]
-
-_HIGHEST = jax.lax.Precision.HIGHEST
-
-_ACTIVATIONS = {
-    "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
-    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
-}
+from gspn_jax.text import layers
+from gspn_jax.text.layers import ACTIVATIONS, HIGHEST, Params
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,9 +39,9 @@ class TextConfig:
             raise ConfigError(
                 f"the text tower's width must be a multiple of its heads, found {self.width} and {self.heads}"
             )
-        if self.activation not in _ACTIVATIONS:
+        if self.activation not in ACTIVATIONS:
             raise ConfigError(
-                f"the text tower's hidden_act must be one of {', '.join(_ACTIVATIONS)}, found {self.activation!r}"
+                f"the text tower's hidden_act must be one of {', '.join(ACTIVATIONS)}, found {self.activation!r}"
             )
 
     @classmethod
@@ -116,40 +107,9 @@ def encode(params: Params, config: TextConfig, ids: Int[Array, "B N"]) -> TextSt
     before = x
     for layer in range(config.layers):
         before = x
-        x = _layer(params, f"encoder.layers.{layer}", config, x)
-    last = _layer_norm(params, "final_layer_norm", config, x)
+        x = layers.layer(params, f"encoder.layers.{layer}", config, x, causal=True)
+    last = layers.layer_norm(params, "final_layer_norm", config, x)
     pooled = last[jnp.arange(len(ids)), ids.argmax(1)]
     if config.projection is not None:
-        pooled = jnp.matmul(pooled, params["text_projection.weight"].astype(x.dtype), precision=_HIGHEST)
+        pooled = jnp.matmul(pooled, params["text_projection.weight"].astype(x.dtype), precision=HIGHEST)
     return TextStates(last, before, pooled)
-
-
-def _layer(params: Params, name: str, config: TextConfig, x: Float[Array, "B N D"]) -> Float[Array, "B N D"]:
-    tokens = _layer_norm(params, f"{name}.layer_norm1", config, x)
-    x = x + _causal_attention(params, f"{name}.self_attn", config, tokens)
-    hidden = _linear(params, f"{name}.mlp.fc1", _layer_norm(params, f"{name}.layer_norm2", config, x))
-    active = _ACTIVATIONS[config.activation](hidden.astype(jnp.float32)).astype(x.dtype)
-    return x + _linear(params, f"{name}.mlp.fc2", active)
-
-
-def _causal_attention(params: Params, name: str, config: TextConfig, x: Float[Array, "B N D"]) -> Float[Array, "B N D"]:
-    shape = (*x.shape[:2], config.heads, config.width // config.heads)
-    q, k, v = (_linear(params, f"{name}.{part}_proj", x).reshape(shape) for part in "qkv")
-    scores = jnp.einsum("bnhd,bmhd->bhnm", q, k, precision=_HIGHEST, preferred_element_type=jnp.float32)
-    seen = jnp.tril(jnp.ones(scores.shape[2:], bool))
-    shares = jax.nn.softmax(jnp.where(seen, scores / math.sqrt(shape[-1]), -jnp.inf)).astype(x.dtype)
-    mixed = jnp.einsum("bhnm,bmhd->bnhd", shares, v, precision=_HIGHEST)
-    return _linear(params, f"{name}.out_proj", mixed.reshape(x.shape))
-
-
-def _linear(params: Params, name: str, x: Float[Array, "B N D"]) -> Float[Array, "B N E"]:
-    weight, bias = (params[f"{name}.{part}"].astype(x.dtype) for part in ("weight", "bias"))
-    return jnp.matmul(x, weight, precision=_HIGHEST) + bias
-
-
-def _layer_norm(params: Params, name: str, config: TextConfig, x: Float[Array, "B N D"]) -> Float[Array, "B N D"]:
-    exact = x.astype(jnp.float32)
-    centred = exact - exact.mean(-1, keepdims=True)
-    normal = centred * jax.lax.rsqrt(jnp.square(centred).mean(-1, keepdims=True) + config.epsilon)
-    scale, shift = (params[f"{name}.{part}"].astype(jnp.float32) for part in ("weight", "bias"))
-    return (normal * scale + shift).astype(x.dtype)

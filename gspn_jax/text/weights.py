@@ -8,6 +8,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Float
 
 from gspn_jax.tensor_files import arrange, load_network
+from gspn_jax.text.layers import layer_shapes, with_biases
 from gspn_jax.text.model import TextConfig
 
 _PREFIX = "text_model."
@@ -44,21 +45,13 @@ def from_state_dict(
 
 def expected_shapes(config: TextConfig) -> dict[str, tuple[int, ...]]:
     """Name, without `text_model.`, and shape of every tensor in a file of weights (PyTorch's layout)."""
-    width, hidden = config.width, config.hidden
+    width, parts = config.width, layer_shapes(config)
     shapes: dict[str, tuple[int, ...]] = {
         "embeddings.token_embedding.weight": (config.vocabulary, width),
         "embeddings.position_embedding.weight": (config.length, width),
     }
-    layers = {
-        "layer_norm1": (width,),
-        **{f"self_attn.{part}_proj": (width, width) for part in ("q", "k", "v", "out")},
-        "layer_norm2": (width,),
-        "mlp.fc1": (hidden, width),
-        "mlp.fc2": (width, hidden),
-    }
-    names = {f"encoder.layers.{i}.{name}": shape for i in range(config.layers) for name, shape in layers.items()}
-    for name, shape in (names | {"final_layer_norm": (width,)}).items():
-        shapes |= {f"{name}.weight": shape, f"{name}.bias": shape[:1]}
+    names = {f"encoder.layers.{i}.{name}": shape for i in range(config.layers) for name, shape in parts.items()}
+    shapes |= with_biases(names | {"final_layer_norm": (width,)})
     return shapes if config.projection is None else shapes | {"text_projection.weight": (config.projection, width)}
 
 

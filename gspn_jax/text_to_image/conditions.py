@@ -1,8 +1,8 @@
 """Prompts to what the U-Net is told of them, by one text tower or the two of SDXL."""
 
 import logging
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,11 +27,13 @@ class TextConditions(NamedTuple):
     """End of each prompt that a tower does not see; "" where all of it fits."""
 
 
-def encode_prompts(parts: Sequence[TextPart], prompts: Sequence[str]) -> TextConditions:
+def encode_prompts(
+    parts: Sequence[TextPart], prompts: Sequence[str], place: Callable[[Any], Any] = lambda ids: ids
+) -> TextConditions:
     """States of prompts: of one tower those after its last norm; of two (SDXL) those before their last layers, side by
-    side, and the pooled state of the second."""
+    side, and the pooled state of the second. `place` puts token ids where they are encoded."""
     tokens = [part.tokenizer(prompts) for part in parts]
-    states = [_encode(part.params, part.config, found.ids) for part, found in zip(parts, tokens, strict=True)]
+    states = [_encode(part.params, part.config, place(found.ids)) for part, found in zip(parts, tokens, strict=True)]
     cut: tuple[str, ...] = tuple(max(ends, key=len) for ends in zip(*(found.cut for found in tokens), strict=True))
     if len(parts) == 1:
         return TextConditions(states[0].last, None, cut)

@@ -2,7 +2,7 @@
 
 import dataclasses
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, get_args
 
 import numpy as np
@@ -13,7 +13,8 @@ from gspn_jax import autoencoder, text, unet
 from gspn_jax.autoencoder import LATENT_SCALE, AutoencoderConfig
 from gspn_jax.autoencoder.weights import infer_config
 from gspn_jax.config import ConfigError
-from gspn_jax.tensor_files import errors_name, open_folder, read_json
+from gspn_jax.files import sha256_of
+from gspn_jax.tensor_files import errors_name, open_folder, read_json, weight_files
 from gspn_jax.text import TextConfig, Tokenizer
 from gspn_jax.text_to_image.gspn_layers import Layers
 from gspn_jax.unet import Prediction, UNetConfig
@@ -50,6 +51,35 @@ class Model(NamedTuple):
     """Layers in the place of the U-Net's self-attentions; they are in no folder."""
 
 
+class Encoders(NamedTuple):
+    """Parts of a folder that images and captions are encoded by. Text towers are float32, as the VAE."""
+
+    texts: tuple[TextPart, ...]
+    autoencoder: Mapping[str, Float32[np.ndarray, "..."]]
+    autoencoder_config: AutoencoderConfig
+
+
+def load_encoders(folder: str | pathlib.Path) -> Encoders:
+    """Reads the text towers, tokenizers and the VAE of a folder. Raises as `load_folder`."""
+    folder = pathlib.Path(folder)
+    _, texts = _check_parts(folder)
+    towers = tuple(_read_text(folder, *pair, np.float32) for pair in texts)
+    with errors_name(folder):
+        _check_tokenizers(towers)
+    return Encoders(towers, *_read_autoencoder(folder / "vae")[:2])
+
+
+def encoder_hashes(folder: str | pathlib.Path) -> dict[str, str]:
+    """SHA-256 of every file that decides how images and captions are encoded, by its path in the folder."""
+    folder = pathlib.Path(folder)
+    _, texts = _check_parts(folder)
+    paths = [*weight_files(folder / "vae", "diffusion_pytorch_model"), folder / "vae" / "config.json"]
+    for encoder, words in texts:
+        paths += [*weight_files(folder / encoder, "model"), folder / encoder / "config.json"]
+        paths += [path for path in (folder / words).iterdir() if path.suffix in (".json", ".txt")]
+    return {path.relative_to(folder).as_posix(): sha256_of(path) for path in sorted(paths)}
+
+
 def load_folder(folder: str | pathlib.Path, dtype: DTypeLike | None = None) -> Model:
     """Reads a folder with model_index.json, unet, vae, text_encoder, tokenizer (SDXL: also _2) and scheduler.
 
@@ -57,24 +87,13 @@ def load_folder(folder: str | pathlib.Path, dtype: DTypeLike | None = None) -> M
     all parts that are missing, and ConfigError or WeightsError for a part that is wrong or does not fit the others.
     """
     folder = pathlib.Path(folder)
-    index = read_json(folder / "model_index.json")
-    kind = index.get("_class_name")
-    if kind not in _TOWERS:
-        raise ConfigError(f"{folder / 'model_index.json'} must be that of a {' or a '.join(_TOWERS)}, found {kind!r}")
-    texts = [(f"text_encoder{end}", f"tokenizer{end}") for end in _TOWERS[kind]]
-    parts = ["unet", "vae", "scheduler", *(part for pair in texts for part in pair)]
-    if missing := [part for part in parts if not (folder / part).is_dir()]:
-        raise FileNotFoundError(f"{folder} must hold the folders {', '.join(parts)}; {', '.join(missing)} not found")
-
+    index, texts = _check_parts(folder)
     scheduler, prediction = _read_scheduler(folder / "scheduler" / "scheduler_config.json")
-    towers = []
-    for encoder, words in texts:
-        tokenizer = text.load_tokenizer(folder / words)
-        towers.append(TextPart(*text.load_tower(folder / encoder, dtype), tokenizer))
+    towers = tuple(_read_text(folder, *pair, dtype) for pair in texts)
     vae, vae_config, scale = _read_autoencoder(folder / "vae")
     model = Model(
         *unet.load_unet(folder / "unet", dtype),
-        tuple(towers),
+        towers,
         vae,
         vae_config,
         scale,
@@ -85,6 +104,25 @@ def load_folder(folder: str | pathlib.Path, dtype: DTypeLike | None = None) -> M
     with errors_name(folder):
         _check_fit(model)
     return model
+
+
+def _check_parts(folder: pathlib.Path) -> tuple[dict[str, Any], list[tuple[str, str]]]:
+    """model_index.json, and the names of each text tower and its tokenizer. Raises FileNotFoundError naming all parts
+    that are missing, and ConfigError for another kind of folder."""
+    index = read_json(folder / "model_index.json")
+    kind = index.get("_class_name")
+    if kind not in _TOWERS:
+        raise ConfigError(f"{folder / 'model_index.json'} must be that of a {' or a '.join(_TOWERS)}, found {kind!r}")
+    texts = [(f"text_encoder{end}", f"tokenizer{end}") for end in _TOWERS[kind]]
+    parts = ["unet", "vae", "scheduler", *(part for pair in texts for part in pair)]
+    if missing := [part for part in parts if not (folder / part).is_dir()]:
+        raise FileNotFoundError(f"{folder} must hold the folders {', '.join(parts)}; {', '.join(missing)} not found")
+    return index, texts
+
+
+def _read_text(folder: pathlib.Path, encoder: str, words: str, dtype: DTypeLike | None) -> TextPart:
+    tokenizer = text.load_tokenizer(folder / words)
+    return TextPart(*text.load_tower(folder / encoder, dtype), tokenizer)
 
 
 def _read_scheduler(path: pathlib.Path) -> tuple[dict[str, Any], Prediction]:
@@ -113,13 +151,7 @@ def _read_autoencoder(folder: pathlib.Path) -> tuple[dict[str, Float32[np.ndarra
 
 def _check_fit(model: Model) -> None:
     """Raises ConfigError for parts that are of different models."""
-    for part in model.texts:
-        if part.config.vocabulary != part.tokenizer.vocabulary or part.config.length < part.tokenizer.length:
-            raise ConfigError(
-                f"a tokenizer must fit its text tower of {part.config.vocabulary} words and "
-                f"{part.config.length} positions, found {part.tokenizer.vocabulary} words and "
-                f"{part.tokenizer.length} tokens"
-            )
+    _check_tokenizers(model.texts)
     config, channels = model.unet_config, model.autoencoder_config.latent_channels
     if (width := sum(part.config.width for part in model.texts)) != config.context_width:
         raise ConfigError(
@@ -133,3 +165,13 @@ def _check_fit(model: Model) -> None:
             f"the U-Net must take and give the autoencoder's {channels} latent channels, found "
             f"{config.in_channels} and {config.out_channels} (inpainting models are not supported)"
         )
+
+
+def _check_tokenizers(texts: Sequence[TextPart]) -> None:
+    for part in texts:
+        if part.config.vocabulary != part.tokenizer.vocabulary or part.config.length < part.tokenizer.length:
+            raise ConfigError(
+                f"a tokenizer must fit its text tower of {part.config.vocabulary} words and "
+                f"{part.config.length} positions, found {part.tokenizer.vocabulary} words and "
+                f"{part.tokenizer.length} tokens"
+            )

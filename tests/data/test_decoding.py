@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 
 from gspn_jax.data import decoding
-from gspn_jax.data.decoding import DataError, decode_image, fit_image, read_image
+from gspn_jax.data.decoding import DataError, decode_image, fit_image, fit_square, read_image
 
 
 def encode(image: Image.Image, kind: str = "PNG", **options) -> bytes:
@@ -62,6 +62,22 @@ def bicubic(x: float) -> float:
 def resize(image: np.ndarray, height: int, width: int, kernel, support: float) -> np.ndarray:
     image = resample(image, height, kernel, support)
     return resample(image.transpose(1, 0, 2), width, kernel, support).transpose(1, 0, 2)
+
+
+def lanczos(x: float) -> float:
+    return float(np.sinc(x) * np.sinc(x / 3)) if abs(x) < 3 else 0.0
+
+
+@pytest.mark.parametrize(("width", "height"), [(91, 70), (40, 67), (16, 16), (20, 25), (7, 12)])
+def test_squares_are_cropped_on_the_long_edge_before_a_lanczos_filter(width, height):
+    image = smooth_image(width, height)
+    short = min(width, height)
+    left, top = (round((side - short) / 2) for side in (width, height))
+    square = np.asarray(image, np.float64)[top : top + short, left : left + short]
+    expected = square if short == 16 else resize(square, 16, 16, lanczos, 3)
+    found = fit_square(image, 16, 3)
+    assert found.shape == (16, 16, 3) and np.abs(found - expected).max() < 1.51  # levels are rounded on each axis
+    np.testing.assert_array_equal(decode_image(encode(image), "x", 16, 3, "lanczos"), found)
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from gspn_jax.config import ConfigError, DataConfig
-from gspn_jax.data import DataError, latents, make_loader, make_source
+from gspn_jax.data import DataError, make_loader, make_source, record_files
 from gspn_jax.data.latents import METADATA, LatentMetadata, shard_name, write_shard, write_synthetic
 from gspn_jax.data.source import hash_of
 from gspn_jax.files import replacing
@@ -255,7 +255,7 @@ def test_a_disk_that_fills_up_leaves_no_shard(tmp_path, monkeypatch):
             temporary.symlink_to("/dev/full")
             yield temporary
 
-    monkeypatch.setattr(latents, "replacing", on_a_full_disk)
+    monkeypatch.setattr(record_files, "replacing", on_a_full_disk)
     with pytest.raises(OSError, match=r"shard cannot be written: .*[Nn]o space left"):
         write_shard(tmp_path / "shard", np.zeros(9, np.int32), np.zeros((9, 2, 32, 32, 8), np.float16))
     assert list(tmp_path.iterdir()) == []
