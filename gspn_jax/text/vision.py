@@ -21,7 +21,7 @@ from gspn_jax.text.layers import ACTIVATIONS, HIGHEST, Params, layer_shapes, wit
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 DEVIATION = (0.26862954, 0.26130258, 0.27577711)
-"""Mean and deviation of each channel in 0..1, by which every CLIP of OpenAI and OpenCLIP's ViTs see images (openai/CLIP)."""
+"""Mean and deviation of each channel in 0..1, as every CLIP of OpenAI and OpenCLIP's ViTs have them (openai/CLIP)."""
 
 _CUBIC = -0.5
 """The parameter of Pillow's bicubic filter."""
