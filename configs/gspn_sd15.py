@@ -13,10 +13,10 @@ layers have no skip term.
 """
 
 from gspn_jax.config import OptimizerConfig, TrainConfig
-from gspn_jax.text_to_image.config import CaptionsConfig, DistillConfig, StudentConfig
+from gspn_jax.text_to_image.config import CaptionsConfig, LayersConfig, StudentConfig
 from gspn_jax.text_to_image.gspn_layers import LayerOptions
 
-config = DistillConfig(
+config = LayersConfig(
     run_dir="runs/gspn_sd15",
     model=StudentConfig(folder="models/stable-diffusion-v1-5", gspn=LayerOptions(form="pure", proxy_ratio=8)),
     data=CaptionsConfig(path="data/captions_sd15"),

@@ -21,7 +21,12 @@ class FlatFolder:
     class_names = ("",)
 
     def __init__(
-        self, root: str | pathlib.Path, image_size: int | None = None, channels: int = 3, *, skip_bad: bool = False,
+        self,
+        root: str | pathlib.Path,
+        image_size: int | None = None,
+        channels: int = 3,
+        *,
+        skip_bad: bool = False,
         fit: Fit = "adm",
     ):
         """Raises ConfigError for a folder without images; with `image_size` None, DataError for a first image that

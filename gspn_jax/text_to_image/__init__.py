@@ -48,11 +48,11 @@ def _run(argv: list[str]) -> None:
     rest = cli.join_other_hosts(argv[1:] if command else argv)
     program = f"{PROGRAM} {command}".rstrip()
     if command == "distill":
-        from gspn_jax.text_to_image.config import DistillConfig
+        from gspn_jax.text_to_image.config import LayersConfig
         from gspn_jax.text_to_image.distillation import distill
 
         said = "Train GSPN layers as the student of a U-Net's self-attentions."
-        distill(cli.parse_config(rest, program=program, description=said, cls=DistillConfig))
+        distill(cli.parse_config(rest, program=program, description=said, cls=LayersConfig))
     elif command == "export":
         from gspn_jax.text_to_image.exporting import Export, export
 

@@ -18,7 +18,8 @@ class StudentConfig:
     """Folder of Stable Diffusion 1, 2 or SDXL, as diffusers writes it, whose U-Net is teacher and frame."""
     gspn: LayerOptions = LayerOptions()
     start: Start = "teacher"
-    """Layers begin with the teacher's to_q, to_k, to_v and to_out where shapes allow, or all afresh."""
+    """Layers begin with the teacher's to_q, to_k, to_v and to_out where they have them, or all afresh; with init_from
+    they are those of a file that `text_to_image export` wrote."""
     unet_sha256: str | None = None
     """Digest of the U-Net's files, by which a run that goes on knows its teacher; None is filled in."""
 
@@ -53,7 +54,7 @@ class LossConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class DistillConfig(RunConfig):
+class LayersConfig(RunConfig):
     """One distillation. `run_dir` receives checkpoints, which hold the GSPN layers alone, and logs."""
 
     model: StudentConfig = StudentConfig()
@@ -63,7 +64,7 @@ class DistillConfig(RunConfig):
     train: TrainConfig = TrainConfig(ema_decays=(0.0,))
     mesh: MeshConfig = MeshConfig()
 
-    TASK = "distillation"
+    TASK = "GSPN layers"
     FIXED = (*RunConfig.FIXED, "loss")
     FREE = ("model.folder", "data.path")
 

@@ -25,10 +25,11 @@ from gspn_jax.files import sha256_of
 from gspn_jax.parallel import sharding
 from gspn_jax.parallel.memory import check_fits
 from gspn_jax.tensor_files import errors_name, open_folder, read_json, weight_files
-from gspn_jax.text_to_image import gspn_layers
-from gspn_jax.text_to_image.config import DistillConfig
+from gspn_jax.text_to_image import gspn_layers, layer_files
+from gspn_jax.text_to_image.config import LayersConfig
 from gspn_jax.text_to_image.drawing import attend_of
 from gspn_jax.text_to_image.folder import encoder_hashes
+from gspn_jax.training.given import Given
 from gspn_jax.training.task import Batch, Metrics, Task
 from gspn_jax.training.train import train_task
 from gspn_jax.unet import UNetConfig
@@ -39,12 +40,12 @@ UNET, STEM = "unet", "diffusion_pytorch_model"
 Weights = dict[str, Float[Array, "..."]]
 
 
-def distill(config: DistillConfig) -> pathlib.Path:
+def distill(config: LayersConfig) -> pathlib.Path:
     """Trains as `train_task`, on the teacher whose digest the config then has; returns the run directory."""
-    return train_task(DistillationTask(with_teacher(config)))
+    return train_task(LayersTask(with_teacher(config)))
 
 
-def with_teacher(config: DistillConfig) -> DistillConfig:
+def with_teacher(config: LayersConfig) -> LayersConfig:
     """The config with the digest of its teacher. Raises ConfigError where it has that of another."""
     found = unet_digest(config.model.folder)
     if config.model.unet_sha256 not in (None, found):
@@ -68,10 +69,10 @@ def read_unet_config(folder: str | pathlib.Path) -> UNetConfig:
         return UNetConfig.from_json(read_json(path / "config.json"))
 
 
-class DistillationTask(Task):
+class LayersTask(Task):
     """GSPN layers of `config.model` in its U-Net, on the images and captions of `config.data`."""
 
-    def __init__(self, config: DistillConfig):
+    def __init__(self, config: LayersConfig):
         """Raises ConfigError, FileNotFoundError or WeightsError for a folder that has no U-Net, and for layers that do
         not fit it."""
         super().__init__(config)
@@ -93,18 +94,29 @@ class DistillationTask(Task):
     def init(self, key: Key[Array, ""]) -> Weights:
         return gspn_layers.init(self.unet_config, self._config.model.gspn, key)
 
-    def start(self, mesh: Mesh) -> Any | None:
-        """Layers that begin with the teacher's linears, in float32 whatever the type of the teacher is."""
-        if self._config.model.start == "fresh":
+    def given(self) -> Given | None:
+        """The teacher's linears, in float32 whatever its type is, or the layers of a file."""
+        model, path = self._config.model, self._config.init_from
+        if path is not None:
+            layers = layer_files.load(path, self.unet_config, np.float32)
+            if layers.options != model.gspn:
+                raise ConfigError(f"init_from must be of layers of {model.gspn}, found {layers.options} in {path}")
+            return self._given(path, dict(layers.params))
+        if model.start == "fresh":
             return None
-        tensors = open_folder(pathlib.Path(self._config.model.folder) / UNET, STEM)
+        folder = pathlib.Path(model.folder) / UNET
+        tensors = open_folder(folder, STEM)
         taken = {name: np.asarray(tensors[name], np.float32).T for name in self._shapes if name in tensors}
+        return self._given(str(folder), taken)
 
-        def build(key: Key[Array, ""], taken: Weights) -> Weights:
-            return sharding.pad(gspn_layers.started_from(self.init(key), taken), self._shapes, mesh)
+    def _given(self, said: str, found: dict[str, np.ndarray]) -> Given:
+        shapes = {name: self._shapes[name] for name in found}
 
-        where = sharding.param_shardings(self._shapes, mesh)
-        return jax.jit(build, out_shardings=where)(jax.random.key(self._config.train.seed), taken)
+        def read(mesh: Mesh) -> Weights:
+            where = sharding.param_shardings(shapes, mesh)
+            return jax.jit(lambda found: sharding.pad(found, shapes, mesh), out_shardings=where)(found)
+
+        return Given(said, shapes, read)
 
     def frozen(self, mesh: Mesh) -> tuple[Any, ...]:
         """The U-Net in the type of the computation, each weight split over "fsdp" where that divides an axis."""

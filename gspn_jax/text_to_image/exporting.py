@@ -10,7 +10,7 @@ from gspn_jax.config import ConfigError, MeshConfig, to_dict
 from gspn_jax.parallel import sharding
 from gspn_jax.runs import checkpoints
 from gspn_jax.text_to_image import gspn_layers, layer_files
-from gspn_jax.text_to_image.config import DistillConfig
+from gspn_jax.text_to_image.config import LayersConfig
 from gspn_jax.text_to_image.distillation import read_unet_config
 
 
@@ -40,7 +40,7 @@ class Export:
 def export(arguments: Export) -> None:
     """Raises ConfigError, CheckpointError or FileNotFoundError with one sentence for what cannot be used."""
     step, meta = checkpoints.read_meta(arguments.run, arguments.step)
-    step, config = checkpoints.read_config(arguments.run, step, DistillConfig)
+    step, config = checkpoints.read_config(arguments.run, step, LayersConfig)
     unet_config, options = read_unet_config(arguments.model or config.model.folder), config.model.gspn
     mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
     decays = config.train.ema_decays

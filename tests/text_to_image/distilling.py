@@ -8,7 +8,7 @@ from PIL import Image
 
 from gspn_jax.config import OptimizerConfig, TrainConfig
 from gspn_jax.prepare.captions import Captions, prepare_captions
-from gspn_jax.text_to_image.config import CaptionsConfig, DistillConfig, StudentConfig
+from gspn_jax.text_to_image.config import CaptionsConfig, LayersConfig, StudentConfig
 from gspn_jax.text_to_image.gspn_layers import LayerOptions
 from tests.text_to_image.tiny_folder import FIRST, SECOND, write_folder
 from tests.unet import numpy_unet
@@ -44,7 +44,7 @@ def write_set(root: pathlib.Path, kind=TINY) -> tuple[pathlib.Path, pathlib.Path
     return model, output
 
 
-def config(run_dir, model, captions, *, gspn: LayerOptions = LAYERS, **train) -> DistillConfig:
+def config(run_dir, model, captions, *, gspn: LayerOptions = LAYERS, **train) -> LayersConfig:
     settings = {
         "steps": 4,
         "batch_size": 2,
@@ -53,7 +53,7 @@ def config(run_dir, model, captions, *, gspn: LayerOptions = LAYERS, **train) ->
         "log_every": 1,
         "save_every": 2,
     }
-    return DistillConfig(
+    return LayersConfig(
         run_dir=str(run_dir),
         model=StudentConfig(folder=str(model), gspn=gspn),
         data=CaptionsConfig(str(captions)),

@@ -20,11 +20,11 @@ from gspn_jax.diffusion.scheduler_config import SchedulerConfig, alphas_cumprod
 from gspn_jax.parallel import sharding
 from gspn_jax.runs import checkpoints
 from gspn_jax.runs.checkpoints import CheckpointError
-from gspn_jax.text_to_image import gspn_layers, layer_files
-from gspn_jax.text_to_image.config import DistillConfig, LossConfig
-from gspn_jax.text_to_image import distillation
-from gspn_jax.text_to_image.distillation import DistillationTask
+from gspn_jax.text_to_image import distillation, gspn_layers, layer_files
+from gspn_jax.text_to_image.config import LayersConfig, LossConfig
+from gspn_jax.text_to_image.distillation import LayersTask
 from gspn_jax.text_to_image.folder import load_folder
+from gspn_jax.training import start
 from gspn_jax.training.loop import Interrupted
 from gspn_jax.training.signals import Stop
 from gspn_jax.training.state import abstract_state
@@ -43,7 +43,7 @@ def small():
         yield make
 
 
-def distill(config: DistillConfig) -> None:
+def distill(config: LayersConfig) -> None:
     """Optax mixes types that JAX would promote."""
     with jax.numpy_dtype_promotion("standard"):
         distillation.distill(config)
@@ -55,7 +55,7 @@ def prepared(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def run(prepared, tmp_path_factory) -> DistillConfig:
+def run(prepared, tmp_path_factory) -> LayersConfig:
     """The config of a finished run of four steps."""
     config = distilling.config(tmp_path_factory.mktemp("distilled") / "run", *prepared)
     distill(config)
@@ -66,14 +66,20 @@ def lines(run_dir):
     return [json.loads(line) for line in (pathlib.Path(run_dir) / "metrics.jsonl").read_text().splitlines()]
 
 
-def everything(config: DistillConfig):
+def everything(config: LayersConfig):
     """All that the checkpoint of step 4 has: parameters, optimizer, averages."""
     mesh = sharding.make_mesh(config.mesh)
-    target = abstract_state(DistillationTask(config), mesh)
+    target = abstract_state(LayersTask(config), mesh)
     return checkpoints.read_items(checkpoints.folder(config.run_dir) / "4", target.items())
 
 
-def batch_of(task: DistillationTask, size: int = 2):
+def begun(task: LayersTask, mesh):
+    """Parameters of step 0."""
+    given = task.given()
+    return start.begin(task, given, start.plan(given, task.shapes), mesh)
+
+
+def batch_of(task: LayersTask, size: int = 2):
     with task.loader(task.source(), seed=1) as loader:
         return {name: jnp.asarray(value[:size]) for name, value in next(loader).items()}
 
@@ -81,7 +87,7 @@ def batch_of(task: DistillationTask, size: int = 2):
 def test_the_loss_is_that_of_two_predictions_and_the_outputs_of_all_layers(prepared):
     """Put together of what `unet.apply` gives with and without a mixer; timesteps and noise are those of the key."""
     config = dataclasses.replace(distilling.config("r", *prepared), loss=LossConfig(0.9, 0.4, 0.3))
-    task = DistillationTask(config)
+    task = LayersTask(config)
     params = jax.jit(task.init)(jax.random.key(0))
     (frozen,) = task.frozen(sharding.make_mesh(config.mesh))
     batch, key = batch_of(task), jax.random.key(5)
@@ -121,7 +127,7 @@ def test_the_loss_is_that_of_two_predictions_and_the_outputs_of_all_layers(prepa
 
 
 def test_a_run_trains_the_layers_alone_and_says_what_of(run, prepared, caplog):
-    task = DistillationTask(run)
+    task = LayersTask(run)
     found = [line for line in lines(run.run_dir) if "loss" in line]
     assert [line["step"] for line in found] == [1, 2, 3, 4]
     for line in found:
@@ -129,18 +135,18 @@ def test_a_run_trains_the_layers_alone_and_says_what_of(run, prepared, caplog):
         assert line["learning_rate"] == pytest.approx(1e-3)
     saved = everything(run)
     assert saved["params"].keys() == task.shapes.keys() and len(task.shapes) == 2 * 7
-    start = task.start(sharding.make_mesh(run.mesh))
-    changed = [name for name in start if not np.array_equal(start[name], saved["params"][name])]
+    first = begun(task, sharding.make_mesh(run.mesh))
+    changed = [name for name in first if not np.array_equal(first[name], saved["params"][name])]
     assert set(changed) == task.shapes.keys()
     model = load_folder(prepared[0])
-    for name in attention_outputs(start):
-        np.testing.assert_array_equal(start[name], model.unet[name])
+    table = (pathlib.Path(run.run_dir) / "init_from.txt").read_text()
+    for name, value in first.items():
+        taken = ".to_out." in name
+        assert not taken or np.array_equal(value, model.unet[name])
+        assert any(line.startswith(name) and line.endswith("copied") == taken for line in table.splitlines()), name
 
 
-def attention_outputs(params):
-    return [name for name in params if "to_out" in name]
-
-
+@pytest.mark.slow
 def test_a_run_that_goes_on_ends_with_the_same_bits_and_knows_its_teacher(run, prepared, tmp_path, monkeypatch):
     """After a signal in step 3, with the model's folder and the captions elsewhere."""
     model, captions = (shutil.copytree(path, tmp_path / path.name) for path in prepared)
@@ -161,6 +167,7 @@ def test_a_run_that_goes_on_ends_with_the_same_bits_and_knows_its_teacher(run, p
         distill(moved)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mesh", [MeshConfig(2, 1, 1), MeshConfig(1, 2, 1)], ids=["data 2", "fsdp 2"])
 def test_a_mesh_gives_the_same_gradient_and_splits_the_teacher(small, prepared, mesh):
     config = dataclasses.replace(distilling.config("r", *prepared), mesh=mesh)
@@ -168,14 +175,14 @@ def test_a_mesh_gives_the_same_gradient_and_splits_the_teacher(small, prepared, 
     found = []
     for devices in (1, 2):
         own = config if devices == 2 else dataclasses.replace(config, mesh=MeshConfig())
-        task, where = DistillationTask(own), small(own.mesh, jax.devices()[:devices])
-        params, (frozen,) = task.start(where), task.frozen(where)
+        task, where = LayersTask(own), small(own.mesh, jax.devices()[:devices])
+        params, (frozen,) = begun(task, where), task.frozen(where)
         batch = batch_of(task) if batch is None else batch
         found.append(_gradient(task, where, params, frozen, batch, key))
     split = [value for value in frozen.values() if not value.sharding.is_fully_replicated]
     assert (len(split) > 2) == (mesh.fsdp == 2)
     (one, losses), (other, again) = found
-    for name, own in DistillationTask(config).shapes.items():
+    for name, own in LayersTask(config).shapes.items():
         value, truth = (np.asarray(part[name])[tuple(map(slice, own.shape))] for part in (other, one))
         assert np.abs(value - truth).max() <= 1e-5 * max(np.abs(truth).max(), 1e-3), name
     assert losses == pytest.approx(again, rel=1e-5)
@@ -208,7 +215,8 @@ def test_what_is_exported_is_read_and_draws(run, prepared, tmp_path, capsys):
         ["--model", str(prepared[0]), "--mixer", "gspn", "--gspn-layers", str(output), "--prompt", "a dog",
          "--output", str(picture), "--size", "16", "24", "--steps", "2", "--sampler", "ddim"]
     )  # fmt: skip
-    assert Image.open(picture).size == (24, 16)
+    with Image.open(picture) as image:
+        assert image.size == (24, 16)
     with pytest.raises(SystemExit):
         text_to_image.main(["export", "--run", run.run_dir, "--output", str(output)])
     assert "--output must be a new .safetensors file" in capsys.readouterr().err
@@ -241,7 +249,7 @@ def test_a_mistake_gets_one_sentence_before_anything_is_trained(prepared, tmp_pa
 
 
 def test_the_recipe_is_the_references():
-    config = cli.load_config(ROOT / "configs/gspn_sd15.py", DistillConfig)
+    config = cli.load_config(ROOT / "configs/gspn_sd15.py", LayersConfig)
     optimizer = config.optimizer
     assert (optimizer.learning_rate, optimizer.final_learning_rate, optimizer.weight_decay) == (1e-4, 1e-4, 0.0)
     assert (optimizer.b1, optimizer.b2, config.train.batch_size) == (0.9, 0.999, 96)
