@@ -12,9 +12,9 @@ from gspn_jax.diffusion import samplers
 from gspn_jax.tables import MIXERS, OBJECTIVES, SAMPLERS, SOURCES, samplers_of
 
 ROOT = pathlib.Path(__file__).parents[1]
-CLASSIFIERS = ("gspn_t", "gspn_s", "gspn_b", "classify_cifar10")
-"""Configs of another task, which tests/classify looks at."""
-FILES = sorted(path for path in (ROOT / "configs").glob("[!_]*.py") if path.stem not in CLASSIFIERS)
+OTHERS = ("gspn_t", "gspn_s", "gspn_b", "classify_cifar10", "gspn_sd15")
+"""Configs of other tasks, which tests/classify and tests/text_to_image look at."""
+FILES = sorted(path for path in (ROOT / "configs").glob("[!_]*.py") if path.stem not in OTHERS)
 PUBLISHED = {
     "gspn_b_2": 137e6,
     "gspn_l_2": 443e6,

@@ -15,7 +15,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "kernels": set(),
     "foundation": set(),
     "cli": {"foundation"},
-    "configs": {"foundation", "classify"},
+    "configs": {"foundation", "classify", "text_to_image"},
 }
 MAY_IMPORT |= {leaf: {"foundation"} for leaf in LEAVES}
 MAY_IMPORT["models"] = {"foundation", "kernels"}

@@ -153,7 +153,7 @@ def init(config: UNetConfig, options: LayerOptions, key: Key[Array, ""]) -> dict
 def _first(part: str, key: Key[Array, ""], shape: tuple[int, ...]) -> Float[Array, "L ..."]:
     """First values of a parameter of several layers."""
     if part == "merge":
-        return jnp.full(shape, 1 / DIRECTIONS)
+        return jnp.full(shape, 1 / DIRECTIONS, jnp.float32)  # of no weak type, for which a step would be compiled again
     if part.endswith("bias"):
         return jnp.zeros(shape)
     limit = math.sqrt(6 / (shape[1] + math.prod(shape[2:])))
