@@ -152,7 +152,7 @@ def test_a_run_begins_with_it_trains_a_part_and_goes_on(run, tmp_path, caplog):
 
     caplog.clear()
     train(dataclasses.replace(config, train=dataclasses.replace(config.train, steps=3)))
-    assert "goes on from its own step 2: init_from is for a new run" in caplog.text
+    assert "has checkpoints and goes on from them: init_from is for a new run" in caplog.text
     assert average_of(config)["final/linear/bias"].tobytes() == theirs["final/linear/bias"].tobytes()
     with pytest.raises(checkpoints.CheckpointError, match=r"was started with train\.only 'mixer', found None"):
         train(dataclasses.replace(config, train=dataclasses.replace(config.train, steps=4, only=None)))
