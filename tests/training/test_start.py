@@ -68,12 +68,16 @@ def begun(config, mesh):
 
 
 def test_rows_of_classes_go_by_name_or_by_number():
-    assert class_rows(["a", "b"], ["b", "c", "a"]).there == (1, None, 0, 2)
-    assert class_rows(["0", "1", "2"], ["0", "1", "2", "3"]).there == (0, 1, 2, None, 3)  # grown
-    assert class_rows(["0", "1", "2"], ["2"]).there == (2, 3)  # shrunk
-    assert class_rows(["0", "1"], ["5", "6"]).there == (0, 1, 2)  # an import names classes by number
-    assert class_rows(["3", "4"], ["5", "6"]) == ((None, None, 2), "0 of 2 classes and the null class copied, 2 anew "
-                                                  "('5', '6')")  # fmt: skip
+    def rows(theirs, ours, fingerprint="f"):
+        return class_rows({"class_names": theirs, "fingerprint": fingerprint}, ours)
+
+    assert rows(["a", "b"], ["b", "c", "a"]).there == (1, None, 0, 2)
+    assert rows(["0", "1", "2"], ["0", "1", "2", "3"]).there == (0, 1, 2, None, 3)  # grown
+    assert rows(["0", "1", "2"], ["2"]).there == (2, 3)  # shrunk
+    assert rows(["0", "1"], ["5", "6"]).there == (None, None, 2)  # replaced
+    assert rows(["0", "1"], ["cat", "dog"], "unknown").there == (0, 1, 2)  # an import knows no names
+    said = "0 of 2 classes and the null class copied, 2 anew ('5', '6')"
+    assert rows(["3", "4"], ["5", "6"]).said == said
 
 
 @pytest.mark.parametrize("mesh", [(1, 1, 1), (1, 8, 1)])
