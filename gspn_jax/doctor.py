@@ -58,6 +58,7 @@ Findings = Iterator[Finding]
 def main(argv: list[str] | None = None) -> None:
     cli.setup()
     from gspn_jax.data import DataError
+    from gspn_jax.runs.checkpoints import CheckpointError
     from gspn_jax.state_dict import WeightsError
 
     argv = cli.words(argv)
@@ -75,6 +76,7 @@ def main(argv: list[str] | None = None) -> None:
     }
     if config:
         checks |= {
+            "beginning": lambda: beginning(config),
             "mesh": lambda: mesh(config),
             "memory": lambda: memory(config),
             "disk": lambda: disk(config),
@@ -89,7 +91,7 @@ def main(argv: list[str] | None = None) -> None:
                 print(" ", MARKS[finding.works], finding.text, flush=True)
                 if finding.works is False:
                     wrong.append(finding.text)
-        except (ConfigError, DataError, WeightsError, OSError, ImportError) as error:
+        except (ConfigError, DataError, CheckpointError, WeightsError, OSError, ImportError) as error:
             print(" ", MARKS[False], error, flush=True)
             wrong.append(str(error))
     if wrong:
@@ -269,9 +271,12 @@ def task_of(config: RunConfig) -> "Task":
     """The task that the config is of."""
     from gspn_jax.classify.config import ClassifyConfig
     from gspn_jax.classify.task import ClassificationTask
-    from gspn_jax.training.diffusion import DiffusionTask
+    from gspn_jax.training.train import diffusion_task
 
-    return (ClassificationTask if isinstance(config, ClassifyConfig) else DiffusionTask)(config)
+    if isinstance(config, ClassifyConfig):
+        return ClassificationTask(config)
+    assert isinstance(config, Config)
+    return diffusion_task(config)
 
 
 def mesh(config: RunConfig) -> Findings:
@@ -430,9 +435,8 @@ def weight_files(config: Config) -> Findings:
 
 
 def classifier_files(config: "ClassifyConfig") -> Findings:
-    """The images that are evaluated on, and the weights that a run begins with."""
+    """The images that are evaluated on."""
     from gspn_jax.classify.scoring import validation_source
-    from gspn_jax.parallel import sharding
 
     task = task_of(config)
     if config.eval.every:
@@ -440,9 +444,21 @@ def classifier_files(config: "ClassifyConfig") -> Findings:
         yield Finding(True, f"{len(images):,} images to evaluate on, of the same classes")
     else:
         yield Finding(None, "nothing is evaluated: eval.every is 0")
-    if config.init_from:
-        task.start(sharding.make_mesh(config.mesh))
-        yield Finding(True, f"the weights of {config.init_from} fit the network")
+
+
+def beginning(config: RunConfig) -> Findings:
+    """The weights that a new run begins with, by their shapes, and the part that is trained."""
+    from gspn_jax.training import only, start
+
+    task = task_of(config)
+    given = task.given()
+    if given is None:
+        yield Finding(None, "the parameters of a new run are fresh")
+    else:
+        lines = start.plan(given, task.shapes)
+        anew = sum(line.origin == "anew" for line in lines)
+        yield Finding(True, f"a new run begins with {given.said}: {len(lines) - anew} tensors fit, {anew} begin anew")
+    only.trained(config.train, task.shapes)
 
 
 if __name__ == "__main__":

@@ -37,8 +37,13 @@ logger = logging.getLogger(__name__)
 
 def train(config: Config) -> pathlib.Path:
     """Trains a diffusion model as `train_task` says, from a teacher where the config asks for one."""
-    task = DiffusionTask if config.distill == DistillConfig() else DistillationTask
-    return train_task(task(config))
+    return train_task(diffusion_task(config))
+
+
+def diffusion_task(config: Config) -> DiffusionTask:
+    """The task of a config: to learn from images, or from a teacher. Raises ConfigError for settings that do not fit
+    together."""
+    return DiffusionTask(config) if config.distill == DistillConfig() else DistillationTask(config)
 
 
 def train_task(task: Task) -> pathlib.Path:
