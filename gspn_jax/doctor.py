@@ -57,6 +57,7 @@ Findings = Iterator[Finding]
 def main(argv: list[str] | None = None) -> None:
     cli.setup()
     from gspn_jax.data import DataError
+    from gspn_jax.runs.checkpoints import CheckpointError
     from gspn_jax.state_dict import WeightsError
 
     argv = cli.words(argv)
@@ -74,12 +75,12 @@ def main(argv: list[str] | None = None) -> None:
     }
     if config:
         checks |= {
+            "beginning": lambda: beginning(config),
             "mesh": lambda: mesh(config),
             "memory": lambda: memory(config),
             "disk": lambda: disk(config),
             "data": lambda: data_set(config),
             "files": lambda: weight_files(config) if isinstance(config, Config) else classifier_files(config),
-            "start": lambda: first_weights(config),
         }
     wrong = []
     for name, check in checks.items():
@@ -89,7 +90,7 @@ def main(argv: list[str] | None = None) -> None:
                 print(" ", MARKS[finding.works], finding.text, flush=True)
                 if finding.works is False:
                     wrong.append(finding.text)
-        except (ConfigError, DataError, WeightsError, OSError, ImportError) as error:
+        except (ConfigError, DataError, CheckpointError, WeightsError, OSError, ImportError) as error:
             print(" ", MARKS[False], error, flush=True)
             wrong.append(str(error))
     if wrong:
@@ -269,12 +270,12 @@ def task_of(config: RunConfig) -> "Task":
     """The task that the config is of."""
     from gspn_jax.classify.config import ClassifyConfig
     from gspn_jax.classify.task import ClassificationTask
-    from gspn_jax.training.diffusion import DiffusionTask
+    from gspn_jax.training.train import diffusion_task
 
     if isinstance(config, ClassifyConfig):
         return ClassificationTask(config)
     assert isinstance(config, Config), "the command line reads no other"
-    return DiffusionTask(config)
+    return diffusion_task(config)
 
 
 def mesh(config: RunConfig) -> Findings:
@@ -445,17 +446,19 @@ def classifier_files(config: RunConfig) -> Findings:
     yield Finding(True, f"{len(images):,} images to evaluate on, of the same classes")
 
 
-def first_weights(config: RunConfig) -> Findings:
-    """The weights that a run begins with."""
-    from gspn_jax.training import start
+def beginning(config: RunConfig) -> Findings:
+    """The weights that a new run begins with, by their shapes, and the part that is trained."""
+    from gspn_jax.training import only, start
 
     task = task_of(config)
     given = task.given()
     if given is None:
-        yield Finding(None, "nothing is loaded: init_from is None")
-        return
-    start.plan(given, task.shapes)
-    yield Finding(True, f"the weights of {given.said} fit the network")
+        yield Finding(None, "the parameters of a new run are fresh")
+    else:
+        lines = start.plan(given, task.shapes)
+        anew = sum(line.origin == "anew" for line in lines)
+        yield Finding(True, f"a new run begins with {given.said}: {len(lines) - anew} tensors fit, {anew} begin anew")
+    only.trained(config.train, task.shapes)
 
 
 if __name__ == "__main__":

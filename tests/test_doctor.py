@@ -1,11 +1,13 @@
 """The doctor finds nothing wrong where nothing is, and says in words what would not work."""
 
+import dataclasses
 import importlib.metadata
 
 import numpy as np
 import pytest
 
 from gspn_jax import doctor, kernels
+from gspn_jax.config import ConfigError
 from gspn_jax.kernels import api
 from gspn_jax.models import attention
 from gspn_jax.runs import checkpoints
@@ -65,6 +67,16 @@ def test_a_machine_and_a_run_in_order(tmp_path, capsys):
 def test_what_would_not_work_is_said_in_words(flags, said, tmp_path, capsys):
     code, shown = look(tmp_path, capsys, *flags)
     assert code == 1 and said in shown.rsplit("would stop the run", 1)[1]
+
+
+def test_weights_to_begin_with_are_looked_at(tmp_path):
+    config = tiny.config(tmp_path / "run", ema_decays=(0.9,))
+    save(config, 3)
+    begun = dataclasses.replace(config, init_from=config.run_dir, model=dataclasses.replace(config.model, heads=8))
+    (finding,) = doctor.beginning(begun)
+    assert finding.works and "run, step 3, EMA 0.9: 17 tensors fit, 4 begin anew" in finding.text
+    with pytest.raises(ConfigError, match="which is in none of final/linear/bias"):
+        list(doctor.beginning(dataclasses.replace(begun, train=dataclasses.replace(begun.train, only="head"))))
 
 
 def test_a_kernel_with_wrong_values_is_found(monkeypatch, capsys):

@@ -32,6 +32,8 @@ log = logging.getLogger(__name__)
 HEADER = "gspn_jax"
 """The key of the file's metadata under which all that `import` needs lies as JSON."""
 FORMAT_VERSION = 1
+UNKNOWN = "unknown"
+"""Fingerprint of the data of a run that was imported from a file that tells neither them nor the names of classes."""
 HEADER_FIELDS = {
     "config": dict,
     "step": int,
@@ -102,7 +104,7 @@ def read(path: str, origin: Origin) -> WeightFile:
     except WeightsError as error:
         raise WeightsError(f"{path}: {error}") from error
     names = tuple(str(i) for i in range(config.data.num_classes))
-    return WeightFile(config, params, origin.step or 0, names, "unknown", ours=False)
+    return WeightFile(config, params, origin.step or 0, names, UNKNOWN, ours=False)
 
 
 def named(params: Any) -> Iterator[tuple[str, Any]]:

@@ -108,7 +108,7 @@ class DistillationTask(DiffusionTask):
                     f"{name} must be that of the teacher in {settings.teacher}, {value(theirs)!r}, found "
                     f"{value(config)!r}"
                 )
-        if class_rows(meta["class_names"], self._source.class_names).there != (*range(config.data.num_classes + 1),):
+        if class_rows(meta, self._source.class_names).there != (*range(config.data.num_classes + 1),):
             raise ConfigError(
                 f"the classes of the data must be those of the teacher in {settings.teacher}, in their order, found "
                 "others"

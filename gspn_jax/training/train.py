@@ -38,8 +38,13 @@ logger = logging.getLogger(__name__)
 
 def train(config: Config) -> pathlib.Path:
     """Trains a diffusion model as `train_task` says, from a teacher where the config asks for one."""
-    task = DiffusionTask if config.distill == DistillConfig() else DistillationTask
-    return train_task(task(config))
+    return train_task(diffusion_task(config))
+
+
+def diffusion_task(config: Config) -> DiffusionTask:
+    """The task of a config: to learn from images, or from a teacher. Raises ConfigError for settings that do not fit
+    together."""
+    return DiffusionTask(config) if config.distill == DistillConfig() else DistillationTask(config)
 
 
 def train_task(task: Task) -> pathlib.Path:
@@ -62,6 +67,8 @@ def train_task(task: Task) -> pathlib.Path:
     same_hosts.check_data(source.fingerprint, source.class_names)
     evaluation = task.evaluation(mesh)
     begun = bool(agree(len(steps(config.run_dir))))
+    if begun and config.init_from:
+        logger.warning("%s has checkpoints and goes on from them: init_from is for a new run", config.run_dir)
     given = None if begun else on_every_host(task.given)
     origins = given and start.plan(given, task.shapes)
     frozen = task.frozen(mesh)
@@ -76,8 +83,6 @@ def train_task(task: Task) -> pathlib.Path:
     ):
         # --- state: the latest checkpoint, or born sharded
         first_step, state = checkpoints.restore(target) or (0, _first_state(task, mesh, given, origins))
-        if begun and config.init_from:
-            logger.warning("%s goes on from its own step %d: init_from is for a new run", config.run_dir, first_step)
         if checkpoints.restored_config and first_step < config.train.steps:
             said = jump(checkpoints.restored_config, config, first_step)
             if said:

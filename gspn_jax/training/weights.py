@@ -1,7 +1,7 @@
 """The weights that a denoiser begins with: of a run, of an import, or of a file."""
 
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from gspn_jax import models
@@ -27,17 +27,18 @@ def denoiser_of(path: str, config: Config, class_names: Sequence[str], *, labels
     where = pathlib.Path(path)
     where = where / WEIGHTS if (where / WEIGHTS).is_file() else where
     if where.is_file():
-        theirs, names, said, read = _of_file(where, config)
+        theirs, rows, said, read = _of_file(where, config, class_names)
     elif where.is_dir():
-        theirs, names, said, read = _of_run(path)
+        theirs, rows, said, read = _of_run(path, class_names)
     else:
         raise ConfigError(f"init_from must be a run directory or a file of weights, found nothing at {path!r}")
-    rows = {_LABELS: class_rows(names, class_names)} if labels else {}
     anew = _anew(theirs, config) | ({} if labels else {"label_embed/": "another condition"})
-    return Given(said, models.abstract(theirs)[1], read, loose=(_INPUT, _OUTPUT, _MIXERS), anew=anew, rows=rows)
+    return Given(
+        said, models.abstract(theirs)[1], read, loose=(_INPUT, _OUTPUT, _MIXERS), anew=anew, rows={_LABELS: rows}
+    )
 
 
-def _of_run(path: str) -> tuple[Config, Sequence[str], str, Any]:
+def _of_run(path: str, class_names: Sequence[str]) -> tuple[Config, Rows, str, Any]:
     step, meta = checkpoints.read_meta(path)
     try:
         theirs = from_dict(meta["config"])
@@ -45,10 +46,11 @@ def _of_run(path: str) -> tuple[Config, Sequence[str], str, Any]:
         raise ConfigError(f"init_from {path}: {error}") from error
     decay = theirs.train.ema_decays[0]
     said = f"{path}, step {step}, {f'EMA {decay:g}' if decay else 'the parameters themselves'}"
-    return theirs, meta["class_names"], said, lambda mesh: checkpoints.restore_params(path, step, theirs, mesh)
+    rows = class_rows(meta, class_names)
+    return theirs, rows, said, lambda mesh: checkpoints.restore_params(path, step, theirs, mesh)
 
 
-def _of_file(path: pathlib.Path, config: Config) -> tuple[Config, Sequence[str], str, Any]:
+def _of_file(path: pathlib.Path, config: Config, class_names: Sequence[str]) -> tuple[Config, Rows, str, Any]:
     try:
         found = weight_files.read(str(path), weight_files.Origin())
         theirs, wanted = found.config.diffusion.objective, config.diffusion.objective
@@ -60,7 +62,8 @@ def _of_file(path: pathlib.Path, config: Config) -> tuple[Config, Sequence[str],
         ) from error
     shapes = models.abstract(found.config)[1]
     said = str(path) + (f", step {found.step}" if found.step else "")
-    return found.config, found.class_names, said, lambda mesh: sharding.put(found.params, shapes, mesh)
+    rows = class_rows(found._asdict(), class_names)
+    return found.config, rows, said, lambda mesh: sharding.put(found.params, shapes, mesh)
 
 
 def _anew(theirs: Config, ours: Config) -> dict[str, str]:
@@ -76,13 +79,14 @@ def _anew(theirs: Config, ours: Config) -> dict[str, str]:
     return found
 
 
-def class_rows(theirs: Sequence[str], ours: Sequence[str]) -> Rows:
-    """Rows of a table of classes and the null class: a class goes on by its name, or, where one side has numbers for
-    names and both have as many, by its number; the null class always does."""
+def class_rows(about: Mapping[str, Any], ours: Sequence[str]) -> Rows:
+    """Rows of a table of classes and the null class, which always goes on; `about` has "class_names" and "fingerprint"
+    as they are saved with a checkpoint. A class goes on by its name, or by its number where an import does not know
+    names and has as many classes."""
+    theirs = about["class_names"]
     known = {name: row for row, name in enumerate(theirs)}
     there = [known.get(name) for name in ours]
-    numbered = any(list(side) == [str(i) for i in range(len(side))] for side in (theirs, ours))
-    if numbered and len(theirs) == len(ours):
+    if about["fingerprint"] == weight_files.UNKNOWN and len(theirs) == len(ours):
         there = list(range(len(ours)))
     new = [name for name, row in zip(ours, there, strict=True) if row is None]
     shown = ", ".join(map(repr, new[:_SHOWN])) + (", ..." if len(new) > _SHOWN else "")

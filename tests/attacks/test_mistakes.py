@@ -95,6 +95,11 @@ def encode(*arguments, vae="{vae}"):
     return prepare("latents", "--vae", vae, "--output", "{here}/out", *arguments)
 
 
+def begin(*arguments):
+    """A new run, in {here}/new: {here}/run is a copy of one that has checkpoints."""
+    return train("--run-dir", "{here}/new", *arguments)
+
+
 LATENTS = ("--data.source", "latents", "--data.channels", "4", "--data.path")
 FOLDER = ("--data.source", "folder", "--data.channels", "3", "--data.num-classes", "2", "--data.path")
 ATTACKS = [
@@ -252,25 +257,25 @@ ATTACKS = [
     mistake("D6", encode("--images", "{images}", vae="{here}/weights.xyz"), "weights.xyz"),
     mistake("D6", encode("--images", "{images}", vae="{here}/foreign.bin"), "foreign.bin"),
     # a run that begins with the weights of another, trains a part, has no classes, or learns from a teacher
-    mistake("D7", train("--init-from", "{here}/nowhere"), "found nothing at '{here}/nowhere'"),
-    mistake("D7", train("--init-from", "{here}/nowhere.safetensors"), "found nothing at '{here}/nowhere.safetensors'"),
-    mistake("D7", train("--init-from", ""), "init_from must be a run directory, a file of weights, or None, found ''"),
-    mistake("D7", train("--init-from", "{images}"), "no checkpoint in {images}"),
-    mistake("D7", train("--init-from", "{here}/flipped"), "ema_0.9/_METADATA has 2 bytes, not the"),
-    mistake("D7", train("--init-from", "{here}/no_meta"), "meta/metadata is missing"),
-    mistake("D7", train("--init-from", "{here}/text.safetensors"), "text.safetensors must be a safetensors file"),
-    mistake("D7", train("--init-from", "{here}/cut.safetensors"), "cut.safetensors"),
-    mistake("D7", train("--init-from", "{here}/weights.xyz"), "weights.xyz"),
-    mistake("D7", train("--init-from", "{other_weights}"), "other.safetensors: the weights must be those of a DiT"),
+    mistake("D7", begin("--init-from", "{here}/nowhere"), "found nothing at '{here}/nowhere'"),
+    mistake("D7", begin("--init-from", "{here}/nowhere.safetensors"), "found nothing at '{here}/nowhere.safetensors'"),
+    mistake("D7", begin("--init-from", ""), "init_from must be a run directory, a file of weights, or None, found ''"),
+    mistake("D7", begin("--init-from", "{images}"), "no checkpoint in {images}"),
+    mistake("D7", begin("--init-from", "{here}/flipped"), "ema_0.9/_METADATA has 2 bytes, not the"),
+    mistake("D7", begin("--init-from", "{here}/no_meta"), "meta/metadata is missing"),
+    mistake("D7", begin("--init-from", "{here}/text.safetensors"), "text.safetensors must be a safetensors file"),
+    mistake("D7", begin("--init-from", "{here}/cut.safetensors"), "cut.safetensors"),
+    mistake("D7", begin("--init-from", "{here}/weights.xyz"), "weights.xyz"),
+    mistake("D7", begin("--init-from", "{other_weights}"), "other.safetensors: the weights must be those of a DiT"),
     mistake(
         "D7",
-        train("--init-from", "{run}", "--model.preset", "DiT-S/2", "--model.hidden", "64", "--model.heads", "4"),
+        begin("--init-from", "{run}", "--model.preset", "DiT-S/2", "--model.hidden", "64", "--model.heads", "4"),
         ("init_from must have parameters of the shapes of the config, found", "of shape"),
     ),
     mistake(
         "D7",
         train("--init-from", "{here}/nowhere", config="{here}/run.py"),
-        "goes on from its own step 6: init_from is for a new run",
+        "run has checkpoints and goes on from them: init_from is for a new run",
         code=GOES_ON,
         writes=("run/*",),
     ),
@@ -297,12 +302,12 @@ ATTACKS = [
     mistake("D7", train("--distill.data-weight", "-1"), "distill.data_weight must be 0 or more"),
     mistake(
         "D7",
-        train("--distill.teacher", "{run}", "--diffusion.objective", "ddpm", "--sampler.name", "ddim"),
+        begin("--distill.teacher", "{run}", "--diffusion.objective", "ddpm", "--sampler.name", "ddim"),
         "diffusion.objective must be that of the teacher in {run}, 'flow', found 'ddpm'",
     ),
     mistake(
         "D7",
-        train("--distill.teacher", "{run}", "--data.image-size", "16"),
+        begin("--distill.teacher", "{run}", "--data.image-size", "16"),
         "data.image_size must be that of the teacher in {run}, 8, found 16",
     ),
     mistake("D4", train(config="{here}/run.py"), "", code=GOES_ON, writes=("run/*",)),

@@ -68,12 +68,16 @@ def begun(config, mesh):
 
 
 def test_rows_of_classes_go_by_name_or_by_number():
-    assert class_rows(["a", "b"], ["b", "c", "a"]).there == (1, None, 0, 2)
-    assert class_rows(["0", "1", "2"], ["0", "1", "2", "3"]).there == (0, 1, 2, None, 3)  # grown
-    assert class_rows(["0", "1", "2"], ["2"]).there == (2, 3)  # shrunk
-    assert class_rows(["0", "1"], ["5", "6"]).there == (0, 1, 2)  # an import names classes by number
-    assert class_rows(["3", "4"], ["5", "6"]) == ((None, None, 2), "0 of 2 classes and the null class copied, 2 anew "
-                                                  "('5', '6')")  # fmt: skip
+    def rows(theirs, ours, fingerprint="f"):
+        return class_rows({"class_names": theirs, "fingerprint": fingerprint}, ours)
+
+    assert rows(["a", "b"], ["b", "c", "a"]).there == (1, None, 0, 2)
+    assert rows(["0", "1", "2"], ["0", "1", "2", "3"]).there == (0, 1, 2, None, 3)  # grown
+    assert rows(["0", "1", "2"], ["2"]).there == (2, 3)  # shrunk
+    assert rows(["0", "1"], ["5", "6"]).there == (None, None, 2)  # replaced
+    assert rows(["0", "1"], ["cat", "dog"], "unknown").there == (0, 1, 2)  # an import knows no names
+    said = "0 of 2 classes and the null class copied, 2 anew ('5', '6')"
+    assert rows(["3", "4"], ["5", "6"]).said == said
 
 
 @pytest.mark.parametrize("mesh", [(1, 1, 1), (1, 8, 1)])
@@ -152,7 +156,7 @@ def test_a_run_begins_with_it_trains_a_part_and_goes_on(run, tmp_path, caplog):
 
     caplog.clear()
     train(dataclasses.replace(config, train=dataclasses.replace(config.train, steps=3)))
-    assert "goes on from its own step 2: init_from is for a new run" in caplog.text
+    assert "has checkpoints and goes on from them: init_from is for a new run" in caplog.text
     assert average_of(config)["final/linear/bias"].tobytes() == theirs["final/linear/bias"].tobytes()
     with pytest.raises(checkpoints.CheckpointError, match=r"was started with train\.only 'mixer', found None"):
         train(dataclasses.replace(config, train=dataclasses.replace(config.train, steps=4, only=None)))
