@@ -1,0 +1,203 @@
+"""Memory of training steps on one GPU, counted by XLA:GPU's compiler, and the formula of `gspn_jax.plan` fitted to it.
+
+python benchmarks/memory_gpu.py step GSPN-B/2 --batch 64 [--remat full] [--accumulate 2] [--gpu h200]
+                                       compiles one program and adds its memory to benchmarks/results/memory_gpu.json
+python benchmarks/memory_gpu.py recorded     all programs that the formula is fitted to
+python benchmarks/memory_gpu.py fit          fits it, prints its errors, writes gspn_jax/plan/memory.json
+
+No GPU is needed (see gpu_compile.py, in whose environment it runs); "fit" needs NumPy alone.
+"""
+
+import argparse
+import dataclasses
+import datetime
+import json
+import os
+import pathlib
+import re
+import sys
+import time
+from typing import Any
+
+ROOT = pathlib.Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results" / "memory_gpu.json"
+FITTED = ROOT / "gspn_jax" / "plan" / "memory.json"
+RECORDED = (
+    "step GSPN-B/2 --batch 64",
+    "step GSPN-B/2 --batch 128",
+    "step GSPN-XL/2 --batch 16",
+    "step GSPN-B/2 --batch 64 --remat full",
+    "step GSPN-XL/2 --batch 16 --remat full",
+    "step DiT-B/2 --batch 64",
+    "step DiT-XL/2 --batch 16",
+    "step DiT-B/2 --batch 64 --remat full",
+    "step DiT-XL/2 --batch 16 --remat full",
+    "step GSPN-XL/2 --batch 64 --accumulate 4",
+    "step DiT-XL/2 --batch 128 --remat full",
+    "step GSPN-L/2 --batch 64 --remat full",
+)
+
+_4090 = (
+    (r"major: 9 feature_extension: ACCELERATED_FEATURES", "major: 8 minor: 9"),
+    (r"Compute Capability 9.0a", "Compute Capability 8.9"),
+    (r"sm_9.0a", "sm_8.9"),
+    (r"core_count: 132", "core_count: 128"),
+    (r"shared_memory_per_core: \d+", "shared_memory_per_core: 102400"),
+    (r"shared_memory_per_block_optin: \d+", "shared_memory_per_block_optin: 101376"),
+    (r"threads_per_core_limit: 2048", "threads_per_core_limit: 1536"),
+    (r"l2_cache_size: \d+", "l2_cache_size: 75497472"),
+    (r"memory_bandwidth: \d+", "memory_bandwidth: 1008000000000"),
+    (r"device_memory_size: \d+", "device_memory_size: 25386352640"),
+    (r"NVIDIA H200", "NVIDIA GeForce RTX 4090"),
+)  # fmt: skip
+"""What makes gpu_compile.py's description of an H200 one of an RTX 4090, by NVIDIA's tables for 8.9."""
+
+
+def target(gpu: str) -> str:
+    """The description of a GPU that XLA compiles for."""
+    from benchmarks import gpu_compile
+
+    text = gpu_compile.target("h200")
+    for pattern, value in _4090 if gpu == "rtx4090" else ():
+        text, count = re.subn(pattern, value, text)
+        assert count, pattern
+    return text
+
+
+def config_of(arguments: argparse.Namespace) -> Any:
+    from gspn_jax.config import MeshConfig
+    from gspn_jax.configs.dit_xl_2 import config as dit
+    from gspn_jax.configs.gspn_xl_2 import config as gspn
+
+    base = dit if arguments.preset.startswith("DiT") else gspn
+    remat = arguments.remat or base.model.remat
+    return dataclasses.replace(
+        base,
+        model=dataclasses.replace(base.model, preset=arguments.preset, remat=remat),
+        mesh=MeshConfig(1, 1, 1),
+        data=dataclasses.replace(base.data, image_size=arguments.image_size),
+        train=dataclasses.replace(base.train, batch_size=arguments.batch, accumulate=arguments.accumulate),
+    )
+
+
+def counted(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The memory of one program."""
+    from jax.experimental import topologies
+
+    from benchmarks import gpu_compile
+    from gspn_jax import models
+    from gspn_jax.models.width import widths
+
+    config = config_of(arguments)
+    gpus = topologies.get_topology_desc(
+        platform="cuda", topology_name="", target_config=target(arguments.gpu), topology="1x1x1"
+    ).devices
+    start = time.monotonic()
+    with gpu_compile.traced_for(gpus[0]):
+        lowered, _ = gpu_compile.lower(argparse.Namespace(what="step", batch=arguments.batch), config, gpus)
+    memory = lowered.compile(gpu_compile.OPTIONS | {"xla_gpu_enable_triton_gemm": False}).memory_analysis()
+    arch = models.resolve(config.model)
+    return {
+        "preset": arguments.preset,
+        "layout": arch.layout,
+        "mixer": arch.mixer,
+        "remat": config.model.remat,
+        "gpu": arguments.gpu,
+        "images": arguments.batch // arguments.accumulate,
+        "accumulate": arguments.accumulate,
+        "parameters": models.count_parameters(config),
+        "blocks": arch.blocks,
+        "width": widths(arch)["hidden"],
+        "tokens": (config.data.image_size // arch.patch) ** 2,
+        "arguments": memory.argument_size_in_bytes,
+        "temporary": memory.temp_size_in_bytes,
+        "seconds": round(time.monotonic() - start),
+        "date": datetime.date.today().isoformat(),
+        "versions": gpu_compile.versions(),
+    }
+
+
+def name_of(row: dict[str, Any]) -> str:
+    name = f"{row['preset']}, {row['images']} images, remat {row['remat']}, {row['gpu']}"
+    name += f", {row['tokens']} tokens" if row["tokens"] != 256 else ""
+    return name + (f", accumulate {row['accumulate']}" if row["accumulate"] > 1 else "")
+
+
+def others() -> list[dict[str, Any]]:
+    """Steps on one GPU that gpu_compile.py has recorded."""
+    from gspn_jax import models
+    from gspn_jax.config import ModelConfig
+    from gspn_jax.models.width import widths
+
+    found = json.loads((ROOT / "benchmarks" / "results" / "gpu_compile.json").read_text())
+    rows = []
+    for result in found.values():
+        if result["what"] != "step" or result["mesh"] != "1x1" or result["model"]:
+            continue
+        arch = models.resolve(ModelConfig(preset=result["preset"]))
+        rows.append(
+            {
+                "preset": result["preset"],
+                "layout": arch.layout,
+                "mixer": arch.mixer,
+                "remat": result["remat"],
+                "gpu": result["gpu"],
+                "images": result["batch"],
+                "accumulate": 1,
+                "parameters": round(result["arguments_gb"] * 1e9 / 16),
+                "blocks": arch.blocks,
+                "width": widths(arch)["hidden"],
+                "tokens": (result["image_size"] // arch.patch) ** 2,
+                "arguments": round(result["arguments_gb"] * 1e9),
+                "temporary": round(result["temporary_gb"] * 1e9),
+            }
+        )
+    return rows
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("step", "recorded", "fit"))
+    parser.add_argument("preset", nargs="?", default="GSPN-B/2")
+    parser.add_argument("--batch", type=int, default=64, help="images a step")
+    parser.add_argument("--image-size", type=int, default=32, help="of the latents")
+    parser.add_argument("--remat", help="that of the config if not given")
+    parser.add_argument("--accumulate", type=int, default=1)
+    parser.add_argument("--gpu", default="rtx4090", choices=("rtx4090", "h200"))
+    return parser.parse_args(argv)
+
+
+def record(row: dict[str, Any]) -> None:
+    from gspn_jax.files import replacing
+
+    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    results[name_of(row)] = row
+    with replacing(RESULTS) as temporary:
+        temporary.write_text(json.dumps(results, indent=1) + "\n")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    row = counted(arguments)
+    record(row)
+    print(
+        f"{name_of(row)}: {row['arguments'] / 1e9:.2f} + {row['temporary'] / 1e9:.2f} GB, {row['seconds']} s",
+        flush=True,
+    )
+
+
+def main() -> None:
+    arguments = parse()
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    sys.path.insert(0, str(ROOT))
+    if arguments.what == "step":
+        run(arguments)
+    elif arguments.what == "recorded":
+        import jax
+
+        for words in RECORDED:
+            run(parse(words.split()))
+            jax.clear_caches()
+
+
+if __name__ == "__main__":
+    main()
