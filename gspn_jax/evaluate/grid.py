@@ -17,7 +17,7 @@ from gspn_jax.tables import METRICS
 log = logging.getLogger(__name__)
 
 FOLDER = "grids"
-"""Of RUN/evaluation."""
+"""Folder of the grids, in RUN/evaluation."""
 
 
 class Cell(NamedTuple):

@@ -78,7 +78,7 @@ class Weights:
         }
 
     def settings(self) -> dict[str, Any]:
-        """Where they are from and what they are, as JSON values; `images_seen` in training."""
+        """Origin and identity of the weights, as JSON values; `images_seen` in training."""
         return {
             "run": self.run,
             "model": self.config.model.preset,
