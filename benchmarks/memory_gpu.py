@@ -3,9 +3,9 @@
 python benchmarks/memory_gpu.py step GSPN-B/2 --batch 64 [--remat full] [--accumulate 2] [--gpu h200]
                                        compiles one program and adds its memory to benchmarks/results/memory_gpu.json
 python benchmarks/memory_gpu.py recorded     all programs that the formula is fitted to
-python benchmarks/memory_gpu.py fit          fits it, prints its errors, writes gspn_jax/plan/memory.json
+python benchmarks/memory_gpu.py fit          fits it, and prints what `gspn_jax/plan/memory.py` has as FITTED
 
-No GPU is needed (see gpu_compile.py, in whose environment it runs); "fit" needs NumPy alone.
+No GPU is needed (see gpu_compile.py, in whose environment it runs); "fit" needs SciPy alone.
 """
 
 import argparse
@@ -17,25 +17,32 @@ import pathlib
 import re
 import sys
 import time
+from collections.abc import Iterable
 from typing import Any
+
+import numpy as np
+from scipy.optimize import nnls
 
 ROOT = pathlib.Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "memory_gpu.json"
-FITTED = ROOT / "gspn_jax" / "plan" / "memory.json"
 RECORDED = (
-    "step GSPN-B/2 --batch 64",
-    "step GSPN-B/2 --batch 128",
     "step GSPN-XL/2 --batch 16",
-    "step GSPN-B/2 --batch 64 --remat full",
+    "step GSPN-B/2 --batch 64",
     "step GSPN-XL/2 --batch 16 --remat full",
+    "step GSPN-B/2 --batch 64 --remat full",
     "step DiT-B/2 --batch 64",
     "step DiT-XL/2 --batch 16",
-    "step DiT-B/2 --batch 64 --remat full",
     "step DiT-XL/2 --batch 16 --remat full",
+    "step DiT-B/2 --batch 64 --remat full",
     "step GSPN-XL/2 --batch 64 --accumulate 4",
-    "step DiT-XL/2 --batch 128 --remat full",
-    "step GSPN-L/2 --batch 64 --remat full",
+    "step GSPN-L/2 --batch 32 --remat full",
+    "step DiT-L/2 --batch 32",
+    "step GSPN-B/2 --batch 128",
 )
+"""Programs that the formula is fitted to, beside those of gpu_compile.py on one GPU."""
+KEPT = {("gspn", "full"): 1.5, ("attention", "full"): 1.0, ("attention", "dots"): 10.0, ("gspn", "names"): 6.5}
+"""What a block keeps, in tokens of its width: its input and, in the paper's layout, every second time a long skip; with
+"dots" the products of attention (5) and of the MLP (4 and 1) beside its input."""
 
 _4090 = (
     (r"major: 9 feature_extension: ACCELERATED_FEATURES", "major: 8 minor: 9"),
@@ -132,7 +139,8 @@ def others() -> list[dict[str, Any]]:
     found = json.loads((ROOT / "benchmarks" / "results" / "gpu_compile.json").read_text())
     rows = []
     for result in found.values():
-        if result["what"] != "step" or result["mesh"] != "1x1" or result["model"]:
+        known = result["preset"] in models.PRESETS
+        if result["what"] != "step" or result["mesh"] != "1x1" or result["model"] or not known:
             continue
         arch = models.resolve(ModelConfig(preset=result["preset"]))
         rows.append(
@@ -153,6 +161,61 @@ def others() -> list[dict[str, Any]]:
             }
         )
     return rows
+
+
+def fits(rows: Iterable[dict[str, Any]]) -> dict[tuple[str, str], tuple[float, float, float, float, int]]:
+    """{(mixer, remat): (gradients, per_block, once, largest relative error, programs)}, by least squares of relative
+    errors over programs without accumulation; no number is negative, and "gradients" is one for all. Where all programs
+    have as many blocks, per_block is what KEPT says."""
+    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for row in rows:
+        if row["accumulate"] == 1:
+            groups.setdefault((row["mixer"], row["remat"]), []).append(row)
+    names = sorted(groups)
+    system, wanted = [], []
+    for place, name in enumerate(names):
+        for row in groups[name]:
+            values = 2 * row["images"] * row["tokens"] * row["width"]
+            line = np.zeros(1 + 2 * len(names))
+            line[0], line[1 + 2 * place : 3 + 2 * place] = 4 * row["parameters"], (row["blocks"] * values, values)
+            total = row["arguments"] + row["temporary"]
+            system.append(line / total)
+            wanted.append(row["temporary"] / total)
+        if len({row["blocks"] for row in groups[name]}) == 1:
+            system.append(np.eye(1 + 2 * len(names))[1 + 2 * place])
+            wanted.append(KEPT[name])
+    found = nnls(np.array(system), np.array(wanted))[0]
+    table = {name: (found[0], found[1 + 2 * place], found[2 + 2 * place]) for place, name in enumerate(names)}
+    errors = {
+        name: max(
+            abs(rest(row, *numbers) - row["temporary"]) / (row["arguments"] + row["temporary"]) for row in groups[name]
+        )
+        for name, numbers in table.items()
+    }
+    return {name: (*numbers, errors[name], len(groups[name])) for name, numbers in table.items()}
+
+
+def rest(row: dict[str, Any], gradients: float, per_block: float, once: float) -> float:
+    """Temporary bytes by the formula."""
+    values = 2 * row["images"] * row["tokens"] * row["width"] * (row["blocks"] * per_block + once)
+    return gradients * 4 * row["parameters"] + values + 4 * row["parameters"] * (row["accumulate"] > 1)
+
+
+def fit() -> None:
+    """Prints the table of the formula's numbers, as code, and what it says beside each program."""
+    rows = recorded()
+    table = fits(rows)
+    for (mixer, remat), numbers in table.items():
+        print(f'    ("{mixer}", "{remat}"): Fit({", ".join(f"{number:.3g}" for number in numbers)}),')
+    for row in rows:
+        said = rest(row, *table[row["mixer"], row["remat"]][:3]) if (row["mixer"], row["remat"]) in table else 0
+        print(f"# {name_of(row)}: {row['temporary'] / 1e9:.2f} GB by the compiler, {said / 1e9:.2f} by the formula")
+
+
+def recorded() -> list[dict[str, Any]]:
+    """All programs of one GPU whose memory was counted."""
+    own = json.loads(RESULTS.read_text()).values() if RESULTS.exists() else ()
+    return [*others(), *own]
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -191,6 +254,8 @@ def main() -> None:
     sys.path.insert(0, str(ROOT))
     if arguments.what == "step":
         run(arguments)
+    elif arguments.what == "fit":
+        fit()
     elif arguments.what == "recorded":
         import jax
 

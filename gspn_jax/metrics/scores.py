@@ -187,5 +187,11 @@ PRECISION, RECALL = (
     for which, label in enumerate(("precision", "recall"))
 )
 CLIP_SCORE = Metric(
-    "CLIP score", "caption scores", _CaptionScores, lambda kept, target, _: kept.mean(), network="clip", captions=True
+    "CLIP score",
+    "caption scores",
+    _CaptionScores,
+    lambda kept, target, _: kept.mean(),
+    network="clip",
+    captions=True,
+    higher=True,
 )
