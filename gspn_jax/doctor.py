@@ -372,12 +372,15 @@ def disk(config: RunConfig) -> Findings:
     state = abstract_state(task_of(config), sharding.make_mesh(config.mesh))
     size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
     periodic = config.train.steps // config.train.keep_every if config.train.keep_every else 0
-    needed = (KEPT_CHECKPOINTS + periodic) * size
+    snapshots = config.train.steps // config.train.snapshot_every if config.train.snapshot_every else 0
+    averages = len(config.train.ema_widths) * sum(4 * leaf.size for leaf in jax.tree.leaves(state.params))
+    needed = (KEPT_CHECKPOINTS + periodic) * size + snapshots * averages
     free = shutil.disk_usage(parent).free
     yield Finding(
         free > needed,
-        f"{KEPT_CHECKPOINTS + periodic} checkpoints of {size / 1e9:.2f} GB need "
-        f"{needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free"
+        f"{KEPT_CHECKPOINTS + periodic} checkpoints of {size / 1e9:.2f} GB "
+        + (f"and {snapshots} snapshots of {averages / 1e9:.2f} GB " if snapshots else "")
+        + f"need {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free"
         + (f" ({periodic} of them by train.keep_every)" if periodic else "")
         + f"; saving one takes about {size * write / WRITTEN_BYTES:.0f} s beside the training",
     )

@@ -28,6 +28,8 @@ class Arguments:
     """The checkpoint; the latest by default."""
     ema: float | None = None
     """The EMA decay to sample from: the first of the run by default; 0 is the parameters themselves."""
+    ema_width: float | None = None
+    """In place of a decay, the width of a power-function average, made of the run's snapshots."""
     output: str | None = None
     """Where to write; in the run directory by default: grid_0.png, grid_1.png, ... or samples.npz for --num-samples.
     A file that exists is never overwritten."""
@@ -147,18 +149,19 @@ def _draw(arguments: Arguments, config: Config, step: int, labels, names: list[s
     from gspn_jax.sampling.drawing import Drawing
     from gspn_jax.sampling.files import write_npz
     from gspn_jax.sampling.grid import grid
+    from gspn_jax.sampling.weights import Weights, guide_of
 
+    mesh = sharding.make_mesh(arguments.mesh)
+    weights = Weights(arguments.run, step, config, mesh, ema=arguments.ema, ema_width=arguments.ema_width)
     vae = load_autoencoder(arguments.vae, config, arguments.image_size)
     numbers = np.arange(len(labels))
     with Drawing(
-        arguments.run,
-        step,
-        config,
-        sharding.make_mesh(arguments.mesh),
+        weights,
+        arguments.sampler,
+        guide=guide_of(arguments.sampler, config, mesh),
         total=len(labels),
         batch_size=min(arguments.batch_size, len(labels)),
         seed=arguments.seed,
-        ema=arguments.ema,
         image_size=arguments.image_size,
         vae=vae,
     ) as drawing:

@@ -9,7 +9,7 @@ import pytest
 from tests.source_files import ROOT, package, sources
 
 LEAVES = ("diffusion", "data", "metrics", "autoencoder", "text", "unet")
-COMMANDS = ("prepare", "evaluate", "convert", "classify", "text_to_image", "doctor", "demo", "train", "sample")
+COMMANDS = ("prepare", "evaluate", "convert", "classify", "text_to_image", "doctor", "plan", "demo", "train", "sample")
 
 MAY_IMPORT: dict[str, set[str]] = {
     "kernels": set(),

@@ -12,6 +12,7 @@ from gspn_jax.config.checks import (
     require_fraction,
     require_one_of,
     require_positive,
+    require_width,
     whole_number,
 )
 from gspn_jax.config.run import Config, RunConfig
@@ -74,6 +75,7 @@ __all__ = [
     "require_fraction",
     "require_one_of",
     "require_positive",
+    "require_width",
     "task_of",
     "to_dict",
     "whole_number",

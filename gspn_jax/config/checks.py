@@ -91,6 +91,15 @@ def put_homes(owner: Any, *names: str) -> None:
             object.__setattr__(owner, name, os.path.expanduser(value))
 
 
+WIDEST = 1 / math.sqrt(12)
+"""The relative standard deviation of the mean of all steps; a power-function average is narrower."""
+
+
+def require_width(field: str, width: float) -> None:
+    """`require` for the width of a power-function average (`runs.power`)."""
+    require(0.0 < width <= WIDEST, field, f"greater than 0 and at most {WIDEST:.4f}, the mean of all steps", width)
+
+
 def require_fraction(owner: Any, prefix: str, *names: str) -> None:
     """`require` for fields of `owner` in [0, 1)."""
     for name in names:

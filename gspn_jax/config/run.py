@@ -128,7 +128,7 @@ class Config(RunConfig):
         )
         if self.data.unconditional:
             for name, scale in (
-                ("sampler.guidance_scale", self.sampler.guidance_scale),
+                ("sampler.guidance_scale", None if self.sampler.guide else self.sampler.guidance_scale),
                 ("eval.guidance_scale", self.eval.guidance_scale),
             ):
                 require(scale in (None, 1), name, "1 with data.unconditional: there is no class to guide by", scale)

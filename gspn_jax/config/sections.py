@@ -13,6 +13,7 @@ from gspn_jax.config.checks import (
     require_fraction,
     require_one_of,
     require_positive,
+    require_width,
     whole_number,
 )
 from gspn_jax.tables import METRICS, MIXERS, OBJECTIVES, SAMPLERS, SOURCES, Choice
@@ -184,6 +185,18 @@ class SamplerConfig:
     """Classifier-free guidance: 1 is none."""
     guidance_interval: tuple[float, float] = (0.0, 1.0)
     """The part of the noise time, 0 clean to 1 pure noise, in which guidance acts."""
+    guidance_sigmas: tuple[float, float] | None = None
+    """The same as noise levels, LOW < sigma <= HIGH of x_0 + sigma noise, as arXiv 2404.07724 has them: t / (1 - t) at
+    noise time t of flow matching. In units of the data as the network sees them; those of EDM2 are half of ours."""
+    guide: str | None = None
+    """Autoguidance (arXiv 2406.02507): the run of a smaller or less trained model, whose prediction for the same
+    condition is what guidance leads away from, in place of that without a condition."""
+    guide_step: int | None = None
+    """The guide's checkpoint; the latest by default."""
+    guide_ema: float | None = None
+    """The guide's EMA decay: the first of its run by default; 0 is the parameters themselves."""
+    guide_ema_width: float | None = None
+    """The width of a power-function average of the guide, in place of a decay."""
     guidance_channels: Literal["all", "first3"] = "all"
     """"first3" guides three latent channels only, as in the code behind DiT's published numbers."""
     ddim_eta: float = 0.0
@@ -204,6 +217,29 @@ class SamplerConfig:
             self.guidance_interval,
         )
         require(0.0 <= self.ddim_eta <= 1.0, "sampler.ddim_eta", "in [0, 1]", self.ddim_eta)
+        if self.guidance_sigmas is not None:
+            self._check_sigmas(self.guidance_sigmas)
+        self._check_guide()
+
+    def _check_sigmas(self, found: tuple[float, float]) -> None:
+        whole = len(found) == 2 and 0.0 <= found[0] < found[1]
+        require(whole, "sampler.guidance_sigmas", "(low, high) with 0 <= low < high, or None", found)
+        require(
+            tuple(self.guidance_interval) == (0.0, 1.0),
+            "sampler.guidance_interval",
+            "(0, 1) beside sampler.guidance_sigmas, which say the same in other units",
+            self.guidance_interval,
+        )
+
+    def _check_guide(self) -> None:
+        put_homes(self, "guide")
+        require(self.guide != "", "sampler.guide", "a run directory, or None", self.guide)
+        for name in ("guide_step", "guide_ema", "guide_ema_width"):
+            value = getattr(self, name)
+            require(value is None or self.guide is not None, f"sampler.{name}", "None without sampler.guide", value)
+        if self.guide_ema_width is not None:
+            require_width("sampler.guide_ema_width", self.guide_ema_width)
+            require(self.guide_ema is None, "sampler.guide_ema", "None beside sampler.guide_ema_width", self.guide_ema)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -276,6 +312,11 @@ class TrainConfig:
     precision: Precision = "params=float32,compute=bfloat16"
     ema_decays: tuple[float, ...] = (0.9999,)
     """The first one is sampled from by default."""
+    snapshot_every: int = 0
+    """Keeps power-function averages of the widths `ema_widths` from the first step on, and snapshots of them every so
+    many steps for good, of which any other width is made afterwards (EDM2, arXiv 2312.02696); 0 keeps none."""
+    ema_widths: tuple[float, ...] = (0.05, 0.10)
+    """Standard deviations of those averages, relative to the length of training."""
     log_every: int = 50
     sample_every: int = 0
     """A grid of EMA samples every so many steps; 0 is never."""
@@ -305,6 +346,11 @@ class TrainConfig:
         require(len(self.ema_decays) > 0, "train.ema_decays", "at least one decay", self.ema_decays)
         for decay in self.ema_decays:
             require(0.0 <= decay < 1.0, "train.ema_decays", "decays in [0, 1)", self.ema_decays)
+        require(self.snapshot_every >= 0, "train.snapshot_every", "0 or more", self.snapshot_every)
+        once = len(set(self.ema_widths)) == len(self.ema_widths) > 0
+        require(once, "train.ema_widths", "some widths, each once", self.ema_widths)
+        for width in self.ema_widths:
+            require_width("train.ema_widths", width)
         for name in self.allow_change:
             require_one_of("train.allow_change", name, CHANGEABLE)
         require_one_of("train.precision", self.precision, get_args(Precision))

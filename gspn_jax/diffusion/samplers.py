@@ -74,6 +74,7 @@ def sample(
     *,
     null: PyTree[Array | int],
     learn_sigma: bool,
+    guide: Denoise | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Float[Array, "N H W C"]:
     """Draws one image of `shape` (H, W, C) for each condition and key, float32, not rounded or clipped at the end.
@@ -83,7 +84,8 @@ def sample(
     sharding of conditions and keys changes an image beyond rounding.
 
     `condition` is a tree of arrays [N, ...], such as labels, and `null` that of no condition, from which guidance leads
-    away, without the axis N: for labels the number of classes.
+    away, without the axis N: for labels the number of classes. With `guide`, a denoiser of the same classes and
+    objective, it leads away from that one's output for the same condition (autoguidance), and `null` is not used.
 
     `learn_sigma` says whether the denoiser has 2C outputs; the variance range sets the noise of the "ddpm" sampler,
     which without it has the posterior's variance. `progress(done, total)` is called on the host after each network
@@ -98,7 +100,8 @@ def sample(
         )
     kind, objective = SAMPLERS[sampler_name(config, diffusion)], OBJECTIVES[diffusion.objective]
     table = kind.table(config, diffusion)
-    guided = guided_denoiser(config, denoise, table.noise_time, shape[-1], null)
+    steps = guided_steps(config, table.noise_time, table.signal, table.sigma)
+    guided = guided_denoiser(config, denoise, steps, shape[-1], null, guide)
     total = len(table.time)
 
     def draw(step: Int[Array, ""]) -> Float[Array, "N H W C"]:
@@ -127,11 +130,7 @@ def sample(
         return (moved, prediction), None
 
     start = draw(jnp.asarray(0))
-    rows = (
-        jnp.arange(total),
-        jnp.asarray(guided_steps(config, table.noise_time)),
-        Table(*(jnp.asarray(column, jnp.float32) for column in table)),
-    )
+    rows = (jnp.arange(total), jnp.asarray(steps), Table(*(jnp.asarray(column, jnp.float32) for column in table)))
     (images, _), _ = jax.lax.scan(evaluate, (start, jnp.zeros_like(start)), rows)
     return images
 

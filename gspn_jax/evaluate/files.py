@@ -155,7 +155,8 @@ def _settings(about: dict[str, Any]) -> dict[str, Any]:
     sampler = about["sampler"]
     if not isinstance(sampler, dict) or _SETTINGS - about.keys() or _OF_SAMPLER - sampler.keys():
         return {}
-    numbers = (about["ema_decay"], sampler["guidance_scale"])
+    ema = about["ema_decay"] if about["ema_decay"] is not None else about.get("ema_width")
+    numbers = (ema, sampler["guidance_scale"])
     return about if all(isinstance(number, float | int) for number in numbers) else {}
 
 

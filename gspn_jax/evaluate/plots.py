@@ -12,7 +12,7 @@ from typing import Any, Literal, NamedTuple
 from gspn_jax import extras
 from gspn_jax.config import ConfigError
 from gspn_jax.diffusion.samplers import sampler_name
-from gspn_jax.evaluate.report import DRAWN, label, read_result
+from gspn_jax.evaluate.report import DRAWN, average, label, read_result
 from gspn_jax.runs import checkpoints
 from gspn_jax.small_files import DamagedFile, read_lines
 
@@ -86,7 +86,7 @@ def _logged(run: pathlib.Path) -> list[Point]:
     name = _label(
         run.resolve().name,
         "in training",
-        ema,
+        average({"ema_decay": ema}),
         sampler_name(sampler, config.diffusion),
         wanted.steps or sampler.steps,
         f"guidance {guidance:g}",
@@ -95,8 +95,8 @@ def _logged(run: pathlib.Path) -> list[Point]:
     return [Point(name, line["step"] * config.train.batch_size, {"fid": line["eval/fid"]}) for line in evaluated]
 
 
-def _label(run: str, when: str, ema: float, sampler: str, steps: int, guidance: str, count: int) -> str:
-    parts = (run, when, f"EMA {ema:g}", f"{sampler} {steps} steps", guidance, f"{count:,} samples")
+def _label(run: str, when: str, ema: str, sampler: str, steps: int, guidance: str, count: int) -> str:
+    parts = (run, when, ema, f"{sampler} {steps} steps", guidance, f"{count:,} samples")
     return ", ".join(part for part in parts if part)
 
 
@@ -114,7 +114,7 @@ def _point(result: Mapping[str, Any], against: Against) -> Point:
     line = _label(
         pathlib.Path(samples["run"]).resolve().name,
         "" if images else f"step {samples['step']:,}",
-        samples["ema_decay"],
+        average(samples),
         sampler["name"],
         sampler["steps"],
         f"guidance {sampler['guidance_scale']:g}" if images else "",

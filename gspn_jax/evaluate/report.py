@@ -29,10 +29,17 @@ RESULT = {
     "metrics": dict[str, float],
 }
 """Entries that every reader of a result needs."""
-DRAWN = {"samples": {"run": str, "step": int, "images_seen": int, "ema_decay": float}}
+DRAWN = {"samples": {"run": str, "step": int, "images_seen": int, "ema_decay": float | None, "ema_width": float | None}}
 """Entries that a picture needs besides."""
 SHOWN = {
-    "samples": {"step": int, "ema_decay": float, "seed": int, "image_size": list[int], "source": str},
+    "samples": {
+        "step": int,
+        "ema_decay": float | None,
+        "ema_width": float | None,
+        "seed": int,
+        "image_size": list[int],
+        "source": str,
+    },
     "reference": dict | None,
     "warnings": list[str],
 }
@@ -45,6 +52,12 @@ def read_result(path: str | pathlib.Path, besides: Mapping[str, Any] | None = No
     Raises OSError, and DamagedFile for other files.
     """
     return typed(read_as(path, RESULT, nan=True), besides or {}, pathlib.Path(path).name)
+
+
+def average(samples: Mapping[str, Any]) -> str:
+    """The average that samples are of: "EMA 0.9999", or "EMA width 0.05" of a power function."""
+    decay, width = samples.get("ema_decay"), samples.get("ema_width")
+    return f"EMA width {width:g}" if decay is None and width is not None else f"EMA {decay or 0:g}"
 
 
 def label(name: str) -> str:
@@ -118,10 +131,13 @@ def table(result: Mapping[str, Any]) -> str:
     if "sampler" in samples:
         sampler = samples["sampler"]
         lines.append(
-            f"                 step {samples['step']}, EMA {samples['ema_decay']:g}, {sampler['name']} "
+            f"                 step {samples['step']}, {average(samples)}, {sampler['name']} "
             f"{sampler['steps']} steps, guidance {sampler['guidance_scale']:g}, seed {samples['seed']}, "
             f"{samples['labels']} labels"
         )
+    if "guide" in samples:
+        guide = samples["guide"]
+        lines.append(f"                 guided by {guide['run']}, step {guide['step']}, {average(guide)}")
     if reference:
         lines.append(f"reference        {reference['path']}")
     lines += [f"{label(name):16} {value:.6g}" for name, value in result["metrics"].items()]

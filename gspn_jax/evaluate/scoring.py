@@ -205,12 +205,14 @@ class Scorer:
         }
 
 
-def finish(result: dict[str, Any], flags: ScoreFlags, default: pathlib.Path) -> None:
-    """Prints the result, then writes it to --output, which is claimed, or to `default` or a free name beside it; on the
-    first host. Raises ConfigError when it had to be kept elsewhere."""
+def finish(result: dict[str, Any], flags: ScoreFlags, default: pathlib.Path) -> pathlib.Path | None:
+    """Prints the result, then writes it to --output, which is claimed, or to `default` or a free name beside it, and
+    returns where; on the first host. Raises ConfigError when it had to be kept elsewhere."""
     if jax.process_index():
-        return
+        return None
     with contextlib.suppress(OSError):  # nobody reads stdout any more
         print(f"\n{report.table(result)}", flush=True)
     path = pathlib.Path(flags.output) if flags.output else default
-    print(f"written to {report.keep(result, path, claimed=bool(flags.output))}")
+    kept = report.keep(result, path, claimed=bool(flags.output))
+    print(f"written to {kept}")
+    return kept

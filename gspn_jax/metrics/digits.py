@@ -42,6 +42,8 @@ class DigitsJudge:
             for index in np.array_split(order.permutation(len(train_x)), len(train_x) // 100):
                 self._classifier.partial_fit(train_x[index], train_y[index], classes=np.unique(labels))
         self.accuracy = float(self._classifier.score(test_x, test_y))
+        self.weights = self._classifier.coefs_[0]
+        self.biases = self._classifier.intercepts_[0]
 
     @staticmethod
     def _pixels(images: UInt8[np.ndarray, "N 8 8 1"]) -> Float[np.ndarray, "N 64"]:
@@ -49,7 +51,7 @@ class DigitsJudge:
 
     def features(self, images: UInt8[np.ndarray, "N 8 8 1"]) -> Float[np.ndarray, "N 64"]:
         """The classifier's hidden layer after its ReLU."""
-        return np.maximum(self._pixels(images) @ self._classifier.coefs_[0] + self._classifier.intercepts_[0], 0.0)
+        return np.maximum(self._pixels(images) @ self.weights + self.biases, 0.0)
 
     def score(self, images: UInt8[np.ndarray, "N 8 8 1"], labels: Int[np.ndarray, " N"]) -> DigitsScore:
         """Judges samples asked for as `labels`. Raises ValueError for images that are not [N, 8, 8, 1] uint8."""

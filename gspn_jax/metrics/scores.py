@@ -43,6 +43,8 @@ class Metric(NamedTuple):
     """The line of `tables.FEATURE_NETWORKS` whose features it sees."""
     captions: bool = False
     """Whether images have captions: what it keeps is then given (features of images, `embed_captions` of theirs)."""
+    higher: bool = False
+    """Whether a higher number is the better one."""
 
 
 def captioned(names: Sequence[str]) -> tuple[str, ...]:
@@ -169,7 +171,7 @@ FID, SFID = (
     )
     for label, name in (("FID", "pool"), ("sFID", "spatial"))
 )
-INCEPTION_SCORE = Metric("Inception score", "logits", _Logits, lambda kept, target, _: kept.score())
+INCEPTION_SCORE = Metric("Inception score", "logits", _Logits, lambda kept, target, _: kept.score(), higher=True)
 KID = Metric(
     "KID", "features", _PoolFeatures, lambda kept, target, _: kernel_distance(kept.all(), target.features), "features"
 )
@@ -180,9 +182,16 @@ PRECISION, RECALL = (
         _PoolFeatures,
         lambda kept, target, float16, which=which: kept.precision_recall(target, float16)[which],
         "features",
+        higher=True,
     )
     for which, label in enumerate(("precision", "recall"))
 )
 CLIP_SCORE = Metric(
-    "CLIP score", "caption scores", _CaptionScores, lambda kept, target, _: kept.mean(), network="clip", captions=True
+    "CLIP score",
+    "caption scores",
+    _CaptionScores,
+    lambda kept, target, _: kept.mean(),
+    network="clip",
+    captions=True,
+    higher=True,
 )

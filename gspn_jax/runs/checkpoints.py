@@ -41,7 +41,11 @@ def folder(run_dir: str | pathlib.Path) -> pathlib.Path:
 
 def steps(run_dir: str | pathlib.Path) -> list[int]:
     """The steps of the checkpoints of a run, ascending, whole or not."""
-    where = folder(run_dir)
+    return steps_in(folder(run_dir))
+
+
+def steps_in(where: pathlib.Path) -> list[int]:
+    """The steps that the folders in `where` are named by, ascending."""
     return sorted(int(p.name) for p in where.iterdir() if _STEP.fullmatch(p.name)) if where.is_dir() else []
 
 
@@ -124,16 +128,21 @@ def restore_average(
     `shapes` are those of the task's parameters. A decay of 0 gives the parameters themselves. Raises CheckpointError
     for a decay that was not kept, and for files that are not those that were saved.
     """
-    if ema_decay is not None and ema_decay not in (0.0, *decays):
-        raise CheckpointError(
-            f"the EMA decay must be one that the run kept ({', '.join(map(str, decays))}), or 0 for "
-            f"the parameters themselves, found {ema_decay}"
-        )
+    check_decay(ema_decay, decays)
     decay = decays[0] if ema_decay is None else ema_decay
     where = folder(run_dir) / str(step)
     item = "params" if decay == 0.0 and 0.0 not in decays else stored_name(where, averages.item(decay))
     _verify(run_dir, step, item)
     return read_items(where, {item: sharding.stored(shapes, mesh)})[item]
+
+
+def check_decay(found: float | None, decays: Sequence[float]) -> None:
+    """Raises CheckpointError unless a decay is one of those that a run kept, 0 or None."""
+    if found is not None and found not in (0.0, *decays):
+        raise CheckpointError(
+            f"the EMA decay must be one that the run kept ({', '.join(map(str, decays))}), or 0 for "
+            f"the parameters themselves, found {found}"
+        )
 
 
 def stored_name(where: pathlib.Path, item: str) -> str:

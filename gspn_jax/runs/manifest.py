@@ -41,6 +41,17 @@ def write(folder: pathlib.Path, step: int | None = None) -> None:
         path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": digest}
         for path, digest in zip(paths, hashes, strict=True)
     }
+    _write(folder, step, files)
+
+
+def write_part(source: pathlib.Path, target: pathlib.Path, wanted: Callable[[str], bool]) -> None:
+    """Writes the manifest of `target`, which has the files of `source` that are in `wanted` items: with the hashes that
+    the manifest there has. Raises OSError or DamagedFile."""
+    step, files = _read(source)
+    _write(target, step, {name: file for name, file in files.items() if wanted(name.split("/")[0])})
+
+
+def _write(folder: pathlib.Path, step: int | None, files: dict[str, dict]) -> None:
     with replacing(folder / NAME) as temporary:
         temporary.write_text(json.dumps({"version": 1, "step": step, "files": files}, indent=1) + "\n")
 

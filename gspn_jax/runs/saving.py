@@ -18,10 +18,10 @@ from typing import Any, Protocol, Self, TypeVar
 import jax
 import orbax.checkpoint as ocp
 
-from gspn_jax.config import RunConfig, from_dict, to_dict
+from gspn_jax.config import ConfigError, RunConfig, from_dict, to_dict
 from gspn_jax.files import ClaimedError, claim
 from gspn_jax.parallel.agreement import agree, on_first_host
-from gspn_jax.runs import checkpoints, manifest, readback, same_run
+from gspn_jax.runs import averages, checkpoints, manifest, readback, same_run, snapshots
 from gspn_jax.runs.checkpoints import CheckpointError, folder, newest_whole, steps
 from gspn_jax.runs.evaluations import Evaluations
 from gspn_jax.small_files import DamagedFile, read_as
@@ -184,6 +184,12 @@ class Checkpoints:
         where, items = self._folder / str(step), target.items()
         stored = {name: checkpoints.stored_name(where, name) for name in items}
         missing = [name for name in items if not (where / stored[name]).is_dir()]
+        widths = [f"{width:g}" for width in map(averages.width_of_item, missing) if width is not None]
+        if widths and len(widths) == len(missing):
+            raise CheckpointError(
+                f"train.snapshot_every and train.ema_widths must be those that a run began with, found the widths "
+                f"{' '.join(widths)}, which the checkpoint of step {step} in {self._folder} has no average of"
+            )
         if missing:
             raise CheckpointError(
                 f"the checkpoint of step {step} in {self._folder} must have {', '.join(items)} to "
@@ -208,7 +214,8 @@ class Checkpoints:
         if self._first_host:
             try:
                 step = self._newest()
-            except (CheckpointError, OSError) as error:
+                snapshots.begin(self._config.run_dir, max(step, 0), self._config.train.snapshot_every)
+            except (CheckpointError, ConfigError, OSError) as error:
                 step, failure = failed, error
         step = agree(step)
         if failure:
@@ -236,9 +243,12 @@ class Checkpoints:
         manifest.write(written, int(self._saving.name))
 
     def _finish(self) -> None:
-        """In the background: after the commit, what is no longer kept is deleted."""
+        """In the background: after the commit its snapshot is made, and what is no longer kept is deleted."""
         self._writer.wait_until_finished()
         if self._first_host:
+            every = self._config.train.snapshot_every
+            if every and int(self._saving.name) % every == 0:
+                snapshots.keep(self._config.run_dir, int(self._saving.name))
             for step in set(steps(self._config.run_dir)) - self._kept():
                 going = self._folder / f"deleting-{step}"
                 os.replace(self._folder / str(step), going)  # a kill leaves no half of a checkpoint under its name

@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Int, UInt8
 from gspn_jax import models
 from gspn_jax.config import Config, ConfigError
 from gspn_jax.diffusion import samplers
+from gspn_jax.diffusion.ddpm import Denoise
 from gspn_jax.parallel import fsdp, sharding
 from gspn_jax.pixels import to_uint8
 from gspn_jax.sampling import seeds
@@ -35,57 +36,56 @@ class Sampler:
         config: Config,
         mesh: Mesh,
         *,
+        guide: Config | None = None,
         seed: int = 0,
         image_size: int | tuple[int, int] | None = None,
         progress: Progress | None = None,
         decode: Decode | None = None,
     ):
-        """`seed` is that of the set of images (`sampling.seeds`); `image_size` None is the size trained on.
-        `progress` is called with the network evaluations of a batch that are done and their total (`evaluations`).
-        `decode` makes images of latents, in the scale they are trained on; without it the first three channels are
-        shown."""
+        """`guide` is the config of the model that guides (`sampler.guide`): `params` are then, in every call, those of
+        the model and those of the guide. `seed` is that of the set of images (`sampling.seeds`); `image_size` None is
+        the size trained on. `progress` is called with the network evaluations of a batch that are done and their total
+        (`evaluations`). `decode` makes images of latents, in the scale they are trained on; without it the first three
+        channels are shown."""
         size = config.data.image_size if image_size is None else image_size
         height, width = (size, size) if isinstance(size, int) else size
         arch = models.resolve(config.model)
         if height % arch.patch or width % arch.patch:
             raise ConfigError(f"the image size must be a multiple of the patch ({arch.patch}), found {height}x{width}")
-        check_guidance(config)
+        check_guidance(config, guided_by_model=guide is not None)
         self.evaluations = len(samplers.make_table(config.sampler, config.diffusion).time)
         self._config, self._mesh, self._decode = config, mesh, decode
         self._devices = mesh.shape["data"] * mesh.shape["fsdp"]
-        graphdef, shapes = models.abstract(config)
+        networks = [_Network(one, mesh) for one in ([config, guide] if guide else [config])]
         shape = (height, width, config.data.channels)
         learn_sigma = models.learns_sigma(config)
 
         def draw(params, labels, numbers, seed):
             keys = seeds.image_keys(seed, numbers)
-            with fsdp.sharded_blocks(mesh, config.train.compute, forward_only=True):
-                params = models.prepared(config, fsdp.outside_blocks(shapes, mesh, params))
-
-                def denoise(x, t, y):
-                    return models.apply(graphdef, params, x, t, y)
-
-                x = samplers.sample(
-                    config.sampler,
-                    config.diffusion,
-                    denoise,
-                    shape,
-                    labels,
-                    keys,
-                    null=config.data.num_classes,
-                    learn_sigma=learn_sigma,
-                    progress=progress,
-                )
+            given = params if guide else (params,)
+            denoise, *guides = (network.denoiser(one) for network, one in zip(networks, given, strict=True))
+            x = samplers.sample(
+                config.sampler,
+                config.diffusion,
+                denoise,
+                shape,
+                labels,
+                keys,
+                null=config.data.num_classes,
+                guide=guides[0] if guides else None,
+                learn_sigma=learn_sigma,
+                progress=progress,
+            )
             if decode is not None:
                 return x
             return to_uint8(x[..., :3] / LATENT_RANGE if config.data.latents else x)
 
         split, everywhere = sharding.batch_sharding(mesh), sharding.replicated(mesh)
-        self._draw = jax.jit(
-            draw, in_shardings=(sharding.param_shardings(shapes, mesh), split, split, everywhere), out_shardings=split
-        )
+        stored = tuple(sharding.stored(network.shapes, mesh) for network in networks)
+        self._params = stored if guide else stored[0]
+        placed = jax.tree.map(lambda s: s.sharding, self._params)
+        self._draw = jax.jit(draw, in_shardings=(placed, split, split, everywhere), out_shardings=split)
         self._seed = seeds.words(seed)
-        self._params = sharding.stored(shapes, mesh)
         self._gather = jax.jit(lambda images: images, out_shardings=sharding.replicated(mesh))
 
     def __call__(
@@ -121,10 +121,32 @@ class Sampler:
         return self._draw(params, *padded, seed)
 
 
-def check_guidance(config: Config) -> None:
+class _Network:
+    """A denoiser over a mesh."""
+
+    def __init__(self, config: Config, mesh: Mesh):
+        self._config, self._mesh = config, mesh
+        self._graphdef, self.shapes = models.abstract(config)
+
+    def denoiser(self, params: Any) -> Denoise:
+        """`params` as `sharding.stored`; prepared once for all evaluations."""
+        with self._blocks():
+            params = models.prepared(self._config, fsdp.outside_blocks(self.shapes, self._mesh, params))
+
+        def denoise(x, t, y):
+            with self._blocks():
+                return models.apply(self._graphdef, params, x, t, y)
+
+        return denoise
+
+    def _blocks(self):
+        return fsdp.sharded_blocks(self._mesh, self._config.train.compute, forward_only=True)
+
+
+def check_guidance(config: Config, *, guided_by_model: bool = False) -> None:
     """Raises ConfigError for guidance by a network that was never trained on the null class it needs."""
     scale = config.sampler.guidance_scale
-    if scale != 1 and config.diffusion.label_dropout == 0:
+    if scale != 1 and config.diffusion.label_dropout == 0 and not guided_by_model:
         raise ConfigError(
             "sampler.guidance_scale must be 1 for weights that know no null class, as those of a run with "
             f"diffusion.label_dropout 0, found {scale:g}"

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Key
 from PIL import Image
 
 from gspn_jax import data, models
-from gspn_jax.config import Config
+from gspn_jax.config import Config, require
 from gspn_jax.diffusion import ddpm, objectives
 from gspn_jax.pixels import from_uint8
 from gspn_jax.runs import averages
@@ -35,6 +35,12 @@ class DiffusionTask(Task):
     def __init__(self, config: Config):
         """Raises ConfigError for a model whose settings do not fit together."""
         super().__init__(config)
+        require(
+            config.sampler.guide is None,
+            "sampler.guide",
+            "None in training: it is for samples of a run",
+            config.sampler.guide,
+        )
         self._arch = models.resolve(config.model)
 
     @functools.cached_property

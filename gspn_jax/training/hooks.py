@@ -89,14 +89,18 @@ class Grid(Hook):
 
 
 class Save(Hook):
-    """Saves a checkpoint, also before an evaluation, which is of a step that is saved."""
+    """Saves a checkpoint, also before an evaluation and for a snapshot, which are of a step that is saved."""
 
-    def __init__(self, every: int, checkpoints: Checkpoints, guard: Guard, evaluate: Hook | None = None):
+    def __init__(
+        self, every: int, checkpoints: Checkpoints, guard: Guard, evaluate: Hook | None = None, snapshot_every: int = 0
+    ):
         super().__init__(every)
         self._checkpoints, self._guard, self._evaluate = checkpoints, guard, evaluate
+        self._snapshot_every = snapshot_every
 
     def due(self, run: Run) -> bool:
-        return super().due(run) or (self._evaluate is not None and self._evaluate.due(run))
+        snapshot = bool(self._snapshot_every) and run.step % self._snapshot_every == 0
+        return super().due(run) or snapshot or (self._evaluate is not None and self._evaluate.due(run))
 
     def __call__(self, run: Run) -> None:
         self.save(run, run.step)

@@ -59,7 +59,7 @@ def _begin(task: Task, params: Any) -> TrainState:
         step=jnp.zeros((), jnp.int32),
         params=params,
         opt_state=task.optimizer().init(only.part(params, only.trained(task.config.train, task.shapes))),
-        ema=ema.init(params, task.config.train.ema_decays),
+        ema=ema.init(params, averages.names(task.config.train)),
         halted=jnp.zeros((), jnp.bool_),
     )
 

@@ -15,8 +15,12 @@ PEAK_FLOPS = {
     "L40S": 362e12,
     "A10": 125e12,
     "V100": 125e12,
+    "RTX 5090": 209e12,
     "RTX 4090": 165e12,
+    "RTX 4080": 97e12,
     "RTX 3090": 71e12,
+    "RTX A6000": 155e12,
+    "RTX 6000 Ada": 364e12,
 }
 """Dense bfloat16 (V100: float16) operations per second, from NVIDIA's data sheets."""
 

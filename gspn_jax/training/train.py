@@ -101,7 +101,9 @@ def train_task(task: Task) -> pathlib.Path:
 
             # --- hooks, in the order in which they are called
             evaluate = evaluation and hooks.Evaluate(evaluation, checkpoints, run_log, stop)
-            save = hooks.Save(config.train.save_every, checkpoints, guard, evaluate)
+            save = hooks.Save(
+                config.train.save_every, checkpoints, guard, evaluate, snapshot_every=config.train.snapshot_every
+            )
             picture = task.picture(mesh, source.class_names) if config.train.sample_every else None
             grids = picture and hooks.Grid(config.train.sample_every, picture, run_log)
             bounds = config.profile.bounds

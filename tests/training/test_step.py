@@ -144,7 +144,7 @@ def test_accumulated_gradient_is_the_mean_over_micro_batches():
 def test_averages_follow_their_recurrence():
     rng = np.random.default_rng(0)
     path = rng.normal(size=(200, 3)).astype(np.float32)
-    kept = ema.init({"w": jnp.asarray(path[0])}, (0.9, 0.999))
+    kept = ema.init({"w": jnp.asarray(path[0])}, ["0.9", "0.999"])
     wanted = {0.9: path[0].astype(np.float64), 0.999: path[0].astype(np.float64)}
     for step, value in enumerate(path[1:]):
         kept = ema.update(kept, {"w": jnp.asarray(value)}, jnp.asarray(step))

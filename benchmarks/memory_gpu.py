@@ -1,0 +1,268 @@
+"""Memory of training steps on one GPU, counted by XLA:GPU's compiler, and the formula of `gspn_jax.plan` fitted to it.
+
+python benchmarks/memory_gpu.py step GSPN-B/2 --batch 64 [--remat full] [--accumulate 2] [--gpu h200]
+                                       compiles one program and adds its memory to benchmarks/results/memory_gpu.json
+python benchmarks/memory_gpu.py recorded     all programs that the formula is fitted to
+python benchmarks/memory_gpu.py fit          fits it, and prints what `gspn_jax/plan/memory.py` has as FITTED
+
+No GPU is needed (see gpu_compile.py, in whose environment it runs); "fit" needs SciPy alone.
+"""
+
+import argparse
+import dataclasses
+import datetime
+import json
+import os
+import pathlib
+import re
+import sys
+import time
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+from scipy.optimize import nnls
+
+ROOT = pathlib.Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results" / "memory_gpu.json"
+RECORDED = (
+    "step GSPN-XL/2 --batch 16",
+    "step GSPN-B/2 --batch 64",
+    "step GSPN-XL/2 --batch 16 --remat full",
+    "step GSPN-B/2 --batch 64 --remat full",
+    "step DiT-B/2 --batch 64",
+    "step DiT-XL/2 --batch 16",
+    "step DiT-XL/2 --batch 16 --remat full",
+    "step DiT-B/2 --batch 64 --remat full",
+    "step GSPN-XL/2 --batch 64 --accumulate 4",
+    "step GSPN-L/2 --batch 32 --remat full",
+    "step DiT-L/2 --batch 32",
+    "step GSPN-B/2 --batch 128",
+)
+"""Programs that the formula is fitted to, beside those of gpu_compile.py on one GPU."""
+KEPT = {("gspn", "full"): 1.5, ("attention", "full"): 1.0, ("attention", "dots"): 10.0, ("gspn", "names"): 6.5}
+"""What a block keeps, in tokens of its width: its input and, in the paper's layout, every second time a long skip; with
+"dots" the products of attention (5) and of the MLP (4 and 1) beside its input."""
+
+_4090 = (
+    (r"major: 9 feature_extension: ACCELERATED_FEATURES", "major: 8 minor: 9"),
+    (r"Compute Capability 9.0a", "Compute Capability 8.9"),
+    (r"sm_9.0a", "sm_8.9"),
+    (r"core_count: 132", "core_count: 128"),
+    (r"shared_memory_per_core: \d+", "shared_memory_per_core: 102400"),
+    (r"shared_memory_per_block_optin: \d+", "shared_memory_per_block_optin: 101376"),
+    (r"threads_per_core_limit: 2048", "threads_per_core_limit: 1536"),
+    (r"l2_cache_size: \d+", "l2_cache_size: 75497472"),
+    (r"memory_bandwidth: \d+", "memory_bandwidth: 1008000000000"),
+    (r"device_memory_size: \d+", "device_memory_size: 25386352640"),
+    (r"NVIDIA H200", "NVIDIA GeForce RTX 4090"),
+)  # fmt: skip
+"""What makes gpu_compile.py's description of an H200 one of an RTX 4090, by NVIDIA's tables for 8.9."""
+
+
+def target(gpu: str) -> str:
+    """The description of a GPU that XLA compiles for."""
+    from benchmarks import gpu_compile
+
+    text = gpu_compile.target("h200")
+    for pattern, value in _4090 if gpu == "rtx4090" else ():
+        text, count = re.subn(pattern, value, text)
+        assert count, pattern
+    return text
+
+
+def config_of(arguments: argparse.Namespace) -> Any:
+    from gspn_jax.config import MeshConfig
+    from gspn_jax.configs.dit_xl_2 import config as dit
+    from gspn_jax.configs.gspn_xl_2 import config as gspn
+
+    base = dit if arguments.preset.startswith("DiT") else gspn
+    remat = arguments.remat or base.model.remat
+    return dataclasses.replace(
+        base,
+        model=dataclasses.replace(base.model, preset=arguments.preset, remat=remat),
+        mesh=MeshConfig(1, 1, 1),
+        data=dataclasses.replace(base.data, image_size=arguments.image_size),
+        train=dataclasses.replace(base.train, batch_size=arguments.batch, accumulate=arguments.accumulate),
+    )
+
+
+def counted(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The memory of one program."""
+    from jax.experimental import topologies
+
+    from benchmarks import gpu_compile
+    from gspn_jax import models
+    from gspn_jax.models.width import widths
+
+    config = config_of(arguments)
+    gpus = topologies.get_topology_desc(
+        platform="cuda", topology_name="", target_config=target(arguments.gpu), topology="1x1x1"
+    ).devices
+    start = time.monotonic()
+    with gpu_compile.traced_for(gpus[0]):
+        lowered, _ = gpu_compile.lower(argparse.Namespace(what="step", batch=arguments.batch), config, gpus)
+    memory = lowered.compile(gpu_compile.OPTIONS | {"xla_gpu_enable_triton_gemm": False}).memory_analysis()
+    arch = models.resolve(config.model)
+    return {
+        "preset": arguments.preset,
+        "layout": arch.layout,
+        "mixer": arch.mixer,
+        "remat": config.model.remat,
+        "gpu": arguments.gpu,
+        "images": arguments.batch // arguments.accumulate,
+        "accumulate": arguments.accumulate,
+        "parameters": models.count_parameters(config),
+        "blocks": arch.blocks,
+        "width": widths(arch)["hidden"],
+        "tokens": (config.data.image_size // arch.patch) ** 2,
+        "arguments": memory.argument_size_in_bytes,
+        "temporary": memory.temp_size_in_bytes,
+        "seconds": round(time.monotonic() - start),
+        "date": datetime.date.today().isoformat(),
+        "versions": gpu_compile.versions(),
+    }
+
+
+def name_of(row: dict[str, Any]) -> str:
+    name = f"{row['preset']}, {row['images']} images, remat {row['remat']}, {row['gpu']}"
+    name += f", {row['tokens']} tokens" if row["tokens"] != 256 else ""
+    return name + (f", accumulate {row['accumulate']}" if row["accumulate"] > 1 else "")
+
+
+def others() -> list[dict[str, Any]]:
+    """Steps on one GPU that gpu_compile.py has recorded."""
+    from gspn_jax import models
+    from gspn_jax.config import ModelConfig
+    from gspn_jax.models.width import widths
+
+    found = json.loads((ROOT / "benchmarks" / "results" / "gpu_compile.json").read_text())
+    rows = []
+    for result in found.values():
+        known = result["preset"] in models.PRESETS
+        if result["what"] != "step" or result["mesh"] != "1x1" or result["model"] or not known:
+            continue
+        arch = models.resolve(ModelConfig(preset=result["preset"]))
+        rows.append(
+            {
+                "preset": result["preset"],
+                "layout": arch.layout,
+                "mixer": arch.mixer,
+                "remat": result["remat"],
+                "gpu": result["gpu"],
+                "images": result["batch"],
+                "accumulate": 1,
+                "parameters": round(result["arguments_gb"] * 1e9 / 16),
+                "blocks": arch.blocks,
+                "width": widths(arch)["hidden"],
+                "tokens": (result["image_size"] // arch.patch) ** 2,
+                "arguments": round(result["arguments_gb"] * 1e9),
+                "temporary": round(result["temporary_gb"] * 1e9),
+            }
+        )
+    return rows
+
+
+def fits(rows: Iterable[dict[str, Any]]) -> dict[tuple[str, str], tuple[float, float, float, float, int]]:
+    """{(mixer, remat): (gradients, per_block, once, largest relative error, programs)}, by least squares of relative
+    errors over programs without accumulation; no number is negative, and "gradients" is one for all. Where all programs
+    have as many blocks, per_block is what KEPT says."""
+    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for row in rows:
+        if row["accumulate"] == 1:
+            groups.setdefault((row["mixer"], row["remat"]), []).append(row)
+    names = sorted(groups)
+    system, wanted = [], []
+    for place, name in enumerate(names):
+        for row in groups[name]:
+            values = 2 * row["images"] * row["tokens"] * row["width"]
+            line = np.zeros(1 + 2 * len(names))
+            line[0], line[1 + 2 * place : 3 + 2 * place] = 4 * row["parameters"], (row["blocks"] * values, values)
+            total = row["arguments"] + row["temporary"]
+            system.append(line / total)
+            wanted.append(row["temporary"] / total)
+        if len({row["blocks"] for row in groups[name]}) == 1:
+            system.append(np.eye(1 + 2 * len(names))[1 + 2 * place])
+            wanted.append(KEPT[name])
+    found = nnls(np.array(system), np.array(wanted))[0]
+    table = {name: (found[0], found[1 + 2 * place], found[2 + 2 * place]) for place, name in enumerate(names)}
+    errors = {
+        name: max(
+            abs(rest(row, *numbers) - row["temporary"]) / (row["arguments"] + row["temporary"]) for row in groups[name]
+        )
+        for name, numbers in table.items()
+    }
+    return {name: (*numbers, errors[name], len(groups[name])) for name, numbers in table.items()}
+
+
+def rest(row: dict[str, Any], gradients: float, per_block: float, once: float) -> float:
+    """Temporary bytes by the formula."""
+    values = 2 * row["images"] * row["tokens"] * row["width"] * (row["blocks"] * per_block + once)
+    return gradients * 4 * row["parameters"] + values + 4 * row["parameters"] * (row["accumulate"] > 1)
+
+
+def fit() -> None:
+    """Prints the table of the formula's numbers, as code, and what it says beside each program."""
+    rows = recorded()
+    table = fits(rows)
+    for (mixer, remat), numbers in table.items():
+        print(f'    ("{mixer}", "{remat}"): Fit({", ".join(f"{number:.3g}" for number in numbers)}),')
+    for row in rows:
+        said = rest(row, *table[row["mixer"], row["remat"]][:3]) if (row["mixer"], row["remat"]) in table else 0
+        print(f"# {name_of(row)}: {row['temporary'] / 1e9:.2f} GB by the compiler, {said / 1e9:.2f} by the formula")
+
+
+def recorded() -> list[dict[str, Any]]:
+    """All programs of one GPU whose memory was counted."""
+    own = json.loads(RESULTS.read_text()).values() if RESULTS.exists() else ()
+    return [*others(), *own]
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("step", "recorded", "fit"))
+    parser.add_argument("preset", nargs="?", default="GSPN-B/2")
+    parser.add_argument("--batch", type=int, default=64, help="images a step")
+    parser.add_argument("--image-size", type=int, default=32, help="of the latents")
+    parser.add_argument("--remat", help="that of the config if not given")
+    parser.add_argument("--accumulate", type=int, default=1)
+    parser.add_argument("--gpu", default="rtx4090", choices=("rtx4090", "h200"))
+    return parser.parse_args(argv)
+
+
+def record(row: dict[str, Any]) -> None:
+    from gspn_jax.files import replacing
+
+    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    results[name_of(row)] = row
+    with replacing(RESULTS) as temporary:
+        temporary.write_text(json.dumps(results, indent=1) + "\n")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    row = counted(arguments)
+    record(row)
+    print(
+        f"{name_of(row)}: {row['arguments'] / 1e9:.2f} + {row['temporary'] / 1e9:.2f} GB, {row['seconds']} s",
+        flush=True,
+    )
+
+
+def main() -> None:
+    arguments = parse()
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    sys.path.insert(0, str(ROOT))
+    if arguments.what == "step":
+        run(arguments)
+    elif arguments.what == "fit":
+        fit()
+    elif arguments.what == "recorded":
+        import jax
+
+        for words in RECORDED:
+            run(parse(words.split()))
+            jax.clear_caches()
+
+
+if __name__ == "__main__":
+    main()

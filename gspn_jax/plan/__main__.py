@@ -1,0 +1,3 @@
+from gspn_jax.plan import main
+
+main()
