@@ -49,7 +49,7 @@ def guided_denoiser(
 
     def with_guidance(x, time, condition):
         pairs = jax.tree.map(paired, condition, null)
-        output = denoise(jnp.repeat(x, 2, axis=0), jnp.repeat(time, 2), pairs)
+        output = denoise(jnp.repeat(x, 2, axis=0), jnp.repeat(time, 2, axis=0), pairs)
         output = output.reshape(len(x), 2, *output.shape[1:])
         return guide(output[:, 0], output[:, 1], config.guidance_scale, guided_channels)
 
