@@ -21,7 +21,8 @@ def sample_times(
 ) -> Float[Array, "B"]:
     """Times in [0, 1]: sigmoid of a normal (Esser et al. 2024, sec. 3.1), or uniform."""
     if distribution == "logit_normal":
-        return jax.nn.sigmoid(mean + std * jax.random.normal(key, (batch,), jnp.float32))
+        normal = jax.random.normal(key, (batch,), jnp.float32)
+        return jax.nn.sigmoid(normal if (mean, std) == (0.0, 1.0) else mean + std * normal)
     return jax.random.uniform(key, (batch,), jnp.float32)
 
 
