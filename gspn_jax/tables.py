@@ -68,7 +68,14 @@ SOURCES = Table(
 MIXERS = Table({"attention": "gspn_jax.models.mixers:AttentionOptions", "gspn": "gspn_jax.models.mixers:GSPNOptions"})
 """`model.mixer`: classes of `models.mixers.MixerOptions`."""
 
-OBJECTIVES = Table({"ddpm": "gspn_jax.diffusion.objectives:EPSILON", "flow": "gspn_jax.diffusion.objectives:VELOCITY"})
+OBJECTIVES = Table(
+    {
+        "ddpm": "gspn_jax.diffusion.objectives:EPSILON",
+        "flow": "gspn_jax.diffusion.objectives:VELOCITY",
+        "x_prediction": "gspn_jax.diffusion.objectives:CLEAN",
+        "mean_flow": "gspn_jax.diffusion.objectives:MEAN_VELOCITY",
+    }
+)
 """`diffusion.objective`: `diffusion.objectives.Objective`s."""
 
 SAMPLERS = Table(
@@ -78,6 +85,8 @@ SAMPLERS = Table(
         "dpm++": "gspn_jax.diffusion.samplers:DPM_SOLVER",
         "euler": "gspn_jax.diffusion.samplers:EULER",
         "heun": "gspn_jax.diffusion.samplers:HEUN",
+        "sde": "gspn_jax.diffusion.samplers:SDE",
+        "mean_flow": "gspn_jax.diffusion.samplers:MEAN_FLOW",
     }
 )
 """`sampler.name`: `diffusion.samplers.SamplerKind`s."""

@@ -69,7 +69,9 @@ def test_what_a_table_names_is_there():
     assert all(table[name] is not None for table in (SOURCES, MIXERS, OBJECTIVES, SAMPLERS) for name in table)
     assert {name: samplers_of(name) for name in OBJECTIVES} == {
         "ddpm": ("ddpm", "ddim", "dpm++"),
-        "flow": ("heun", "euler"),
+        "flow": ("heun", "euler", "sde"),
+        "x_prediction": ("heun", "euler", "sde"),
+        "mean_flow": ("mean_flow", "euler", "heun", "sde"),
     }
     for objective in OBJECTIVES:
         for name in samplers_of(objective):

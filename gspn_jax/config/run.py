@@ -60,6 +60,7 @@ class RunConfig:
         "train.seed",
         "train.ema_decays",
         "train.only",
+        "optimizer.name",
     )
     """Settings (or sections) that are fixed for the life of a run; `train.allow_change` unlocks those of the data and
     the batch."""

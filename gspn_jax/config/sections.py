@@ -39,8 +39,11 @@ else:  # the command line offers the table's names as they are when it reads its
 
 
 Layout = Literal["paper", "dit"]
+MlpName = Literal["gelu", "swiglu"]
+NormName = Literal["layer", "rms"]
 Backend = Literal["scan", "reference", "mosaic_gpu"]
 Precision = Literal["params=float32,compute=bfloat16", "params=float32,compute=float32"]
+DiffusionForm = Literal["constant", "sigma", "decreasing", "increasing-decreasing"]
 Remat = Literal["none", "dots", "names", "full"]
 
 CHANGEABLE = ("data", "train.batch_size", "train.accumulate", "train.seed")
@@ -63,6 +66,16 @@ class ModelConfig:
     depth: int | None = None
     heads: int | None = None
     patch: int | None = None
+    mlp: MlpName | None = None
+    """In the DiT layout: two linears around a GELU, or SwiGLU of as many parameters."""
+    norm: NormName | None = None
+    """In the DiT layout: layer norm without parameters, or RMS norm with a learned scale."""
+    qk_norm: bool | None = None
+    """RMS norm with a learned scale of the queries and keys of each head of attention."""
+    rope: bool | None = None
+    """Rotary positions in attention, of rows and of columns, beside the sine-cosine ones that are added."""
+    bottleneck: int | None = None
+    """Width through which patches are embedded by two linears (JiT); 0 is one linear."""
     chunk: int | None | Literal["preset"] | tuple[int | None, ...] = "preset"  # noqa: RUF036 (tried in this order)
     groups: int | None = None
     """How many sets of propagation weights: None is one per channel (GSPN), 1 is one for all (GSPN-2)."""
@@ -86,6 +99,11 @@ class ModelConfig:
             require(value is None or value > 0, f"model.{name}", "greater than 0 or None", value)
         require_one_of("model.layout", self.layout, (*get_args(Layout), None))
         require_one_of("model.mixer", self.mixer, (*MIXERS, None))
+        require_one_of("model.mlp", self.mlp, (*get_args(MlpName), None))
+        require_one_of("model.norm", self.norm, (*get_args(NormName), None))
+        require(
+            self.bottleneck is None or self.bottleneck >= 0, "model.bottleneck", "0 or more, or None", self.bottleneck
+        )
         require_one_of("model.remat", self.remat, get_args(Remat))
         require_one_of("model.backend", self.backend, (*get_args(Backend), None))
         require_positive(self, "model", "proxy_ratio")
@@ -157,13 +175,19 @@ class DataConfig:
 
 @dataclasses.dataclass(frozen=True)
 class DiffusionConfig:
-    """The training objective: "ddpm" (iDDPM: epsilon, learned range variance, hybrid loss) or "flow" (velocity)."""
+    """The training objective: "ddpm" (iDDPM: epsilon, learned range variance, hybrid loss), "flow" (velocity),
+    "x_prediction" (clean image, loss of the velocity) or "mean_flow" (mean velocity between two times)."""
 
     objective: ObjectiveName = "ddpm"
     timesteps: int = 1000
     beta_schedule: Literal["linear", "cosine"] = "linear"
     time_distribution: Literal["logit_normal", "uniform"] = "logit_normal"
-    """How flow matching draws t."""
+    """Law of the noise times of flow matching, x_prediction and mean_flow."""
+    time_mean: float = 0.0
+    time_std: float = 1.0
+    """Mean and deviation of the normal in "logit_normal"; as t = 1 is noise, a mean in JiT's terms changes its sign."""
+    span_share: float = 0.25
+    """Share of images of "mean_flow" whose two times differ; the others are those of flow matching."""
     label_dropout: float = 0.1
 
     def __post_init__(self) -> None:
@@ -172,12 +196,15 @@ class DiffusionConfig:
         require_one_of("diffusion.beta_schedule", self.beta_schedule, ("linear", "cosine"))
         require_one_of("diffusion.time_distribution", self.time_distribution, ("logit_normal", "uniform"))
         require(self.timesteps > 1, "diffusion.timesteps", "greater than 1", self.timesteps)
+        require_positive(self, "diffusion", "time_std")
+        require(0.0 <= self.span_share <= 1.0, "diffusion.span_share", "in [0, 1]", self.span_share)
         require_fraction(self, "diffusion", "label_dropout")
 
 
 @dataclasses.dataclass(frozen=True)
 class SamplerConfig:
-    """Settings of sampling. `name` None is the objective's own: "ddpm" for ddpm, "heun" for flow."""
+    """Settings of sampling. `name` None is the objective's own: "ddpm" for ddpm, "heun" for flow and x_prediction,
+    "mean_flow" for mean_flow."""
 
     name: SamplerName | None = None
     steps: int = 250
@@ -200,6 +227,14 @@ class SamplerConfig:
     guidance_channels: Literal["all", "first3"] = "all"
     """"first3" guides three latent channels only, as in the code behind DiT's published numbers."""
     ddim_eta: float = 0.0
+    sde_diffusion: DiffusionForm = "sigma"
+    """Noise of "sde" over the noise time t, as SiT names it: 1, t, sin^4(pi t / 2) and sin^2(pi t)."""
+    sde_norm: float = 1.0
+    """Factor of that; in "decreasing" that of its cosine, as in SiT."""
+    sde_last: Literal["mean", "euler"] = "mean"
+    """The last step of "sde", without noise: the drift of the SDE, or of the ODE, which lands on the expected x_0."""
+    sde_last_size: float = 0.04
+    """The noise time from which the last step goes to 0."""
     clip_denoised: bool = False
     """Clips each predicted clean image to [-1, 1]: for pixels, not for latents."""
 
@@ -217,6 +252,10 @@ class SamplerConfig:
             self.guidance_interval,
         )
         require(0.0 <= self.ddim_eta <= 1.0, "sampler.ddim_eta", "in [0, 1]", self.ddim_eta)
+        require_one_of("sampler.sde_diffusion", self.sde_diffusion, get_args(DiffusionForm))
+        require_one_of("sampler.sde_last", self.sde_last, ("mean", "euler"))
+        require(self.sde_norm >= 0, "sampler.sde_norm", "0 or more", self.sde_norm)
+        require(0 < self.sde_last_size < 1, "sampler.sde_last_size", "between 0 and 1", self.sde_last_size)
         if self.guidance_sigmas is not None:
             self._check_sigmas(self.guidance_sigmas)
         self._check_guide()
@@ -244,8 +283,11 @@ class SamplerConfig:
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW with linear warm-up and a half-cosine decay to `final_learning_rate`."""
+    """The optimizer, with linear warm-up and a half-cosine decay to `final_learning_rate`."""
 
+    name: Literal["adamw", "muon"] = "adamw"
+    """AdamW, or Muon for the matrices of blocks and AdamW for the rest (`gspn_jax.training.muon`), at the same learning
+    rate and weight decay."""
     learning_rate: float = 1e-4
     final_learning_rate: float = 1e-6
     warmup_steps: int = 0
@@ -257,6 +299,8 @@ class OptimizerConfig:
     weight_decay: float = 0.0
     b1: float = 0.9
     b2: float = 0.999
+    momentum: float = 0.95
+    """Of Muon; `b1` and `b2` are AdamW's."""
     clip_norm: float = 1.0
 
     def __post_init__(self) -> None:
@@ -282,7 +326,8 @@ class OptimizerConfig:
             self.warmup_start,
         )
         require(self.weight_decay >= 0, "optimizer.weight_decay", "0 or more", self.weight_decay)
-        require_fraction(self, "optimizer", "b1", "b2")
+        require_fraction(self, "optimizer", "b1", "b2", "momentum")
+        require_one_of("optimizer.name", self.name, ("adamw", "muon"))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -69,7 +69,7 @@ def guided_denoiser(
             output, low = denoise(x, time, condition), guide(x, time, condition)
             return guided(output, low, config.guidance_scale, guided_channels)
         pairs = jax.tree.map(paired, condition, null)
-        output = denoise(jnp.repeat(x, 2, axis=0), jnp.repeat(time, 2), pairs)
+        output = denoise(jnp.repeat(x, 2, axis=0), jnp.repeat(time, 2, axis=0), pairs)
         output = output.reshape(len(x), 2, *output.shape[1:])
         return guided(output[:, 0], output[:, 1], config.guidance_scale, guided_channels)
 

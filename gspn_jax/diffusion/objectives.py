@@ -28,6 +28,9 @@ class Objective(Protocol):
     """Whether it trains a second output per channel, the range of the variance, where the denoiser has one."""
     discrete: ClassVar[bool]
     """Whether there are `diffusion.timesteps` times, and no more steps of sampling than those."""
+    spans: ClassVar[bool]
+    """Whether the denoiser is told two numbers, noise time t and span down to a second time, both in 0..1; may be left
+    out, which is False."""
 
     def fits(self, kind: SamplerKind) -> bool:
         """Tells whether images can be drawn by a kind of sampler."""
@@ -98,8 +101,7 @@ class Velocity:
 
     def loss(self, config, denoise, x0, condition, key):
         time_key, noise = _noise(key, x0)
-        t = flow.sample_times(time_key, x0.shape[0], config.time_distribution)
-        return flow.training_loss(denoise, x0, condition, t=t, noise=noise)
+        return flow.training_loss(denoise, x0, condition, t=_times(config, time_key, x0.shape[0]), noise=noise)
 
     def prediction(self, output, x, row, clip):
         return (x - jnp.clip(x - row.sigma * output, -1.0, 1.0)) / row.sigma if clip else output
@@ -108,7 +110,66 @@ class Velocity:
         return "flow matching (velocity)"
 
 
-EPSILON, VELOCITY = Epsilon(), Velocity()
+@dataclasses.dataclass(frozen=True)
+class Clean:
+    """JiT's: x_0 on straight paths, with the loss of the velocity that leads to it (arXiv 2511.13720)."""
+
+    sampler = "heun"
+    learns_sigma = False
+    discrete = False
+
+    def fits(self, kind: SamplerKind) -> bool:
+        return kind.moves == "velocity"
+
+    def loss(self, config, denoise, x0, condition, key):
+        time_key, noise = _noise(key, x0)
+        return flow.clean_loss(denoise, x0, condition, t=_times(config, time_key, x0.shape[0]), noise=noise)
+
+    def prediction(self, output, x, row, clip):
+        return flow.velocity_of(x, jnp.clip(output, -1.0, 1.0) if clip else output, row.sigma)
+
+    def describe(self, config, learned_variance):
+        return "x prediction with the loss of the velocity"
+
+
+@dataclasses.dataclass(frozen=True)
+class MeanVelocity:
+    """MeanFlow's: the mean velocity between two times, which a sampler of few evaluations moves by (arXiv 2505.13447).
+
+    With a span of 0 it is the velocity itself, so that the samplers of flow matching fit too.
+    """
+
+    sampler = "mean_flow"
+    learns_sigma = False
+    discrete = False
+    spans = True
+
+    def fits(self, kind: SamplerKind) -> bool:
+        return kind.moves in ("mean_velocity", "velocity")
+
+    def loss(self, config, denoise, x0, condition, key):
+        time_key, noise = _noise(key, x0)
+        keys, batch = jax.random.split(time_key, 3), x0.shape[0]
+        one, other = (_times(config, key, batch) for key in keys[:2])
+        apart = jax.random.bernoulli(keys[2], config.span_share, (batch,))
+        span = jnp.where(apart, jnp.abs(one - other), 0.0)
+        return flow.mean_loss(denoise, x0, condition, t=jnp.maximum(one, other), span=span, noise=noise)
+
+    def prediction(self, output, x, row, clip):
+        if not clip:
+            return output
+        # the x_0 of a mean velocity is where it would lead from here to time 0, as that of a velocity is
+        return (x - jnp.clip(x - row.sigma * output, -1.0, 1.0)) / row.sigma
+
+    def describe(self, config, learned_variance):
+        return f"mean flow (mean velocity), {config.span_share:.0%} of images with two times"
+
+
+EPSILON, VELOCITY, CLEAN, MEAN_VELOCITY = Epsilon(), Velocity(), Clean(), MeanVelocity()
+
+
+def _times(config: DiffusionConfig, key: Key[Array, ""], batch: int) -> Float[Array, "B"]:
+    return flow.sample_times(key, batch, config.time_distribution, config.time_mean, config.time_std)
 
 
 def _noise(key: Key[Array, ""], x0: Float[Array, "B H W C"]) -> tuple[Key[Array, ""], Float[Array, "B H W C"]]:

@@ -10,14 +10,14 @@ term. A sampler that moves otherwise has a function for it.
 """
 
 from collections.abc import Callable
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Key, PyTree
 
-from gspn_jax.config import ConfigError, DiffusionConfig, SamplerConfig
+from gspn_jax.config import ConfigError, DiffusionConfig, DiffusionForm, SamplerConfig
 from gspn_jax.diffusion.ddpm import Denoise, interpolate_log_variance, split_output
 from gspn_jax.diffusion.flow import TIME_SCALE
 from gspn_jax.diffusion.guidance import guided_denoiser, guided_steps
@@ -42,6 +42,8 @@ class Table(NamedTuple):
     log_posterior: Float[np.ndarray, "S"]
     log_beta: Float[np.ndarray, "S"]
     """The range of the learned log variance; only "ddpm" uses it."""
+    span: Float[np.ndarray, "S"]
+    """Noise time between this evaluation and the next, for denoisers that are told it; 0 asks for the velocity here."""
 
 
 def linear(
@@ -54,7 +56,7 @@ def linear(
 class SamplerKind(NamedTuple):
     """A sampler, a line of `tables.SAMPLERS`."""
 
-    moves: Literal["x0", "velocity"]
+    moves: Literal["x0", "velocity", "mean_velocity"]
     """Kind of prediction that it takes; objectives say which they give."""
     table: Callable[[SamplerConfig, DiffusionConfig], Table]
     """Its rows for a config. Raises ConfigError where they do not fit."""
@@ -110,7 +112,7 @@ def sample(
     def evaluate(carry, row):
         x, previous = carry
         index, is_guided, step = row
-        output = guided(is_guided, x, jnp.broadcast_to(step.time, keys.shape), condition)
+        output = guided(is_guided, x, _told(objective, step, len(keys)), condition)
         prediction, variance_range = split_output(output, shape[-1])
         if (variance_range is not None) != learn_sigma:
             raise ValueError(
@@ -133,6 +135,13 @@ def sample(
     rows = (jnp.arange(total), jnp.asarray(steps), Table(*(jnp.asarray(column, jnp.float32) for column in table)))
     (images, _), _ = jax.lax.scan(evaluate, (start, jnp.zeros_like(start)), rows)
     return images
+
+
+def _told(objective: Any, row: Table, count: int) -> Float[Array, "N"] | Float[Array, "N 2"]:
+    """Times that the denoiser of `count` images is told in one evaluation."""
+    if getattr(objective, "spans", False):
+        return jnp.broadcast_to(jnp.stack([row.noise_time, row.span]), (count, 2))
+    return jnp.broadcast_to(row.time, (count,))
 
 
 def sampler_name(config: SamplerConfig, diffusion: DiffusionConfig) -> str:
@@ -223,6 +232,43 @@ def heun(steps: int) -> Table:
     )
 
 
+def mean_flow(steps: int) -> Table:
+    """Equal steps from t = 1 to 0, each by the mean velocity over it (MeanFlow, arXiv 2505.13447, equation 12): exact
+    in any number of evaluations, also in one, as far as the mean velocity is."""
+    return euler(steps)._replace(span=np.full(steps, 1.0 / steps))
+
+
+def euler_maruyama(
+    steps: int, form: DiffusionForm = "sigma", norm: float = 1.0, last: Literal["mean", "euler"] = "mean",
+    last_size: float = 0.04,
+) -> Table:  # fmt: skip
+    """Euler-Maruyama on the reverse SDE of straight paths, as SiT has it (arXiv 2401.08740).
+
+    dx = (velocity - D(t) score) dt + sqrt(2 D(t)) dW backwards in t, with score = -(x + (1 - t) velocity) / t. From
+    t = 1 to `last_size` in steps - 1 equal steps, then one without noise to 0: with the SDE's drift ("mean") or the
+    velocity alone ("euler", which on straight paths is SiT's "Tweedie" too: E[x_0 | x]). `steps` evaluations.
+    SiT's "SBDM", D = t / (1 - t), has no value at t = 1 and is left out; its "linear" is "sigma" on these paths.
+    Raises ConfigError for a single step.
+    """
+    if steps < 2:
+        raise ConfigError(f"sampler.steps must be 2 or more with sampler.name='sde', found {steps}")
+    time = np.linspace(1.0, last_size, steps)
+    size = np.append(np.full(steps - 1, (1.0 - last_size) / (steps - 1)), last_size)
+    diffusion = {
+        "constant": norm * np.ones(steps),
+        "sigma": norm * time,
+        "decreasing": 0.25 * (1.0 - norm * np.cos(np.pi * time)) ** 2,
+        "increasing-decreasing": norm * np.sin(np.pi * time) ** 2,
+    }[form]
+    noise = np.sqrt(2.0 * diffusion * size)
+    noise[-1] = 0.0
+    if last == "euler":
+        diffusion[-1] = 0.0
+    pull = size * diffusion / time
+    table = _flow_table(time, on_prediction=-size - pull * (1.0 - time), on_noise=noise)
+    return table._replace(on_x=1.0 - pull)
+
+
 def _discrete_table(schedule: Schedule, **columns: Float[np.ndarray, "S"]) -> Table:
     """Turns columns in the order of the schedule (clean to noisy) into a table in the order of sampling."""
     table = _table(
@@ -258,3 +304,10 @@ DDIM = SamplerKind("x0", lambda config, diffusion: ddim(_spaced(config, diffusio
 DPM_SOLVER = SamplerKind("x0", lambda config, diffusion: dpm_solver(make_schedule(diffusion), config.steps))
 EULER = SamplerKind("velocity", lambda config, diffusion: euler(config.steps))
 HEUN = SamplerKind("velocity", lambda config, diffusion: heun(config.steps))
+MEAN_FLOW = SamplerKind("mean_velocity", lambda config, diffusion: mean_flow(config.steps))
+SDE = SamplerKind(
+    "velocity",
+    lambda config, diffusion: euler_maruyama(
+        config.steps, config.sde_diffusion, config.sde_norm, config.sde_last, config.sde_last_size
+    ),
+)

@@ -329,4 +329,5 @@ def _rows(times, signal, sigma, *, on_x, on_x0, on_previous=None) -> Table:
         on_noise=zeros,
         log_posterior=zeros,
         log_beta=zeros,
+        span=zeros,
     )

@@ -34,6 +34,11 @@ def learns_sigma(config: Config) -> bool:
     return OBJECTIVES[config.diffusion.objective].learns_sigma if learn_sigma is None else learn_sigma
 
 
+def spans(config: Config) -> bool:
+    """Tells whether the denoiser is told two times: if the objective is one between them."""
+    return getattr(OBJECTIVES[config.diffusion.objective], "spans", False)
+
+
 Embedder = Callable[..., nnx.Module]
 """embedder(hidden, rngs=rngs) -> a module that maps a condition, a tree of arrays [B, ...], to [B, hidden]."""
 
@@ -57,6 +62,7 @@ def _arguments(config: Config, embedder: Embedder | None) -> dict[str, Any]:
         "channels": config.data.channels,
         "embedder": embedder or functools.partial(LabelEmbed, config.data.num_classes),
         "learn_sigma": learns_sigma(config),
+        "spans": spans(config),
         "dtype": config.train.compute,
     }
 
@@ -68,7 +74,8 @@ def split(model: nnx.Module) -> tuple[nnx.GraphDef, Params]:
 
 
 def apply(
-    graphdef: nnx.GraphDef, params: Params, x: Float[Array, "B H W C"], t: Float[Array, "B"], y: PyTree[Array], *,
+    graphdef: nnx.GraphDef, params: Params, x: Float[Array, "B H W C"],
+    t: Float[Array, "B"] | Float[Array, "B 2"], y: PyTree[Array], *,
     drop_path_key: Key[Array, ""] | None = None, features: tuple[int, ...] = (),
 ) -> Float[Array, "B H W O"] | tuple[Float[Array, "B H W O"], dict[int, Float[Array, "B h w D"]]]:  # fmt: skip
     """Calls the denoiser that `split` took apart; see `Denoiser.__call__`."""

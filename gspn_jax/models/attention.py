@@ -25,6 +25,10 @@ _device = jax.make_user_context(default_value=None)
 """The device for which attention is traced, None for the one that is there."""
 
 
+_forward_mode = jax.make_user_context(default_value=False)
+"""Whether what is traced is differentiated in forward mode, which flash attention has no rule for."""
+
+
 class Choice(NamedTuple):
     """The `implementation` of `jax.nn.dot_product_attention` that runs, and why it is not "cudnn" ("" if it is)."""
 
@@ -40,6 +44,11 @@ class Choice(NamedTuple):
 def traced_for(device: Any) -> contextlib.AbstractContextManager:
     """Inside, `attention` is traced for `device`, a `jax.Device` that need not be attached (one of a topology)."""
     return _device(device)
+
+
+def forward_mode(differentiated: bool) -> contextlib.AbstractContextManager:
+    """Inside, `attention` is traced so that forward mode goes through it, if it is `differentiated` so."""
+    return _forward_mode(differentiated)
 
 
 def attention(
@@ -58,7 +67,7 @@ def attention(
 
 def choose(shape: tuple[int, int, int, int], dtype: DTypeLike) -> Choice:
     """The implementation that runs for queries, keys and values of this shape [B, N, heads, d] and type."""
-    reason = _why_not_cudnn(_target(), shape, jnp.dtype(dtype))
+    reason = "has no forward mode" if _forward_mode.value else _why_not_cudnn(_target(), shape, jnp.dtype(dtype))
     return Choice("xla", reason) if reason else Choice("cudnn", "")
 
 

@@ -16,6 +16,7 @@ from gspn_jax.config import Remat
 from gspn_jax.kernels.derivatives import linear_call
 from gspn_jax.models.embeddings import XAVIER
 from gspn_jax.models.mixers import DepthwiseConv
+from gspn_jax.models.norms import RMSNorm
 from gspn_jax.models.parameters import cast, logical, shapes_of
 from gspn_jax.models.presets import Architecture
 from gspn_jax.models.remat import checkpointed, named
@@ -59,6 +60,11 @@ def run_blocks_on(machine: Machine) -> contextlib.AbstractContextManager:
 def tensor_cores() -> bool:
     """Tells whether blocks are traced for a machine that has them."""
     return _machine.value.tensor_cores
+
+
+def forward_only() -> bool:
+    """Tells whether blocks are traced where no gradient is taken."""
+    return _machine.value.forward_only
 
 
 class DropPath(NamedTuple):
@@ -109,6 +115,11 @@ def layer_norm(x: Float[Array, "B H W D"], width: int | None = None) -> Float[Ar
     return x * jax.lax.rsqrt(variance + NORM_EPSILON)
 
 
+def norm_of(arch: Architecture, *, rngs: nnx.Rngs) -> Callable[[Float[Array, "B H W D"]], Float[Array, "B H W D"]]:
+    """The norm of the DiT layout, a function or a module; float32."""
+    return RMSNorm(arch.hidden, rngs=rngs) if arch.norm == "rms" else layer_norm
+
+
 def modulate(x: Float[Array, "B H W D"], shift: Float[Array, "B D"], scale: Float[Array, "B D"]):
     """x * (1 + scale) + shift, the same at every token (adaLN), in the type of x."""
     shift, scale = (v[:, None, None].astype(x.dtype) for v in (shift, scale))
@@ -146,22 +157,57 @@ class Mlp(nnx.Module):
         return self.fc2(jax.nn.gelu(named(self.fc1(x), "fc1"), approximate=True))
 
 
+def swiglu_width(hidden: int) -> int:
+    """Width of SwiGLU with the parameters of an MLP: two thirds of its, rounded down as LightningDiT and JiT do."""
+    return 2 * MLP_RATIO * hidden // 3
+
+
+class SwiGLU(nnx.Module):
+    """A linear of SiLU(first) * second, which are two linears (arXiv 2002.05202)."""
+
+    def __init__(self, hidden: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
+        wide = swiglu_width(hidden)
+        self.fc1 = nnx.LinearGeneral(
+            hidden,
+            (2, wide),
+            kernel_init=XAVIER,
+            dtype=dtype,
+            rngs=rngs,
+            kernel_metadata=logical("embed", None, "mlp"),
+            bias_metadata=logical(),
+        )
+        self.fc2 = nnx.Linear(
+            wide, hidden, kernel_init=XAVIER, dtype=dtype, rngs=rngs, kernel_metadata=logical("mlp", "embed")
+        )
+
+    def __call__(self, x: Float[Array, "B H W D"]) -> Float[Array, "B H W D"]:
+        both = named(self.fc1(x), "fc1")
+        return self.fc2(jax.nn.silu(both[..., 0, :]) * both[..., 1, :])
+
+
 class DiTBlock(nnx.Module):
-    """adaLN-zero block of DiT (arXiv 2212.09748): mixer and MLP, each normalised, modulated and gated."""
+    """adaLN-zero block of DiT (arXiv 2212.09748): mixer and MLP, each normalised, modulated and gated.
+
+    With SwiGLU and RMS norm it is the block of LightningDiT and JiT (arXiv 2501.01423, 2511.13720).
+    """
 
     def __init__(self, arch: Architecture, *, dtype: DTypeLike, rngs: nnx.Rngs):
         self.modulation = Modulation(arch.hidden, 6, dtype=dtype, rngs=rngs)
         self.mixer = arch.options.build(arch.hidden, dtype=dtype, rngs=rngs)
-        self.mlp = Mlp(arch.hidden, dtype=dtype, rngs=rngs)
+        self.mlp = {"gelu": Mlp, "swiglu": SwiGLU}[arch.mlp](arch.hidden, dtype=dtype, rngs=rngs)
+        self.norm1, self.norm2 = (norm_of(arch, rngs=rngs) for _ in range(BRANCHES))
 
     def __call__(
         self, x: Float[Array, "B H W D"], condition: Float[Array, "B D"], *,
         chunk: int | None, drop_path: DropPath | None = None, long_skip: None = None,
     ) -> Float[Array, "B H W D"]:  # fmt: skip
         shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(condition)
-        branches = ((lambda h: self.mixer(h, chunk=chunk), shift1, scale1, gate1), (self.mlp, shift2, scale2, gate2))
-        for index, (branch, shift, scale, gate) in enumerate(branches):
-            y = gate[:, None, None] * branch(modulate(layer_norm(x), shift, scale))
+        branches = (
+            (self.norm1, lambda h: self.mixer(h, chunk=chunk), shift1, scale1, gate1),
+            (self.norm2, self.mlp, shift2, scale2, gate2),
+        )
+        for index, (norm, branch, shift, scale, gate) in enumerate(branches):
+            y = gate[:, None, None] * branch(modulate(norm(x), shift, scale))
             x = x + (y if drop_path is None else drop_path(y, index))
         return x
 

@@ -80,6 +80,18 @@ def _targets(config: Config) -> dict[str, tuple[list[str], tuple[int, ...]]]:
             f"model.preset must be a DiT with attention to take the weights of the original, "
             f"found layout {arch.layout!r} with mixer {arch.mixer!r}"
         )
+    if (arch.mlp, arch.norm, arch.options.qk_norm, arch.options.rope, arch.bottleneck) != (
+        "gelu",
+        "layer",
+        False,
+        False,
+        0,
+    ):
+        raise ConfigError(
+            "model.preset must be a DiT whose blocks are the original's to take its weights, found one with "
+            f"mlp {arch.mlp!r}, norm {arch.norm!r}, qk_norm {arch.options.qk_norm}, rope {arch.options.rope} and "
+            f"bottleneck {arch.bottleneck}"
+        )
     targets = {}
     for path, leaf in by_path(models.abstract(config)[1]).items():
         module, _, kind = path.rpartition("/")

@@ -13,14 +13,16 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Key, PyTree
 
+from gspn_jax.models.attention import forward_mode
 from gspn_jax.models.blocks import (
     ZEROS,
     DiTBlock,
     DropPath,
     GSPNBlock,
     Modulation,
-    layer_norm,
+    forward_only,
     modulate,
+    norm_of,
     prepared,
     run_stack,
     tensor_cores,
@@ -120,41 +122,47 @@ class GSPNTrunk(nnx.Module):
 class FinalLayer(nnx.Module):
     """Normalise, modulate, project to patches of the output. float32, and zero at initialisation."""
 
-    def __init__(self, hidden: int, features: int, *, rngs: nnx.Rngs):
-        self.modulation = Modulation(hidden, 2, dtype=jnp.float32, rngs=rngs)
-        self.linear = nnx.Linear(hidden, features, kernel_init=ZEROS, dtype=jnp.float32, rngs=rngs)
+    def __init__(self, arch: Architecture, features: int, *, rngs: nnx.Rngs):
+        self.modulation = Modulation(arch.hidden, 2, dtype=jnp.float32, rngs=rngs)
+        self.linear = nnx.Linear(arch.hidden, features, kernel_init=ZEROS, dtype=jnp.float32, rngs=rngs)
+        self.norm = norm_of(arch, rngs=rngs)
 
     def __call__(self, x: Float[Array, "B h w D"], condition: Float[Array, "B D"]) -> Float[Array, "B h w P"]:
         shift, scale = self.modulation(condition)
-        return self.linear(modulate(layer_norm(x), shift, scale))
+        return self.linear(modulate(self.norm(x), shift, scale))
 
 
 class Denoiser(nnx.Module):
     """Predicts from a noised image, its time and a condition: its class, or what the embedder embeds.
 
     `channels` of the image; with `learn_sigma` the output has twice as many, the prediction and then the range of the
-    variance. `dtype` is that of the computation; parameters, norms, softmax, scan state and output are float32.
+    variance; with `spans` it is told two times (`diffusion.objectives.MeanVelocity`). `dtype` is that of the
+    computation; parameters, norms, softmax, scan state and output are float32.
     """
 
     def __init__(
         self, arch: Architecture, *, channels: int, embedder: Callable[..., nnx.Module], learn_sigma: bool,
-        dtype: DTypeLike, rngs: nnx.Rngs,
+        spans: bool = False, dtype: DTypeLike, rngs: nnx.Rngs,
     ):  # fmt: skip
         self.arch = arch
         out_channels = 2 * channels if learn_sigma else channels
         trunk = {"dit": DiTTrunk, "paper": GSPNTrunk}[arch.layout]
-        self.patch_embed = PatchEmbed(arch.patch, channels, arch.hidden, dtype=dtype, rngs=rngs)
+        self.patch_embed = PatchEmbed(
+            arch.patch, channels, arch.hidden, bottleneck=arch.bottleneck, dtype=dtype, rngs=rngs
+        )
         self.time_embed = TimestepEmbed(arch.hidden, rngs=rngs)
         self.label_embed = embedder(arch.hidden, rngs=rngs)
         self.trunk = trunk(arch, dtype=dtype, rngs=rngs)
-        self.final = FinalLayer(arch.hidden, arch.patch**2 * out_channels, rngs=rngs)
+        self.final = FinalLayer(arch, arch.patch**2 * out_channels, rngs=rngs)
+        self.span_embed = TimestepEmbed(arch.hidden, rngs=rngs) if spans else None
 
     def __call__(
-        self, x: Float[Array, "B H W C"], t: Float[Array, "B"], y: PyTree[Array], *,
+        self, x: Float[Array, "B H W C"], t: Float[Array, "B"] | Float[Array, "B 2"], y: PyTree[Array], *,
         drop_path_key: Key[Array, ""] | None = None, features: tuple[int, ...] = (),
     ) -> Float[Array, "B H W O"] | tuple[Float[Array, "B H W O"], dict[int, Float[Array, "B h w D"]]]:  # fmt: skip
-        """`t` is in 0..1000, `y` what the embedder embeds: a class in 0..num_classes (the last is "no class"), or a
-        tree of arrays [B, ...]. O = 2C with learn_sigma, else C.
+        """`t` is in 0..1000, or of a denoiser with `spans` a time and a span in 0..1. `y` is what the embedder embeds:
+        a class in 0..num_classes (the last is "no class"), or a tree of arrays [B, ...]. O = 2C with learn_sigma, else
+        C.
 
         H and W may be any multiples of the patch. With a `drop_path_key` blocks are dropped at random, the more the
         deeper (linearly up to `drop_path`); without one the function is deterministic.
@@ -168,7 +176,11 @@ class Denoiser(nnx.Module):
             blocks = self.arch.blocks
             rates = jnp.linspace(0, self.arch.drop_path, blocks, dtype=jnp.float32)
             drop_path = DropPath(jax.random.split(drop_path_key, blocks), rates)
-        condition = self.time_embed(t) + self.label_embed(y)
-        tokens, found = self.trunk(self.patch_embed(x), condition, drop_path, features)
+        if self.span_embed is None:
+            condition = self.time_embed(t) + self.label_embed(y)
+        else:
+            condition = self.time_embed(t[:, 0]) + self.span_embed(t[:, 1]) + self.label_embed(y)
+        with forward_mode(self.span_embed is not None and not forward_only()):
+            tokens, found = self.trunk(self.patch_embed(x), condition, drop_path, features)
         output = unpatchify(self.final(tokens, condition), self.arch.patch)
         return (output, found) if features else output

@@ -67,14 +67,24 @@ def timestep_frequencies(t: Float[Array, "B"]) -> Float[Array, "B 256"]:
 
 
 class PatchEmbed(nnx.Module):
-    """A linear of each patch: the strided convolution of ViT."""
+    """A linear of each patch: the strided convolution of ViT. With a `bottleneck` one without bias to so many channels
+    comes before it (JiT, arXiv 2511.13720)."""
 
-    def __init__(self, patch: int, channels: int, hidden: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
+    def __init__(
+        self, patch: int, channels: int, hidden: int, *, bottleneck: int = 0, dtype: DTypeLike, rngs: nnx.Rngs
+    ):
         self.patch = patch
-        self.proj = nnx.Linear(patch * patch * channels, hidden, kernel_init=XAVIER, dtype=dtype, rngs=rngs)
+        pixels = patch * patch * channels
+        self.proj = nnx.Linear(bottleneck or pixels, hidden, kernel_init=XAVIER, dtype=dtype, rngs=rngs)
+        self.narrow = (
+            nnx.Linear(pixels, bottleneck, use_bias=False, kernel_init=XAVIER, dtype=dtype, rngs=rngs)
+            if bottleneck
+            else None
+        )
 
     def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B h w D"]:
-        return self.proj(patchify(x, self.patch))
+        x = patchify(x, self.patch)
+        return self.proj(x if self.narrow is None else self.narrow(x))
 
 
 class TimestepEmbed(nnx.Module):

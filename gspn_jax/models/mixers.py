@@ -17,8 +17,10 @@ from gspn_jax.config import ConfigError, ModelConfig, Remat, require
 from gspn_jax.kernels import available_backends, depthwise_conv, propagate_low_rank
 from gspn_jax.models.attention import attention
 from gspn_jax.models.embeddings import XAVIER
+from gspn_jax.models.norms import RMSNorm
 from gspn_jax.models.parameters import MATRIX, logical
 from gspn_jax.models.remat import named
+from gspn_jax.models.rotary import rotate
 
 DIRECTIONS = 4
 NEIGHBOURS = 3
@@ -79,9 +81,11 @@ def _no_options(model: ModelConfig) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class AttentionOptions:
-    """Options of `Attention`."""
+    """Options of `Attention`: heads, RMS norm of queries and keys, rotary positions."""
 
     heads: int
+    qk_norm: bool = False
+    rope: bool = False
 
     needs_positions = True
     has_chunks = False
@@ -97,7 +101,9 @@ class AttentionOptions:
             heads is not None and hidden % heads == 0, "model.heads", f"a divisor of model.hidden ({hidden})", heads
         )
         require(model.groups is None, "model.groups", "None with model.mixer='attention'", model.groups)
-        return cls(heads)
+        size = hidden // heads
+        require(not model.rope or size % 4 == 0, "model.heads", "such that model.rope has heads of 4n channels", heads)
+        return cls(heads, bool(model.qk_norm), bool(model.rope))
 
     def build(self, width: int, *, dtype: DTypeLike, rngs: nnx.Rngs) -> "Attention":
         return Attention(width, self, dtype=dtype, rngs=rngs)
@@ -108,10 +114,13 @@ class AttentionOptions:
 
 
 class Attention(nnx.Module):
-    """Multi-head self-attention over all tokens, softmax in float32 (DiT, after ViT)."""
+    """Multi-head self-attention over all tokens, softmax in float32 (DiT, after ViT); norms and rotary positions of
+    queries and keys as LightningDiT and JiT have them (arXiv 2501.01423, 2511.13720)."""
 
     def __init__(self, width: int, options: AttentionOptions, *, dtype: DTypeLike, rngs: nnx.Rngs):
-        self.heads = options.heads
+        self.heads, self.rope = options.heads, options.rope
+        size = width // options.heads
+        self.q_norm, self.k_norm = (RMSNorm(size, rngs=rngs) if options.qk_norm else None for _ in "qk")
         self.qkv = nnx.LinearGeneral(
             width,
             (3, width),
@@ -129,7 +138,12 @@ class Attention(nnx.Module):
         """`chunk` has no meaning here; every mixer takes it."""
         batch, height, width, hidden = x.shape
         heads = (batch, height * width, self.heads, hidden // self.heads)
-        y = attention(*(a.reshape(heads) for a in self._queries_keys_values(x)))
+        q, k, v = (a.reshape(heads) for a in self._queries_keys_values(x))
+        if self.q_norm is not None:
+            q, k = self.q_norm(q).astype(q.dtype), self.k_norm(k).astype(k.dtype)
+        if self.rope:
+            q, k = (rotate(a, height, width) for a in (q, k))
+        y = attention(q, k, v)
         return self.proj(y.reshape(x.shape))
 
     def _queries_keys_values(self, x: Float[Array, "B H W D"]) -> list[Float[Array, "B H W D"]]:

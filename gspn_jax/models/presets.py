@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from gspn_jax.config import ConfigError, Layout, ModelConfig, Remat
+from gspn_jax.config import ConfigError, Layout, MlpName, ModelConfig, NormName, Remat
 from gspn_jax.models.mixers import MixerOptions
 from gspn_jax.tables import MIXERS
 
@@ -17,6 +17,11 @@ class Preset:
     depth: int
     patch: int
     heads: int | None = None
+    mlp: MlpName = "gelu"
+    norm: NormName = "layer"
+    qk_norm: bool = False
+    rope: bool = False
+    bottleneck: int = 0
 
 
 # (hidden, depth) of arXiv 2501.12381 and (hidden, depth, heads) of DiT, arXiv 2212.09748, table 1.
@@ -32,6 +37,25 @@ PRESETS: dict[str, Preset] = {
     for size, (hidden, depth, heads) in _DIT.items()
     for patch in (2, 4, 8)
 }
+
+# LightningDiT, arXiv 2501.01423 (as its released XL/1 is set: no norm of queries and keys), and JiT, arXiv 2511.13720
+# (hidden, depth, heads, bottleneck), whose 32 tokens of the class in the later blocks we leave out.
+_JIT = {"B": (768, 12, 12, 128), "L": (1024, 24, 16, 128), "H": (1280, 32, 16, 256)}
+
+PRESETS |= {
+    f"LightningDiT-{size}/{patch}": Preset(
+        "dit", "attention", *_DIT[size][:2], patch, _DIT[size][2], mlp="swiglu", norm="rms", rope=True
+    )
+    for size in ("B", "L", "XL")
+    for patch in (1, 2)
+} | {
+    f"JiT-{size}/{patch}": Preset(
+        "dit", "attention", hidden, depth, patch, heads,
+        mlp="swiglu", norm="rms", qk_norm=True, rope=True, bottleneck=bottleneck,
+    )
+    for size, (hidden, depth, heads, bottleneck) in _JIT.items()
+    for patch in (16, 32)
+}  # fmt: skip
 
 LOCAL_CHUNK = 2
 GLOBAL_BLOCKS = 2
@@ -56,6 +80,10 @@ class Architecture:
     drop_path: float
     learn_sigma: bool | None
     remat: Remat
+    mlp: MlpName
+    norm: NormName
+    bottleneck: int
+    """Width through which patches are embedded, 0 for one linear."""
 
     @property
     def blocks(self) -> int:
@@ -70,6 +98,7 @@ def resolve(model: ModelConfig) -> Architecture:
     """
     if model.preset not in PRESETS:
         raise ConfigError(f"model.preset must be one of {', '.join(PRESETS)}, found {model.preset!r}")
+    asked = model
     preset = dataclasses.asdict(PRESETS[model.preset])
     chosen = {name: value for name, value in preset.items() if getattr(model, name) is None}
     model = dataclasses.replace(model, **chosen)
@@ -78,6 +107,12 @@ def resolve(model: ModelConfig) -> Architecture:
         free = [name for name, kind in MIXERS.items() if not kind.needs_positions]
         _check(model.mixer in free, "model.mixer", f"{_one_of(free)} with model.layout='paper'", model.mixer)
         _check(depth % 2 == 0, "model.depth", "even with model.layout='paper'", depth)
+        _check(model.mlp == "gelu", "model.mlp", "None with model.layout='paper', which has no MLP", model.mlp)
+        _check(model.norm == "layer", "model.norm", "'layer' or None with model.layout='paper'", model.norm)
+    if model.mixer != "attention":
+        for name in ("qk_norm", "rope"):
+            found = getattr(asked, name)
+            _check(not found, f"model.{name}", f"None or False with model.mixer={model.mixer!r}", found)
     if mixer.needs_positions:
         _check(hidden % 4 == 0, "model.hidden", "a multiple of 4 for the sine-cosine positions", hidden)
     if not mixer.has_chunks:
@@ -86,7 +121,7 @@ def resolve(model: ModelConfig) -> Architecture:
     return Architecture(
         layout=layout, mixer=model.mixer, options=mixer.of(model), hidden=hidden, depth=depth, patch=model.patch,
         chunks=_chunks(model.chunk, layout, _blocks(layout, depth)), drop_path=model.drop_path,
-        learn_sigma=model.learn_sigma, remat=model.remat,
+        learn_sigma=model.learn_sigma, remat=model.remat, mlp=model.mlp, norm=model.norm, bottleneck=model.bottleneck,
     )  # fmt: skip
 
 

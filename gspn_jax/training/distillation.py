@@ -50,6 +50,11 @@ class DistillationTask(DiffusionTask):
         super().__init__(config)
         if config.distill.teacher is None:
             raise ConfigError("distill.teacher must be the run directory of a trained denoiser, found None")
+        if models.spans(config):
+            raise ConfigError(
+                "diffusion.objective must be one that evaluates the denoiser at given times to be distilled, found "
+                f"{config.diffusion.objective!r}"
+            )
 
     def given(self) -> Given | None:
         _ = self._teacher  # is found to fit first

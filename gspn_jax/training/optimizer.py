@@ -1,10 +1,11 @@
-"""AdamW and its schedule, as `OptimizerConfig` says."""
+"""The optimizer and its schedule, as `OptimizerConfig` says."""
 
 from typing import Any
 
 import optax
 
 from gspn_jax.config import OptimizerConfig, RunConfig
+from gspn_jax.training.muon import muon_and_adamw
 
 
 def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
@@ -38,14 +39,17 @@ def jump(before: RunConfig, now: RunConfig, step: int) -> str | None:
     return said
 
 
-def make_optimizer(config: OptimizerConfig, steps: int, decayed: Any = None) -> optax.GradientTransformation:
-    """AdamW behind a clip of the gradient's global norm.
+def make_optimizer(
+    config: OptimizerConfig, steps: int, decayed: Any = None, shapes: Any = None
+) -> optax.GradientTransformation:
+    """AdamW, or Muon and AdamW, behind a clip of the gradient's global norm.
 
-    `decayed` says which parameters weight decay is of: a tree of True and False like them, None for all.
+    `decayed` says which parameters weight decay is of: a tree of True and False like them, None for all. `shapes` are
+    their own shapes, which Muon needs.
     """
-    return optax.chain(
-        optax.clip_by_global_norm(config.clip_norm),
-        optax.adamw(
-            learning_rate(config, steps), b1=config.b1, b2=config.b2, weight_decay=config.weight_decay, mask=decayed
-        ),
-    )
+    rate = learning_rate(config, steps)
+    if config.name == "muon":
+        moved = muon_and_adamw(config, rate, shapes, decayed)
+    else:
+        moved = optax.adamw(rate, b1=config.b1, b2=config.b2, weight_decay=config.weight_decay, mask=decayed)
+    return optax.chain(optax.clip_by_global_norm(config.clip_norm), moved)

@@ -71,15 +71,21 @@ def abstract_state(task: Task, mesh: Mesh | AbstractMesh) -> TrainState:
     everywhere = sharding.replicated(mesh)
     opt_state = optax.tree_utils.tree_map_params(
         task.optimizer(),
-        lambda _, s: s,
+        lambda leaf, place: leaf if _masked(leaf) else place,
         shapes.opt_state,
         only.part(params, only.trained(task.config.train, task.shapes)),
         transform_non_params=lambda _: everywhere,
+        is_leaf=_masked,
     )
     shardings = TrainState(
         step=everywhere, params=params, opt_state=opt_state, ema=dict.fromkeys(shapes.ema, params), halted=everywhere
     )
     return jax.tree.map(lambda s, where: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where), shapes, shardings)
+
+
+def _masked(node: Any) -> bool:
+    """Tells whether a part of an optimizer has nothing at the place of a parameter, which another part moves."""
+    return isinstance(node, optax.MaskedNode)
 
 
 def create_state(task: Task, mesh: Mesh, params: Any = None) -> TrainState:

@@ -88,7 +88,7 @@ class Task(abc.ABC):
         """
 
     def optimizer(self) -> optax.GradientTransformation:
-        return make_optimizer(self.config.optimizer, self.config.train.steps, self.decayed())
+        return make_optimizer(self.config.optimizer, self.config.train.steps, self.decayed(), self.shapes)
 
     def learning_rate(self) -> optax.Schedule:
         """Learning rate that a step logs."""

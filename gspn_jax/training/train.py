@@ -16,7 +16,7 @@ from gspn_jax.parallel.memory import bytes_a_device, check_fits
 from gspn_jax.runs import readback, same_hosts
 from gspn_jax.runs.checkpoints import steps
 from gspn_jax.runs.saving import Checkpoints
-from gspn_jax.training import hooks, only, start
+from gspn_jax.training import hooks, muon, only, start
 from gspn_jax.training.batches import Batches
 from gspn_jax.training.diffusion import DiffusionTask
 from gspn_jax.training.distillation import DistillationTask
@@ -98,6 +98,8 @@ def train_task(task: Task) -> pathlib.Path:
         ):
             batches.open(first_step, guard.data_seed(config.train.seed))
             run_log.say(f"{task.describe(source)}; {_place(config, mesh, first_step)}")
+            if config.optimizer.name == "muon":
+                run_log.say(muon.describe(task.shapes))
 
             # --- hooks, in the order in which they are called
             evaluate = evaluation and hooks.Evaluate(evaluation, checkpoints, run_log, stop)

@@ -12,6 +12,7 @@ from tests.diffusion import gaussian_oracle as oracle
 MEAN, STD = 0.7, 0.6
 NULL = 10
 SAMPLERS = [("ddpm", "ddpm"), ("ddpm", "ddim"), ("ddpm", "dpm++"), ("flow", "euler"), ("flow", "heun")]
+SAMPLERS += [("flow", "sde")]
 
 
 def sampler(config, diffusion, denoise, shape, learn_sigma=False, **options):
@@ -107,6 +108,7 @@ def test_best_learned_variance_samples_a_gaussian_exactly_in_any_number_of_steps
         ("ddpm", "dpm++", 50, 0.003),
         ("flow", "euler", 200, 0.01),
         ("flow", "heun", 25, 0.003),
+        ("flow", "sde", 250, 0.01),
     ],
 )
 def test_samples_have_the_moments_of_the_data(objective, name, steps, tolerance):
@@ -166,6 +168,7 @@ def test_denoiser_is_told_the_times_that_it_was_trained_on(objective, name):
     draw(SamplerConfig(name=name, steps=4), DiffusionConfig(objective=objective), denoise, 2, (1, 1, 1))
     jax.effects_barrier()
     expected = {"euler": [1000, 750, 500, 250], "heun": [1000, 750, 750, 500, 500, 250, 250]}
+    expected["sde"] = np.float32([1000, 680, 360, 40]).tolist()
     told = np.sort(told)[::-1]
     if name == "dpm++":  # even in log SNR, between the timesteps
         assert told[0] == 999 and told[-1] == 0
@@ -179,7 +182,7 @@ def test_denoiser_is_told_the_times_that_it_was_trained_on(objective, name):
 def test_clipping_keeps_predictions_in_range(objective, name):
     """Data at 2, narrower than the last noise level: the last prediction is above 1 whatever x, and is returned."""
     clipped = draw(
-        SamplerConfig(name=name, steps=10, clip_denoised=True),
+        SamplerConfig(name=name, steps=10, clip_denoised=True, sde_last="euler"),
         DiffusionConfig(objective=objective),
         gaussian(objective, mean=2.0, std=0.003),
         4,
@@ -251,7 +254,75 @@ def test_default_samplers_are_those_of_the_objective():
         np.testing.assert_array_equal(np.array(chosen), np.array(named))
 
 
-@pytest.mark.parametrize(("objective", "name"), SAMPLERS)
+def sit(velocity, start, noise, *, diffusion, last, steps, last_size):
+    """SiT's sampler in its own terms: time s from 0 (noise) to 1 (clean), velocity dx/ds, score by its formula.
+
+    `noise(i)` is that of step i; float64.
+    """
+    forms = {
+        "constant": lambda s: 1.0,
+        "sigma": lambda s: 1.0 - s,
+        "decreasing": lambda s: 0.25 * (np.cos(np.pi * s) + 1.0) ** 2,
+        "increasing-decreasing": lambda s: np.sin(np.pi * s) ** 2,
+    }
+
+    def drift(x, s, strength):
+        v, sigma = velocity(x, s), 1.0 - s
+        score = (s * v - x) / (sigma**2 + s * sigma)  # alpha = s and sigma = 1 - s with slopes 1 and -1
+        return v + strength * score
+
+    x, step = start, (1.0 - last_size) / (steps - 1)
+    for i in range(steps - 1):
+        s = i * step
+        x = x + step * drift(x, s, forms[diffusion](s)) + np.sqrt(2 * forms[diffusion](s) * step) * noise(i)
+    s = 1.0 - last_size
+    return x + last_size * drift(x, s, forms[diffusion](s) if last == "mean" else 0.0)
+
+
+@pytest.mark.parametrize("last", ["mean", "euler"])
+@pytest.mark.parametrize("form", ["constant", "sigma", "decreasing", "increasing-decreasing"])
+def test_the_sde_is_sits_with_the_same_noise(form, last):
+    """To 1e-5, of a denoiser that is not linear."""
+    denoise = mixing_denoiser()
+    settings = {"steps": 7, "sde_diffusion": form, "sde_last": last, "sde_last_size": 0.1}
+    found = draw(SamplerConfig(name="sde", **settings), DiffusionConfig(objective="flow"), denoise, 3, (3, 3, 1))
+    keys = jax.random.split(jax.random.key(0), 3)
+
+    def noise(i):
+        drawn = jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, i + 1), (3, 3, 1)))(keys)
+        return np.asarray(drawn, np.float64)
+
+    def velocity(x, s):
+        return -np.asarray(denoise(jnp.asarray(x, jnp.float32), jnp.full(3, 1000 * (1 - s)), jnp.zeros(3, int)), float)
+
+    wanted = sit(velocity, noise(-1), noise, diffusion=form, last=last, steps=7, last_size=0.1)
+    np.testing.assert_allclose(found, wanted, atol=1e-5 * np.abs(wanted).max())
+
+
+@pytest.mark.parametrize(("form", "norm"), [("constant", 0.5), ("sigma", 1.0), ("increasing-decreasing", 2.0)])
+def test_the_sde_has_the_moments_of_its_markov_chain(form, norm):
+    """Of Gaussian data each step is affine with independent noise, so that both moments are known exactly; with many
+    steps (above) they are those of the data."""
+    config = SamplerConfig(name="sde", steps=20, sde_diffusion=form, sde_norm=norm)
+    images = draw(config, DiffusionConfig(objective="flow"), gaussian("flow"), 600)
+    strength = {
+        "constant": lambda t: norm,
+        "sigma": lambda t: t,
+        "increasing-decreasing": lambda t: 2 * np.sin(np.pi * t) ** 2,
+    }
+    m, v = 0.0, 1.0
+    for i in range(20):
+        t, size = (1 - 0.96 * i / 19, 0.96 / 19) if i < 19 else (0.04, 0.04)
+        variance = (1 - t) ** 2 * STD**2 + t**2
+        speed = (t - (1 - t) * STD**2) / variance  # of the velocity: -MEAN + speed (x - (1 - t) MEAN)
+        back = strength[form](t) / variance  # of -D score = D (x - (1 - t) MEAN) / variance
+        slope = 1 - size * (speed + back)
+        m = slope * m + size * (MEAN + (speed + back) * (1 - t) * MEAN)
+        v = slope**2 * v + (2 * strength[form](t) * size if i < 19 else 0.0)
+    assert_moments(images, m, np.sqrt(v))
+
+
+@pytest.mark.parametrize(("objective", "name"), SAMPLERS[:-1])
 def test_one_step_samples_are_finite(objective, name):
     images = draw(SamplerConfig(name=name, steps=1), DiffusionConfig(objective=objective), gaussian(objective), 2)
     assert np.all(np.isfinite(images)) and np.abs(images - MEAN).max() < 0.5
@@ -273,3 +344,5 @@ def test_what_does_not_fit_is_named():
         run(learn_sigma=True)
     with pytest.raises(ConfigError, match=r"sampler\.name must be one of 'ddpm', 'ddim', 'dpm\+\+' .* found 'euler'"):
         run(SamplerConfig(name="euler", steps=3))
+    with pytest.raises(ConfigError, match=r"sampler\.steps must be 2 or more with sampler\.name='sde', found 1"):
+        make_table(SamplerConfig(name="sde", steps=1), DiffusionConfig(objective="flow"))

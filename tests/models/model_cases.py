@@ -11,6 +11,9 @@ BFLOAT16 = "params=float32,compute=bfloat16"
 
 PAPER = ModelConfig(preset="GSPN-S/2", hidden=16, depth=4, proxy_ratio=4)
 DIT = ModelConfig(preset="DiT-S/2", hidden=16, depth=2, heads=2)
+MODERN = ModelConfig(
+    preset="DiT-S/2", hidden=16, depth=2, heads=2, mlp="swiglu", norm="rms", qk_norm=True, rope=True, bottleneck=5
+)
 DIT_GSPN = ModelConfig(preset="DiT-S/2", hidden=16, depth=2, mixer="gspn", proxy_ratio=4)
 
 

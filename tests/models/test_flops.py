@@ -6,16 +6,16 @@ import pytest
 from gspn_jax import models
 from gspn_jax.config import ModelConfig
 from gspn_jax.models import forward_flops, resolve
-from tests.models.model_cases import DIT, DIT_GSPN, PAPER, make_config, random_inputs
+from tests.models.model_cases import DIT, DIT_GSPN, MODERN, PAPER, make_config, random_inputs
 from tests.models.traced import traced_products
 
 
 @pytest.mark.parametrize("change", [{}, {"groups": 2}, {"skip": True}])
-@pytest.mark.parametrize("model", [PAPER, DIT, DIT_GSPN], ids=["paper", "dit", "dit_gspn"])
+@pytest.mark.parametrize("model", [PAPER, DIT, MODERN, DIT_GSPN], ids=["paper", "dit", "modern", "dit_gspn"])
 def test_products_are_those_of_the_traced_program(model, change):
     """Exactly, once the depthwise convolutions and scans, which are not products, are taken off by hand."""
-    if model is DIT and change:
-        model, change = dataclasses.replace(DIT, depth=5), {}
+    if model in (DIT, MODERN) and change:
+        model, change = dataclasses.replace(model, depth=5), {}
     config = make_config(dataclasses.replace(model, **change))
     arch = resolve(config.model)
     graphdef, params = models.abstract(config)

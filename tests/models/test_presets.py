@@ -17,7 +17,9 @@ def imagenet(preset: str, **overrides):
 def test_all_published_sizes_are_there():
     gspn = {f"GSPN-{size}/{patch}" for size in ("S", "B", "L", "XL") for patch in (2, 4)}
     dit = {f"DiT-{size}/{patch}" for size in ("S", "B", "L", "XL") for patch in (2, 4, 8)}
-    assert set(PRESETS) == gspn | dit
+    modern = {f"LightningDiT-{size}/{patch}" for size in ("B", "L", "XL") for patch in (1, 2)}
+    modern |= {f"JiT-{size}/{patch}" for size in "BLH" for patch in (16, 32)}
+    assert set(PRESETS) == gspn | dit | modern
     for name in PRESETS:
         resolve(ModelConfig(preset=name))
 
@@ -45,6 +47,24 @@ def test_parameter_counts_are_those_of_the_authors_code(preset, millions):
     for skip, expected in zip((False, True), millions, strict=True):
         count = models.count_parameters(imagenet(preset, skip=skip)) / 1e6
         assert count == pytest.approx(expected, abs=0.05)
+
+
+# LightningDiT: arXiv 2501.01423, table of class-conditional generation, on latents of 16x16x32; JiT: arXiv 2511.13720.
+MODERN = {
+    "LightningDiT-XL/1": (675, 16, 32),
+    "JiT-B/16": (131, 256, 3),
+    "JiT-L/16": (459, 256, 3),
+    "JiT-H/16": (953, 256, 3),
+}
+
+
+@pytest.mark.parametrize(("preset", "published"), MODERN.items())
+def test_modern_counts_are_the_published_ones_to_the_million(preset, published):
+    millions, size, channels = published
+    config = make_config(
+        ModelConfig(preset=preset), channels=channels, num_classes=1000, image_size=size, objective="flow"
+    )
+    assert models.count_parameters(config) == pytest.approx(millions * 1e6, abs=1e6)
 
 
 def test_counting_allocates_nothing():

@@ -92,7 +92,7 @@ def test_an_image_is_its_seed_and_class_whatever_the_batch_and_mesh(run_dir, mes
         (["--num-samples", "5", "--output", "x.png"], "--output must end in .npz"),
         (["--output", "/no/such/folder/x.png"], "--output must lie in a folder that exists"),
         (["--image-size", "9", "9"], "must be a multiple of the patch (2), found 9x9"),
-        (["--sampler.name", "ddpm"], "sampler.name must be one of ('heun', 'euler', None)"),
+        (["--sampler.name", "ddpm"], "sampler.name must be one of ('heun', 'euler', 'sde', None)"),
         (["--mesh.data", "3"], "must be the 8 devices there are"),
         (["--per-class", "0"], "--per-class must be 1 or more, found 0"),
     ],

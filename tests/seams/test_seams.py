@@ -122,10 +122,10 @@ def test_help_offers_the_lines_of_the_tables_as_they_are(capsys):
         train_dit.main(["--config", "configs/digits.py", "--help"])
     shown = " ".join(capsys.readouterr().out.replace("│", " ").split())
     assert "--model.mixer {None,attention,gspn,roll}" in shown
-    assert "--diffusion.objective {ddpm,flow,clean}" in shown
+    assert "--diffusion.objective {ddpm,flow,x_prediction,mean_flow,clean}" in shown
     assert "--data.source {digits,folder,records,tfds,latents,stripes}" in shown
-    assert "euler,heun,small steps}" in shown and "precision,recall,clip,glare}" in shown
-    with pytest.raises(ConfigError, match=r"sampler.name must be one of \('small steps', 'euler', 'heun', None\)"):
+    assert "euler,heun,sde,mean_flow,small steps}" in shown and "precision,recall,clip,glare}" in shown
+    with pytest.raises(ConfigError, match=r"sampler.name must be one of \('small steps', 'euler', 'heun', 'sde', None"):
         Config("r", diffusion=DiffusionConfig(objective="clean"), sampler=SamplerConfig(name="ddpm"))
     with pytest.raises(ConfigError, match=r"mixer_options must be some of shift=INT .*, found 'shift=x'"):
         models.resolve(ModelConfig(preset="DiT-S/2", mixer="roll", mixer_options=("shift=x",)))
