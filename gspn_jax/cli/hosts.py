@@ -81,7 +81,7 @@ class Place:
     count: int
     index: int
     told_by: str
-    """What says the address, as an error names it."""
+    """Source of the address, as an error names it."""
 
 
 def _place(chosen: Mapping[str, str | None]) -> Place | None:
