@@ -9,9 +9,11 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from gspn_jax.config import ConfigError
-from gspn_jax.data.decoding import decode_image
+from gspn_jax.data.decoding import DataError, decode_image
 from gspn_jax.data.source import hash_of
 
+MOST_CLASSES = 10**6
+"""Those of ImageNet-21k are 21,843; names of more are not made up."""
 _OWN_FEATURES = "tensorflow_datasets.core.features."
 
 
@@ -37,7 +39,7 @@ class TfdsSource:
             )
         try:
             self._records = builder.as_data_source(split, decoders={image_key: tfds.decode.SkipDecoding()})
-        except ValueError as error:
+        except (ValueError, KeyError) as error:
             raise ConfigError(
                 f"data.split must be a split of {name!r} ({', '.join(builder.info.splits)}) or a "
                 f"slice of one with images in it, found {split!r}"
@@ -45,6 +47,11 @@ class TfdsSource:
         self._name, self._size, self._channels = f"{builder.info.name} {split}", size, channels
         self._image_key, self._label_key = image_key, label_key
         label = features[label_key]
+        if not 0 < (label.num_classes or 0) <= MOST_CLASSES:
+            raise ConfigError(
+                f"{name!r} must have from 1 to {MOST_CLASSES:,} classes, found {label.num_classes} in its features.json"
+            )
+        _check_shards(builder, split)
         self.class_names = tuple(label.names or map(str, range(label.num_classes)))
         self.fingerprint = hash_of(
             [
@@ -60,12 +67,28 @@ class TfdsSource:
         return len(self._records)
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray | np.int32]:
-        record = self._records[index]
         name = f"image {index} of {self._name}"
+        try:
+            record = self._records[index]
+        except (RuntimeError, ValueError) as error:
+            raise DataError(f"{name} cannot be read: {_said_by(error)}") from error
         return {
             "image": decode_image(record[self._image_key], name, self._size, self._channels),
             "label": np.int32(record[self._label_key]),
         }
+
+
+def _check_shards(builder: tfds.core.DatasetBuilder, split: str) -> None:
+    """Raises ConfigError unless the files of a split are there, in the folder of the set."""
+    folder = os.path.abspath(os.fspath(builder.data_dir))
+    for file in getattr(builder.info.splits[split], "filepaths", ()):
+        path = os.path.abspath(os.fspath(file))
+        if os.path.commonpath([folder, path]) != folder or not os.path.isfile(path):
+            raise ConfigError(f"the shards of {split!r} must be files in {folder}, found none at {os.fspath(file)}")
+
+
+def _said_by(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:200]
 
 
 class _ForeignClassError(Exception):
@@ -110,10 +133,17 @@ def _prepared_builder(name: str, data_dir: str | None) -> tfds.core.DatasetBuild
             f"data.name must be a tensorflow-datasets name or a set prepared in data.path, found "
             f"{name!r} with data.path={data_dir!r}"
         ) from error
+    except (OSError, ConfigError):
+        raise
     except ImportError as error:
         raise ConfigError(
             f"data.name must be a set that tensorflow-datasets describes without TensorFlow, found "
             f"{name!r} ({str(error).rsplit(': ', 1)[-1]})"
+        ) from error
+    except Exception as error:  # of its own reader, or of what that does with other types than it expects
+        raise ConfigError(
+            f"features.json and dataset_info.json of {name!r} in data.path={data_dir!r} must be as tensorflow-datasets "
+            f"wrote them, found: {type(error).__name__}: {_said_by(error)}"
         ) from error
     if not builder.is_prepared():
         where = f", data_dir={os.fspath(data_dir)!r}" if data_dir else ""

@@ -201,10 +201,41 @@ def npz_claiming(name: str, shape: tuple[int, ...], kind: str, held: int) -> Bef
     return before
 
 
-def features_json(_given: Given, here: pathlib.Path) -> None:
-    """{here}/tfds/tiny, a set of tensorflow-datasets whose features.json names a module of its own."""
-    folder = here / "tfds" / "tiny" / "1.0.0"
-    folder.mkdir(parents=True)
-    info = {"name": "tiny", "version": "1.0.0", "fileFormat": "array_record"}
-    (folder / "dataset_info.json").write_text(json.dumps(info))
-    (folder / "features.json").write_text(json.dumps({"pythonClassName": "this.Foreign", "featuresDict": {}}))
+TFDS = "tensorflow_datasets.core.features."
+IMAGE = {
+    "pythonClassName": TFDS + "image_feature.Image",
+    "image": {"shape": {"dimensions": ["8", "8", "3"]}, "dtype": "uint8", "encodingFormat": "png"},
+}
+SPLIT = {
+    "name": "train",
+    "shardLengths": ["5"],
+    "numBytes": "9",
+    "filepathTemplate": "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}",
+}
+INFO = {"name": "tiny", "version": "1.0.0", "fileFormat": "array_record", "splits": [SPLIT]}
+
+
+def classes(count: str) -> dict:
+    """A feature of labels."""
+    return {"pythonClassName": TFDS + "class_label_feature.ClassLabel", "classLabel": {"numClasses": count}}
+
+
+def labelled(**features: dict) -> dict:
+    """A features.json of images with labels, some of whose features are others."""
+    named = {"image": IMAGE, "label": classes("2")} | features
+    return {"pythonClassName": TFDS + "features_dict.FeaturesDict", "featuresDict": {"features": named}}
+
+
+def prepared(features=None, info=None):
+    """A row's `before`: {here}/tfds/tiny, a set of tensorflow-datasets of these two files, JSON or text."""
+
+    def before(_given: Given, here: pathlib.Path) -> None:
+        folder = here / "tfds" / "tiny" / "1.0.0"
+        folder.mkdir(parents=True)
+        for name, content in (
+            ("features.json", labelled() if features is None else features),
+            ("dataset_info.json", INFO if info is None else info),
+        ):
+            (folder / name).write_text(content if isinstance(content, str) else json.dumps(content))
+
+    return before

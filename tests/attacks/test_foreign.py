@@ -542,8 +542,54 @@ WEIGHTS = [
     Attack(
         "B15",
         "a features.json that names a module to import",
-        latents(source=("--tfds", "tiny", "--tfds-dir", "{here}/tfds"), before=foreign.features_json),
+        latents(
+            source=("--tfds", "tiny", "--tfds-dir", "{here}/tfds"),
+            before=foreign.prepared({"pythonClassName": "this.Foreign", "featuresDict": {}}),
+        ),
         "must be tensorflow-datasets' own, found the class 'this.Foreign'",
+    ),
+    *(
+        Attack(
+            "B15",
+            f"a set of tensorflow-datasets {what}",
+            latents(source=("--tfds", "tiny", "--tfds-dir", "{here}/tfds"), before=foreign.prepared(**files)),
+            says,
+        )
+        for what, files, says in (
+            (
+                "whose label names a module to import",
+                {"features": foreign.labelled(label={"pythonClassName": "this.Foreign"})},
+                "found the class 'this.Foreign'",
+            ),
+            (
+                "that names a module within tensorflow-datasets that is none",
+                {"features": {"pythonClassName": foreign.TFDS + "os.system"}},
+                "found 'tiny'",
+            ),
+            (
+                "whose class is a number",
+                {"features": {"pythonClassName": 3}},
+                "must be as tensorflow-datasets wrote them",
+            ),
+            ("whose features.json is empty", {"features": ""}, "found 'tiny'"),
+            ("whose features.json is a list", {"features": []}, "found the class ''"),
+            ("whose features.json nests", {"features": "[" * 10**5}, "must be as tensorflow-datasets wrote them"),
+            ("whose dataset_info.json nests", {"info": "[" * 10**5}, "must be as tensorflow-datasets wrote them"),
+            (
+                "whose image has a side of letters",
+                {"features": foreign.labelled(image=foreign.IMAGE | {"image": {"shape": {"dimensions": ["a"]}}})},
+                "must be as tensorflow-datasets wrote them",
+            ),
+            ("of -3 classes", {"features": foreign.labelled(label=foreign.classes("-3"))}, "found -3"),
+            ("of 10**12 classes", {"features": foreign.labelled(label=foreign.classes(str(10**12)))}, "to 1,000,000"),
+            ("without its split", {"info": foreign.INFO | {"splits": []}}, "data.split must be a split of 'tiny'"),
+            ("without its shards", {}, "the shards of 'train' must be files in"),
+            (
+                "whose shards lie elsewhere",
+                {"info": foreign.INFO | {"splits": [foreign.SPLIT | {"filepathTemplate": "../../../etc/passwd"}]}},
+                "etc/passwd",
+            ),
+        )
     ),
     Attack(
         "B15",
