@@ -82,8 +82,10 @@ def in_config(section, **fields):
     )
 
 
+QUICK = ("trained with evaluation on other classes", "trained from nothing", "trained with erasing of nan")
+"""Rows of `train` that stand for the others in the default tests: each looks at a network and a set."""
 TRAINED = [
-    Attack("E1", what, make, says)
+    Attack("E1", what, make, says, slow=what.startswith("trained") and what not in QUICK)
     for what, make, says in (
         (
             "classify train with the config of a diffusion model",
@@ -148,7 +150,7 @@ TRAINED = [
 ]
 
 STARTED = [
-    Attack("E1", what, make, says)
+    Attack("E1", what, make, says, slow=what not in QUICK)
     for what, make, says in (
         ("trained from nothing", trained("--init-from", "{here}/none"), "{here}/none"),
         ("trained from a run of a diffusion model", trained("--init-from", "{run}"), "classif"),
