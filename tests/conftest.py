@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import signal
 
 import jaxtyping
 import pytest
@@ -14,6 +15,11 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8 " + QUICK_COMPILE
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".cache" / "jax"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
+
+# what is started in the background, or by nohup, ignores these, and so would all that it starts
+for number, handler in {signal.SIGINT: signal.default_int_handler, signal.SIGHUP: signal.SIG_DFL}.items():
+    if signal.getsignal(number) is signal.SIG_IGN:
+        signal.signal(number, handler)
 
 if os.environ.get("GSPN_CHECK_SHAPES") == "1":
     import tests.shapes  # noqa: F401 - for the next line, and after the environment above, as it imports JAX

@@ -245,9 +245,9 @@ def memory_limit(extra: int | None) -> Iterator[None]:
 def in_a_process(process: Process) -> tuple[int, str, str]:
     """(exit code, stderr, "") of `process`, which is killed with all that it started when it hangs."""
     environment = os.environ | {"XLA_FLAGS": QUICK_COMPILE, "PYTHONPATH": str(ROOT)} | process.environment
-    limit = process.memory and (lambda: resource.setrlimit(resource.RLIMIT_DATA, (process.memory,) * 2))
+    limit = f"ulimit -d {process.memory // 1024} || exit 99; " if process.memory else ""
     with subprocess.Popen(
-        ["bash", "-c", process.shell, "bash", sys.executable, *process.arguments],
+        ["bash", "-c", limit + process.shell, "bash", sys.executable, *process.arguments],
         cwd=ROOT,
         env={name: value for name, value in environment.items() if value is not None},
         stdin=subprocess.DEVNULL,
@@ -255,7 +255,6 @@ def in_a_process(process: Process) -> tuple[int, str, str]:
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
-        preexec_fn=limit,
     ) as running:
         try:
             shown = ""

@@ -253,6 +253,7 @@ cli.setup()
 from gspn_jax.runs import checkpoints
 from gspn_jax.runs.checkpoints import CheckpointError
 from gspn_jax.runs.saving import Checkpoints
+from gspn_jax.training.diffusion import DiffusionTask
 from gspn_jax.training.state import abstract_state
 from tests.training import tiny
 from tests.training.fault_states import NAMES, assert_is_state_of, one_device, state_of
