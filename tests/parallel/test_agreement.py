@@ -1,5 +1,6 @@
 """Hosts agree on the first one's numbers, bit for bit."""
 
+import contextlib
 import json
 import math
 import socket
@@ -35,16 +36,14 @@ def test_two_hosts_have_the_numbers_of_the_first():
     with socket.socket() as free:
         free.bind(("localhost", 0))
         address = f"localhost:{free.getsockname()[1]}"
-    hosts = [
-        subprocess.Popen(
-            [sys.executable, "-c", HOST.format(own=OWN.format(i=i)), address, str(i)],
-            cwd=ROOT,
-            text=True,
-            stdout=subprocess.PIPE,
-        )
-        for i in range(2)
-    ]
-    shown = [host.communicate(timeout=120)[0] for host in hosts]
+    with contextlib.ExitStack() as stack:
+        hosts = []
+        for i in range(2):
+            command = [sys.executable, "-c", HOST.format(own=OWN.format(i=i)), address, str(i)]
+            host = subprocess.Popen(command, cwd=ROOT, text=True, stdout=subprocess.PIPE)
+            hosts.append(stack.enter_context(host))
+            stack.callback(host.kill)
+        shown = [host.communicate(timeout=120)[0] for host in hosts]
     for lines in shown:
         (line,) = [line for line in lines.splitlines() if not line.startswith("[Gloo]")]  # jaxlib writes there, too
         numbers = json.loads(line)
