@@ -101,7 +101,7 @@ def counted(arguments: argparse.Namespace) -> dict[str, Any]:
     ).devices
     start = time.monotonic()
     with gpu_compile.traced_for(gpus[0]):
-        lowered, _ = gpu_compile.lower(argparse.Namespace(what="step", batch=arguments.batch), config, gpus)
+        lowered, _ = gpu_compile.lower(arguments, config, gpus)
     memory = lowered.compile(gpu_compile.OPTIONS | {"xla_gpu_enable_triton_gemm": False}).memory_analysis()
     arch = models.resolve(config.model)
     return {

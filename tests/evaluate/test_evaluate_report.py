@@ -193,6 +193,18 @@ def drawn(monkeypatch) -> dict[str, list[tuple[float, float]]]:
     return lines
 
 
+def test_an_average_of_a_width_is_named_so_in_the_table_and_in_pictures(run_dir, monkeypatch):
+    of_width = result(5, 3000)
+    of_width["samples"] |= {"ema_decay": None, "ema_width": 0.05, "image_size": [8, 8], "source": "runs/a"}
+    of_width["samples"] |= {"seed": 0, "labels": "random", "guide": {"run": "runs/b", "step": 7, "ema_decay": 0.9}}
+    shown = report.table(of_width | {"reference": None, "warnings": []})
+    assert "step 3000, EMA width 0.05, ddpm 250 steps" in shown and "guided by runs/b, step 7, EMA 0.9" in shown
+    (run_dir / "evaluation" / "w.json").write_text(json.dumps(of_width))
+    lines = drawn(monkeypatch)
+    main(["--plot", str(run_dir), "--output", str(run_dir / "fid.png")])
+    assert lines["a, EMA width 0.05, ddpm 250 steps, guidance 1, 50,000 samples"] == [[(768_000, 5)]]
+
+
 def test_fid_is_drawn_against_images_seen(run_dir, monkeypatch, capsys):
     lines, picture = drawn(monkeypatch), run_dir / "fid.png"
     main(["--plot", str(run_dir), "--output", str(picture)])
