@@ -9,6 +9,7 @@ import pytest
 
 from gspn_jax import models
 from gspn_jax.config import ConfigError, MeshConfig, ModelConfig
+from gspn_jax.models.convert import dit_from_torch
 from gspn_jax.models.rotary import rotate
 from gspn_jax.parallel import fsdp, sharding
 from gspn_jax.training.diffusion import DiffusionTask
@@ -156,6 +157,11 @@ def test_over_a_mesh_gradients_are_those_of_one_device(model, objective, mesh):
 def test_options_that_do_not_fit_are_one_sentence(model, message):
     with pytest.raises(ConfigError, match=message):
         models.resolve(model)
+
+
+def test_weights_of_elsewhere_do_not_fit_a_narrow_patch_embedding():
+    with pytest.raises(ConfigError, match=r"model.bottleneck must be 0 to take the weights of the original, found 5"):
+        dit_from_torch({}, make_config(MODERN))
 
 
 def test_a_modern_preset_with_another_mixer_keeps_what_it_can():
