@@ -300,7 +300,7 @@ class OptimizerConfig:
     b1: float = 0.9
     b2: float = 0.999
     momentum: float = 0.95
-    """Momentum of Muon; `b1` and `b2` are AdamW's."""
+    """Decay of the one moment of Muon; `b1` and `b2` are those of AdamW."""
     clip_norm: float = 1.0
 
     def __post_init__(self) -> None:

@@ -1,4 +1,5 @@
-"""Weights of the original DiT (facebookresearch/DiT, a PyTorch state_dict) to our parameters and back."""
+"""Weights of the original DiT (facebookresearch/DiT, a PyTorch state_dict) to our parameters and back; those of
+LightningDiT too, whose blocks have other parts under other names."""
 
 from collections.abc import Callable, Mapping
 
@@ -24,8 +25,15 @@ _NAMES = {
     "trunk/blocks/mlp/fc2": "blocks.{}.mlp.fc2",
     "final/modulation/linear": "final_layer.adaLN_modulation.1",
     "final/linear": "final_layer.linear",
+    # those of LightningDiT (hustvl/LightningDiT)
+    "trunk/blocks/norm1": "blocks.{}.norm1",
+    "trunk/blocks/norm2": "blocks.{}.norm2",
+    "trunk/blocks/mixer/q_norm": "blocks.{}.attn.q_norm",
+    "trunk/blocks/mixer/k_norm": "blocks.{}.attn.k_norm",
+    "final/norm": "final_layer.norm_final",
 }
-_LEAVES = {"kernel": "weight", "embedding": "weight", "bias": "bias"}
+_SWIGLU = {"trunk/blocks/mlp/fc1": "blocks.{}.mlp.w12", "trunk/blocks/mlp/fc2": "blocks.{}.mlp.w3"}
+_LEAVES = {"kernel": "weight", "embedding": "weight", "bias": "bias", "scale": "weight"}
 _POSITIONS = "pos_embed"
 _RIDGE = 1e-14
 
@@ -80,25 +88,16 @@ def _targets(config: Config) -> dict[str, tuple[list[str], tuple[int, ...]]]:
             f"model.preset must be a DiT with attention to take the weights of the original, "
             f"found layout {arch.layout!r} with mixer {arch.mixer!r}"
         )
-    if (arch.mlp, arch.norm, arch.options.qk_norm, arch.options.rope, arch.bottleneck) != (
-        "gelu",
-        "layer",
-        False,
-        False,
-        0,
-    ):
-        raise ConfigError(
-            "model.preset must be a DiT whose blocks are the original's to take its weights, found one with "
-            f"mlp {arch.mlp!r}, norm {arch.norm!r}, qk_norm {arch.options.qk_norm}, rope {arch.options.rope} and "
-            f"bottleneck {arch.bottleneck}"
-        )
+    if arch.bottleneck:
+        raise ConfigError(f"model.bottleneck must be 0 to take the weights of the original, found {arch.bottleneck}")
+    names = _NAMES | (_SWIGLU if arch.mlp == "swiglu" else {})
     targets = {}
     for path, leaf in by_path(models.abstract(config)[1]).items():
         module, _, kind = path.rpartition("/")
-        name = f"{_NAMES[module]}.{_LEAVES[kind]}"
+        name = f"{names[module]}.{_LEAVES[kind]}"
         stacked = _is_stacked(path)
-        names = [name.format(i) for i in range(arch.depth)] if stacked else [name]
-        targets[path] = (names, leaf.shape[1:] if stacked else leaf.shape)
+        each = [name.format(i) for i in range(arch.depth)] if stacked else [name]
+        targets[path] = (each, leaf.shape[1:] if stacked else leaf.shape)
     return targets
 
 
@@ -113,7 +112,7 @@ def _their_shape(name: str, shape: tuple[int, ...], config: Config) -> tuple[int
         return (shape[1], config.data.channels, patch, patch)
     if name.endswith(".bias"):
         return (int(np.prod(shape)),)
-    if name.startswith("y_embedder"):
+    if name.startswith("y_embedder") or len(shape) == 1:
         return shape
     return (int(np.prod(shape[1:])), shape[0])
 

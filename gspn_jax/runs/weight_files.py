@@ -5,7 +5,7 @@ import dataclasses
 import logging
 import pathlib
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -52,13 +52,15 @@ _TABLE = "y_embedder.embedding_table.weight"
 _BLOCK = re.compile(r"blocks\.(\d+)\.")
 _PROJECTORS = "projectors."
 """Beginning of names that are of no denoiser in a file of REPA: of maps from its tokens to features."""
-_MODERN = {
-    r"blocks\.0\.mlp\.w12\.": "SwiGLU",
-    r"blocks\.0\.norm1\.": "RMSNorm",
-    r"feat_rope\.": "RoPE",
-    r"blocks\.0\.attn\.[qk]_norm\.": "QK-norm",
+_ROTATIONS = "feat_rope."
+"""Beginning of names of tables that follow from the size, in a file of LightningDiT (hustvl/LightningDiT)."""
+_OPTIONS: dict[str, dict[str, Any]] = {
+    "blocks.0.mlp.w12.": {"mlp": "swiglu"},
+    "blocks.0.norm1.": {"norm": "rms"},
+    _ROTATIONS: {"rope": True},
+    "blocks.0.attn.q_norm.": {"qk_norm": True},
 }
-"""Names in a file of LightningDiT (hustvl/LightningDiT) -> the part that no block here has."""
+"""Beginning of names in a file of LightningDiT -> fields of `ModelConfig` that they tell."""
 
 Objective = Literal["ddpm", "flow"]
 NullRow = Literal["last", "none"]
@@ -175,21 +177,18 @@ def _by_name(state_dict: Mapping[str, np.ndarray], config: Config) -> Any:
 
 def _of_dit(weights: Weights, origin: Origin) -> tuple[Config, Any]:
     tensors, settings = weights.tensors, weights.settings
-    parts = [part for name, part in _MODERN.items() if any(re.match(name, tensor) for tensor in tensors)]
-    if parts:
-        raise WeightsError(
-            f"the weights must be those of a DiT whose blocks are the original's, found some of a LightningDiT with "
-            f"{', '.join(parts)}, which blocks here do not have"
-        )
+    options = block_options(tensors)
     repa = any(name.startswith(_PROJECTORS) for name in tensors)
-    objective = origin.objective or ("flow" if repa or "path_type" in settings else "ddpm")
+    objective = origin.objective or ("flow" if repa or options or "path_type" in settings else "ddpm")
     for name, known in (("path_type", ("Linear", "linear")), ("prediction", ("velocity", "v"))):
         found = settings.get(name, known[0])
         if objective == "flow" and found not in known:
             raise WeightsError(f"a SiT must be of {name} {known[0]!r}, found {found!r}")
     if repa and objective != "flow":
         raise ConfigError(f"--objective must be flow for a file of REPA, which has projectors, found {objective}")
-    tensors = {name: value for name, value in tensors.items() if not name.startswith(_PROJECTORS)}
+    if options and objective != "flow":
+        raise ConfigError(f"--objective must be flow for a file of LightningDiT, found {objective}")
+    tensors = {name: value for name, value in tensors.items() if not name.startswith((_PROJECTORS, _ROTATIONS))}
     config = dit_config(
         tensors,
         heads=origin.heads,
@@ -198,6 +197,7 @@ def _of_dit(weights: Weights, origin: Origin) -> tuple[Config, Any]:
         objective=objective,
         null_row=origin.null_row,
         average=weights.wrapper is None or weights.wrapper in AVERAGES,
+        options=options,
     )
     if config.diffusion.label_dropout == 0:  # the row that guidance would use is there, and is never used
         tensors = tensors | {_TABLE: np.pad(tensors[_TABLE], ((0, 1), (0, 0)))}
@@ -215,6 +215,13 @@ def _dit(state_dict: Mapping[str, np.ndarray], config: Config) -> Any:
         raise WeightsError(str(error)) from error
 
 
+def block_options(names: Iterable[str]) -> dict[str, Any]:
+    """Fields of `ModelConfig` that the names of a LightningDiT's tensors tell; empty for an original DiT."""
+    names = tuple(names)
+    found = [fields for part, fields in _OPTIONS.items() if any(name.startswith(part) for name in names)]
+    return {name: value for fields in found for name, value in fields.items()}
+
+
 def dit_config(
     state_dict: Mapping[str, np.ndarray],
     *,
@@ -224,8 +231,10 @@ def dit_config(
     objective: Objective = "ddpm",
     null_row: NullRow | None = None,
     average: bool = True,
+    options: Mapping[str, Any] | None = None,
 ) -> Config:
-    """Config that the tensors of an original DiT tell, on latents, with DiT's diffusion: 1,000 steps of linear betas.
+    """Config that the tensors of an original DiT tell, or of a LightningDiT by its `block_options`: on latents, with
+    DiT's diffusion, 1,000 steps of linear betas.
 
     Samples are drawn as behind DiT's published numbers: 250 DDPM steps (or Heun steps of a SiT), guidance of three of
     four channels, float32. `average` tells whether they are an average of the parameters.
@@ -257,13 +266,10 @@ def dit_config(
     if len(positions) != 3 and image_size is None:
         raise ConfigError("--image-size must be given for a file without pos_embed, found none")
     side = image_size or patch * round(positions[1] ** 0.5)
+    fields = {"layout": "dit", "hidden": hidden, "depth": depth, "patch": patch}
+    fields |= {"mlp": "gelu", "norm": "layer", "rope": False, "qk_norm": False, "bottleneck": 0} | dict(options or {})
     preset = next(
-        (
-            name
-            for name, p in models.PRESETS.items()
-            if (p.layout, p.hidden, p.depth, p.patch) == ("dit", hidden, depth, patch)
-        ),
-        None,
+        (name for name, p in models.PRESETS.items() if all(getattr(p, k) == v for k, v in fields.items())), None
     )
     if preset is None and heads is None:
         raise ConfigError(
@@ -272,7 +278,7 @@ def dit_config(
     model = (
         ModelConfig(preset=preset, heads=heads)
         if preset
-        else ModelConfig(preset="DiT-S/2", hidden=hidden, depth=depth, patch=patch, heads=heads)
+        else ModelConfig(preset="DiT-S/2", hidden=hidden, depth=depth, patch=patch, heads=heads, **dict(options or {}))
     )
     return Config(
         run_dir="unknown",

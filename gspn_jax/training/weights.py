@@ -14,6 +14,7 @@ WEIGHTS = "model.safetensors"
 """The file in a folder that `export` wrote."""
 _LABELS = "label_embed/embedding"
 _INPUT, _OUTPUT, _MIXERS = "patch_embed/proj/", "final/linear/", r"trunk/\w+/mixer/"
+_TIME, _MLPS = "time_embed/", r"trunk/\w+/mlp/"
 _SHOWN = 5
 """Names of classes in a line of the table."""
 
@@ -76,6 +77,12 @@ def _anew(theirs: Config, ours: Config) -> dict[str, str]:
         found[_MIXERS] = f"{here.options.heads} heads, {there.options.heads} there"
     if theirs.diffusion.objective != ours.diffusion.objective:
         found[_OUTPUT] = f"objective {ours.diffusion.objective}, {theirs.diffusion.objective} there"
+    if models.spans(theirs) != models.spans(ours):
+        found[_TIME] = "times in another unit"
+    if there.mlp != here.mlp:
+        found[_MLPS] = f"mlp {here.mlp}, {there.mlp} there"
+    if there.bottleneck != here.bottleneck:
+        found[_INPUT] = f"bottleneck {here.bottleneck}, {there.bottleneck} there"
     return found
 
 

@@ -1,6 +1,7 @@
 """python -m gspn_jax.convert: a DiT comes in and draws what the original does, ours goes out and comes back."""
 
 import dataclasses
+import functools
 import json
 import pickle
 import re
@@ -29,6 +30,7 @@ from gspn_jax.training.diffusion import DiffusionTask
 from gspn_jax.training.state import create_state
 from tests.autoencoder import numpy_vae
 from tests.foreign import Foreign
+from tests.models import numpy_modern
 from tests.models.numpy_dit import denoise, random_state_dict
 from tests.training import tiny
 
@@ -345,7 +347,7 @@ def test_other_files_and_places_get_a_sentence(folder, tmp_path, capsys):
     assert not (tmp_path / "run").exists()
 
 
-def test_a_repa_is_known_by_its_projectors_and_a_lightning_dit_by_its_blocks(folder, tmp_path, capsys):
+def test_a_repa_is_known_by_its_projectors(folder, tmp_path):
     tensors = load_file(folder / "dit.safetensors")
     final = {name: value[: len(value) // 2] for name, value in tensors.items() if name.startswith("final_layer.linear")}
     repa = tensors | final | {"projectors.0.0.weight": np.zeros((3, 16), np.float32)}
@@ -354,14 +356,101 @@ def test_a_repa_is_known_by_its_projectors_and_a_lightning_dit_by_its_blocks(fol
     convert.main(["import", "--weights", str(tmp_path / "repa.safetensors"), *to, str(tmp_path / "run")])
     config = checkpoints.read_config(tmp_path / "run")[1]
     assert config.diffusion.objective == "flow" and not models.learns_sigma(config)
-    for name, part in (
-        ("blocks.0.mlp.w12.weight", "SwiGLU"),
-        ("blocks.0.norm1.weight", "RMSNorm"),
-        ("feat_rope.freqs_cos", "RoPE"),
-    ):
-        save_file(tensors | {name: np.zeros(3, np.float32)}, tmp_path / "lightning.safetensors")
-        said = refused(capsys, "import", "--weights", tmp_path / "lightning.safetensors", *to, tmp_path / "no")
-        assert f"found some of a LightningDiT with {part}" in said
+
+
+def lightning_dit(seed: int = 3) -> dict[str, np.ndarray]:
+    """Random weights under the names and in the shapes of hustvl/LightningDiT, of width 16, depth 2 and patch 2."""
+    state_dict = random_state_dict(
+        hidden=16, depth=2, patch=2, channels=4, out_channels=4, num_classes=7, grid=4, seed=seed
+    )
+    rng, wide = np.random.default_rng(seed), 2 * 4 * 16 // 3
+    for i in range(2):
+        for name in ("fc1", "fc2"):
+            for kind in ("weight", "bias"):
+                del state_dict[f"blocks.{i}.mlp.{name}.{kind}"]
+        state_dict |= {
+            f"blocks.{i}.mlp.w12.weight": rng.standard_normal((2 * wide, 16)) / 4,
+            f"blocks.{i}.mlp.w12.bias": 0.2 * rng.standard_normal(2 * wide),
+            f"blocks.{i}.mlp.w3.weight": rng.standard_normal((16, wide)) / 6,
+            f"blocks.{i}.mlp.w3.bias": 0.2 * rng.standard_normal(16),
+        }
+        state_dict |= {f"blocks.{i}.norm{n}.weight": 1 + 0.3 * rng.standard_normal(16) for n in (1, 2)}
+        state_dict |= {f"blocks.{i}.attn.{n}_norm.weight": 1 + 0.3 * rng.standard_normal(8) for n in "qk"}
+    state_dict["final_layer.norm_final.weight"] = 1 + 0.3 * rng.standard_normal(16)
+    state_dict["feat_rope.freqs_cos"] = np.ones((16, 8))  # a buffer, which is not read
+    return {name: np.asarray(value, np.float32) for name, value in state_dict.items()}
+
+
+def by_hand(state_dict: dict[str, np.ndarray]) -> dict:
+    """The tree that `numpy_modern` reads, from the names of LightningDiT."""
+
+    def linear(name):
+        return {"kernel": np.float64(state_dict[f"{name}.weight"]).T, "bias": np.float64(state_dict[f"{name}.bias"])}
+
+    def stack(*parts):
+        return {
+            name: stack(*(part[name] for part in parts))
+            if isinstance(leaf, dict)
+            else np.stack([p[name] for p in parts])
+            for name, leaf in parts[0].items()
+        }
+
+    def scale(name):
+        return {"scale": np.float64(state_dict[f"{name}.weight"])}
+
+    def block(i):
+        at = f"blocks.{i}"
+        return {
+            "modulation": {"linear": linear(f"{at}.adaLN_modulation.1")},
+            "norm1": scale(f"{at}.norm1"),
+            "norm2": scale(f"{at}.norm2"),
+            "mixer": {
+                "qkv": linear(f"{at}.attn.qkv"),
+                "proj": linear(f"{at}.attn.proj"),
+                "q_norm": scale(f"{at}.attn.q_norm"),
+                "k_norm": scale(f"{at}.attn.k_norm"),
+            },
+            "mlp": {"fc1": linear(f"{at}.mlp.w12"), "fc2": linear(f"{at}.mlp.w3")},
+        }
+
+    conv = np.float64(state_dict["x_embedder.proj.weight"])
+    patches = {"kernel": conv.transpose(2, 3, 1, 0).reshape(-1, 16), "bias": state_dict["x_embedder.proj.bias"]}
+    return {
+        "patch_embed": {"proj": patches},
+        "time_embed": {"fc1": linear("t_embedder.mlp.0"), "fc2": linear("t_embedder.mlp.2")},
+        "label_embed": {"embedding": np.float64(state_dict["y_embedder.embedding_table.weight"])},
+        "trunk": {"blocks": stack(block(0), block(1))},
+        "final": {
+            "modulation": {"linear": linear("final_layer.adaLN_modulation.1")},
+            "linear": linear("final_layer.linear"),
+            "norm": scale("final_layer.norm_final"),
+        },
+    }
+
+
+def test_a_lightning_dit_computes_what_it_did(tmp_path, capsys):
+    """Against float64 NumPy of its own weights, with its time, from 0 (noise) to 1, and the sign of its velocity."""
+    state_dict = lightning_dit()
+    save_file(state_dict, tmp_path / "lightning.safetensors")
+    to = ["--weights", tmp_path / "lightning.safetensors", "--null-row", "last", "--heads", "2"]
+    assert "must be flow for a file of Lightning" in refused(
+        capsys, "import", *to, "--objective", "ddpm", "--output", tmp_path / "no"
+    )
+    convert.main(["import", *map(str, to), "--output", str(tmp_path / "run")])
+    step, config = checkpoints.read_config(tmp_path / "run")
+    arch = models.resolve(config.model)
+    assert (arch.mlp, arch.norm, arch.options.rope, arch.options.qk_norm) == ("swiglu", "rms", True, True)
+    assert config.diffusion.objective == "flow"
+    params = checkpoints.restore_params(tmp_path / "run", step, config, sharding.make_mesh(config.mesh))
+    rng = np.random.default_rng(0)
+    x, t = rng.standard_normal((2, 8, 8, 4)).astype(np.float32), np.array([0.3, 0.9], np.float32)
+    found = jax.jit(functools.partial(models.apply, models.abstract(config)[0]))(params, x, 1000 * t, np.array([1, 7]))
+    settings = {"heads": 2, "patch": 2, "rope": True, "swiglu": True}
+    wanted = [
+        -numpy_modern.denoise(by_hand(state_dict), image, 1 - time, y, **settings)
+        for image, time, y in zip(x, t, (1, 7), strict=True)
+    ]
+    np.testing.assert_allclose(found, wanted, atol=1e-5 * np.abs(wanted).max())
 
 
 def test_what_was_exported_must_be_whole(folder, tmp_path, capsys):

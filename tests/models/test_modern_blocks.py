@@ -9,6 +9,7 @@ import pytest
 
 from gspn_jax import models
 from gspn_jax.config import ConfigError, MeshConfig, ModelConfig
+from gspn_jax.models.convert import dit_from_torch
 from gspn_jax.models.rotary import rotate
 from gspn_jax.parallel import fsdp, sharding
 from gspn_jax.training.diffusion import DiffusionTask
@@ -105,27 +106,34 @@ def gradient_on(mesh, config, params, batch):
     return float(loss), jax.tree.map(lambda a, s: np.asarray(a)[tuple(map(slice, s.shape))], found, task.shapes)
 
 
+BOTH, FSDP, TENSOR = MeshConfig(1, 4, 2), MeshConfig(1, 4, 1), MeshConfig(1, 1, 2)
+
+
 @pytest.mark.parametrize(
-    "mesh",
+    ("model", "objective", "mesh"),
     [
-        pytest.param(MeshConfig(1, 4, 2), id="fsdp 4, tensor 2"),
-        pytest.param(MeshConfig(1, 4, 1), id="fsdp 4", marks=pytest.mark.slow),
-        pytest.param(MeshConfig(1, 1, 2), id="tensor 2", marks=pytest.mark.slow),
+        pytest.param(MODERN, "flow", BOTH, id="fsdp 4, tensor 2"),
+        pytest.param(MODERN, "flow", FSDP, id="fsdp 4", marks=pytest.mark.slow),
+        pytest.param(MODERN, "flow", TENSOR, id="tensor 2", marks=pytest.mark.slow),
+        pytest.param(MODERN, "mean_flow", BOTH, id="mean flow", marks=pytest.mark.slow),
+        pytest.param(GSPN, "mean_flow", BOTH, id="mean flow of a GSPN", marks=pytest.mark.slow),
     ],
 )
-def test_over_a_mesh_gradients_are_those_of_one_device(mesh):
-    """Of a width at which scales and SwiGLU are split, and padded where they are."""
-    model = dataclasses.replace(MODERN, hidden=40)
-    config = make_config(model, channels=1, objective="flow")
+def test_over_a_mesh_gradients_are_those_of_one_device(model, objective, mesh):
+    """Of a width at which scales and SwiGLU are split, and padded where they are; mean flow takes forward mode and
+    reverse mode through blocks whose weights are gathered."""
+    config = make_config(dataclasses.replace(model, hidden=40), channels=1, objective=objective)
     params = random_params(config)
     batch = {"image": np.random.default_rng(0).integers(0, 256, (8, 8, 8, 1), np.uint8), "label": np.arange(8) % 5}
     batch["label"] = batch["label"].astype(np.int32)
     loss, gradients = gradient_on(MeshConfig(1, 1, 1), config, params, batch)
     found, others = gradient_on(mesh, config, params, batch)
     assert found == pytest.approx(loss, rel=1e-5)
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5 * np.abs(b).max()), others, gradients
-    )
+
+    def near(found, wanted):
+        np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-5 * np.abs(wanted).max())
+
+    jax.tree.map(near, others, gradients)
 
 
 @pytest.mark.parametrize(
@@ -149,6 +157,11 @@ def test_over_a_mesh_gradients_are_those_of_one_device(mesh):
 def test_options_that_do_not_fit_are_one_sentence(model, message):
     with pytest.raises(ConfigError, match=message):
         models.resolve(model)
+
+
+def test_weights_of_elsewhere_do_not_fit_a_narrow_patch_embedding():
+    with pytest.raises(ConfigError, match=r"model.bottleneck must be 0 to take the weights of the original, found 5"):
+        dit_from_torch({}, make_config(MODERN))
 
 
 def test_a_modern_preset_with_another_mixer_keeps_what_it_can():

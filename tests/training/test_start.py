@@ -119,6 +119,13 @@ def test_what_does_not_fit_is_said_and_what_can_begin_anew_does(run):
     assert patch["patch_embed/proj/kernel"].why == "of shape (4, 32) there"
     heads = lines(model=dataclasses.replace(run.model, heads=8))
     assert heads["trunk/blocks/mixer/qkv/kernel"].why == "8 heads, 4 there"
+    mean = lines(diffusion=dataclasses.replace(run.diffusion, objective="mean_flow"))
+    assert mean["time_embed/fc1/kernel"].why == "times in another unit"
+    assert (mean["span_embed/fc1/kernel"].origin, mean["label_embed/embedding"].origin) == ("anew", "copied")
+    modern = lines(model=dataclasses.replace(run.model, mlp="swiglu", norm="rms", rope=True))
+    assert modern["trunk/blocks/mlp/fc2/kernel"].why == "mlp swiglu, gelu there"
+    assert modern["trunk/blocks/norm1/scale"].origin == "anew"
+    assert modern["trunk/blocks/mixer/qkv/kernel"].origin == "copied"
     paper = lines(model=ModelConfig(preset="GSPN-S/2", hidden=32, depth=2))
     assert {line.origin for path, line in paper.items() if path.startswith("trunk")} == {"anew"}
     assert paper["time_embed/fc1/kernel"].origin == "copied"
