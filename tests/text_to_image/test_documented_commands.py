@@ -21,7 +21,7 @@ from tests.text_to_image.tiny_folder import write_folder
 pytestmark = pytest.mark.slow
 ROOT = pathlib.Path(__file__).parents[2]
 SMALLER = {
-    "distill": "--train.steps=2 --train.batch-size=2 --train.save-every=1 --train.log-every=1 --mesh.data=-1 "
+    "distill": "--train.steps=2 --train.batch-size=8 --train.save-every=1 --train.log-every=1 "
     "--model.gspn.proxy-ratio=4 --train.precision params=float32,compute=float32",
     "--prompt": "--size 16 16 --steps 2 --sampler ddim --images 5",
 }
