@@ -16,6 +16,7 @@ from gspn_jax.config import ConfigError
 from gspn_jax.data import record_files
 from gspn_jax.data.decoding import DataError
 from gspn_jax.data.latents import LatentBatches
+from gspn_jax.data.loader import Loader
 from gspn_jax.data.record_files import RecordFiles, Shard
 from gspn_jax.data.source import hash_of
 from gspn_jax.data.thread_loader import ThreadLoader
@@ -120,7 +121,7 @@ class CaptionedLatents:
     Raises ConfigError, before any record is read, for metadata that are damaged and for missing or cut shards.
     """
 
-    class_names = ("",)
+    class_names: tuple[str, ...] = ("",)
 
     def __init__(self, path: str):
         folder = pathlib.Path(path)
@@ -133,7 +134,7 @@ class CaptionedLatents:
     def __len__(self) -> int:
         return self.metadata.count
 
-    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+    def __getitem__(self, index: int) -> dict[str, np.ndarray | np.int32]:
         """Raises DataError for a damaged record."""
         record = self._records[index]
         return {name: record[name] for name in self._record.names or ()}
@@ -141,7 +142,7 @@ class CaptionedLatents:
 
 def make_loader(
     source: CaptionedLatents, *, batch_size: int, seed: int, start_step: int = 0, num_hosts: int = 1, host: int = 0
-) -> ThreadLoader:
+) -> Loader:
     """Endless batches {"image": float32 [b, h, w, C], "context": float16 [b, N, D], ...}, b = batch_size / num_hosts.
 
     "image" is a posterior sample of each latent, scaled, drawn anew each epoch; order, hosts and seeds are those of

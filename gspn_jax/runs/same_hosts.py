@@ -16,7 +16,7 @@ from gspn_jax.config import ConfigError, RunConfig
 from gspn_jax.parallel.agreement import difference
 from gspn_jax.runs.same_run import flat
 
-OWN = ("data.path", "data.workers", "eval.reference", "eval.inception", "eval.vae")
+OWN = ("data.path", "model.folder", "data.workers", "eval.reference", "eval.inception", "eval.vae")
 """Settings that each host may have for itself, such as a copy of the data on its own disk."""
 LIBRARIES = ("flax", "numpy", "optax")
 """Those whose arithmetic is part of a step."""

@@ -19,7 +19,8 @@ from jaxtyping import Array, Float, Int, Key
 from gspn_jax import kernels, unet
 from gspn_jax.config import ConfigError
 from gspn_jax.data.captioned_latents import CaptionedLatents, make_loader
-from gspn_jax.data.thread_loader import ThreadLoader
+from gspn_jax.data.loader import Loader
+from gspn_jax.data.source import Source
 from gspn_jax.diffusion.scheduler_config import SchedulerConfig, alphas_cumprod
 from gspn_jax.files import sha256_of
 from gspn_jax.parallel import sharding
@@ -101,7 +102,7 @@ class LayersTask(Task):
             layers = layer_files.load(path, self.unet_config, np.float32)
             if layers.options != model.gspn:
                 raise ConfigError(f"init_from must be of layers of {model.gspn}, found {layers.options} in {path}")
-            return self._given(path, dict(layers.params))
+            return self._given(path, {name: np.asarray(value) for name, value in layers.params.items()})
         if model.start == "fresh":
             return None
         folder = pathlib.Path(model.folder) / UNET
@@ -188,17 +189,16 @@ class LayersTask(Task):
         weights = {name: jax.ShapeDtypeStruct(_laid_out(shape), jnp.float32) for name, shape in shapes.items()}
         x = jax.ShapeDtypeStruct((1, *metadata.latent_shape), jnp.float32)
         context = jax.ShapeDtypeStruct((1, *metadata.context_shape), jnp.float32)
-        added = None
-        if metadata.pooled_width:
-            pooled = jax.ShapeDtypeStruct((1, metadata.pooled_width), jnp.float32)
-            added = unet.Added(pooled, jax.ShapeDtypeStruct((1, 6), jnp.float32))
+        pooled: Any = jax.ShapeDtypeStruct((1, metadata.pooled_width), jnp.float32)
+        sizes: Any = jax.ShapeDtypeStruct((1, 6), jnp.float32)
+        added = unet.Added(pooled, sizes) if metadata.pooled_width else None
         time = jax.ShapeDtypeStruct((1,), jnp.float32)
         apply = jax.jit(lambda *arguments: unet.apply(arguments[0], config, *arguments[1:]))
         found = apply.lower(weights, x, time, context, added).cost_analysis()
         return float((found or {}).get("flops", 0.0))
 
     # --- data
-    def source(self) -> CaptionedLatents:
+    def source(self) -> Source:
         """The set of `data.path`. Raises ConfigError unless it was made by the encoders of the folder."""
         return self._source
 
@@ -220,14 +220,14 @@ class LayersTask(Task):
             )
         return source
 
-    def loader(self, source: CaptionedLatents, **place: int) -> ThreadLoader:
-        return make_loader(source, batch_size=self._config.train.batch_size, **place)
+    def loader(self, source: Source, **place: int) -> Loader:
+        return make_loader(self._source, batch_size=self._config.train.batch_size, **place)
 
     # --- beside the steps
-    def describe(self, source: CaptionedLatents) -> str:
+    def describe(self, source: Source) -> str:
         count = sum(int(np.prod(own.shape)) for own in self._shapes.values())
         names = len(gspn_layers.attention_widths(self.unet_config))
-        size = source.metadata.image_size
+        size = self._source.metadata.image_size
         return (
             f"{names} GSPN layers ({count / 1e6:.1f}M parameters) of {self._config.model.folder} on {len(source):,} "
             f"images of {size}x{size} with captions"

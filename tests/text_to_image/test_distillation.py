@@ -1,5 +1,5 @@
 """Distillation: the loss is that of its parts, gradients are of the layers alone, runs go on to the bit on any mesh,
-and what is exported draws; mistakes get a sentence before anything is trained."""
+and what is exported is read; mistakes get a sentence before anything is trained."""
 
 import dataclasses
 import itertools
@@ -11,7 +11,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from PIL import Image
 
 from gspn_jax import cli, text_to_image, unet
 from gspn_jax.config import ConfigError, MeshConfig
@@ -55,6 +54,11 @@ def prepared(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
+def prepared_xl(tmp_path_factory):
+    return distilling.write_set(tmp_path_factory.mktemp("distilling_xl"), distilling.TINY_XL)
+
+
+@pytest.fixture(scope="module")
 def run(prepared, tmp_path_factory) -> LayersConfig:
     """The config of a finished run of four steps."""
     config = distilling.config(tmp_path_factory.mktemp("distilled") / "run", *prepared)
@@ -84,6 +88,7 @@ def batch_of(task: LayersTask, size: int = 2):
         return {name: jnp.asarray(value[:size]) for name, value in next(loader).items()}
 
 
+@pytest.mark.slow
 def test_the_loss_is_that_of_two_predictions_and_the_outputs_of_all_layers(prepared):
     """Put together of what `unet.apply` gives with and without a mixer; timesteps and noise are those of the key."""
     config = dataclasses.replace(distilling.config("r", *prepared), loss=LossConfig(0.9, 0.4, 0.3))
@@ -169,8 +174,9 @@ def test_a_run_that_goes_on_ends_with_the_same_bits_and_knows_its_teacher(run, p
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mesh", [MeshConfig(2, 1, 1), MeshConfig(1, 2, 1)], ids=["data 2", "fsdp 2"])
-def test_a_mesh_gives_the_same_gradient_and_splits_the_teacher(small, prepared, mesh):
-    config = dataclasses.replace(distilling.config("r", *prepared), mesh=mesh)
+def test_a_mesh_gives_the_same_gradient_and_splits_the_teacher(small, prepared_xl, mesh):
+    """Of a model of SDXL's kind, whose sets have pooled states and sizes."""
+    config = dataclasses.replace(distilling.config("r", *prepared_xl), mesh=mesh)
     batch, key = None, jax.random.key(3)
     found = []
     for devices in (1, 2):
@@ -200,7 +206,7 @@ def _gradient(task, mesh, params, frozen, batch, key):
     return gradients, float(loss)
 
 
-def test_what_is_exported_is_read_and_draws(run, prepared, tmp_path, capsys):
+def test_what_is_exported_is_read(run, tmp_path, capsys):
     output = tmp_path / "layers.safetensors"
     text_to_image.main(["export", "--run", run.run_dir, "--output", str(output)])
     assert "step 4, the parameters themselves, in" in capsys.readouterr().out
@@ -210,13 +216,6 @@ def test_what_is_exported_is_read_and_draws(run, prepared, tmp_path, capsys):
     for name, value in saved.items():
         np.testing.assert_array_equal(layers.params[name], value)
     assert layers.about["step"] == 4 and layers.about["images_seen"] == 8 and len(layers.about["unet_sha256"]) == 64
-    picture = tmp_path / "dog.png"
-    text_to_image.main(
-        ["--model", str(prepared[0]), "--mixer", "gspn", "--gspn-layers", str(output), "--prompt", "a dog",
-         "--output", str(picture), "--size", "16", "24", "--steps", "2", "--sampler", "ddim"]
-    )  # fmt: skip
-    with Image.open(picture) as image:
-        assert image.size == (24, 16)
     with pytest.raises(SystemExit):
         text_to_image.main(["export", "--run", run.run_dir, "--output", str(output)])
     assert "--output must be a new .safetensors file" in capsys.readouterr().err
