@@ -27,7 +27,7 @@ APART = 3
 SLABS = (64, 32, 16, 8)
 """Channels that a block may take, best first: 64 of bfloat16 are a whole 128-byte cache line."""
 NARROW = 32
-"""Narrower slabs are taken where no other fits, or a group of weights has no more channels: 32 are 64 bytes."""
+"""Directions meet on chip in no narrower slabs, unless there are no more channels, or none that share weights."""
 ROWS = 64
 """Positions of a line that a block expands from a proxy at once: the rows of the tensor cores' instruction."""
 
@@ -77,10 +77,10 @@ class Plan:
         return directions * state + self.height * self.room(self.rows) * self.slab * 4 if self.joint else state
 
     @property
-    def computed(self) -> tuple[int, int]:
-        """(positions, channels) that are computed in one of the directions, on average of rows and columns."""
+    def computed(self) -> int:
+        """Positions that are computed in one of the directions, on average of rows and columns."""
         lines = ((lines.count, self.sharing * lines.tiles * lines.positions) for lines in (self.rows, self.columns))
-        return sum(map(math.prod, lines)) // 2, self.slabs * self.slab
+        return sum(map(math.prod, lines)) // 2
 
     @property
     def layout(self) -> object:
@@ -168,10 +168,7 @@ def make_plan(
         )
         if plan.scan_bytes(directions) > device.scan_bytes:
             continue
-        positions, computed = plan.computed
-        computed = max(computed, _up(channels, NARROW))  # narrower slabs are no gain
-        work = positions * _tolerant(computed, plan.channels) * (2 if joint else APART)
-        cost = plan.height * plan.width * plan.channels, work
+        cost = plan.height * plan.width * plan.channels, plan.computed * plan.channels * (2 if joint else APART)
         if cost < least:
             best, least = plan, cost
     return best
@@ -207,13 +204,13 @@ def make_expanding_plan(height: int, width: int, channels: int, *, device: Devic
 def _cut(lengths: Sequence[int], quantum: int, most: int, shares: Sequence[int]) -> tuple[int, list[tuple[int, int]]]:
     """(warpgroups that share a line, (stretch, positions of a tile) for lines of each of the lengths).
 
-    Tiles are whole quanta, up to `most` positions. Of the cuts that compute few positions twice, that is taken
-    which computes most at a time, and then the one with the largest tiles: 56 positions are four stretches of 14, each
-    two tiles of 8.
+    Tiles are whole quanta, up to `most` positions. Of the cuts that compute no more than a seventh twice, that is
+    taken which computes most at a time, and then the one with the largest tiles: 56 positions are four stretches of
+    14, each two tiles of 8.
     """
 
     def cost(stretch: int, positions: int) -> int:
-        return _tolerant(_up(stretch, positions), stretch)
+        return max(7 * _up(stretch, positions), 8 * stretch)
 
     def positions(stretch: int) -> int:
         choices = range(quantum, min(max(most, quantum), stretch) + 1, quantum)
@@ -231,11 +228,6 @@ def _cut(lengths: Sequence[int], quantum: int, most: int, shares: Sequence[int])
 
     best = min(cuts, key=order)
     return best, cuts[best]
-
-
-def _tolerant(computed: int, wanted: int) -> int:
-    """Work of which a seventh more than is wanted counts as nothing: wider slabs and tiles are worth that."""
-    return max(7 * computed, 8 * wanted)
 
 
 def _up(number: int, multiple: int) -> int:

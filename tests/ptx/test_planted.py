@@ -15,7 +15,8 @@ pytestmark = pytest.mark.ptx
 PLAIN = cases.Case(1, 16, 16, 64, "float32")
 OVERLAPPING = cases.Case(1, 7, 7, 64, "float32")
 LOW_RANK = cases.Case(4, 16, 16, 64, rank=24)
-RIGHT = {PLAIN: 1e-6, LOW_RANK: 1e-2}
+LOCAL = cases.Case(2, 16, 16, 40, rank=24, chunk=2)
+RIGHT = {PLAIN: 1e-6, LOW_RANK: 1e-2, LOCAL: 1e-2}
 """Bounds of a norm error that only comes of rounding."""
 WAIT = r"mbarrier\.try_wait\.parity\S* P1, [^;]*;"
 PASSES = "setp.eq.b32 P1, 0, 0;"
@@ -24,7 +25,7 @@ PASSES = "setp.eq.b32 P1, 0, 0;"
 @functools.cache
 def expected(case):
     arrays = {name: array.astype(jnp.float32) for name, array in case.arrays().items()}
-    return (propagate_low_rank if case.rank else propagate)(**arrays, backend="scan")
+    return (propagate_low_rank if case.rank else propagate)(**arrays, chunk=case.chunk, backend="scan")
 
 
 def forward(case, edit=str, policy=emulation.Policy.RANDOM):
@@ -33,7 +34,7 @@ def forward(case, edit=str, policy=emulation.Policy.RANDOM):
     names = ("x", *(["proxy"] if case.rank else []), "gates", "lam", "out_gate", "merge")
     arrays = case.arrays()
     with emulation.emulated(edit=edit, policy=policy) as runs:
-        y = operator(*(arrays[name] for name in names), None, None)
+        y = operator(*(arrays[name] for name in names), None, case.chunk)
     return cases.norm_error(y, expected(case)), {fault.kind for run in runs for fault in run.faults}
 
 
@@ -75,6 +76,16 @@ def test_a_barrier_between_tiles_that_overlap_left_out(which):
 
 def test_a_wait_for_a_copy_left_out():
     assert any_race(forward(LOW_RANK, replace(WAIT, PASSES), emulation.Policy.LATE_COPIES)[1])
+
+
+@pytest.mark.parametrize("policy", [emulation.Policy.LATE_COPIES, emulation.Policy.RANDOM])
+def test_waits_left_out_of_the_kernel_of_two_lines(policy):
+    """For copies, and for the classes of pixels to meet."""
+    assert any_race(forward(LOCAL, replace(WAIT, PASSES), policy)[1])
+
+
+def test_products_not_waited_for_in_the_kernel_of_two_lines():
+    assert not forward(LOCAL, replace(r"wgmma\.wait_group\S* 0;", ""))[0] < RIGHT[LOCAL]
 
 
 @pytest.mark.slow
