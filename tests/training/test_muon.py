@@ -104,11 +104,23 @@ def steps_on(mesh_shape, settings, count=6):
     return losses, state
 
 
-@pytest.mark.parametrize(
-    "mesh",
-    [(1, 8, 1), pytest.param((2, 2, 2), marks=pytest.mark.slow), pytest.param((1, 4, 1), marks=pytest.mark.slow)],
-    ids=str,
-)
+def test_the_moment_is_split_as_the_parameters_are():
+    """Known before anything is allocated; Adam's two moments are those of the rest alone."""
+    task = DiffusionTask(config(hidden=36))
+    state = abstract_state(task, sharding.make_mesh(MeshConfig(1, 8, 1)))
+    params = by_path(state.params)
+    for name, leaf in by_path(state.opt_state).items():
+        path = name.partition("/mu/")[2] or name.partition("/nu/")[2]
+        if path:
+            assert (leaf.shape, leaf.sharding) == (params[path].shape, params[path].sharding)
+            assert ("/muon/" in name) == (path in muon.matrices(task.shapes)), name
+    moments = [name for name in by_path(state.opt_state) if "/mu/" in name or "/nu/" in name]
+    assert len(moments) == 2 * len(params) - len(muon.matrices(task.shapes))
+    assert "fsdp" in by_path(state.opt_state)[next(n for n in moments if "qkv/kernel" in n)].sharding.spec
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", [(1, 8, 1), (2, 2, 2), (1, 4, 1)], ids=str)
 def test_over_a_mesh_steps_are_those_of_one_device_and_the_state_is_split(mesh):
     """At a width that is stored padded: 36 in 8 parts."""
     settings = config(hidden=36)
@@ -124,6 +136,7 @@ def test_over_a_mesh_steps_are_those_of_one_device_and_the_state_is_split(mesh):
     jax.tree.map(lambda leaf, s: np.testing.assert_(leaf.sharding == s.sharding), state.opt_state, abstract)
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_to_the_bit_and_no_other_optimizer_takes_it_up(tmp_path, monkeypatch, caplog):
     make = sharding.make_mesh
     monkeypatch.setattr(sharding, "make_mesh", lambda mesh: make(mesh, jax.devices()[:1]))
