@@ -4,10 +4,12 @@ python benchmarks/high_resolution.py                             2048 x 4096 pix
 python benchmarks/high_resolution.py --size 1024 2048 --record   into benchmarks/results
 
 Measured is the most that the process had resident during the levels, above what it had before them. Planned is the
-largest stage by the compiler, and the images on the host.
+largest stage by the compiler, and the images on the host. Calls run in the thread that makes them: with JAX's
+asynchronous dispatch a CPU may hold the temporary memory of two.
 """
 
 import argparse
+import ctypes
 import datetime
 import gc
 import json
@@ -21,8 +23,6 @@ from typing import Any
 
 ROOT = pathlib.Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "high_resolution_cpu.json"
-TRAINED = 512
-"""Pixels of a side that the network is taken to have been trained on."""
 
 
 def narrow_model(folder: pathlib.Path) -> Any:
@@ -76,8 +76,8 @@ def resident(field: str) -> int:
     return next(1024 * int(line.split()[1]) for line in lines if line.startswith(field))
 
 
-def measured(model: Any, size: tuple[int, int], options: Any) -> dict[str, Any]:
-    """Draws an image of `size`; results."""
+def measured(model: Any, size: tuple[int, int], trained: int, options: Any) -> dict[str, Any]:
+    """Draws an image of `size` by a network that is taken to have been trained on squares of `trained`; results."""
     import jax
 
     from gspn_jax.config import MeshConfig
@@ -86,11 +86,11 @@ def measured(model: Any, size: tuple[int, int], options: Any) -> dict[str, Any]:
     from gspn_jax.text_to_image.drawing import Drawing, Settings, scheduler_of
 
     device, factor = jax.devices()[0], model.autoencoder_config.factor
-    first, levels = high_resolution.make_levels(size, TRAINED, factor, options, len(model.texts))
+    first, levels = high_resolution.make_levels(size, trained, factor, options, len(model.texts))
     settings = Settings(first, 2, 7.5, 0.0, "euler", scheduler_of(model))
     started = time.monotonic()
     refinement = high_resolution.Refinement(
-        model, settings, levels, options, seed=0, tile=TRAINED // factor, device=device
+        model, settings, levels, options, seed=0, tile=trained // factor, device=device
     )
     stages = refinement.plan()
     print(high_resolution.describe(stages, size), flush=True)
@@ -100,6 +100,7 @@ def measured(model: Any, size: tuple[int, int], options: Any) -> dict[str, Any]:
         image = drawing.decode(drawing.latents(["a b"], [0]))[0]
     del drawing
     gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
     pathlib.Path("/proc/self/clear_refs").write_text("5")  # the most resident begins again
     before, started = resident("VmRSS"), time.monotonic()
     image = refinement("a b", image, 0)
@@ -123,17 +124,21 @@ def measured(model: Any, size: tuple[int, int], options: Any) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", type=int, nargs=2, default=(2048, 4096), metavar=("HEIGHT", "WIDTH"))
+    parser.add_argument("--trained", type=int, default=512, help="side that is drawn from noise, and of tiles, at most")
     parser.add_argument("--skips-on-host", action="store_true")
     parser.add_argument("--record", action="store_true", help="write benchmarks/results")
     arguments = parser.parse_args()
     os.environ["JAX_PLATFORMS"] = "cpu"
     sys.path.insert(0, str(ROOT))
+    import jax
+
     from gspn_jax.files import replacing
     from gspn_jax.text_to_image.high_resolution import RefineOptions
 
+    jax.config.update("jax_cpu_enable_async_dispatch", False)  # else a call may begin before the last one's is freed
     options = RefineOptions(steps=(2,), strengths=(0.5,), skips_on_host=arguments.skips_on_host)
     with tempfile.TemporaryDirectory() as folder:
-        result = measured(narrow_model(pathlib.Path(folder)), tuple(arguments.size), options)
+        result = measured(narrow_model(pathlib.Path(folder)), tuple(arguments.size), arguments.trained, options)
     print(json.dumps(result, indent=1))
     if arguments.record:
         with replacing(RESULTS) as temporary:
