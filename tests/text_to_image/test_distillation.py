@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gspn_jax import cli, text_to_image, unet
+from gspn_jax import cli, doctor, text_to_image, unet
 from gspn_jax.config import ConfigError, MeshConfig
 from gspn_jax.data.captioned_latents import METADATA
 from gspn_jax.diffusion.scheduler_config import SchedulerConfig, alphas_cumprod
@@ -245,6 +245,13 @@ def test_a_mistake_gets_one_sentence_before_anything_is_trained(prepared, tmp_pa
         found = " ".join(capsys.readouterr().err.replace("│", " ").split())
         assert stopped.value.code == 2 and said in found, found
         assert not pathlib.Path("run").exists()
+
+
+def test_the_doctor_looks_at_a_distillation(prepared, tmp_path):
+    config = distilling.config(tmp_path / "run", *prepared)
+    assert isinstance(doctor.task_of(config), LayersTask)
+    said = [finding.text for look in (doctor.beginning, doctor.files_of) for finding in look(config)]
+    assert "4 tensors fit, 10 begin anew" in said[0] and "SHA-256" in said[1]
 
 
 def test_the_recipe_is_the_references():
