@@ -54,11 +54,6 @@ def prepared(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def prepared_xl(tmp_path_factory):
-    return distilling.write_set(tmp_path_factory.mktemp("distilling_xl"), distilling.TINY_XL)
-
-
-@pytest.fixture(scope="module")
 def run(prepared, tmp_path_factory) -> LayersConfig:
     """The config of a finished run of four steps."""
     config = distilling.config(tmp_path_factory.mktemp("distilled") / "run", *prepared)
@@ -174,9 +169,8 @@ def test_a_run_that_goes_on_ends_with_the_same_bits_and_knows_its_teacher(run, p
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mesh", [MeshConfig(2, 1, 1), MeshConfig(1, 2, 1)], ids=["data 2", "fsdp 2"])
-def test_a_mesh_gives_the_same_gradient_and_splits_the_teacher(small, prepared_xl, mesh):
-    """Of a model of SDXL's kind, whose sets have pooled states and sizes."""
-    config = dataclasses.replace(distilling.config("r", *prepared_xl), mesh=mesh)
+def test_a_mesh_gives_the_same_gradient_and_splits_the_teacher(small, prepared, mesh):
+    config = dataclasses.replace(distilling.config("r", *prepared), mesh=mesh)
     batch, key = None, jax.random.key(3)
     found = []
     for devices in (1, 2):
