@@ -24,6 +24,7 @@ from gspn_jax import cli
 from gspn_jax.config import Config, ConfigError, RunConfig
 
 if TYPE_CHECKING:
+    from gspn_jax.text_to_image.config import LayersConfig
     from gspn_jax.training.task import Task
 
 OLDEST, TOO_NEW = (0, 10, 2), (0, 13)
@@ -80,7 +81,7 @@ def main(argv: list[str] | None = None) -> None:
             "memory": lambda: memory(config),
             "disk": lambda: disk(config),
             "data": lambda: data_set(config),
-            "files": lambda: weight_files(config) if isinstance(config, Config) else classifier_files(config),
+            "files": lambda: files_of(config),
         }
     wrong = []
     for name, check in checks.items():
@@ -270,10 +271,14 @@ def task_of(config: RunConfig) -> "Task":
     """The task that the config is of."""
     from gspn_jax.classify.config import ClassifyConfig
     from gspn_jax.classify.task import ClassificationTask
+    from gspn_jax.text_to_image.config import LayersConfig
+    from gspn_jax.text_to_image.distillation import LayersTask
     from gspn_jax.training.train import diffusion_task
 
     if isinstance(config, ClassifyConfig):
         return ClassificationTask(config)
+    if isinstance(config, LayersConfig):
+        return LayersTask(config)
     assert isinstance(config, Config), "the command line reads no other"
     return diffusion_task(config)
 
@@ -410,6 +415,23 @@ def data_set(config: RunConfig) -> Findings:
             count += 1
         rate = count * config.train.batch_size / hosts / (time.perf_counter() - start)
     yield Finding(None, f"this host reads {rate:,.0f} images/s")
+
+
+def files_of(config: RunConfig) -> Findings:
+    """The files beside its data that a run of any task needs."""
+    from gspn_jax.text_to_image.config import LayersConfig
+
+    if isinstance(config, Config):
+        return weight_files(config)
+    return teacher_files(config) if isinstance(config, LayersConfig) else classifier_files(config)
+
+
+def teacher_files(config: "LayersConfig") -> Findings:
+    """The U-Net whose self-attentions are distilled."""
+    from gspn_jax.text_to_image.distillation import with_teacher
+
+    digest = with_teacher(config).model.unet_sha256
+    yield Finding(True, f"the U-Net in {config.model.folder}, SHA-256 {digest}")
 
 
 def weight_files(config: Config) -> Findings:

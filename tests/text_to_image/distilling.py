@@ -10,16 +10,12 @@ from gspn_jax.config import OptimizerConfig, TrainConfig
 from gspn_jax.prepare.captions import Captions, prepare_captions
 from gspn_jax.text_to_image.config import CaptionsConfig, LayersConfig, StudentConfig
 from gspn_jax.text_to_image.gspn_layers import LayerOptions
-from tests.text_to_image.tiny_folder import FIRST, SECOND, write_folder
+from tests.text_to_image.tiny_folder import FIRST, write_folder
 from tests.unet import numpy_unet
 
 SMALL = dataclasses.replace(numpy_unet.CONVOLUTIONS, channels=(8,), layers=1, depths=(0,), heads=(2,), middle_depth=2)
 """A U-Net of Stable Diffusion 1's kind with two self-attentions, in its middle."""
 TINY = (SMALL, (FIRST,))
-TINY_XL = (
-    dataclasses.replace(SMALL, context_width=20, added_width=10 + 6 * 8, added_size_width=8, linear_projection=True),
-    (FIRST, SECOND),
-)
 NUMBERS = ("one", "two", "three", "four", "five", "six")
 LAYERS = LayerOptions(form="pure", proxy_ratio=4, chunks=(2,))
 

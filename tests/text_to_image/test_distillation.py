@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gspn_jax import cli, text_to_image, unet
+from gspn_jax import cli, doctor, text_to_image, unet
 from gspn_jax.config import ConfigError, MeshConfig
 from gspn_jax.data.captioned_latents import METADATA
 from gspn_jax.diffusion.scheduler_config import SchedulerConfig, alphas_cumprod
@@ -51,11 +51,6 @@ def distill(config: LayersConfig) -> None:
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory):
     return distilling.write_set(tmp_path_factory.mktemp("distilling"))
-
-
-@pytest.fixture(scope="module")
-def prepared_xl(tmp_path_factory):
-    return distilling.write_set(tmp_path_factory.mktemp("distilling_xl"), distilling.TINY_XL)
 
 
 @pytest.fixture(scope="module")
@@ -174,9 +169,8 @@ def test_a_run_that_goes_on_ends_with_the_same_bits_and_knows_its_teacher(run, p
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mesh", [MeshConfig(2, 1, 1), MeshConfig(1, 2, 1)], ids=["data 2", "fsdp 2"])
-def test_a_mesh_gives_the_same_gradient_and_splits_the_teacher(small, prepared_xl, mesh):
-    """Of a model of SDXL's kind, whose sets have pooled states and sizes."""
-    config = dataclasses.replace(distilling.config("r", *prepared_xl), mesh=mesh)
+def test_a_mesh_gives_the_same_gradient_and_splits_the_teacher(small, prepared, mesh):
+    config = dataclasses.replace(distilling.config("r", *prepared), mesh=mesh)
     batch, key = None, jax.random.key(3)
     found = []
     for devices in (1, 2):
@@ -245,6 +239,13 @@ def test_a_mistake_gets_one_sentence_before_anything_is_trained(prepared, tmp_pa
         found = " ".join(capsys.readouterr().err.replace("│", " ").split())
         assert stopped.value.code == 2 and said in found, found
         assert not pathlib.Path("run").exists()
+
+
+def test_the_doctor_looks_at_a_distillation(prepared, tmp_path):
+    config = distilling.config(tmp_path / "run", *prepared)
+    assert isinstance(doctor.task_of(config), LayersTask)
+    said = [finding.text for look in (doctor.beginning, doctor.files_of) for finding in look(config)]
+    assert "4 tensors fit, 10 begin anew" in said[0] and "SHA-256" in said[1]
 
 
 def test_the_recipe_is_the_references():
