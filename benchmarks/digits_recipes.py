@@ -45,12 +45,10 @@ def classes(flags: argparse.Namespace) -> None:
     root = pathlib.Path(flags.output) / f"classes_{flags.seed}"
     low, high = (digits_of(root / name, names) for name, names in (("low", range(5)), ("high", range(5, 10))))
     base = trained(flags, root / "of_0_to_4", low, flags.steps)
-    scratch = trained(flags, root / "scratch", high, flags.steps)
     short = flags.steps // QUARTER
-    tuned = trained(flags, root / "from_0_to_4", high, short, init_from=base.run_dir)
-    early = trained(flags, root / "scratch_short", high, short)
-    for what, config in (("scratch", scratch), ("from 0-4", tuned), ("scratch, a quarter", early)):
-        report(flags, what, config, first=5)
+    report(flags, "from 0-4", trained(flags, root / "from_0_to_4", high, short, init_from=base.run_dir), first=5)
+    report(flags, "scratch", trained(flags, root / "scratch", high, flags.steps), first=5)
+    report(flags, "scratch, a quarter", trained(flags, root / "scratch_short", high, short), first=5)
 
 
 def teacher(flags: argparse.Namespace) -> None:
@@ -60,6 +58,7 @@ def teacher(flags: argparse.Namespace) -> None:
     gspn = {"preset": "DiT-S/2", "mixer": "gspn"}
     short = flags.steps // FIFTH
     theirs = trained(flags, root / "dit", data, flags.steps, model=dit)
+    report(flags, "DiT", theirs)
     blocks = tuple(range(theirs.model.depth or 0))
     for what, settings in (
         ("predictions and features", DistillConfig(teacher=theirs.run_dir, features=blocks)),
@@ -69,7 +68,7 @@ def teacher(flags: argparse.Namespace) -> None:
         report(flags, f"GSPN from a DiT, {what}", student)
     begun = trained(flags, root / "begun", data, short, model=gspn, init_from=theirs.run_dir)
     scratch = trained(flags, root / "scratch", data, short, model=gspn)
-    for what, config in (("DiT", theirs), ("GSPN with its other weights", begun), ("GSPN from scratch", scratch)):
+    for what, config in (("GSPN with its other weights", begun), ("GSPN from scratch", scratch)):
         report(flags, what, config)
 
 

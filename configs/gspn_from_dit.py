@@ -5,7 +5,7 @@ python train_dit.py --config configs/gspn_from_dit.py --distill.teacher runs/dit
 
 The student begins with all weights of the teacher but those of the mixers, and learns from its predictions and from its
 tokens after every block, in a fifth of its steps. For another teacher, model and data are its own with --model.mixer
-gspn (docs/recipes.md).
+gspn (docs/recipes.md). Not yet run in full.
 """
 
 from gspn_jax.config import (

@@ -52,6 +52,11 @@ class DistillationTask(DiffusionTask):
             raise ConfigError("distill.teacher must be the run directory of a trained denoiser, found None")
         if models.spans(config):
             raise ConfigError(
+                f"distill.teacher must be None with diffusion.objective={config.diffusion.objective!r}, which "
+                f"differentiates the denoiser by its times, found {config.distill.teacher!r}"
+            )
+        if models.spans(config):
+            raise ConfigError(
                 "diffusion.objective must be one that evaluates the denoiser at given times to be distilled, found "
                 f"{config.diffusion.objective!r}"
             )

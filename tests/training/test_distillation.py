@@ -124,6 +124,10 @@ def test_a_student_begins_with_the_teachers_other_weights_and_leaves_it_alone(te
             {"diffusion": DiffusionConfig(objective="ddpm")},
             r"diffusion.objective must be that of the teacher .* 'flow'",
         ),
+        (
+            {"diffusion": DiffusionConfig(objective="mean_flow")},
+            r"must be None with diffusion.objective='mean_flow', which differentiates the denoiser",
+        ),
         ({"distill": DistillConfig(teacher="/nowhere")}, "no checkpoint in /nowhere"),
         ({"distill": DistillConfig(features=(0,))}, r"distill.teacher must be the run directory .*found None"),
     ],
