@@ -153,7 +153,7 @@ def read_json(path: pathlib.Path, *, nan: bool = False) -> dict:
 
 
 def arrange(
-    tensors: Mapping[str, Shaped[np.ndarray, "..."]],
+    tensors: TensorFiles | Mapping[str, Shaped[np.ndarray, "..."]],
     expected: Mapping[str, tuple[int, ...]],
     owner: str,
     *,
