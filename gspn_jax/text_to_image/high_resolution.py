@@ -87,7 +87,7 @@ class Stage(NamedTuple):
     working: int
     """Beside the weights: inputs, outputs and temporary memory of its largest program."""
     host: int = 0
-    """Taken on the host meanwhile: skip tensors."""
+    """Taken on the host meanwhile: skip tensors, rows of tiles."""
 
     @property
     def together(self) -> int:
@@ -190,7 +190,12 @@ class Refinement:
         size = self._latent_shape(self._levels[-1])[:2]
         for name, one in self._vae.memory(*size).items():
             working = one.argument_size_in_bytes + one.temp_size_in_bytes + one.output_size_in_bytes - weights
-            stages.append(Stage(f"{name[:-1]}ing a tile of the autoencoder", weights, working))
+            scores = 4 * math.prod(min(side, self._vae.tile) for side in size) ** 2
+            if one.temp_size_in_bytes < scores:
+                working += scores  # on a CPU a library computes attention in memory of its own
+            row = 3 * 4 * self._model.autoencoder_config.factor**2 * min(size[0], self._vae.tile) * size[1]
+            host = 2 * row if name == "decode" else 0
+            stages.append(Stage(f"{name[:-1]}ing a tile of the autoencoder", weights, working, host))
         return stages
 
     def __call__(
