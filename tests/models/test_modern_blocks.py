@@ -112,7 +112,7 @@ BOTH, FSDP, TENSOR = MeshConfig(1, 4, 2), MeshConfig(1, 4, 1), MeshConfig(1, 1, 
 @pytest.mark.parametrize(
     ("model", "objective", "mesh"),
     [
-        pytest.param(MODERN, "flow", BOTH, id="fsdp 4, tensor 2"),
+        pytest.param(MODERN, "flow", BOTH, id="fsdp 4, tensor 2", marks=pytest.mark.slow),
         pytest.param(MODERN, "flow", FSDP, id="fsdp 4", marks=pytest.mark.slow),
         pytest.param(MODERN, "flow", TENSOR, id="tensor 2", marks=pytest.mark.slow),
         pytest.param(MODERN, "mean_flow", BOTH, id="mean flow", marks=pytest.mark.slow),

@@ -87,7 +87,7 @@ def test_sizes_tell_the_original_and_the_crop(images):
         np.testing.assert_array_equal(kept, fit_image(image, 8, 3))
 
 
-@pytest.mark.parametrize("kind", ["1", "XL"])
+@pytest.mark.parametrize("kind", [pytest.param("1", marks=pytest.mark.slow), "XL"])
 def test_records_are_what_the_model_encodes(kind, models, images, prepared, tmp_path, capsys):
     output = prepared
     if kind == "1":

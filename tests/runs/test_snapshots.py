@@ -83,6 +83,7 @@ def test_an_average_of_any_width_is_the_direct_average_of_all_steps(run):
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=2e-6), found, wanted)
 
 
+@pytest.mark.slow
 def test_it_is_the_same_on_another_mesh(run):
     shapes, made_of = task(run).shapes, snapshots.recipe(run, STEPS, 0.07)
     split = values(made_of, shapes, mesh_of(1, 4, 1))

@@ -85,7 +85,7 @@ def test_images_are_those_of_a_loop_over_both_models(runs):
     np.testing.assert_allclose(found, x, rtol=1e-4, atol=1e-4 * np.abs(x).max())
 
 
-@pytest.mark.parametrize("mesh", [(1, 4, 1), (2, 2, 2)], ids=str)
+@pytest.mark.parametrize("mesh", [(1, 4, 1), pytest.param((2, 2, 2), marks=pytest.mark.slow)], ids=str)
 def test_a_guide_is_split_over_a_mesh_like_the_model(runs, mesh):
     found, wanted = drawn(runs, mesh_of(*mesh), EULER, count=8), drawn(runs, mesh_of(), EULER, count=8)
     np.testing.assert_allclose(found, wanted, rtol=1e-3, atol=1e-4 * np.abs(wanted).max())

@@ -82,6 +82,7 @@ def test_channels_are_scanned_in_pieces_to_the_same_result(form):
         assert relative_error(found, np.asarray(whole)) < TOLERANCE
 
 
+@pytest.mark.slow
 def test_layers_take_the_place_of_all_attentions_with_the_chunk_of_their_level():
     config, params = SMALL, unet.from_state_dict(random_state_dict(SMALL), SMALL)
     layers = random_layers(config, WITH_ALL)
