@@ -87,7 +87,7 @@ def test_guidance_rescale_by_hand():
         ({"timestep_spacing": "even"}, r"timestep_spacing must be one of 'leading', .*, found 'even'"),
         ({"beta_schedule": "squaredcos_cap_v2"}, r"beta_schedule must be one of 'scaled_linear', 'linear', found"),
         ({"beta_end": "0.02"}, r"beta_end must be between 0 and 1, found '0\.02'"),
-        ({"steps_offset": -1}, r"steps_offset must be a whole number, 0 or more, found -1"),
+        ({"steps_offset": -1}, r"steps_offset must be a whole number from 0 to 1,000,000, found -1"),
         ({"algorithm_type": "sde-dpmsolver++"}, r"algorithm_type must be 'dpmsolver\+\+', found"),
     ],
 )
