@@ -26,6 +26,10 @@ PER_CLASS = 100
 SIZE = {"hidden": 64, "depth": 4}
 EMA = 0.95
 QUARTER, FIFTH = 4, 5
+BASE = 2
+"""Steps of a model that others begin with, over those of training from scratch."""
+LEARNING_RATE = 5e-3
+"""Learning rate of all runs: of the whole length and of a part of it."""
 
 
 def main() -> None:
@@ -44,7 +48,7 @@ def classes(flags: argparse.Namespace) -> None:
     """Classes 0 to 4; then 5 to 9 from that model in a quarter of the steps that a model of their own has."""
     root = pathlib.Path(flags.output) / f"classes_{flags.seed}"
     low, high = (digits_of(root / name, names) for name, names in (("low", range(5)), ("high", range(5, 10))))
-    base = trained(flags, root / "of_0_to_4", low, flags.steps)
+    base = trained(flags, root / "of_0_to_4", low, BASE * flags.steps)
     short = flags.steps // QUARTER
     report(flags, "from 0-4", trained(flags, root / "from_0_to_4", high, short, init_from=base.run_dir), first=5)
     report(flags, "scratch", trained(flags, root / "scratch", high, flags.steps), first=5)
@@ -96,7 +100,7 @@ def trained(flags: argparse.Namespace, run: pathlib.Path, data: DataConfig, step
         run_dir=str(run),
         data=data,
         model=model,
-        optimizer=dataclasses.replace(base.optimizer, warmup_steps=min(50, steps // 10)),
+        optimizer=dataclasses.replace(base.optimizer, learning_rate=LEARNING_RATE, warmup_steps=min(50, steps // 10)),
         train=dataclasses.replace(
             base.train, steps=steps, seed=flags.seed, ema_decays=(EMA,), sample_every=0, save_every=steps, log_every=20
         ),

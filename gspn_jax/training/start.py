@@ -85,12 +85,16 @@ def begin(task: Task, given: Given, lines: Sequence[Line], mesh: Mesh) -> Any:
     copied = {line.path: theirs[line.path] for line in lines if line.origin == "copied"}
     made = {line.path: ours[line.path] for line in lines if line.origin != "copied"}
     tables = {line.path: theirs[line.path] for line in lines if line.origin == "rows"}
+    rows_there = {path: leaf.shape[0] for path, leaf in by_path(given.shapes).items() if path in tables}
     del theirs
     if made:
 
         def make(key, tables):
             fresh = by_path(task.init(key))
-            fresh |= {path: _with_rows(fresh[path], leaf, given.rows[path].there) for path, leaf in tables.items()}
+            fresh |= {
+                path: _with_rows(fresh[path], leaf, rows_there[path], given.rows[path].there)
+                for path, leaf in tables.items()
+            }
             return sharding.pad({path: fresh[path] for path in made}, made, mesh)
 
         out = sharding.param_shardings(made, mesh)
@@ -99,12 +103,17 @@ def begin(task: Task, given: Given, lines: Sequence[Line], mesh: Mesh) -> Any:
 
 
 def _with_rows(
-    fresh: Float[Array, "K D"], theirs: Float[Array, "stored_K stored_D"], there: Sequence[int | None]
+    fresh: Float[Array, "K D"], theirs: Float[Array, "stored_K stored_D"], count: int, there: Sequence[int | None]
 ) -> Float[Array, "K D"]:
-    """`fresh` with the rows of `theirs` that go on; what `theirs` is padded by is left alone."""
+    """Rows of `theirs` that go on; the others are those of `fresh`, moved to the mean and the spread of all rows there.
+
+    A network that was trained heeds rows as large as those that it knows.
+    """
     index = jnp.array([0 if row is None else row for row in there])
     known = jnp.array([row is not None for row in there])
-    return jnp.where(known[:, None], theirs[index, : fresh.shape[1]], fresh)
+    rows = theirs[:count, : fresh.shape[1]]
+    alike = rows.mean(0) + rows.std(0) * (fresh - fresh.mean()) / fresh.std()
+    return jnp.where(known[:, None], rows[index], alike)
 
 
 def keep(run_dir: str | pathlib.Path, text: str) -> None:
