@@ -88,6 +88,7 @@ def test_a_kernel_with_wrong_values_is_found(monkeypatch, capsys):
     assert finding.works is False and "agrees with a float64 loop to 1" in finding.text
 
 
+@pytest.mark.slow
 def test_every_operator_of_another_backend_is_held_against_the_scan(monkeypatch):
     scan = api._BACKENDS["scan"]
     monkeypatch.setitem(api._BACKENDS, "mosaic_gpu", scan)  # as if it were the kernel

@@ -1,6 +1,8 @@
 """Training: the loss is that of its formula, runs go on to the bit, and evaluations are those of the weights."""
 
+import contextlib
 import dataclasses
+import io
 import itertools
 import json
 import pathlib
@@ -119,10 +121,16 @@ def test_both_weights_are_scored_at_each_evaluation_and_the_best_step_is_noted(r
     assert record["best"] == best
 
 
-def test_evaluate_prints_what_a_loop_over_the_images_finds(run, capsys):
+@pytest.fixture(scope="module")
+def result(run):
+    """Output of `classify evaluate`, which is in the run directory since."""
+    with contextlib.redirect_stdout(io.StringIO()) as shown:
+        main(["evaluate", "--run", run.run_dir, "--images", run.eval.path, "--batch-size", "16", "--ema", "0.9"])
+    return json.loads(shown.getvalue())
+
+
+def test_evaluate_prints_what_a_loop_over_the_images_finds(run, result, capsys):
     validation = run.eval.path
-    main(["evaluate", "--run", run.run_dir, "--images", validation, "--batch-size", "16", "--ema", "0.9"])
-    result = json.loads(capsys.readouterr().out)
     trained, source = weights.read(run.run_dir, one_device(), decays=(0.9,)), FolderSource(validation, None, 3)
     (params,) = trained.sets.values()
     images = np.stack([evaluation_crop(source[i]["image"], 8, 0.875) for i in range(21)]) / 255
@@ -146,6 +154,7 @@ def test_evaluate_prints_what_a_loop_over_the_images_finds(run, capsys):
     assert predicted[0]["classes"][0]["probability"] >= predicted[0]["classes"][1]["probability"]
 
 
+@pytest.mark.usefixtures("result")
 def test_weights_go_out_with_a_card_and_come_back(run, tmp_path, capsys):
     main(["export", "--run", run.run_dir, "--output", str(tmp_path / "released"), "--license", "apache-2.0"])
     ours, theirs = (weights.read(path, one_device(), decays=decays) for path, decays in

@@ -10,14 +10,18 @@ from benchmarks import memory_gpu
 from gspn_jax import plan
 from gspn_jax.cli import load_config
 from gspn_jax.config import ConfigError, ModelConfig
+from gspn_jax.models.presets import PRESETS
 from gspn_jax.parallel.memory import bytes_a_device
 from gspn_jax.plan import memory
 from gspn_jax.plan.gpus import MEMORY, gpu_named
 
 RESULTS = pathlib.Path(__file__).parents[2] / "benchmarks" / "results"
 COMPILED = [
-    result for result in json.loads((RESULTS / "gpu_compile.json").read_text()).values() if result["what"] == "step"
+    result
+    for result in json.loads((RESULTS / "gpu_compile.json").read_text()).values()
+    if result["what"] == "step" and result["preset"] in PRESETS
 ]
+"""Training steps of denoisers; those of image classifiers are in that file too."""
 
 
 def config_of(preset: str, remat: str, batch: int = 256):

@@ -278,6 +278,7 @@ def content_of(folder):
     return {path: path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
+@pytest.mark.slow
 def test_the_command_draws_with_layers_of_a_file(tmp_path):
     folder = write_folder(tmp_path / "XL", *XL)
     before, options = content_of(folder), LayerOptions(form="qkv", proxy_ratio=4, chunks=(2, 0))
