@@ -51,7 +51,7 @@ def rate(batches: Iterator, batch_size: int, seconds: float, ahead: int = 0) -> 
     cpu = cpu_seconds()
     for _ in range(WARM):
         next(batches)
-    start, cpu, count = time.perf_counter(), time.process_time(), 0
+    start, count = time.perf_counter(), 0
     while time.perf_counter() - start < seconds:
         next(batches)
         count += batch_size
@@ -61,18 +61,19 @@ def rate(batches: Iterator, batch_size: int, seconds: float, ahead: int = 0) -> 
 
 
 class AugmentedSet:
-    """A data set for PyTorch: an image of a source, augmented, and its label."""
+    """A data set for PyTorch: an image of a source, augmented, and its label; the source so often that no epoch, at
+    whose end a DataLoader's workers pause, ends while it is timed."""
 
     def __init__(self, source, augment):
         self.source, self.augment = source, augment
 
     def __len__(self) -> int:
-        return len(self.source)
+        return len(self.source) * 1000
 
     def __getitem__(self, index: int):
         import torch
 
-        record = self.source[index]
+        record = self.source[index % len(self.source)]
         image = self.augment(record["image"], seed=0, epoch=0, index=index)
         return torch.from_numpy(image.copy()), int(record["label"])
 
@@ -80,13 +81,12 @@ class AugmentedSet:
 def of_pytorch(source, augment, batch_size: int, workers: int) -> Iterator:
     import torch
 
-    def endless():
-        while True:
-            yield from torch.utils.data.DataLoader(
-                AugmentedSet(source, augment), batch_size, shuffle=True, num_workers=workers, drop_last=True
-            )
+    def batches():
+        yield from torch.utils.data.DataLoader(
+            AugmentedSet(source, augment), batch_size, shuffle=True, num_workers=workers, drop_last=True
+        )
 
-    return endless()
+    return batches()
 
 
 def measure(images: str, records: str, classes: int, batch_size: int, seconds: float, cores: int) -> dict[str, float]:
