@@ -40,14 +40,14 @@ from tests.training.processes import (
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
-    """alone(devices): the run of one process."""
+    """alone(devices, *flags): the run of one process."""
     made = {}
 
-    def run(devices):
-        if devices not in made:
-            made[devices] = tmp_path_factory.mktemp("alone") / "run"
-            finish(made[devices], devices=devices)
-        return made[devices]
+    def run(devices, *flags):
+        if (devices, *flags) not in made:
+            made[devices, *flags] = tmp_path_factory.mktemp("alone") / "run"
+            finish(made[devices, *flags], *flags, devices=devices)
+        return made[devices, *flags]
 
     return run
 
@@ -244,7 +244,7 @@ def test_a_batch_that_one_host_cannot_read_stops_all_after_the_same_save(tmp_pat
     if not flags:
         assert_same_run(run_dir, alone(2))
     else:
-        jax.tree.map(np.testing.assert_array_equal, everything(run_dir), everything(alone(2)))
+        jax.tree.map(np.testing.assert_array_equal, everything(run_dir), everything(alone(2, *flags)))
 
 
 @pytest.mark.slow
