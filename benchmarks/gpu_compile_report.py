@@ -153,31 +153,27 @@ def render(results: list[dict[str, Any]]) -> str:
     return text
 
 
-def _step(result: dict[str, Any]) -> str:
+def _bounds(result: dict[str, Any]) -> str:
+    """End of a row: milliseconds on H100 and H200, images/s on the latter, GB of arguments and temporary memory."""
     ms = result["ms"]
     return (
-        f"| {result['preset']} | {result['mesh'].replace('x', ' x ')} | {result['batch']} | {result['remat']} | "
-        f"{ms['h100']:.1f} | {ms['h200']:.1f} | {1e3 * result['batch'] / ms['h200']:,.0f} | "
+        f"| {ms['h100']:.1f} | {ms['h200']:.1f} | {1e3 * result['batch'] / ms['h200']:,.0f} | "
         f"{result['arguments_gb']:.2f} | {result['temporary_gb']:.1f} |"
     )
 
 
+def _step(result: dict[str, Any]) -> str:
+    mesh = result["mesh"].replace("x", " x ")
+    return f"| {result['preset']} | {mesh} | {result['batch']} | {result['remat']} {_bounds(result)}"
+
+
 def _sampler(result: dict[str, Any]) -> str:
-    ms = result["ms"]
-    return (
-        f"| {result['preset']} | {result['batch']} | {ms['h100']:.1f} | {ms['h200']:.1f} | "
-        f"{1e3 * result['batch'] / ms['h200']:,.0f} | {result['arguments_gb']:.2f} | "
-        f"{result['temporary_gb']:.1f} |"
-    )
+    return f"| {result['preset']} | {result['batch']} {_bounds(result)}"
 
 
 def _classifier(result: dict[str, Any]) -> str:
-    ms = result["ms"]
-    return (
-        f"| {result['what']}, {result['preset']} | {result['batch']} | "
-        f"{result['remat'] if result['what'] == 'step' else ''} | {ms['h100']:.1f} | {ms['h200']:.1f} | "
-        f"{1e3 * result['batch'] / ms['h200']:,.0f} | {result['arguments_gb']:.2f} | {result['temporary_gb']:.1f} |"
-    )
+    remat = result["remat"] if result["what"] == "step" else ""
+    return f"| {result['what']}, {result['preset']} | {result['batch']} | {remat} {_bounds(result)}"
 
 
 def _columns(shown: list[dict[str, Any]]) -> str:

@@ -8,32 +8,16 @@ tokens after every block, in a fifth of its steps. For another teacher, model an
 gspn (docs/recipes.md). Not yet run in full.
 """
 
-from gspn_jax.config import (
-    Config,
-    DataConfig,
-    DiffusionConfig,
-    DistillConfig,
-    ModelConfig,
-    OptimizerConfig,
-    SamplerConfig,
-    TrainConfig,
-)
+import dataclasses
 
-config = Config(
+from gspn_jax.config import DistillConfig
+from gspn_jax.configs.digits import config as digits
+
+config = dataclasses.replace(
+    digits,
     run_dir="runs/gspn_from_dit",
-    model=ModelConfig(preset="DiT-S/2", mixer="gspn", hidden=96, depth=6, drop_path=0.0),
-    data=DataConfig(source="digits", image_size=8, channels=1, num_classes=10),
-    diffusion=DiffusionConfig(objective="flow"),
-    sampler=SamplerConfig(steps=10, guidance_scale=1.25),
-    optimizer=OptimizerConfig(learning_rate=2e-3, warmup_steps=10),
-    train=TrainConfig(
-        steps=160,
-        batch_size=64,
-        precision="params=float32,compute=float32",
-        ema_decays=(0.95,),
-        log_every=10,
-        sample_every=80,
-        save_every=80,
-    ),
+    model=dataclasses.replace(digits.model, preset="DiT-S/2", mixer="gspn"),
+    optimizer=dataclasses.replace(digits.optimizer, warmup_steps=10),
+    train=dataclasses.replace(digits.train, steps=160, ema_decays=(0.95,), sample_every=80, save_every=80),
     distill=DistillConfig(features=(0, 1, 2, 3, 4, 5)),
 )

@@ -72,7 +72,7 @@ class Plan:
         return self.rows if direction in ("down", "up") else self.columns
 
     def scan_bytes(self, directions: int) -> int:
-        """Of shared memory, in the backward pass, which takes more."""
+        """Bytes of shared memory in the backward pass, which takes more."""
         state = 2 * self.handed_on * self.state_positions * self.slab * 4
         return directions * state + self.height * self.room(self.rows) * self.slab * 4 if self.joint else state
 
@@ -118,7 +118,7 @@ class Lines:
 
     @property
     def tiles(self) -> int:
-        """Of a stretch."""
+        """Number of tiles of a stretch."""
         return math.ceil(self.stretch / self.positions)
 
     @property

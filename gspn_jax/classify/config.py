@@ -37,7 +37,7 @@ class ClassifierConfig:
     drop_path: float | None = None
     """Rate of the last block, of the first 0; None is the preset's."""
     groups: int | None = None
-    """How many sets of propagation weights: None is one per channel (GSPN), 1 is one for all (GSPN-2)."""
+    """Number of sets of propagation weights: None is one per channel (GSPN), 1 is one for all (GSPN-2)."""
     skip: bool = False
     """Adds the per-pixel skip term of the authors' released code (not in the paper)."""
     released: bool = False

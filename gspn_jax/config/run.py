@@ -133,24 +133,17 @@ class Config(RunConfig):
                 ("eval.guidance_scale", self.eval.guidance_scale),
             ):
                 require(scale in (None, 1), name, "1 with data.unconditional: there is no class to guide by", scale)
-        if OBJECTIVES[self.diffusion.objective].discrete:
-            require(
-                self.sampler.steps <= self.diffusion.timesteps,
-                "sampler.steps",
-                f"at most diffusion.timesteps ({self.diffusion.timesteps})",
-                self.sampler.steps,
-            )
+        self._check_steps("sampler.steps", self.sampler.steps)
         if self.eval.every:
             self._check_eval()
 
-    def _check_eval(self) -> None:
+    def _check_steps(self, field: str, steps: int | None) -> None:
         if OBJECTIVES[self.diffusion.objective].discrete:
-            require(
-                (self.eval.steps or 1) <= self.diffusion.timesteps,
-                "eval.steps",
-                f"at most diffusion.timesteps ({self.diffusion.timesteps})",
-                self.eval.steps,
-            )
+            most = self.diffusion.timesteps
+            require((steps or 1) <= most, field, f"at most diffusion.timesteps ({most})", steps)
+
+    def _check_eval(self) -> None:
+        self._check_steps("eval.steps", self.eval.steps)
         require(
             self.eval.ema in (None, 0.0, *self.train.ema_decays),
             "eval.ema",

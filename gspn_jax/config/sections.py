@@ -78,7 +78,7 @@ class ModelConfig:
     """Width through which patches are embedded by two linears (JiT); 0 is one linear."""
     chunk: int | None | Literal["preset"] | tuple[int | None, ...] = "preset"  # noqa: RUF036 (tried in this order)
     groups: int | None = None
-    """How many sets of propagation weights: None is one per channel (GSPN), 1 is one for all (GSPN-2)."""
+    """Number of sets of propagation weights: None is one per channel (GSPN), 1 is one for all (GSPN-2)."""
     proxy_ratio: int = 16
     skip: bool = False
     """Adds the per-pixel skip term of the authors' released code (not in the paper)."""

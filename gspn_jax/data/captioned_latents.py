@@ -18,21 +18,22 @@ from gspn_jax.data.decoding import DataError
 from gspn_jax.data.latents import LatentBatches
 from gspn_jax.data.loader import Loader
 from gspn_jax.data.record_files import RecordFiles, Shard
+from gspn_jax.data.set_metadata import METADATA, SetMetadata, read_versioned
 from gspn_jax.data.source import hash_of
 from gspn_jax.data.thread_loader import ThreadLoader
-from gspn_jax.files import replacing
-from gspn_jax.small_files import DamagedFile, read_as, typed
+from gspn_jax.small_files import DamagedFile, typed
 
-FORMAT, VERSION = "gspn-jax captions", 1
-METADATA = "metadata.json"
+VERSION = 1
 
 _NOTED = ("images", "left_out", "cut")
 """Entries of the metadata that make no other set of it: no part of the fingerprint."""
 
 
 @dataclasses.dataclass(frozen=True)
-class CaptionMetadata:
+class CaptionMetadata(SetMetadata):
     """Contents of the `metadata.json` of a set."""
+
+    FORMAT = "gspn-jax captions"
 
     files: dict[str, str]
     """SHA-256 of the files that made it, by their path in the folder of the model."""
@@ -60,15 +61,6 @@ class CaptionMetadata:
     dtype: str = "float16"
     version: int = VERSION
 
-    @property
-    def count(self) -> int:
-        return sum(shard.records for shard in self.shards)
-
-    def write(self, folder: pathlib.Path) -> None:
-        text = json.dumps({"format": FORMAT, "count": self.count} | dataclasses.asdict(self), indent=1)
-        with replacing(folder / METADATA) as temporary:
-            temporary.write_text(text + "\n")
-
     @classmethod
     def read(cls, folder: pathlib.Path) -> "CaptionMetadata":
         """Raises ConfigError unless `folder` holds metadata of this version whose counts agree with each other."""
@@ -79,12 +71,7 @@ class CaptionMetadata:
                 f"{METADATA} in {str(folder)!r}"
             )
         try:
-            about = read_as(path, {"format": str, "version": int, "count": int})
-            if (about["format"], about["version"]) != (FORMAT, VERSION):
-                raise ConfigError(
-                    f"{path} must be of the format {FORMAT!r}, version {VERSION}, found {about['format']!r}, version "
-                    f"{about['version']}"
-                )
+            about = read_versioned(path, cls.FORMAT, VERSION, {"count": int})
             metadata = typed(about, cls, path.name)
             record_files.check_names(metadata.shards, path.name)
         except DamagedFile as error:

@@ -20,12 +20,11 @@ from gspn_jax.config import ConfigError, DataConfig
 from gspn_jax.data import record_files
 from gspn_jax.data.decoding import DataError
 from gspn_jax.data.record_files import RecordFiles, Shard
+from gspn_jax.data.set_metadata import METADATA, SetMetadata
 from gspn_jax.data.source import hash_of
-from gspn_jax.files import replacing
 from gspn_jax.small_files import DamagedFile, read_as, typed
 
 FORMAT_VERSION = 1
-METADATA = "metadata.json"
 MIN_LOG_VARIANCE, MAX_LOG_VARIANCE = -30.0, 20.0
 """The range of the VAE's log-variance (CompVis/latent-diffusion, `DiagonalGaussianDistribution`)."""
 
@@ -44,8 +43,10 @@ _BLOCK = 16
 
 
 @dataclasses.dataclass(frozen=True)
-class LatentMetadata:
+class LatentMetadata(SetMetadata):
     """Contents of the `metadata.json` of a set of latents."""
+
+    FORMAT = "gspn-jax latents"
 
     vae_sha256: str
     """SHA-256 of the file of VAE weights."""
@@ -67,15 +68,6 @@ class LatentMetadata:
     images: str | None = None
     """The fingerprint of the images that were encoded; None in a set of an earlier version."""
     version: int = FORMAT_VERSION
-
-    @property
-    def count(self) -> int:
-        return sum(shard.records for shard in self.shards)
-
-    def write(self, folder: pathlib.Path) -> None:
-        text = json.dumps({"format": "gspn-jax latents", "count": self.count} | dataclasses.asdict(self), indent=1)
-        with replacing(folder / METADATA) as temporary:
-            temporary.write_text(text + "\n")
 
     @classmethod
     def read(cls, folder: pathlib.Path) -> "LatentMetadata":

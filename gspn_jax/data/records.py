@@ -17,12 +17,13 @@ from PIL import Image
 
 from gspn_jax.config import ConfigError
 from gspn_jax.data.decoding import fit_image
+from gspn_jax.data.set_metadata import METADATA, SetMetadata, read_versioned
 from gspn_jax.data.source import hash_of
 from gspn_jax.files import replacing, sha256_of
-from gspn_jax.small_files import DamagedFile, is_within, read_as, typed
+from gspn_jax.small_files import DamagedFile, is_within, typed
 
-FORMAT, VERSION = "gspn-jax records", 1
-METADATA, INDEX = "metadata.json", "index.npz"
+VERSION = 1
+INDEX = "index.npz"
 CHANNELS = 3
 
 
@@ -37,8 +38,10 @@ class Shard:
 
 
 @dataclasses.dataclass(frozen=True)
-class RecordMetadata:
+class RecordMetadata(SetMetadata):
     """Contents of the `metadata.json` of a set."""
+
+    FORMAT = "gspn-jax records"
 
     image_size: int
     """The shorter side of images that were larger; others are as they were."""
@@ -47,15 +50,6 @@ class RecordMetadata:
     shards: tuple[Shard, ...]
     index_sha256: str
     version: int = VERSION
-
-    @property
-    def count(self) -> int:
-        return sum(shard.records for shard in self.shards)
-
-    def write(self, folder: pathlib.Path) -> None:
-        text = json.dumps({"format": FORMAT, "count": self.count} | dataclasses.asdict(self), indent=1)
-        with replacing(folder / METADATA) as temporary:
-            temporary.write_text(text + "\n")
 
     @classmethod
     def read(cls, folder: pathlib.Path) -> "RecordMetadata":
@@ -67,12 +61,7 @@ class RecordMetadata:
                 f"{METADATA} in {str(folder)!r}"
             )
         try:
-            about = read_as(path, {"format": str, "version": int})
-            if (about["format"], about["version"]) != (FORMAT, VERSION):
-                raise ConfigError(
-                    f"{path} must be of the format {FORMAT!r}, version {VERSION}, found {about['format']!r}, version "
-                    f"{about['version']}"
-                )
+            about = read_versioned(path, cls.FORMAT, VERSION, {})
             metadata = typed(about, cls, path.name)
             if not all(is_within(shard.name) for shard in metadata.shards):
                 raise DamagedFile(f"{path.name} names shards outside of its folder")

@@ -26,6 +26,14 @@ def sample_times(
     return jax.random.uniform(key, (batch,), jnp.float32)
 
 
+def noised(
+    x0: Float[Array, "B H W C"], noise: Float[Array, "B H W C"], t: Float[Array, "B"]
+) -> Float[Array, "B H W C"]:
+    """Points of the straight paths from `x0` to `noise` at the times `t`."""
+    time = t[:, None, None, None]
+    return (1.0 - time) * x0 + time * noise
+
+
 def training_loss(
     denoise: Denoise,
     x0: Float[Array, "B H W C"],
@@ -38,8 +46,7 @@ def training_loss(
 
     A denoiser with 2C outputs has its first C trained.
     """
-    time = t[:, None, None, None]
-    x_t = (1.0 - time) * x0 + time * noise
+    x_t = noised(x0, noise, t)
     velocity, _ = split_output(denoise(x_t, TIME_SCALE * t, condition), x0.shape[-1])
     mse = jnp.mean(jnp.square(noise - x0 - velocity), axis=(1, 2, 3))
     return mse, {"mse": mse}
@@ -67,9 +74,9 @@ def clean_loss(
     """Mean squared error of the velocity of a predicted x_0, |x_0 - prediction|^2 / max(t, 0.05)^2 (JiT, arXiv
     2511.13720, section 4), float32. Metrics: "mse" of the velocity and "clean_mse" of x_0.
     """
-    time = t[:, None, None, None]
-    x_t = (1.0 - time) * x0 + time * noise
+    x_t = noised(x0, noise, t)
     found, _ = split_output(denoise(x_t, TIME_SCALE * t, condition), x0.shape[-1])
+    time = t[:, None, None, None]
     error = velocity_of(x_t, x0, time) - velocity_of(x_t, found, time)
     mse = jnp.mean(jnp.square(error), axis=(1, 2, 3))
     return mse, {"mse": mse, "clean_mse": jnp.mean(jnp.square(x0 - found), axis=(1, 2, 3))}
@@ -94,8 +101,7 @@ def mean_loss(
     constant; the error e of an image is weighted by 1 / (|e|^2 + 0.001), held constant too. The denoiser is told
     (t, span) as they are. Metrics: "mse" of an image's numbers, without the weight.
     """
-    time = t[:, None, None, None]
-    x_t = (1.0 - time) * x0 + time * noise
+    x_t = noised(x0, noise, t)
     velocity = noise - x0
 
     def mean_velocity(x, t, span):

@@ -106,20 +106,13 @@ class Velocity:
     def prediction(self, output, x, row, clip):
         return (x - jnp.clip(x - row.sigma * output, -1.0, 1.0)) / row.sigma if clip else output
 
-    def describe(self, config, learned_variance):
+    def describe(self, config, learned_variance) -> str:
         return "flow matching (velocity)"
 
 
 @dataclasses.dataclass(frozen=True)
-class Clean:
+class Clean(Velocity):
     """JiT's: x_0 on straight paths, with the loss of the velocity that leads to it (arXiv 2511.13720)."""
-
-    sampler = "heun"
-    learns_sigma = False
-    discrete = False
-
-    def fits(self, kind: SamplerKind) -> bool:
-        return kind.moves == "velocity"
 
     def loss(self, config, denoise, x0, condition, key):
         time_key, noise = _noise(key, x0)
@@ -128,7 +121,7 @@ class Clean:
     def prediction(self, output, x, row, clip):
         return flow.velocity_of(x, jnp.clip(output, -1.0, 1.0) if clip else output, row.sigma)
 
-    def describe(self, config, learned_variance):
+    def describe(self, config, learned_variance) -> str:
         return "x prediction with the loss of the velocity"
 
 

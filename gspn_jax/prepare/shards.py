@@ -98,7 +98,7 @@ class Shards:
         return self.output / f"preparation-{host}.json"
 
     def _is_done(self, shard: pathlib.Path) -> bool:
-        """Whether a shard is there as its note has it, which is written after it; else both are made again."""
+        """Tells whether a shard is there as its note has it, which is written after it; else both are made again."""
         try:
             note = read_as(_note_path(shard), self._noted)
             if shard.stat().st_size == note["bytes"] and sha256_of(shard) == note["sha256"]:
@@ -111,7 +111,7 @@ class Shards:
         return False
 
     def _check_settings(self) -> None:
-        """What goes on must go on as it began, or the shards would not belong together."""
+        """Raises ConfigError for other settings than it began with: shards would not belong together."""
         for path in self.output.glob(self._settings_path("*").name):
             try:
                 before = read_as(path, dict)

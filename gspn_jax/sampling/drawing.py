@@ -124,7 +124,7 @@ class Drawing:
         return self._sampler(self._params(), *padded)[: len(labels)]
 
     def _params(self) -> Any:
-        """What the sampler takes, read when it is first asked for."""
+        """Parameters that the sampler takes, read when they are first asked for."""
         return (self.weights.params, self._guide.params) if self._guide else self.weights.params
 
     def done(self, count: int) -> None:

@@ -104,7 +104,7 @@ class Loop:
         return metrics
 
     def _check_read(self, run: Run, values: list[Metrics]) -> None:
-        """Where some host had no batch for a step, all save the step before and raise its error."""
+        """Saves the step before one for which some host had no batch, and raises its error, on all hosts."""
         read = [bool(metrics.pop(READ, True)) for metrics in values]
         if all(read):
             return

@@ -104,7 +104,7 @@ class Given:
 
     @functools.cached_property
     def classifier_export(self) -> pathlib.Path:
-        """What `classify export` writes of `classifier`."""
+        """Folder that `classify export` writes of `classifier`."""
         import pytest
 
         from gspn_jax.classify import weights
