@@ -156,6 +156,15 @@ def numbered(path: pathlib.Path) -> Iterator[pathlib.Path]:
         number += 1
 
 
+def remove_leftovers(path: pathlib.Path) -> None:
+    """Removes what processes that were killed left beside the finished file `path`: unfinished ones, and a claim."""
+    _remove_abandoned(path)
+    lock = _hidden(path, "lock")
+    if lock.exists():
+        with contextlib.suppress(ClaimedError), claim(path):
+            pass  # which removes it at the end
+
+
 def sha256_of(path: str | pathlib.Path) -> str:
     """Hex digits of the SHA-256 of a file's bytes."""
     with open(path, "rb") as file:

@@ -10,7 +10,7 @@ import pathlib
 import shutil
 import time
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 from tqdm import tqdm
@@ -141,6 +141,7 @@ def _verify(output: pathlib.Path) -> None:
     wrong = problem(output)
     if wrong:
         raise ConfigError(f"{output} must be as it was written, but {wrong}: delete it, and prepare the images again")
+    _remove_notes(output / shard.name for shard in metadata.shards)  # unless a kill came between metadata and this
     print(
         f"{output} is complete, every file as it was written: {metadata.count:,} images of "
         f"{len(metadata.class_names)} classes"
@@ -226,6 +227,12 @@ def _note(shard: pathlib.Path, suffix: str) -> pathlib.Path:
     return shard.with_suffix(suffix)
 
 
+def _remove_notes(shards: Iterable[pathlib.Path]) -> None:
+    for shard in shards:
+        for suffix in (".json", ".npz"):
+            _note(shard, suffix).unlink(missing_ok=True)
+
+
 def _finish(output: pathlib.Path, paths: list[pathlib.Path], source: Source, image_size: int) -> None:
     """Writes index and metadata from the notes on each shard, which are then removed."""
     notes = [read_as(_note(path, ".json"), {"sha256": str, "skipped": int}) for path in paths]
@@ -239,9 +246,7 @@ def _finish(output: pathlib.Path, paths: list[pathlib.Path], source: Source, ima
     counts = np.bincount(index.labels, minlength=len(source.class_names))
     metadata = RecordMetadata(image_size, source.class_names, tuple(counts.tolist()), shards, sha256_of(output / INDEX))
     metadata.write(output)
-    for path in paths:
-        for suffix in (".json", ".npz"):
-            _note(path, suffix).unlink(missing_ok=True)
+    _remove_notes(paths)
     skipped = sum(note["skipped"] for note in notes)
     print(
         f"{metadata.count:,} images of {len(counts)} classes, {sum(shard.bytes for shard in shards) / 1e9:.2f} GB, in "

@@ -19,7 +19,7 @@ from typing import Any
 from gspn_jax.config import ConfigError
 from gspn_jax.data.ahead import Record, read_ahead
 from gspn_jax.data.source import Source
-from gspn_jax.files import claim, replacing, sha256_of
+from gspn_jax.files import claim, remove_leftovers, replacing, sha256_of
 from gspn_jax.prepare.hosts import check_share
 from gspn_jax.prepare.images import ReadFlags
 from gspn_jax.small_files import DamagedFile, read_as
@@ -246,6 +246,9 @@ class Shards:
             )
 
     def remove_notes(self) -> None:
+        """Removes what a complete set does not need: notes, settings, and what kills left beside the shards."""
+        for path in self.paths:
+            remove_leftovers(path)
         for pattern in (self._settings_path("*").name, f"{self._stem}-*.json"):
             for path in self.output.glob(pattern):
                 path.unlink(missing_ok=True)

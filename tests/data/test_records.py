@@ -87,6 +87,9 @@ def test_a_killed_preparation_goes_on_to_the_same_bytes(images, prepared, tmp_pa
         prepare(images, tmp_path / "records", image_size=31)
     prepare(images, tmp_path / "records")
     assert files(tmp_path / "records") == files(prepared)
+    (tmp_path / "records/images-00002-of-00003.json").write_text("as a kill after the metadata leaves it")
+    prepare(images, tmp_path / "records")
+    assert files(tmp_path / "records") == files(prepared)
 
 
 def test_hosts_share_the_work_to_the_same_bytes(images, prepared, tmp_path, capsys):

@@ -138,6 +138,7 @@ def test_a_killed_preparation_goes_on_and_ends_in_the_same_bytes(vae, images, tm
     before = {path: path.stat().st_mtime_ns for path in finished}
     left = tmp_path / "parts/.latents-00013-of-00014.array_record.0123456789abcdef.unfinished"
     left.write_bytes(b"what a kill within a shard leaves")
+    finished[0].with_name(f".{finished[0].name}.lock").write_bytes(b"what a kill just after a shard leaves")
     run("parts")
     assert contents(tmp_path / "parts") == contents(tmp_path / "whole")
     assert {path: path.stat().st_mtime_ns for path in before} == before
