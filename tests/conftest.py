@@ -1,5 +1,6 @@
 """Eight CPU devices and a compilation cache, set before JAX is imported; strict dtype promotion in our arithmetic."""
 
+import gc
 import os
 import pathlib
 import signal
@@ -43,6 +44,16 @@ def pytest_collection_modifyitems(items):
 
 STRICT = ("kernels", "models", "diffusion", "text", "unet", "text_to_image")
 """Optax mixes integer counts with floats, so what trains is tested under JAX's own rules."""
+
+
+gc.set_threshold(20_000, 20)  # tracing makes many objects that stay; by default looking at them is a tenth of the time
+
+
+@pytest.fixture(autouse=True, scope="module")
+def objects_of_earlier_files():
+    """What earlier files have left, which the garbage collector need not look at again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -65,6 +65,7 @@ def test_only_the_steps_that_are_asked_for_run(tmp_path):
     assert done.returncode == 1 and outcomes(tmp_path / "out") == {"speed": "FAILED", "run": "FAILED"}
 
 
+@pytest.mark.slow
 def test_a_step_that_hangs_is_stopped_and_one_without_time_is_not_begun(tmp_path):
     hangs = tmp_path / "python"  # in place of every script, except for the table
     hangs.write_text(f'#!/bin/sh\ncase $1 in *gpu_table.py) exec {sys.executable} "$@" ;; esac\nexec sleep 600\n')

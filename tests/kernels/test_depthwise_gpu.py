@@ -70,7 +70,7 @@ def test_slabs_and_segments_that_overlap(monkeypatch):
 
 def test_segments_cover_a_row_and_no_halo_crosses_an_edge_of_the_image():
     halo = max(depthwise_gpu.SIDES) // 2
-    for width in range(1, depthwise_gpu.WIDEST + 1):
+    for width in (*range(1, 600), *range(600, depthwise_gpu.WIDEST, 13), depthwise_gpu.WIDEST):
         plan = depthwise_gpu.Plan.of((1, 1, width, 128), (3, 2 * halo + 1))
         firsts = [min(segment * plan.length, width - plan.length) for segment in range(plan.segments)]
         assert firsts[0] == 0 and firsts[-1] + plan.length == width

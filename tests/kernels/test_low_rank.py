@@ -41,6 +41,7 @@ def assert_same_as_the_scan_in_float32(arrays, *, races=True, **options):
         assert error(array, expected[name]) < 1.5 * error(rounded[name], expected[name]), name
 
 
+@pytest.mark.slow
 def test_the_kernel_expands_as_xla_does(few_rows):
     assert_same_as_the_scan_in_float32(arguments(2, 4, 64, 16, merge=(4, 64)))
 

@@ -60,7 +60,7 @@ def error(found, expected):
 @pytest.mark.parametrize(
     ("blocks", "options"),
     [
-        (((2, 2), (None, 2)), {}),
+        pytest.param(((2, 2), (None, 2)), {}, marks=pytest.mark.slow),
         (((None, None),), {"skip": True, "groups": 1}),
         (((None, None),), {"skip": True, "released": True}),
     ],

@@ -58,6 +58,7 @@ def images(tmp_path_factory):
     return root
 
 
+@pytest.mark.slow
 def test_a_bare_machine_goes_on_from_memory_with_the_run_that_grain_fed(images, tmp_path):
     data = DataConfig(source="folder", path=str(images), image_size=8, channels=3, num_classes=2, flip=True)
     whole = tiny.config(tmp_path / "whole", steps=6, save_every=3, log_every=1)

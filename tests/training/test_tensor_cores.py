@@ -38,10 +38,9 @@ def train(config, mesh, *, tensor_cores, monkeypatch, state=None, steps=2):
     return state, losses
 
 
-@pytest.mark.parametrize("mesh_shape", [(1, 1, 1), pytest.param((1, 4, 1), marks=pytest.mark.slow)], ids=str)
-@pytest.mark.parametrize(
-    "first", [pytest.param(True, id="saved padded"), pytest.param(False, id="read padded", marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh_shape", [(1, 1, 1), (1, 4, 1)], ids=str)
+@pytest.mark.parametrize("first", [pytest.param(True, id="saved padded"), pytest.param(False, id="read padded")])
 def test_a_run_goes_on_with_or_without_padding(mesh_shape, first, tmp_path, monkeypatch):
     config = make_config(tmp_path)
     mesh = sharding.make_mesh(MeshConfig(*mesh_shape), jax.devices()[: int(np.prod(mesh_shape))])

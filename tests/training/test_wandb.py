@@ -64,6 +64,7 @@ def config(folder, **settings):
     return dataclasses.replace(made, log=LogConfig(wandb="digits"))
 
 
+@pytest.mark.slow
 def test_a_run_and_what_goes_on_from_it_log_to_one_wandb_run(wandb, tmp_path):
     first, longer = config(tmp_path), config(tmp_path, steps=4)
     train(first)
