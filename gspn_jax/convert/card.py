@@ -29,7 +29,7 @@ def text(name: str, header: dict[str, Any], *, count: int, weights: pathlib.Path
         ("resolution", _resolution(config)),
         ("objective", _objective(config)),
         ("training", _training(config, header)),
-        ("weights", _average(header["ema_decay"])),
+        ("weights", _average(header)),
         ("data set", f"{_data(config)}, {config.data.num_classes:,} classes, fingerprint {header['fingerprint']}"),
         *provenance(header, weights),
     ]
@@ -66,8 +66,11 @@ or, as arrays by name, `safetensors.numpy.load_file("{weights.name}")`; the name
 """
 
 
-def scores(run: pathlib.Path, config: Config, step: int, decay: float, parameters_sha256: str) -> list[tuple[str, str]]:
-    """(the metrics, how they were measured) of every result in the run directory that is of these parameters."""
+def scores(
+    run: pathlib.Path, config: Config, step: int, average: dict[str, Any], parameters_sha256: str
+) -> list[tuple[str, str]]:
+    """(the metrics, how they were measured) of every result in the run directory that is of these parameters, which are
+    the `average` that `sampling.weights.Weights` tells."""
     found = []
     for path in sorted((run / "evaluation").glob("*.json")):
         try:
@@ -87,8 +90,8 @@ def scores(run: pathlib.Path, config: Config, step: int, decay: float, parameter
             )
         )
     record, settings = Record.read(run), config.eval
-    average = config.train.ema_decays[0] if settings.ema is None else settings.ema
-    if record.best_step == step and record.best is not None and average == decay:
+    evaluated = config.train.ema_decays[0] if settings.ema is None else settings.ema
+    if record.best_step == step and record.best is not None and average["ema_decay"] == evaluated:
         found.append((f"FID {record.best:.5g}", f"{settings.num_samples:,} samples, while it trained"))
     return found
 
@@ -144,7 +147,13 @@ def _training(config: Config, header: dict[str, Any]) -> str:
     )
 
 
-def _average(decay: float) -> str:
+def _average(header: dict[str, Any]) -> str:
+    decay = header["ema_decay"]
+    if decay is None:
+        return (
+            f"power-function average of width {header['ema_width']:g} (EDM2), made of {header['ema_terms']} averages "
+            f"of snapshots, error {header['ema_error']:.1%} of its profile"
+        )
     return f"exponential moving average, decay {decay:g}" if decay else "the parameters themselves, not averaged"
 
 

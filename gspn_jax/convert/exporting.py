@@ -8,15 +8,16 @@ from typing import Any
 import jax
 import numpy as np
 
-from gspn_jax import models
 from gspn_jax.config import Config, DistillConfig, EvalConfig, MeshConfig, to_dict
 from gspn_jax.convert import card
+from gspn_jax.evaluate import report
 from gspn_jax.files import check_new_folder, new_folder
 from gspn_jax.models.convert import dit_to_torch
 from gspn_jax.parallel import sharding
 from gspn_jax.runs import checkpoints
 from gspn_jax.runs.digest import digest_of
 from gspn_jax.runs.weight_files import FORMAT_VERSION, HEADER, named
+from gspn_jax.sampling.weights import Weights
 
 WEIGHTS, CARD = "model.safetensors", "README.md"
 
@@ -33,6 +34,8 @@ class Export:
     """The checkpoint; the latest by default."""
     ema: float | None = None
     """The EMA decay whose average is written: the first of the run by default; 0 is the parameters themselves."""
+    ema_width: float | None = None
+    """The width of a power-function average that is made of the run's snapshots and written, in place of --ema."""
     license: str = "unknown"
     """Under which the weights are given away, such as apache-2.0; the card says so."""
     dit_names: bool = False
@@ -46,24 +49,24 @@ def export_weights(arguments: Export) -> None:
     card.check_license(arguments.license)
     step, meta = checkpoints.read_meta(arguments.run, arguments.step)
     _, config = checkpoints.read_config(arguments.run, step)
-    decay = config.train.ema_decays[0] if arguments.ema is None else arguments.ema
     mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
-    params = jax.device_get(checkpoints.restore_params(arguments.run, step, config, mesh, ema_decay=decay))
+    weights = Weights(arguments.run, step, config, mesh, ema=arguments.ema, ema_width=arguments.ema_width)
+    average, params = weights.average(), jax.device_get(weights.params)
     tensors = dit_to_torch(params, config) if arguments.dit_names else dict(named(params))
     header = {
         "version": FORMAT_VERSION,
         "names": "dit" if arguments.dit_names else "gspn-jax",
         "step": step,
-        "ema_decay": decay,
+        **average,
         "license": arguments.license,
         "class_names": meta["class_names"],
         "fingerprint": meta["fingerprint"],
-        "parameters_sha256": digest_of(params, models.abstract(config)[1]),
-        "config": to_dict(_released(config, decay)),
+        "parameters_sha256": digest_of(params, weights.shapes),
+        "config": to_dict(_released(config, average["ema_decay"])),
     }
     with new_folder(output, bytes_needed=sum(value.nbytes for value in tensors.values())) as folder:
         _write(folder / WEIGHTS, tensors, header)
-        scores = card.scores(pathlib.Path(arguments.run), config, step, decay, header["parameters_sha256"])
+        scores = card.scores(pathlib.Path(arguments.run), config, step, average, header["parameters_sha256"])
         text = card.text(
             output.absolute().name,
             header,
@@ -72,17 +75,21 @@ def export_weights(arguments: Export) -> None:
             scores=scores,
         )
         (folder / CARD).write_text(text, encoding="utf-8")
-    print(f"step {step}, {'the parameters themselves' if decay == 0 else f'EMA {decay:g}'}, in {output}")
+    said = "the parameters themselves" if average["ema_decay"] == 0 else report.average(average)
+    print(f"step {step}, {said}, in {output}")
 
 
-def _released(config: Config, decay: float) -> Config:
-    """The config of what is exported: with the one average that is there, and without the folders of this machine."""
+def _released(config: Config, decay: float | None) -> Config:
+    """The config of what is exported: with the one average that is there, and without the folders of this machine.
+
+    `decay` None is an average of a width, which no field names: it comes back as parameters that are no average.
+    """
     path = config.data.path and pathlib.PurePath(config.data.path).name
     return dataclasses.replace(
         config,
         run_dir=pathlib.PurePath(config.run_dir).name,
         data=dataclasses.replace(config.data, path=path),
-        train=dataclasses.replace(config.train, ema_decays=(decay,)),
+        train=dataclasses.replace(config.train, ema_decays=(decay or 0.0,)),
         eval=EvalConfig(),
         init_from=None,
         distill=DistillConfig(),

@@ -90,7 +90,7 @@ def _described(config: Config) -> str:
 
 def _average(config: Config) -> str:
     decay = config.train.ema_decays[0]
-    return f"EMA {decay:g}" if decay else "the parameters themselves, not an average"
+    return f"EMA {decay:g}" if decay else "the parameters as the file has them"
 
 
 def _write_checkpoint(run: pathlib.Path, step: int, params: Any, config: Config, meta: dict[str, Any]) -> None:

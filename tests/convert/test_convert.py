@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
+from scipy.linalg import lstsq
+from scipy.optimize import brentq
 
 import sample
 import train_dit
@@ -21,7 +23,7 @@ from gspn_jax.data import make_source
 from gspn_jax.data.latents import write_synthetic
 from gspn_jax.evaluate import report
 from gspn_jax.parallel import sharding
-from gspn_jax.runs import checkpoints
+from gspn_jax.runs import checkpoints, weight_files
 from gspn_jax.runs.digest import digest_of
 from gspn_jax.runs.saving import Checkpoints
 from gspn_jax.runs.weight_files import HEADER, dit_config
@@ -210,6 +212,44 @@ def test_what_is_exported_comes_back_and_draws_the_same_images(folder, tmp_path)
     assert not (found[0] == found[1]).any() and not (found[0] == found[2]).any()
 
 
+def test_an_average_of_any_width_goes_out_and_comes_back(folder, tmp_path):
+    """Made of four averages, random ones: the sum whose profile is nearest by numbers, not by the closed form."""
+    widths, wanted = (0.05, 0.1), 0.07
+    config = dataclasses.replace(checkpoints.read_config(folder / "ours")[1], run_dir=str(tmp_path / "run"))
+    config = dataclasses.replace(config, train=dataclasses.replace(config.train, snapshot_every=3, ema_widths=widths))
+    state = create_state(DiffusionTask(config), sharding.make_mesh(config.mesh, jax.devices()[:1]))
+    rng, stored = np.random.default_rng(0), {}
+    with Checkpoints(config, "f", [f"class {i}" for i in range(5)]) as saver:
+        for step in (3, 6):
+            noisy = lambda leaf: leaf + rng.standard_normal(leaf.shape, np.float32)  # noqa: E731
+            state = dataclasses.replace(state, ema={name: jax.tree.map(noisy, one) for name, one in state.ema.items()})
+            stored |= {(step, width): jax.device_get(state.ema[f"width_{width}"]) for width in widths}
+            saver.save(step, state)
+
+    def profile(step: float, width: float) -> np.ndarray:
+        time = (np.arange(60_000) + 0.5) / 10_000
+        g = brentq(lambda g: (g + 1) / ((g + 2) ** 2 * (g + 3)) - width**2, 0, 1000)
+        return np.where(time < step, (time / step) ** g, 0) * (g + 1) / step
+
+    basis = np.stack([profile(*one) for one in stored], 1)
+    rest = lstsq(basis[:, 1:] - basis[:, :1], profile(6, wanted) - basis[:, 0])[0]  # coefficients sum to 1
+    coefficients = [1 - rest.sum(), *rest]
+    release, back = released(tmp_path / "run", tmp_path, "--ema-width", str(wanted))
+    found = dict(
+        weight_files.named(weight_files.read(str(release / "model.safetensors"), weight_files.Origin()).params)
+    )
+    for name, value in found.items():
+        each = [np.float64(dict(weight_files.named(one))[name]) for one in stored.values()]
+        np.testing.assert_allclose(value, np.tensordot(coefficients, each, 1), rtol=1e-3, atol=1e-3, err_msg=name)
+    card = (release / "README.md").read_text()
+    assert "| weights | power-function average of width 0.07 (EDM2), made of 4 averages of snapshots, error " in card
+    step, imported = checkpoints.read_config(back)
+    assert step == 6 and imported.train.ema_decays == (0.0,)
+    mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
+    params = dict(weight_files.named(checkpoints.restore_params(back, step, imported, mesh)))
+    jax.tree.map(np.testing.assert_array_equal, found, jax.device_get(params))
+
+
 def test_the_card_says_what_a_stranger_must_know(folder, tmp_path):
     run = shutil.copytree(folder / "ours", tmp_path / "ours")
     convert.main(["export", "--run", str(run), "--output", str(tmp_path / "first")])
@@ -342,6 +382,9 @@ def test_other_files_and_places_get_a_sentence(folder, tmp_path, capsys):
     assert "no checkpoint in" in refused(capsys, "export", "--run", tmp_path, *to)
     assert "no checkpoint of step 9" in refused(capsys, "export", "--run", folder / "ours", "--step", 9, *to)
     assert "one that the run kept" in refused(capsys, "export", "--run", folder / "ours", "--ema", 0.5, *to)
+    width = ("--ema-width", 0.07)
+    assert "made of power-function averages" in refused(capsys, "export", "--run", folder / "ours", *width, *to)
+    assert "are one average, found" in refused(capsys, "export", "--run", folder / "ours", "--ema", 0.9, *width, *to)
     assert "must be a DiT with attention" in refused(capsys, "export", "--run", folder / "ours", "--dit-names", *to)
     assert "gspn_jax.convert can: import, export, found 'eat'" in refused(capsys, "eat")
     assert not (tmp_path / "run").exists()
