@@ -319,7 +319,7 @@ def summarized(work: pathlib.Path, losses: dict[str, list[dict[str, float]]]) ->
     import jax
 
     from gspn_jax import unet
-    from gspn_jax.text_to_image.captions_task import read_unet_config
+    from gspn_jax.text_to_image.folder import read_unet_config
 
     config = read_unet_config(work / "teacher")
 

@@ -20,20 +20,9 @@ from gspn_jax.diffusion.scheduler_config import SchedulerConfig, alphas_cumprod
 from gspn_jax.parallel import sharding
 from gspn_jax.tensor_files import errors_name, read_json
 from gspn_jax.text_to_image.config import LayersConfig, UNetTrainingConfig
-from gspn_jax.text_to_image.folder import encoder_hashes
+from gspn_jax.text_to_image.folder import encoder_hashes, read_unet_config
 from gspn_jax.training.given import Given
 from gspn_jax.training.task import Batch, Task
-from gspn_jax.unet import UNetConfig
-
-UNET, STEM = "unet", "diffusion_pytorch_model"
-"""The U-Net's folder within that of the model, and how its files of weights begin."""
-
-
-def read_unet_config(folder: str | pathlib.Path) -> UNetConfig:
-    """Sizes of the U-Net in the folder of a model."""
-    path = pathlib.Path(folder) / UNET
-    with errors_name(path):
-        return UNetConfig.from_json(read_json(path / "config.json"))
 
 
 class Noised(NamedTuple):

@@ -5,7 +5,6 @@ layers; gradients are of the layers alone.
 """
 
 import dataclasses
-import hashlib
 import pathlib
 from typing import Any
 
@@ -18,14 +17,14 @@ from jaxtyping import Array, Float, Int, Key
 from gspn_jax import kernels, unet
 from gspn_jax.config import ConfigError
 from gspn_jax.data.source import Source
-from gspn_jax.files import sha256_of
 from gspn_jax.parallel import sharding
 from gspn_jax.parallel.memory import check_fits
-from gspn_jax.tensor_files import open_folder, weight_files
+from gspn_jax.tensor_files import open_folder
 from gspn_jax.text_to_image import gspn_layers, layer_files
-from gspn_jax.text_to_image.captions_task import STEM, UNET, CaptionsTask, mean_square
+from gspn_jax.text_to_image.captions_task import CaptionsTask, mean_square
 from gspn_jax.text_to_image.config import LayersConfig
 from gspn_jax.text_to_image.drawing import attend_of
+from gspn_jax.text_to_image.folder import STEM, UNET, unet_digest
 from gspn_jax.training.given import Given
 from gspn_jax.training.task import Batch, Metrics
 from gspn_jax.training.train import train_task
@@ -47,12 +46,6 @@ def with_teacher(config: LayersConfig) -> LayersConfig:
             f"{config.model.unet_sha256}"
         )
     return dataclasses.replace(config, model=dataclasses.replace(config.model, unet_sha256=found))
-
-
-def unet_digest(folder: str | pathlib.Path) -> str:
-    """SHA-256 of the file of a U-Net's weights; of shards, of their SHA-256 one after the other."""
-    hashes = [sha256_of(path) for path in weight_files(pathlib.Path(folder) / UNET, STEM)]
-    return hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
 
 
 class LayersTask(CaptionsTask):

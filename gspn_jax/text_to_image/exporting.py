@@ -17,8 +17,8 @@ from gspn_jax.files import new_folder
 from gspn_jax.parallel import sharding
 from gspn_jax.runs import checkpoints
 from gspn_jax.text_to_image import gspn_layers, layer_files
-from gspn_jax.text_to_image.captions_task import STEM, UNET, read_unet_config
 from gspn_jax.text_to_image.config import LayersConfig, UNetTrainingConfig
+from gspn_jax.text_to_image.folder import STEM, UNET, read_unet_config
 from gspn_jax.text_to_image.training import shapes_of
 
 MADE_BY = "gspn_jax.json"

@@ -1,6 +1,7 @@
 """A folder of Stable Diffusion 1, 2 or SDXL as diffusers writes it: every part read, and checked against the others."""
 
 import dataclasses
+import hashlib
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, get_args
@@ -25,6 +26,10 @@ _TOWERS = {"StableDiffusionPipeline": ("",), "StableDiffusionXLPipeline": ("", "
 
 NOTHING = [None, None]
 """Entry of model_index.json for a part that a model does not have. Without "vae" it is one of pixels."""
+
+
+UNET, STEM = "unet", "diffusion_pytorch_model"
+"""The U-Net's folder within that of a model, and how its files of weights begin."""
 
 
 class TextPart(NamedTuple):
@@ -92,6 +97,19 @@ def encoder_hashes(folder: str | pathlib.Path) -> dict[str, str]:
         paths += [*weight_files(folder / encoder, "model"), folder / encoder / "config.json"]
         paths += [path for path in (folder / words).iterdir() if path.suffix in (".json", ".txt")]
     return {path.relative_to(folder).as_posix(): sha256_of(path) for path in sorted(paths)}
+
+
+def read_unet_config(folder: str | pathlib.Path) -> UNetConfig:
+    """Sizes of the U-Net in the folder of a model."""
+    path = pathlib.Path(folder) / UNET
+    with errors_name(path):
+        return UNetConfig.from_json(read_json(path / "config.json"))
+
+
+def unet_digest(folder: str | pathlib.Path) -> str:
+    """SHA-256 of the file of a U-Net's weights; of shards, of their SHA-256 one after the other."""
+    hashes = [sha256_of(path) for path in weight_files(pathlib.Path(folder) / UNET, STEM)]
+    return hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
 
 
 def load_folder(folder: str | pathlib.Path, dtype: DTypeLike | None = None) -> Model:

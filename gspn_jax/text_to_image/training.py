@@ -14,11 +14,11 @@ from gspn_jax.data.source import Source
 from gspn_jax.diffusion import objectives
 from gspn_jax.models.parameters import ParamShape
 from gspn_jax.parallel import sharding
-from gspn_jax.text_to_image.captions_task import UNET, CaptionsTask, mean_square
+from gspn_jax.text_to_image.captions_task import CaptionsTask, mean_square
 from gspn_jax.text_to_image.conditions import null_condition
 from gspn_jax.text_to_image.config import UNetTrainingConfig
 from gspn_jax.text_to_image.drawing import attend_of
-from gspn_jax.text_to_image.folder import load_texts
+from gspn_jax.text_to_image.folder import UNET, load_texts
 from gspn_jax.training.given import Given
 from gspn_jax.training.task import Batch, Metrics
 from gspn_jax.training.train import train_task
