@@ -3,11 +3,14 @@ r"""One call of SDXL's U-Net compiled by XLA for an H200, by size: GSPN beside f
 python benchmarks/unet_compile.py --size 1024 1024 --mixer gspn             one program
 python benchmarks/unet_compile.py --size 8192 16384 --mixer gspn --record   and into benchmarks/results
 python benchmarks/unet_compile.py --size 8192 16384 --blocks 1 1 --record   with fewer blocks: a smaller program
+python benchmarks/unet_compile.py --size 8192 16384 --level 2 --record      what a block of a level adds to a network
+python benchmarks/unet_compile.py --all 30                                  what is not recorded, for so many minutes
 python benchmarks/unet_compile.py --render                                  the table, from the results
 
-Blocks of a level are alike, so that the bound of a call is linear in their numbers: where the whole network (2 and 10
-blocks a transformer) is not recorded, the table has the plane through 1 1, 2 1 and 1 2, and the largest of their
-temporary memory.
+Blocks of a level are alike, so that the bound of a call is linear in their numbers. Where the whole network (2 and 10
+blocks a transformer) is not recorded, the table has the plane through 1 1, 2 1 and 1 2, or else 1 1 with as many times
+what a block adds as there are more of them; and the largest temporary memory of those programs. What a block adds is
+the difference of two small networks of one level, whose middle has one block and none.
 
 Needs jax[cuda13] and no GPU, as `gpu_compile.py`, whose description of the device and untuned compilation these are. A
 call has one image in bfloat16: guidance takes its two halves in turn. GSPN is the pure form with proxies of an eighth,
@@ -17,6 +20,7 @@ memory bandwidth, and as its operations at 700 TFLOP/s, here of convolutions and
 
 import argparse
 import collections
+import dataclasses
 import datetime
 import json
 import logging
@@ -36,12 +40,33 @@ SIZES = ((1024, 1024), (2048, 2048), (4096, 4096), (8192, 8192), (8192, 16384))
 
 WHOLE = (2, 10)
 """Blocks of each transformer of SDXL at its two coarser levels."""
+TRANSFORMERS = (5, 6)
+"""Transformers of each of these levels: two on the way down, three on the way up, and the middle's."""
 
 
-def lower(size: tuple[int, int], mixer: str, blocks: tuple[int, int], pieces: int, device: Any) -> Any:
-    """The lowered program of one call, of SDXL with so many blocks in each transformer."""
-    import dataclasses
+def whole_network(blocks: tuple[int, int]) -> Any:
+    """SDXL with so many blocks in each transformer."""
+    from gspn_jax import unet
 
+    return dataclasses.replace(unet.SDXL, depths=(0, *blocks), middle_depth=blocks[1])
+
+
+def one_level(level: int, depth: int) -> Any:
+    """A network of one level of SDXL, with a transformer of so many blocks in its middle."""
+    from gspn_jax import unet
+
+    return dataclasses.replace(
+        unet.SDXL,
+        channels=unet.SDXL.channels[level : level + 1],
+        heads=unet.SDXL.heads[level : level + 1],
+        layers=0,
+        depths=(0,),
+        middle_depth=depth,
+    )
+
+
+def lower(config: Any, size: tuple[int, int], mixer: str, pieces: int, device: Any) -> Any:
+    """The lowered program of one call of a network, of latents of `size`."""
     import jax
     import jax.numpy as jnp
     from jax.sharding import SingleDeviceSharding
@@ -51,10 +76,7 @@ def lower(size: tuple[int, int], mixer: str, blocks: tuple[int, int], pieces: in
     from gspn_jax.text_to_image import gspn_layers
     from gspn_jax.text_to_image.high_resolution import CHANNELS
 
-    config, options = (
-        dataclasses.replace(unet.SDXL, depths=(0, *blocks), middle_depth=blocks[1]),
-        gspn_layers.LayerOptions(),
-    )
+    options = gspn_layers.LayerOptions()
 
     def struct(*shape: int) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=SingleDeviceSharding(device))
@@ -72,7 +94,7 @@ def lower(size: tuple[int, int], mixer: str, blocks: tuple[int, int], pieces: in
         execution = unet.Execution(pieces=pieces)
         return unet.apply(weights, config, x, time, context, added, attend=attention, mixer=mixed, execution=execution)
 
-    latents = struct(1, size[0] // 8, size[1] // 8, 4)
+    latents = struct(1, *size, 4)
     return jax.jit(call).lower(
         weights,
         layers if mixer == "gspn" else {},
@@ -129,33 +151,55 @@ def measures(text: str) -> dict[str, Any]:
     return {"ms": sum(row["ms"] for row in kinds.values()), "kinds": kinds}
 
 
-def compiled(size: tuple[int, int], mixer: str, blocks: tuple[int, int], pieces: int) -> tuple[dict[str, Any], str]:
-    """(results, HLO text) of one program."""
+def compiled(config: Any, size: tuple[int, int], mixer: str, pieces: int) -> tuple[dict[str, Any], str]:
+    """(results, HLO text) of one program, of latents of `size`."""
     from benchmarks import gpu_compile
 
     device = gpu_compile.devices("h200", 1)[0]
     start = time.monotonic()
     with gpu_compile.traced_for(device):
-        lowered = lower(size, mixer, blocks, pieces, device)
+        lowered = lower(config, size, mixer, pieces, device)
     options = {name: {"true": True, "false": False}.get(value, value) for name, value in gpu_compile.OPTIONS.items()}
     program = lowered.compile(options)
     seconds, text, memory = time.monotonic() - start, program.as_text(), program.memory_analysis()
-    about = {
-        "size": list(size),
-        "mixer": mixer,
-        "blocks": list(blocks),
-        "pieces": pieces,
-        "date": datetime.date.today().isoformat(),
-        "versions": gpu_compile.versions(),
-        "seconds": round(seconds, 1),
-    }
-    return about | measures(text) | {
+    return measures(text) | {
         "temporary_gb": memory.temp_size_in_bytes / 1e9,
         "arguments_gb": memory.argument_size_in_bytes / 1e9,
+        "seconds": round(seconds, 1),
     }, text
 
 
+def about(size: Sequence[int], mixer: str, pieces: int) -> dict[str, Any]:
+    """What a result is of."""
+    from benchmarks import gpu_compile
+
+    versions, date = gpu_compile.versions(), datetime.date.today().isoformat()
+    return {"size": list(size), "mixer": mixer, "pieces": pieces, "date": date, "versions": versions}
+
+
+def of_network(size: tuple[int, int], mixer: str, blocks: tuple[int, int], pieces: int) -> tuple[dict[str, Any], str]:
+    """(results, HLO text) of SDXL with so many blocks in each transformer."""
+    found, text = compiled(whole_network(blocks), (size[0] // 8, size[1] // 8), mixer, pieces)
+    return about(size, mixer, pieces) | {"blocks": list(blocks)} | found, text
+
+
+def of_block(size: tuple[int, int], mixer: str, level: int, pieces: int) -> dict[str, Any]:
+    """What one block of a level adds to a network."""
+    latents = (size[0] // 8 // 2**level, size[1] // 8 // 2**level)
+    (without, _), (found, _) = (compiled(one_level(level, depth), latents, mixer, pieces) for depth in (0, 1))
+    kinds = {
+        kind: {"ms": found["kinds"].get(kind, {"ms": 0.0})["ms"] - without["kinds"].get(kind, {"ms": 0.0})["ms"]}
+        for kind in found["kinds"] | without["kinds"]
+    }
+    seconds = without["seconds"] + found["seconds"]
+    return about(size, mixer, pieces) | {"level": level, "ms": found["ms"] - without["ms"], "kinds": kinds} | {
+        "temporary_gb": found["temporary_gb"], "seconds": seconds,
+    }  # fmt: skip
+
+
 def name_of(result: dict[str, Any]) -> str:
+    if "level" in result:
+        return _block_name(result["mixer"], result["size"], result["level"])
     return _name(result["mixer"], result["size"], result["blocks"])
 
 
@@ -163,47 +207,83 @@ def _name(mixer: str, size: Sequence[int], blocks: Sequence[int]) -> str:
     return f"{mixer} {'x'.join(map(str, size))}, {' and '.join(map(str, blocks))} blocks"
 
 
+def _block_name(mixer: str, size: Sequence[int], level: int) -> str:
+    return f"{mixer} {'x'.join(map(str, size))}, a block of level {level}"
+
+
 def of_whole(results: dict[str, Any], mixer: str, size: Sequence[int]) -> dict[str, Any] | None:
-    """Results of the whole network: its own, or by the plane through three smaller ones; None without them."""
+    """Results of the whole network: its own, by the plane through three smaller ones, or by what blocks add to the
+    smallest; None without them. "how" says which."""
     if found := results.get(_name(mixer, size, WHOLE)):
-        return found
-    smaller = [results.get(_name(mixer, size, blocks)) for blocks in ((1, 1), (2, 1), (1, 2))]
-    if None in smaller:
+        return found | {"how": "whole"}
+    least = results.get(_name(mixer, size, (1, 1)))
+    larger = [results.get(_name(mixer, size, blocks)) for blocks in ((2, 1), (1, 2))]
+    added = [results.get(_block_name(mixer, size, level)) for level in (1, 2)]
+    more = [count - 1 for count in WHOLE]
+    if least and None not in larger:
+        others, how = larger, "plane"
+
+        def whole(ms: float, *values: float) -> float:
+            return ms + sum(count * (value - ms) for count, value in zip(more, values, strict=True))
+    elif least and None not in added:
+        others, how = added, "blocks"
+
+        def whole(ms: float, *values: float) -> float:
+            counts = (count * number for count, number in zip(more, TRANSFORMERS, strict=True))
+            return ms + sum(count * value for count, value in zip(counts, values, strict=True))
+    else:
         return None
+    parts = (least, *others)
+    kinds = {kind for found in parts for kind in found["kinds"]}
+    rows = {kind: {"ms": whole(*(found["kinds"].get(kind, {"ms": 0.0})["ms"] for found in parts))} for kind in kinds}
+    temporary = max(found["temporary_gb"] for found in parts)
+    return {"ms": whole(*(found["ms"] for found in parts)), "kinds": rows, "temporary_gb": temporary, "how": how}
 
-    def whole(least: float, one: float, other: float) -> float:
-        return least + (WHOLE[0] - 1) * (one - least) + (WHOLE[1] - 1) * (other - least)
 
-    kinds = {kind for found in smaller for kind in found["kinds"]}
-    rows = {kind: {"ms": whole(*(found["kinds"].get(kind, {"ms": 0.0})["ms"] for found in smaller))} for kind in kinds}
-    temporary = max(found["temporary_gb"] for found in smaller)
-    return {"ms": whole(*(found["ms"] for found in smaller)), "kinds": rows, "temporary_gb": temporary}
+def recorded() -> dict[str, Any]:
+    return json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
 
 
 def record(result: dict[str, Any]) -> None:
     """Puts a result in the place of an older one of the same program."""
     from gspn_jax.files import replacing
 
-    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    results = recorded()
     results[name_of(result)] = result
     with replacing(RESULTS) as temporary:
         temporary.write_text(json.dumps(results, indent=1) + "\n")
 
 
+def record_all(minutes: float, pieces: int) -> None:
+    """Records what the table needs and is not there, until so many minutes have passed: the longest images first."""
+    start = time.monotonic()
+    for size in sorted(SIZES, key=lambda size: -math.prod(size)):
+        for mixer in ("gspn", "attention"):
+            for level in (1, 2):
+                if _block_name(mixer, size, level) not in recorded() and time.monotonic() - start < 60 * minutes:
+                    record(of_block(size, mixer, level, pieces))
+            if _name(mixer, size, (1, 1)) not in recorded() and time.monotonic() - start < 60 * minutes:
+                record(of_network(size, mixer, (1, 1), pieces)[0])
+
+
 def table(results: dict[str, Any]) -> str:
     """Rows of docs/text_to_image.md."""
     lines = [
-        "| pixels | attention ms | GSPN ms | ratio | attention GB | GSPN GB | of GSPN: scans and around them ms |",
-        "|---|---|---|---|---|---|---|",
+        "| pixels | attention ms | of it attention | GSPN ms | of it scans and around them | ratio | attention GB | "
+        "GSPN GB | made of |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for size in SIZES:
         label = "x".join(map(str, size))
         attention, gspn = (of_whole(results, mixer, size) for mixer in ("attention", "gspn"))
         if attention and gspn:
             scans = sum(row["ms"] for kind, row in gspn["kinds"].items() if "scans" in kind)
+            flash = attention["kinds"].get("attention", {"ms": 0.0})["ms"]  # with that to the text
+            how = gspn["how"] if gspn["how"] == attention["how"] else f"{attention['how']}, {gspn['how']}"
             lines.append(
-                f"| {label} | {attention['ms']:,.1f} | {gspn['ms']:,.1f} | {attention['ms'] / gspn['ms']:.2f} | "
-                f"{attention['temporary_gb']:.2f} | {gspn['temporary_gb']:.2f} | {scans:.1f} |"
+                f"| {label} | {attention['ms']:,.1f} | {flash:,.1f} | {gspn['ms']:,.1f} | {scans:.1f} | "
+                f"{attention['ms'] / gspn['ms']:.2f} | {attention['temporary_gb']:.2f} | {gspn['temporary_gb']:.2f} | "
+                f"{how} |"
             )
     return "\n".join(lines)
 
@@ -213,6 +293,8 @@ def main() -> None:
     parser.add_argument("--size", type=int, nargs=2, default=(1024, 1024), metavar=("HEIGHT", "WIDTH"))
     parser.add_argument("--mixer", choices=("gspn", "attention"), default="gspn")
     parser.add_argument("--blocks", type=int, nargs=2, default=WHOLE, help="of each transformer at the coarser levels")
+    parser.add_argument("--level", type=int, choices=(1, 2), help="only what a block of that level adds")
+    parser.add_argument("--all", type=float, metavar="MINUTES", help="record what the table needs and is not there")
     parser.add_argument("--pieces", type=int, default=16, help="runs of tokens of the feed-forwards")
     parser.add_argument("--hlo", type=pathlib.Path, metavar="FILE", help="where to keep the compiled program's text")
     parser.add_argument("--record", action="store_true", help="add the result to benchmarks/results")
@@ -222,9 +304,16 @@ def main() -> None:
     sys.path.insert(0, str(ROOT))
     logging.basicConfig(level="INFO", format="%(message)s")
     if arguments.render:
-        print(table(json.loads(RESULTS.read_text())))
+        print(table(recorded()))
         return
-    result, text = compiled(tuple(arguments.size), arguments.mixer, tuple(arguments.blocks), arguments.pieces)
+    if arguments.all:
+        record_all(arguments.all, arguments.pieces)
+        return
+    size, text = tuple(arguments.size), ""
+    if arguments.level:
+        result = of_block(size, arguments.mixer, arguments.level, arguments.pieces)
+    else:
+        result, text = of_network(size, arguments.mixer, tuple(arguments.blocks), arguments.pieces)
     if arguments.hlo:
         arguments.hlo.write_text(text)
     if arguments.record:

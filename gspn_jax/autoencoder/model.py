@@ -25,7 +25,7 @@ class AutoencoderConfig:
     """The defaults are those of Stable Diffusion 1 and 2: 83,653,863 parameters."""
 
     channels: tuple[int, ...] = (128, 256, 512, 512)
-    """Width of each level; between levels the image is halved."""
+    """Width of each level; between levels the image is halved. Of no levels the latents are the pixels (`PIXELS`)."""
     layers: int = 2
     """Residual blocks of each level of the encoder; the decoder has one more."""
     latent_channels: int = 4
@@ -39,12 +39,21 @@ class AutoencoderConfig:
     @property
     def factor(self) -> int:
         """Side of the image over the side of the latent."""
-        return 2 ** (len(self.channels) - 1)
+        return 2 ** max(len(self.channels) - 1, 0)
+
+
+PIXELS = AutoencoderConfig(channels=(), latent_channels=3, scaling_factor=1.0)
+"""No autoencoder, for models of pixels in [-1, 1]: without weights, its posterior is the image."""
+
+_CERTAIN = -30.0
+"""Least log-variance that the posterior is clipped to (CompVis/latent-diffusion)."""
 
 
 def encode(params: Params, config: AutoencoderConfig, images: Float[Array, "B H W C"]) -> Float[Array, "B h w moments"]:
     """The posterior's mean and log-variance (not clipped, not scaled) of images in [-1, 1], H = factor * h."""
     _check(images, "images", config.image_channels, config.factor)
+    if not config.channels:
+        return jnp.concatenate([images, jnp.full_like(images, _CERTAIN)], axis=-1)
     x = _conv(params, "encoder.conv_in", images)
     for level in range(len(config.channels)):
         block = f"encoder.down_blocks.{level}"
@@ -61,6 +70,8 @@ def encode(params: Params, config: AutoencoderConfig, images: Float[Array, "B H 
 def decode(params: Params, config: AutoencoderConfig, latents: Float[Array, "B h w D"]) -> Float[Array, "B H W C"]:
     """The images, about [-1, 1], of unscaled latents (a sample of the posterior, neither shifted nor scaled)."""
     _check(latents, "latents", config.latent_channels, 1)
+    if not config.channels:
+        return latents
     x = _conv(params, "decoder.conv_in", _conv(params, "post_quant_conv", latents))
     x = _middle(params, "decoder.mid_block", x, config.groups)
     for level in range(len(config.channels)):

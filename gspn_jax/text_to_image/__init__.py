@@ -1,15 +1,18 @@
-"""Draws images of prompts with Stable Diffusion 1, 2 or SDXL, from a folder as diffusers writes it; distils layers.
+"""Draws images of prompts with Stable Diffusion 1, 2 or SDXL, from a folder as diffusers writes it; distils layers, and
+trains U-Nets.
 
 python -m gspn_jax.text_to_image --model FOLDER --prompt "a photo of a dog" --output dog.png
 python -m gspn_jax.text_to_image --model FOLDER --prompts PROMPTS.txt --images 4 --negative blurry --output out.png
 python -m gspn_jax.text_to_image distill --config configs/gspn_sd15.py --model.folder FOLDER --data.path CAPTIONS
+python -m gspn_jax.text_to_image train --config configs/unet_cifar10.py --model.folder FOLDER --data.path CAPTIONS
 python -m gspn_jax.text_to_image export --run runs/gspn_sd15 --output layers.safetensors
 python -m gspn_jax.text_to_image --help
 
 An image is its prompt, the seed and its number, on any devices and in any batch. Several images become out_0.png,
 out_1.png, ...; each holds what it was made with. `distill` trains GSPN layers in place of the U-Net's self-attentions,
-as their student, and goes on from the latest checkpoint of its run directory; `export` writes them as the file that
---gspn-layers reads (docs/text_to_image.md). Exit codes are those of train_dit.py.
+as their student, `train` the U-Net itself; both go on from the latest checkpoint of their run directory. `export`
+writes layers as the file that --gspn-layers reads, and a U-Net as a folder (docs/text_to_image.md). Exit codes are
+those of train_dit.py.
 """
 
 import sys
@@ -44,7 +47,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _run(argv: list[str]) -> None:
-    command = argv[0] if argv[0] in ("distill", "export") else ""
+    command = argv[0] if argv[0] in ("distill", "train", "export") else ""
     rest = cli.join_other_hosts(argv[1:] if command else argv)
     program = f"{PROGRAM} {command}".rstrip()
     if command == "distill":
@@ -53,10 +56,17 @@ def _run(argv: list[str]) -> None:
 
         said = "Train GSPN layers as the student of a U-Net's self-attentions."
         distill(cli.parse_config(rest, program=program, description=said, cls=LayersConfig))
+    elif command == "train":
+        from gspn_jax.text_to_image.config import UNetTrainingConfig
+        from gspn_jax.text_to_image.training import train
+
+        said = "Train the U-Net of a folder on images with captions."
+        train(cli.parse_config(rest, program=program, description=said, cls=UNetTrainingConfig))
     elif command == "export":
         from gspn_jax.text_to_image.exporting import Export, export
 
-        export(cli.parse(Export, args=rest, prog=program, description="Write the GSPN layers of a run as one file."))
+        said = "Write what a run trained: GSPN layers as one file, a U-Net in a new folder of its model."
+        export(cli.parse(Export, args=rest, prog=program, description=said))
     else:
         from gspn_jax.text_to_image.command import Arguments, run
 

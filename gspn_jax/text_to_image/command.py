@@ -28,7 +28,7 @@ from gspn_jax.tables import STABLE_DIFFUSION_SAMPLERS
 from gspn_jax.tensor_files import errors_name, read_json
 from gspn_jax.text_to_image import gspn_layers, high_resolution, layer_files
 from gspn_jax.text_to_image.drawing import Drawing, Settings, sampler_of, scheduler_of
-from gspn_jax.text_to_image.folder import Model, load_folder
+from gspn_jax.text_to_image.folder import Model, load_folder, unet_digest
 from gspn_jax.text_to_image.gspn_layers import LayerOptions, Layers
 from gspn_jax.text_to_image.high_resolution import RefineOptions
 
@@ -275,7 +275,16 @@ def _settings(arguments: Arguments, model: Model) -> Settings:
 def read_layers(arguments: Arguments, model: Model) -> Layers:
     """Layers of the file; without one, fresh ones that start from the model's own attentions, with a warning."""
     if arguments.gspn_layers is not None:
-        return layer_files.load(arguments.gspn_layers, model.unet_config)
+        layers = layer_files.load(arguments.gspn_layers, model.unet_config)
+        trained_for = layers.about.get("unet_sha256")
+        if trained_for not in (None, found := unet_digest(arguments.model)):
+            log.warning(
+                "the GSPN layers of %s were distilled from a U-Net of another file (%.12s, found %.12s in %s): for the "
+                "same weights in another type that is nothing, for a relative of it they may do, for another they draw "
+                "noise",
+                arguments.gspn_layers, trained_for, found, arguments.model,
+            )  # fmt: skip
+        return layers
     log.warning(
         "the GSPN layers are untrained: what is drawn is noise until --gspn-layers names some that were distilled from "
         "this model"

@@ -1,5 +1,5 @@
-"""The configuration of a run that distils a U-Net's self-attentions into GSPN layers: sections of its own beside those
-that every run has."""
+"""The configurations of runs that distil a U-Net's self-attentions into GSPN layers, and of those that train a U-Net:
+sections of their own beside those that every run has."""
 
 import dataclasses
 from typing import Literal, get_args
@@ -8,6 +8,7 @@ from gspn_jax.config import MeshConfig, OptimizerConfig, RunConfig, TrainConfig,
 from gspn_jax.text_to_image.gspn_layers import LayerOptions
 
 Start = Literal["teacher", "fresh"]
+NetworkStart = Literal["folder", "fresh"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +33,32 @@ class CaptionsConfig:
     """Images and captions as `python -m gspn_jax.prepare captions` writes them for the same folder."""
 
     path: str = "unset"
+
+
+@dataclasses.dataclass(frozen=True)
+class NetworkConfig:
+    """A U-Net that is trained."""
+
+    folder: str = "unset"
+    """Folder of a model, as diffusers writes it. It has the sizes of the U-Net (unet/config.json), the encoders of
+    captions and images, and the scheduler whose noise is trained on."""
+    start: NetworkStart = "folder"
+    """The weights begin with those of the folder, or all afresh, for which it needs none of the U-Net."""
+
+    def __post_init__(self) -> None:
+        require_one_of("model.start", self.start, get_args(NetworkStart))
+
+
+@dataclasses.dataclass(frozen=True)
+class NoiseConfig:
+    """Settings of denoising beside the folder's scheduler."""
+
+    caption_dropout: float = 0.1
+    """Probability with which a caption is dropped, so that guidance has what to lead away from."""
+
+    def __post_init__(self) -> None:
+        check_numbers(self, "diffusion")
+        require(0 <= self.caption_dropout < 1, "diffusion.caption_dropout", "in [0, 1)", self.caption_dropout)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,3 +99,22 @@ class LayersConfig(RunConfig):
         super().__post_init__()
         require(self.mesh.tensor == 1, "mesh.tensor", "1 for distillation", self.mesh.tensor)
         require(self.train.sample_every == 0, "train.sample_every", "0 for distillation", self.train.sample_every)
+
+
+@dataclasses.dataclass(frozen=True)
+class UNetTrainingConfig(RunConfig):
+    """Training of a U-Net on images with captions. `run_dir` receives checkpoints and logs."""
+
+    model: NetworkConfig = NetworkConfig()
+    data: CaptionsConfig = CaptionsConfig()
+    diffusion: NoiseConfig = NoiseConfig()
+    mesh: MeshConfig = MeshConfig()
+
+    TASK = "text-to-image U-Net"
+    FIXED = (*RunConfig.FIXED, "diffusion")
+    FREE = ("model.folder", "data.path")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.mesh.tensor == 1, "mesh.tensor", "1 for a U-Net", self.mesh.tensor)
+        require(self.train.sample_every == 0, "train.sample_every", "0 for a U-Net", self.train.sample_every)

@@ -3,7 +3,7 @@
 from gspn_jax.unet.config import SDXL, STABLE_DIFFUSION_1, STABLE_DIFFUSION_2, UNetConfig
 from gspn_jax.unet.model import Added, Attend, Execution, Mixer, apply, apply_with_features, attention, self_attention
 from gspn_jax.unet.prediction import Prediction, split_prediction
-from gspn_jax.unet.weights import expected_shapes, from_state_dict, load_unet
+from gspn_jax.unet.weights import expected_shapes, from_state_dict, init, load_unet, shapes, to_state_dict
 
 __all__ = [
     "SDXL",
@@ -20,7 +20,10 @@ __all__ = [
     "attention",
     "expected_shapes",
     "from_state_dict",
+    "init",
     "load_unet",
     "self_attention",
+    "shapes",
     "split_prediction",
+    "to_state_dict",
 ]

@@ -1,11 +1,14 @@
 """Published weight files to the weights of `model`, checked name by name."""
 
+import math
 import pathlib
 from collections.abc import Iterator, Mapping
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
-from jaxtyping import Float
+from jaxtyping import Array, Float, Key
 
 from gspn_jax.tensor_files import arrange, load_network
 from gspn_jax.unet.config import UNetConfig
@@ -28,6 +31,46 @@ def from_state_dict(
 ) -> dict[str, Float[np.ndarray, "..."]]:
     """The weights for `model.apply`, each read once. Raises WeightsError naming the tensor that is wrong."""
     return arrange(tensors, expected_shapes(config), "the U-Net", dtype=dtype)
+
+
+def to_state_dict(params: Mapping[str, Float[Array, "..."] | Float[np.ndarray, "..."]]) -> dict[str, np.ndarray]:
+    """The inverse of `from_state_dict`: weights in PyTorch's layout."""
+    order = {4: (3, 2, 0, 1), 2: (1, 0), 1: (0,)}
+    found = {name: np.asarray(value) for name, value in params.items()}
+    return {name: np.ascontiguousarray(value.transpose(order[value.ndim])) for name, value in found.items()}
+
+
+def shapes(config: UNetConfig) -> dict[str, tuple[int, ...]]:
+    """Shape of every weight as `model.apply` takes it."""
+    laid_out = {4: (2, 3, 1, 0), 2: (1, 0), 1: (0,)}
+    return {
+        name: tuple(shape[axis] for axis in laid_out[len(shape)]) for name, shape in expected_shapes(config).items()
+    }
+
+
+def init(config: UNetConfig, key: Key[Array, ""]) -> dict[str, Float[Array, "..."]]:
+    """Fresh weights: uniform with the variance 1 / (3 fan-in) of PyTorch's layers, biases 0, norms 1; the last
+    convolution of residual blocks and of the network, and what leaves a transformer, 0 (Ho et al. 2020).
+
+    Pure: jit it with the first argument static.
+    """
+    alike: dict[tuple[int, ...], list[str]] = {}
+    params: dict[str, Array] = {}
+    for name, shape in shapes(config).items():
+        if len(shape) == 1:
+            params[name] = jnp.full(shape, float(name.endswith("weight")), jnp.float32)
+        elif name.endswith(_LAST):
+            params[name] = jnp.zeros(shape, jnp.float32)
+        else:
+            alike.setdefault(shape, []).append(name)
+    for number, (shape, names) in enumerate(alike.items()):  # few draws, of many weights each: small programs
+        limit = 1 / math.sqrt(math.prod(shape[:-1]))
+        drawn = jax.random.uniform(jax.random.fold_in(key, number), (len(names), *shape), minval=-limit, maxval=limit)
+        params |= dict(zip(names, drawn, strict=True))
+    return params
+
+
+_LAST = (".conv2.weight", ".proj_out.weight", "conv_out.weight")
 
 
 def expected_shapes(config: UNetConfig) -> dict[str, tuple[int, ...]]:

@@ -30,9 +30,10 @@ def write_images(root: pathlib.Path, count: int = 6) -> pathlib.Path:
     return root
 
 
-def write_set(root: pathlib.Path, kind=TINY) -> tuple[pathlib.Path, pathlib.Path]:
-    """(folder of a model, its set of captions)."""
+def write_set(root: pathlib.Path, kind=TINY, change=lambda folder: None) -> tuple[pathlib.Path, pathlib.Path]:
+    """(folder of a model, its set of captions); `change` is called with the folder before they are made."""
     model = write_folder(root / "model", *kind)
+    change(model)
     images, output = write_images(root / "images"), root / "captions"
     prepare_captions(
         Captions(model=str(model), images=str(images), output=str(output), image_size=16, batch_size=8, threads=1)

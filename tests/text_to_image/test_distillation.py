@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from PIL import Image
+from safetensors.numpy import load_file, save_file
 
 from gspn_jax import cli, doctor, text_to_image, unet
 from gspn_jax.config import ConfigError, MeshConfig
@@ -23,12 +25,14 @@ from gspn_jax.text_to_image import distillation, gspn_layers, layer_files
 from gspn_jax.text_to_image.config import LayersConfig, LossConfig
 from gspn_jax.text_to_image.distillation import LayersTask
 from gspn_jax.text_to_image.folder import load_folder
+from gspn_jax.text_to_image.gspn_layers import LayerOptions
 from gspn_jax.training import start
 from gspn_jax.training.loop import Interrupted
 from gspn_jax.training.signals import Stop
 from gspn_jax.training.state import abstract_state
 from gspn_jax.training.step import make_gradient
 from tests.text_to_image import distilling
+from tests.text_to_image.tiny_folder import XL
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -213,6 +217,41 @@ def test_what_is_exported_is_read(run, tmp_path, capsys):
     with pytest.raises(SystemExit):
         text_to_image.main(["export", "--run", run.run_dir, "--output", str(output)])
     assert "--output must be a new .safetensors file" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_layers_of_an_sdxl_are_distilled_exported_and_drawn_with(tmp_path, caplog):
+    """From captions to an image, with two text towers, pooled states and sizes; and what is said of another U-Net."""
+    model, captions = distilling.write_set(tmp_path, XL)
+    options = LayerOptions(form="qkv", proxy_ratio=4, chunks=(2,))
+    config = distilling.config(tmp_path / "run", model, captions, gspn=options, ema_decays=(0.9,))
+    distill(config)
+    logged = [line for line in lines(config.run_dir) if "loss" in line]
+    assert [line["step"] for line in logged] == [1, 2, 3, 4]
+    for line in logged:
+        assert min(line["noise"], line["teacher"], line["features"]) > 0
+    task = LayersTask(config)
+    assert len(gspn_layers.attention_widths(task.unet_config)) == 2 * 3 + 2
+    first, saved = begun(task, sharding.make_mesh(config.mesh)), everything(config)["params"]
+    assert all(np.abs(saved[name] - first[name]).max() > 0 for name in first)
+    taken = [name for name in first if any(part in name for part in ("to_q", "to_k", "to_v", "to_out"))]
+    teacher = load_folder(model).unet
+    assert len(taken) == 8 * 5 and all(np.array_equal(first[name], teacher[name]) for name in taken)
+
+    layers = tmp_path / "layers.safetensors"
+    text_to_image.main(["export", "--run", config.run_dir, "--output", str(layers)])
+    half = shutil.copytree(model, tmp_path / "half")
+    tensors = load_file(half / "unet/diffusion_pytorch_model.safetensors")
+    save_file({name: value.astype(np.float16) for name, value in tensors.items()},
+              half / "unet/diffusion_pytorch_model.safetensors")  # fmt: skip
+    flags = f"--prompt dog --size 16 24 --steps 2 --sampler ddim --mixer gspn --gspn-layers {layers} --dtype float32"
+    said = "were distilled from a U-Net of another file"
+    for folder in (model, half):
+        caplog.clear()
+        text_to_image.main([*flags.split(), "--model", str(folder), "--output", str(tmp_path / f"{folder.name}.png")])
+        assert (said in caplog.text) == (folder == half)
+    one, other = (np.asarray(Image.open(tmp_path / f"{name}.png"), int) for name in ("model", "half"))
+    assert one.shape == (16, 24, 3) and np.abs(one - other).max() <= 2
 
 
 def test_a_mistake_gets_one_sentence_before_anything_is_trained(prepared, tmp_path, capsys, monkeypatch):

@@ -11,7 +11,8 @@ from gspn_jax.config import MeshConfig
 from gspn_jax.diffusion.scheduler_config import SchedulerConfig, alphas_cumprod
 from gspn_jax.parallel import sharding
 from gspn_jax.text_to_image import gspn_layers
-from gspn_jax.text_to_image.distillation import LayersTask, read_unet_config
+from gspn_jax.text_to_image.distillation import LayersTask
+from gspn_jax.text_to_image.folder import read_unet_config
 from gspn_jax.text_to_image.gspn_layers import LayerOptions
 from tests.text_to_image import distilling
 from tests.text_to_image.tiny_folder import FIRST, SECOND, write_folder
