@@ -36,8 +36,9 @@ WIDTHS = (16, 32, 64, 128)
 TEXT_WIDTH, TOKENS = 64, 16
 SIZES = ((32, 32), (48, 48), (32, 64))
 """Height and width of samples; the first was trained on."""
-GUIDANCE, STEPS = 3.0, 50
-HELD_OUT, BATCH = 2048, 64
+GUIDANCE, STEPS, EACH = 3.0, 20, 3
+"""Settings of the samples (DPM-Solver++), and how many each class has."""
+HELD_OUT, BATCH = 1024, 64
 
 
 def main() -> None:
@@ -205,26 +206,27 @@ def draw(work: pathlib.Path) -> None:
         for height, width in SIZES:
             output = work / "drawn" / f"{mixer}_{height}x{width}.png"
             if not output.with_stem(f"{output.stem}_0").exists():
-                call("text_to_image", f"--model={work}/teacher", f"--prompts={work}/prompts.txt", "--images=4",
-                     f"--output={output}", f"--guidance={GUIDANCE}", f"--steps={STEPS}", "--batch-size=40",
+                call("text_to_image", f"--model={work}/teacher", f"--prompts={work}/prompts.txt", f"--images={EACH}",
+                     f"--output={output}", f"--guidance={GUIDANCE}", f"--steps={STEPS}", "--sampler=dpm++",
+                     "--batch-size=30",
                      "--size", str(height), str(width), *flags)  # fmt: skip
 
 
 def grid(work: pathlib.Path, size: tuple[int, int], *, zoom: int = 2, edge: int = 2, label: int = 62) -> Image.Image:
-    """A row for each class: four images by attention, and the four of the same noise by GSPN."""
+    """A row for each class: images by attention, and those of the same noise by GSPN."""
     height, width = (zoom * side for side in size)
-    columns = 8
+    columns = 2 * EACH
     sheet = Image.new(
         "RGB", (label + columns * (width + edge) + 4 * edge, 16 + len(CLASSES) * (height + edge)), "white"
     )
     pen = ImageDraw.Draw(sheet)
     for block, mixer in enumerate(("attention", "gspn")):
-        left = label + block * (4 * (width + edge) + 4 * edge)
+        left = label + block * (EACH * (width + edge) + 4 * edge)
         pen.text((left, 1), {"attention": "attention (teacher)", "gspn": "GSPN (student)"}[mixer], "black")
         for row, name in enumerate(CLASSES):
             pen.text((2, 16 + row * (height + edge) + height // 2 - 6), name, "black")
-            for column in range(4):
-                path = work / "drawn" / f"{mixer}_{size[0]}x{size[1]}_{4 * row + column}.png"
+            for column in range(EACH):
+                path = work / "drawn" / f"{mixer}_{size[0]}x{size[1]}_{EACH * row + column}.png"
                 image = Image.open(path).resize((width, height), Image.Resampling.NEAREST)
                 sheet.paste(image, (left + column * (width + edge), 16 + row * (height + edge)))
     return sheet.quantize(256)

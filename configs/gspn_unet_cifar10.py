@@ -16,11 +16,11 @@ config = LayersConfig(
     data=CaptionsConfig(path="data/captions_cifar10"),
     optimizer=OptimizerConfig(learning_rate=1e-3, final_learning_rate=2e-5, warmup_steps=50),
     train=TrainConfig(
-        steps=1500,
-        batch_size=64,
+        steps=800,
+        batch_size=32,
         precision="params=float32,compute=float32",
         ema_decays=(0.995,),
         log_every=10,
-        save_every=250,
+        save_every=200,
     ),
 )

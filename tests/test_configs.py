@@ -12,7 +12,7 @@ from gspn_jax.diffusion import samplers
 from gspn_jax.tables import MIXERS, OBJECTIVES, SAMPLERS, SOURCES, samplers_of
 
 ROOT = pathlib.Path(__file__).parents[1]
-OTHERS = ("gspn_t", "gspn_s", "gspn_b", "classify_cifar10", "gspn_sd15")
+OTHERS = ("gspn_t", "gspn_s", "gspn_b", "classify_cifar10", "gspn_sd15", "unet_cifar10", "gspn_unet_cifar10")
 """Configs of other tasks, which tests/classify and tests/text_to_image look at."""
 FILES = sorted(path for path in (ROOT / "configs").glob("[!_]*.py") if path.stem not in OTHERS)
 PUBLISHED = {

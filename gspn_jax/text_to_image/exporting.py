@@ -32,8 +32,8 @@ class Export:
     run: str
     """The run directory."""
     output: str
-    """Of GSPN layers the .safetensors file to write, beside which a .json of the same name says what it is; of a U-Net
-    the folder. It must not exist."""
+    """Output, which must not exist: for GSPN layers a .safetensors file, beside which a .json of the same name says
+    what it is; for a U-Net a folder."""
     model: str | None = None
     """Folder of the model, by default that of the run's config."""
     step: int | None = None

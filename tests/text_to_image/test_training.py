@@ -11,14 +11,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from gspn_jax import text_to_image, unet
+from gspn_jax import cli, text_to_image, unet
 from gspn_jax.autoencoder import PIXELS, Autoencoder, TiledAutoencoder
 from gspn_jax.config import ConfigError, MeshConfig, OptimizerConfig, TrainConfig
 from gspn_jax.diffusion.scheduler_config import SchedulerConfig, alphas_cumprod
 from gspn_jax.parallel import sharding
 from gspn_jax.runs import checkpoints
 from gspn_jax.text_to_image.conditions import null_condition
-from gspn_jax.text_to_image.config import CaptionsConfig, NetworkConfig, NoiseConfig, UNetTrainingConfig
+from gspn_jax.text_to_image.config import CaptionsConfig, LayersConfig, NetworkConfig, NoiseConfig, UNetTrainingConfig
 from gspn_jax.text_to_image.folder import load_folder
 from gspn_jax.text_to_image.training import UNetTask, shapes_of, train
 from gspn_jax.training.step import make_gradient
@@ -147,7 +147,7 @@ def test_a_run_begins_with_the_folder_and_its_folder_draws_pixels(prepared, tmp_
 
     flags = f"--model {output} --prompt dog --size 16 24 --steps 2 --sampler ddim --output {tmp_path / 'dog.png'}"
     text_to_image.main(flags.split())
-    assert Image.open(tmp_path / "dog.png").size == (24, 16)
+    assert np.asarray(Image.open(tmp_path / "dog.png")).shape == (16, 24, 3)
 
 
 def test_fresh_weights_predict_nothing_and_files_have_them_in_their_layout(prepared):
@@ -197,3 +197,10 @@ def test_text_towers_must_see_as_many_tokens(tmp_path):
     folder = write_folder(tmp_path / "xl", XL[0], (dataclasses.replace(first, length=16), second))
     with pytest.raises(ConfigError, match="text towers must see as many tokens, found 16 and 77"):
         load_folder(folder)
+
+
+def test_the_configs_of_the_small_run_belong_together():
+    teacher = cli.load_config(ROOT / "configs/unet_cifar10.py", UNetTrainingConfig)
+    layers = cli.load_config(ROOT / "configs/gspn_unet_cifar10.py", LayersConfig)
+    assert teacher.run_dir == "runs/unet_cifar10" and layers.run_dir == "runs/gspn_unet_cifar10"
+    assert teacher.data == layers.data and teacher.model.start == "fresh"
