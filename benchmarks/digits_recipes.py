@@ -38,6 +38,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=400, help="of training from scratch")
     parser.add_argument("--sets", type=int, default=1, help="of samples")
+    parser.add_argument("--all", action="store_true", help="also what the recipe is told apart from")
     parser.add_argument("--output", default="runs/recipes")
     flags = parser.parse_args()
     cli.setup()
@@ -52,7 +53,8 @@ def classes(flags: argparse.Namespace) -> None:
     short = flags.steps // QUARTER
     report(flags, "from 0-4", trained(flags, root / "from_0_to_4", high, short, init_from=base.run_dir), first=5)
     report(flags, "scratch", trained(flags, root / "scratch", high, flags.steps), first=5)
-    report(flags, "scratch, a quarter", trained(flags, root / "scratch_short", high, short), first=5)
+    if flags.all:
+        report(flags, "scratch, a quarter", trained(flags, root / "scratch_short", high, short), first=5)
 
 
 def teacher(flags: argparse.Namespace) -> None:
@@ -60,18 +62,21 @@ def teacher(flags: argparse.Namespace) -> None:
     root, data = pathlib.Path(flags.output) / f"teacher_{flags.seed}", DataConfig(in_memory=True)
     dit = {"preset": "DiT-S/2", "heads": 4}
     gspn = {"preset": "DiT-S/2", "mixer": "gspn"}
+    placed = gspn | {"positions": True}
     short = flags.steps // FIFTH
     theirs = trained(flags, root / "dit", data, flags.steps, model=dit)
     report(flags, "DiT", theirs)
-    blocks = tuple(range(theirs.model.depth or 0))
-    for what, settings in (
-        ("predictions and features", DistillConfig(teacher=theirs.run_dir, features=blocks)),
-        ("predictions", DistillConfig(teacher=theirs.run_dir)),
-    ):
-        student = trained(flags, root / what.replace(" ", "_"), data, short, model=gspn, distill=settings)
-        report(flags, f"GSPN from a DiT, {what}", student)
-    begun = trained(flags, root / "begun", data, short, model=gspn, init_from=theirs.run_dir)
-    scratch = trained(flags, root / "scratch", data, short, model=gspn)
+    both = DistillConfig(teacher=theirs.run_dir, features=tuple(range(theirs.model.depth or 0)))
+    learned = {"data": data, "steps": short, "distill": both}
+    report(flags, "GSPN from a DiT", trained(flags, root / "gspn", model=placed, **learned))
+    report(flags, "GSPN from a DiT, Muon", trained(flags, root / "muon", model=placed, optimizer="muon", **learned))
+    if not flags.all:
+        return
+    report(flags, "GSPN from a DiT, without its positions", trained(flags, root / "unplaced", model=gspn, **learned))
+    learned["distill"] = DistillConfig(teacher=theirs.run_dir)
+    report(flags, "GSPN from a DiT, predictions alone", trained(flags, root / "alone", model=placed, **learned))
+    begun = trained(flags, root / "begun", data, short, model=placed, init_from=theirs.run_dir)
+    scratch = trained(flags, root / "scratch", data, short, model=placed)
     for what, config in (("GSPN with its other weights", begun), ("GSPN from scratch", scratch)):
         report(flags, what, config)
 
@@ -89,7 +94,9 @@ def digits_of(folder: pathlib.Path, names: range) -> DataConfig:
     )
 
 
-def trained(flags: argparse.Namespace, run: pathlib.Path, data: DataConfig, steps: int, **changes) -> Config:
+def trained(
+    flags: argparse.Namespace, run: pathlib.Path, data: DataConfig, steps: int, *, optimizer: str = "adamw", **changes
+) -> Config:
     """The config of a finished run: that of configs/digits.py, but smaller and for what is given."""
     from gspn_jax.training.train import train
 
@@ -100,7 +107,9 @@ def trained(flags: argparse.Namespace, run: pathlib.Path, data: DataConfig, step
         run_dir=str(run),
         data=data,
         model=model,
-        optimizer=dataclasses.replace(base.optimizer, learning_rate=LEARNING_RATE, warmup_steps=min(50, steps // 10)),
+        optimizer=dataclasses.replace(
+            base.optimizer, name=optimizer, learning_rate=LEARNING_RATE, warmup_steps=min(50, steps // 10)
+        ),
         train=dataclasses.replace(
             base.train, steps=steps, seed=flags.seed, ema_decays=(EMA,), sample_every=0, save_every=steps, log_every=20
         ),

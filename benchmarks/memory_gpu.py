@@ -32,18 +32,16 @@ RECORDED = (
     "step GSPN-B/2 --batch 64 --remat full",
     "step DiT-B/2 --batch 64",
     "step DiT-XL/2 --batch 16",
-    "step DiT-XL/2 --batch 16 --remat full",
-    "step DiT-B/2 --batch 64 --remat full",
-    "step GSPN-XL/2 --batch 64 --accumulate 4",
-    "step GSPN-L/2 --batch 32 --remat full",
-    "step DiT-L/2 --batch 32",
-    "step GSPN-B/2 --batch 128",
+    "step GSPN-XL/2 --batch 64 --accumulate 4 --remat full",
+    "step GSPN-B/2 --batch 64 --remat full --gpu h200",
 )
 """Programs that the formula is fitted to, beside those of gpu_compile.py on one GPU."""
-KEPT = {("gspn", "full"): 1.5, ("attention", "full"): 1.0, ("attention", "dots"): 10.0, ("gspn", "names"): 6.5}
-"""What a block keeps, in tokens of its width: its input and, in the paper's layout, every second time a long skip; with
-"dots" the products of attention (5) and of the MLP (4 and 1) beside its input."""
+KEPT = {("gspn", "full"): 1.5, ("attention", "dots"): 10.0}
+"""What a block keeps, in tokens of its width, where programs are of one depth alone: its input and, in the paper's
+layout, every second time a long skip; with "dots" products of attention (5) and of the MLP (4, 1) beside its input."""
 
+GPUS = {"rtx4090": "RTX 4090", "h200": "H200", "h100": "H100"}
+"""Names of `gspn_jax.plan.gpus` by those of flags."""
 _4090 = (
     (r"major: 9 feature_extension: ACCELERATED_FEATURES", "major: 8 minor: 9"),
     (r"Compute Capability 9.0a", "Compute Capability 8.9"),
@@ -163,14 +161,21 @@ def others() -> list[dict[str, Any]]:
     return rows
 
 
-def fits(rows: Iterable[dict[str, Any]]) -> dict[tuple[str, str], tuple[float, float, float, float, int]]:
-    """{(mixer, remat): (gradients, per_block, once, largest relative error, programs)}, by least squares of relative
-    errors over programs without accumulation; no number is negative, and "gradients" is one for all. Where all programs
-    have as many blocks, per_block is what KEPT says."""
-    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
+def kind_of(row: dict[str, Any]) -> tuple[str, str, str]:
+    """The row of `gspn_jax.plan.memory.FITTED` that a program is fitted in."""
+    from gspn_jax.plan import memory
+
+    return memory.kind_of(row["mixer"], row["remat"], GPUS[row["gpu"]])
+
+
+def fits(rows: Iterable[dict[str, Any]]) -> dict[tuple[str, str, str], tuple[float, float, float, float, int]]:
+    """{(mixer, remat, where proxies are expanded): (gradients, per_block, once, largest relative error, programs)}, by
+    least squares of relative errors over programs without accumulation; no number is negative, "gradients" is one for
+    all. Where all programs have as many blocks, per_block is what KEPT says."""
+    groups: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
     for row in rows:
         if row["accumulate"] == 1:
-            groups.setdefault((row["mixer"], row["remat"]), []).append(row)
+            groups.setdefault(kind_of(row), []).append(row)
     names = sorted(groups)
     system, wanted = [], []
     for place, name in enumerate(names):
@@ -183,7 +188,7 @@ def fits(rows: Iterable[dict[str, Any]]) -> dict[tuple[str, str], tuple[float, f
             wanted.append(row["temporary"] / total)
         if len({row["blocks"] for row in groups[name]}) == 1:
             system.append(np.eye(1 + 2 * len(names))[1 + 2 * place])
-            wanted.append(KEPT[name])
+            wanted.append(KEPT[name[:2]])
     found = nnls(np.array(system), np.array(wanted))[0]
     table = {name: (found[0], found[1 + 2 * place], found[2 + 2 * place]) for place, name in enumerate(names)}
     errors = {
@@ -205,10 +210,11 @@ def fit() -> None:
     """Prints the table of the formula's numbers, as code, and what it says beside each program."""
     rows = recorded()
     table = fits(rows)
-    for (mixer, remat), numbers in table.items():
-        print(f'    ("{mixer}", "{remat}"): Fit({", ".join(f"{number:.3g}" for number in numbers)}),')
+    for kind, numbers in table.items():
+        words = ", ".join(f'"{word}"' for word in kind)
+        print(f"    ({words}): Fit({', '.join(f'{number:.3g}' for number in numbers)}),")
     for row in rows:
-        said = rest(row, *table[row["mixer"], row["remat"]][:3]) if (row["mixer"], row["remat"]) in table else 0
+        said = rest(row, *table[kind_of(row)][:3])
         print(f"# {name_of(row)}: {row['temporary'] / 1e9:.2f} GB by the compiler, {said / 1e9:.2f} by the formula")
 
 

@@ -74,6 +74,9 @@ class ModelConfig:
     """RMS norm with a learned scale of the queries and keys of each head of attention."""
     rope: bool | None = None
     """Rotary positions in attention, of rows and of columns, beside the sine-cosine ones that are added."""
+    positions: bool | None = None
+    """In the DiT layout: adds sine-cosine positions to the tokens. None: where the mixer does not know them, as
+    attention. True for one that does, where other weights are those of a model with them (`distill`, `init_from`)."""
     bottleneck: int | None = None
     """Width through which patches are embedded by two linears (JiT); 0 is one linear."""
     chunk: int | None | Literal["preset"] | tuple[int | None, ...] = "preset"  # noqa: RUF036 (tried in this order)

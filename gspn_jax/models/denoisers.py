@@ -34,7 +34,7 @@ from gspn_jax.models.width import pad_tokens, widths
 
 
 class DiTTrunk(nnx.Module):
-    """Blocks that each take the condition. Positions are added for mixers that do not know them."""
+    """Blocks that each take the condition, on tokens to which positions are added where `arch.positions` says so."""
 
     def __init__(self, arch: Architecture, *, dtype: DTypeLike, rngs: nnx.Rngs):
         self.arch, self.dtype = arch, dtype
@@ -48,7 +48,7 @@ class DiTTrunk(nnx.Module):
         features: tuple[int, ...],
     ) -> tuple[Float[Array, "B H W D"], dict[int, Float[Array, "B H W D"]]]:
         mixer, remat = self.arch.options, self.arch.remat
-        if mixer.needs_positions:
+        if self.arch.positions:
             x = x + sincos_positions(*x.shape[1:]).astype(x.dtype)
         if remat == "none" and jax.default_backend() == "cpu":
             remat = mixer.remat_on_cpu

@@ -82,6 +82,8 @@ class Architecture:
     remat: Remat
     mlp: MlpName
     norm: NormName
+    positions: bool
+    """Sine-cosine positions are added to the tokens."""
     bottleneck: int
     """Width through which patches are embedded, 0 for one linear."""
 
@@ -113,7 +115,11 @@ def resolve(model: ModelConfig) -> Architecture:
         for name in ("qk_norm", "rope"):
             found = getattr(asked, name)
             _check(not found, f"model.{name}", f"None or False with model.mixer={model.mixer!r}", found)
-    if mixer.needs_positions:
+    positions = mixer.needs_positions if model.positions is None else model.positions
+    expected = f"True or None with model.mixer={model.mixer!r}, which does not know positions otherwise"
+    _check(positions or not mixer.needs_positions, "model.positions", expected, model.positions)
+    if positions:
+        _check(layout == "dit", "model.positions", "None or False with model.layout='paper'", model.positions)
         _check(hidden % 4 == 0, "model.hidden", "a multiple of 4 for the sine-cosine positions", hidden)
     if not mixer.has_chunks:
         expected = f"'preset' with model.mixer={model.mixer!r}"
@@ -121,7 +127,8 @@ def resolve(model: ModelConfig) -> Architecture:
     return Architecture(
         layout=layout, mixer=model.mixer, options=mixer.of(model), hidden=hidden, depth=depth, patch=model.patch,
         chunks=_chunks(model.chunk, layout, _blocks(layout, depth)), drop_path=model.drop_path,
-        learn_sigma=model.learn_sigma, remat=model.remat, mlp=model.mlp, norm=model.norm, bottleneck=model.bottleneck,
+        learn_sigma=model.learn_sigma, remat=model.remat, mlp=model.mlp, norm=model.norm,
+        positions=positions, bottleneck=model.bottleneck,
     )  # fmt: skip
 
 

@@ -78,10 +78,10 @@ class Drawing:
             decode=vae.decode if vae else None,
         )
         trained, drawn_by = config.data.image_size, [config, *([guide.config] if guide else [])]
-        positions = any(models.resolve(one.model).options.needs_positions for one in drawn_by)
+        positions = any(models.resolve(one.model).positions for one in drawn_by)
         if positions and (height, width) != (trained, trained):
             raise ConfigError(
-                f"--image-size must be the one that a model with attention was trained on, {trained} "
+                f"--image-size must be the one that a model with positions was trained on, {trained} "
                 f"{trained}, whose positions it knows, found {height} {width}: GSPN takes any"
             )
         self._check_memory(mesh)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import logging
 from typing import Any, NamedTuple
 
 import jax
@@ -18,6 +19,8 @@ from gspn_jax.training.diffusion import DiffusionTask
 from gspn_jax.training.given import Given
 from gspn_jax.training.task import Batch, Metrics
 from gspn_jax.training.weights import class_rows, denoiser_of
+
+log = logging.getLogger(__name__)
 
 _SAME = {
     "data.image_size": lambda c: c.data.image_size,
@@ -128,7 +131,13 @@ class DistillationTask(DiffusionTask):
                 "diffusion.label_dropout must be 0 for a teacher that knows no null class, found "
                 f"{config.diffusion.label_dropout}"
             )
-        self._check_features(models.resolve(theirs.model))
+        arch = models.resolve(theirs.model)
+        self._check_features(arch)
+        if arch.positions and not self._arch.positions and self._arch.layout == "dit":
+            log.warning(
+                "the teacher's tokens have positions and the student's have none, for which all its weights must make "
+                "up: --model.positions True adds them"
+            )
         theirs = dataclasses.replace(
             theirs, train=dataclasses.replace(theirs.train, precision=config.train.precision), mesh=config.mesh
         )

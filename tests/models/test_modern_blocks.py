@@ -14,7 +14,7 @@ from gspn_jax.models.rotary import rotate
 from gspn_jax.parallel import fsdp, sharding
 from gspn_jax.training.diffusion import DiffusionTask
 from gspn_jax.training.step import make_gradient
-from tests.models import numpy_modern
+from tests.models import numpy_dit, numpy_modern
 from tests.models.model_cases import (
     BFLOAT16,
     DIT,
@@ -45,6 +45,18 @@ def test_each_option_and_all_of_them_are_those_of_float64(model):
     config = make_config(model)
     params, inputs = random_params(config), random_inputs(2, 8, 12)
     assert relative_error(run(config, params, *inputs), in_float64(config, params, inputs)) < 1e-5
+
+
+def test_line_scans_take_the_positions_that_attention_had():
+    """Blocks hand tokens on as they are at first: what positions add is the original's table, in float64."""
+    tokens = []
+    for positions in (True, None):
+        config = make_config(dataclasses.replace(DIT_GSPN, positions=positions))
+        params, inputs = models.init(config, jax.random.key(0)), random_inputs(2, 8, 12)
+        tokens.append(models.apply(models.abstract(config)[0], params, *inputs, features=(0,))[1][0])
+    rows, columns, hidden = tokens[0].shape[1:]
+    table = numpy_dit.positions(rows, columns, hidden).reshape(rows, columns, hidden)
+    np.testing.assert_allclose(tokens[0] - tokens[1], np.broadcast_to(table, tokens[0].shape), atol=1e-5)
 
 
 def test_products_of_turned_queries_and_keys_depend_on_the_distance_only():
@@ -143,6 +155,11 @@ def test_over_a_mesh_gradients_are_those_of_one_device(model, objective, mesh):
             ModelConfig(preset="GSPN-S/2", mlp="swiglu"),
             r"model.mlp must be None with model.layout='paper', which has no",
         ),
+        (
+            ModelConfig(preset="GSPN-S/2", positions=True),
+            r"model.positions must be None or False with model.layout='pap",
+        ),
+        (ModelConfig(preset="DiT-S/2", positions=False), r"model.positions must be True or None with model.mixer='att"),
         (ModelConfig(preset="GSPN-S/2", norm="rms"), r"model.norm must be 'layer' or None with model.layout='paper', "),
         (
             dataclasses.replace(DIT_GSPN, rope=True),

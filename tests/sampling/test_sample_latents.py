@@ -154,7 +154,7 @@ def test_attention_is_not_sampled_at_sizes_it_was_not_trained_on(folder, capsys)
         sample.main(["--run", str(folder / "run"), "--image-size", "4", "6"])
     assert stopped.value.code == 2
     assert (
-        "--image-size must be the one that a model with attention was trained on, 4 4, whose positions it knows, "
+        "--image-size must be the one that a model with positions was trained on, 4 4, whose positions it knows, "
         "found 4 6"
     ) in capsys.readouterr().err
 

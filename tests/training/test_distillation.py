@@ -43,7 +43,7 @@ def student(teacher: Config, **changes) -> Config:
     return dataclasses.replace(config, **changes)
 
 
-def test_the_loss_is_that_of_predictions_features_and_data(teacher):
+def test_the_loss_is_that_of_predictions_features_and_data(teacher, caplog):
     config = student(teacher)
     task, mesh = DistillationTask(config), saved.mesh_of()
     params = jax.tree.map(lambda a: a + 0.03, task.init(jax.random.key(3)))
@@ -72,6 +72,7 @@ def test_the_loss_is_that_of_predictions_features_and_data(teacher):
     found = [float(metrics[name]) for name in ("prediction_loss", "feature_loss", "data_loss")]
     np.testing.assert_allclose(found, [prediction, feature, data], rtol=1e-5)
     assert float(loss) == pytest.approx(2 * prediction + 0.5 * feature + 0.25 * data, rel=1e-5)
+    assert "the teacher's tokens have positions and the student's have none" in caplog.text
 
 
 def stepped(config, mesh, steps=2):
