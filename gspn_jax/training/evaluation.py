@@ -88,7 +88,7 @@ class SampleEvaluation:
         if self._reference:
             size = next(iter(extractors.values())).batch_size
             self._reference = self._reference.complete(self._names, extractors, size)
-        params = state.params if self._average is None else state.ema[self._average]
+        params = state.exported if self._average is None else state.ema[self._average]
         collector = Collector(self._names)
         with tqdm(
             total=len(self._labels),
