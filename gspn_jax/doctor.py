@@ -437,19 +437,21 @@ def teacher_files(config: "LayersConfig") -> Findings:
 def weight_files(config: Config) -> Findings:
     """The files that evaluation during training needs, if the config asks for it."""
     from gspn_jax import autoencoder
-    from gspn_jax.metrics import inception
+    from gspn_jax.metrics.networks import read_networks
     from gspn_jax.metrics.reference import read_reference
 
     settings = config.eval
     if not settings.every:
         yield Finding(None, "none is needed: eval.every is 0")
         return
-    weights = inception.read(inception.require(settings.inception, "--eval.inception"))
-    yield Finding(True, f"Inception weights {settings.inception}")
+    weights = read_networks(settings.metrics, settings.inception, settings.networks, "--eval.")
+    for name, one in weights.items():
+        yield Finding(True, f"{name.capitalize()} weights {one.path}")
     if settings.reference:
         reference = read_reference(settings.reference, "eval.reference")
         reference.check(settings.metrics)
-        reference.check_inception(inception.digest(weights))
+        for name, one in weights.items():
+            reference.check_weights(name, one.digest)
         yield Finding(True, f"reference statistics {settings.reference} for {', '.join(settings.metrics)}")
     if config.data.latents and not settings.vae:
         yield Finding(False, "eval.vae must be the autoencoder's weights, which decode the samples of a run on latents")

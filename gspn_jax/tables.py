@@ -109,12 +109,15 @@ METRICS = Table(
         "kid": "gspn_jax.metrics.scores:KID",
         "precision": "gspn_jax.metrics.scores:PRECISION",
         "recall": "gspn_jax.metrics.scores:RECALL",
+        "fd_dinov2": "gspn_jax.metrics.scores:FD_DINOV2",
         "clip": "gspn_jax.metrics.scores:CLIP_SCORE",
     }
 )
 """`eval.metrics`: `metrics.scores.Metric`s."""
 
-FEATURE_NETWORKS = Table({"inception": "gspn_jax.metrics.inception", "clip": "gspn_jax.text.clip"})
+FEATURE_NETWORKS = Table(
+    {"inception": "gspn_jax.metrics.inception", "dinov2": "gspn_jax.text.dinov2", "clip": "gspn_jax.text.clip"}
+)
 """Networks through which metrics see images: `metrics.networks.FeatureNetwork`s."""
 
 

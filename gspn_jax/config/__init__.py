@@ -19,6 +19,7 @@ from gspn_jax.config.run import Config, RunConfig
 from gspn_jax.config.saved import C, from_dict, task_of, to_dict
 from gspn_jax.config.sections import (
     CHANGEABLE,
+    AlignConfig,
     Backend,
     DataConfig,
     DiffusionConfig,
@@ -47,6 +48,7 @@ from gspn_jax.config.sections import (
 
 __all__ = [
     "CHANGEABLE",
+    "AlignConfig",
     "Backend",
     "C",
     "Config",

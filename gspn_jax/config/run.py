@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 from gspn_jax.config.checks import put_homes, require
 from gspn_jax.config.sections import (
+    AlignConfig,
     DataConfig,
     DiffusionConfig,
     DistillConfig,
@@ -67,6 +68,9 @@ class RunConfig:
     FREE: ClassVar[tuple[str, ...]] = ()
     """Settings among `FIXED` that may change: parameters and the stream of batches stay the same run's. The content of
     the data is compared by its fingerprint."""
+    MOVABLE: ClassVar[tuple[str, ...]] = ()
+    """Folders among `FIXED` that may lie elsewhere, but neither come nor go; their content is compared as that of the
+    data."""
     SHAPES: ClassVar[tuple[str, ...]] = ()
     """Settings among `CHANGEABLE` that the shapes of parameters depend on, so that nothing unlocks them."""
 
@@ -109,12 +113,14 @@ class Config(RunConfig):
     sampler: SamplerConfig = SamplerConfig()
     eval: EvalConfig = EvalConfig()
     distill: DistillConfig = DistillConfig()
+    align: AlignConfig = AlignConfig()
 
     TASK = "diffusion"
     VERSION = 2
     MIGRATIONS = {1: _from_version_1}  # noqa: RUF012 (declared in RunConfig)
     MACHINE = ("model.backend",)
-    FIXED = (*RunConfig.FIXED, "diffusion", "distill")
+    FIXED = (*RunConfig.FIXED, "diffusion", "distill", "align")
+    MOVABLE = ("align.features",)
     FREE = ("model.remat", "data.path", "data.workers", "data.bad_images", "data.in_memory")
     SHAPES = ("data.channels", "data.num_classes")
 
@@ -133,6 +139,12 @@ class Config(RunConfig):
                 ("eval.guidance_scale", self.eval.guidance_scale),
             ):
                 require(scale in (None, 1), name, "1 with data.unconditional: there is no class to guide by", scale)
+        require(
+            self.align.features is None or self.distill.teacher is None,
+            "align.features",
+            "None with distill.teacher",
+            self.align.features,
+        )
         self._check_steps("sampler.steps", self.sampler.steps)
         if self.eval.every:
             self._check_eval()

@@ -533,6 +533,29 @@ class LogConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class AlignConfig:
+    """Alignment of tokens with features of a frozen network (REPA, arXiv 2410.06940), whose settings are the
+    defaults."""
+
+    features: str | None = None
+    """The folder of features of the images that are trained on, which `gspn_jax.prepare features` wrote. None aligns
+    nothing."""
+    depth: int = 8
+    """Blocks after which tokens are projected and compared."""
+    weight: float = 0.5
+    """Weight of 1 - cosine beside the objective's loss."""
+    hidden: int = 2048
+    """Width of the projector, an MLP of three linears that is trained beside the denoiser and in none of its files."""
+
+    def __post_init__(self) -> None:
+        check_numbers(self, "align")
+        put_homes(self, "features")
+        require(self.features != "", "align.features", "a folder of features, or None", self.features)
+        require_positive(self, "align", "depth", "hidden")
+        require(self.weight >= 0, "align.weight", "0 or more", self.weight)
+
+
+@dataclasses.dataclass(frozen=True)
 class DistillConfig:
     """Learning from a teacher, a trained denoiser of the same images and classes."""
 

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from gspn_jax.config import Config, DistillConfig, EvalConfig, MeshConfig, to_dict
+from gspn_jax.config import AlignConfig, Config, DistillConfig, EvalConfig, MeshConfig, to_dict
 from gspn_jax.convert import card
 from gspn_jax.evaluate import report
 from gspn_jax.files import check_new_folder, new_folder
@@ -75,6 +75,8 @@ def export_weights(arguments: Export) -> None:
             scores=scores,
         )
         (folder / CARD).write_text(text, encoding="utf-8")
+    if config.align.features:
+        print("the projector of align.features, which only training needs, is left out")
     said = "the parameters themselves" if average["ema_decay"] == 0 else report.average(average)
     print(f"step {step}, {said}, in {output}")
 
@@ -93,6 +95,7 @@ def _released(config: Config, decay: float | None) -> Config:
         eval=EvalConfig(),
         init_from=None,
         distill=DistillConfig(),
+        align=AlignConfig(),
     )
 
 

@@ -18,7 +18,7 @@ from gspn_jax.config import ConfigError, DataConfig
 from gspn_jax.data.decoding import DataError
 from gspn_jax.data.image_batches import Augment, ImageBatches, report_problems
 from gspn_jax.data.latents import LatentBatches
-from gspn_jax.data.source import Source
+from gspn_jax.data.source import Source, Views
 
 # Each thread reads a batch of its own; the buffer, in batches, is what memory allows rather than what speed could use.
 _MAX_THREADS = 16
@@ -37,12 +37,12 @@ class GrainLoader:
 
     def __init__(
         self, config: DataConfig, source: Source, *, batch_size: int, seed: int, first: int, stride: int,
-        augment: Augment | None = None,
+        augment: Augment | None = None, features: Views | None = None,
     ):  # fmt: skip
         """Batches number `first`, `first + stride`, ... of `batch_size` rows of the stream."""
         if config.workers:
-            _check_shared_memory(config, batch_size)
-        batches = _read(config, _stream(config, source, batch_size, seed, augment)[first::stride])
+            _check_shared_memory(config, batch_size, features)
+        batches = _read(config, _stream(config, source, batch_size, seed, augment, features)[first::stride])
         self._open, self._shared = [iter(batches)], config.workers > 0
         self._finalizer = weakref.finalize(self, _close, self._open)  # at exit too, while Grain can still do it
         self.bad_images: set[str] = set()
@@ -78,14 +78,14 @@ class GrainLoader:
 
 
 def _stream(
-    config: DataConfig, source: Source, batch_size: int, seed: int, augment: Augment | None
+    config: DataConfig, source: Source, batch_size: int, seed: int, augment: Augment | None, features: Views | None
 ) -> grain.MapDataset:
     """Batch k of `batch_size` rows, made by one call: Grain's time for each element is a few percent of decoding it."""
     batches: Callable[[int], dict[str, np.ndarray]]
     if config.latents:
-        batches = LatentBatches(source, batch_size=batch_size, seed=seed, flip=config.flip)
+        batches = LatentBatches(source, batch_size=batch_size, seed=seed, flip=config.flip, features=features)
     else:
-        batches = ImageBatches(config, source, batch_size=batch_size, seed=seed, augment=augment)
+        batches = ImageBatches(config, source, batch_size=batch_size, seed=seed, augment=augment, features=features)
     return grain.MapDataset.range(sys.maxsize).map(batches)
 
 
@@ -127,10 +127,11 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def _check_shared_memory(config: DataConfig, batch_size: int) -> None:
+def _check_shared_memory(config: DataConfig, batch_size: int, features: Views | None) -> None:
     """A worker that fills the shared memory dies of SIGBUS without a word, and containers give little of it."""
     value_bytes = 4 if config.latents else 1
-    needed = _SHARED_BATCHES * config.workers * batch_size * config.image_size**2 * config.channels * value_bytes
+    image = config.image_size**2 * config.channels * value_bytes + (features.bytes if features else 0)
+    needed = _SHARED_BATCHES * config.workers * batch_size * image
     free = shutil.disk_usage(_SHARED_MEMORY).free if os.path.isdir(_SHARED_MEMORY) else needed
     if free < needed:
         raise ConfigError(

@@ -1,15 +1,15 @@
 """Batches of images as a function of their number in the stream, and what becomes of images that are bad."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
-from jaxtyping import UInt8
+from jaxtyping import Int, Shaped, UInt8
 
 from gspn_jax.config import DataConfig
 from gspn_jax.data import order
 from gspn_jax.data.decoding import DataError
-from gspn_jax.data.source import MAX_BAD_IN_A_ROW, Source
+from gspn_jax.data.source import MAX_BAD_IN_A_ROW, Source, Views
 
 logger = logging.getLogger("gspn_jax.data")
 
@@ -27,13 +27,22 @@ class ImageBatches:
 
     A bad image is not an exception here but a "problem" beside the image that replaces it, or beside one that is not
     "usable": an exception would come from whichever thread or process fails first; a problem is met at its place.
-    With `augment` images are of any size, and `config.flip` is left to it.
+    With `augment` images are of any size, and `config.flip` is left to it. With `features` there is "features" float16
+    [b, h, w, D] of the view that is shown; bad images have none that could take their place.
     """
 
     def __init__(
-        self, config: DataConfig, source: Source, *, batch_size: int, seed: int, augment: Augment | None = None
+        self,
+        config: DataConfig,
+        source: Source,
+        *,
+        batch_size: int,
+        seed: int,
+        augment: Augment | None = None,
+        features: Views | None = None,
     ):
         self._source, self._batch_size, self._seed, self._augment = source, batch_size, seed, augment
+        self._features = features
         self._flip = config.flip and augment is None
         self._tries = 1 if config.bad_images == "error" else min(len(source), MAX_BAD_IN_A_ROW)
         self._shape = config.image_size, config.image_size, config.channels
@@ -43,7 +52,8 @@ class ImageBatches:
         images, labels = np.empty((len(places), *self._shape), np.uint8), np.empty(len(places), np.int32)
         mirrored = order.flips(places, self._seed) if self._flip else np.zeros(len(places), bool)
         usable, problems = np.empty(len(places), bool), []
-        for row, (place, index) in enumerate(zip(places, self._images(places), strict=True)):
+        shown = self._images(places)
+        for row, (place, index) in enumerate(zip(places, shown, strict=True)):
             record, problem = self._record(index)
             usable[row], labels[row] = record is not None, record["label"] if record else 0
             problems.append(problem)
@@ -54,7 +64,8 @@ class ImageBatches:
             else:
                 epoch = place // len(self._source)
                 images[row] = self._augment(record["image"], seed=self._seed, epoch=epoch, index=index)
-        return {"image": images, "label": labels, "problem": np.array(problems), "usable": usable}
+        batch = {"image": images, "label": labels, "problem": np.array(problems), "usable": usable}
+        return batch | beside(self._features, shown, mirrored)
 
     def _images(self, places: range) -> list[int]:
         """The image at each place. A large set is not permuted as a whole, in every worker, for the sake of a batch,
@@ -82,6 +93,16 @@ class ImageBatches:
             except DataError as error:
                 problems.append(str(error))
         return None, "\n".join(problems)
+
+
+def beside(
+    features: Views | None, images: Sequence[int] | Int[np.ndarray, " b"], mirrored: Shaped[np.ndarray, " b"]
+) -> dict[str, np.ndarray]:
+    """{"features": float16 [b, h, w, D]} of images, or of their mirror images; nothing without a set of them."""
+    if features is None:
+        return {}
+    views = zip(images, mirrored, strict=True)
+    return {"features": np.stack([features.view(int(index), bool(mirror)) for index, mirror in views])}
 
 
 def report_problems(batch: dict[str, np.ndarray], known: set[str]) -> dict[str, np.ndarray]:

@@ -19,9 +19,10 @@ from scipy.special import ndtri
 from gspn_jax.config import ConfigError, DataConfig
 from gspn_jax.data import record_files
 from gspn_jax.data.decoding import DataError
+from gspn_jax.data.image_batches import beside
 from gspn_jax.data.record_files import RecordFiles, Shard
 from gspn_jax.data.set_metadata import METADATA, SetMetadata
-from gspn_jax.data.source import hash_of
+from gspn_jax.data.source import Views, hash_of
 from gspn_jax.small_files import DamagedFile, read_as, typed
 
 FORMAT_VERSION = 1
@@ -201,7 +202,9 @@ class LatentBatches:
     conversion, exponential and a generator a row would take two thirds of the loader's time.
     """
 
-    def __init__(self, source: MomentSource, *, batch_size: int, seed: int, flip: bool):
+    def __init__(self, source: MomentSource, *, batch_size: int, seed: int, flip: bool, features: Views | None = None):
+        """With `features` there is "features" float16 [b, h, w, D] too, of the view that is drawn."""
+        self._features = features
         self._source, self._batch_size, self._seed, self._flip = source, batch_size, seed, flip
         self._levels = _normal_levels()
         scale = np.float32(source.metadata.scaling_factor)
@@ -214,15 +217,17 @@ class LatentBatches:
         places = range(batch * self._batch_size, (batch + 1) * self._batch_size)
         arrays = {"image": np.empty((len(places), *self._source.metadata.latent_shape), np.float32)}
         order, bits = self._order(places), self._random_bits(places)
+        views = bits[:, 0] & 1 if self._flip else np.zeros(len(bits), int)
         for start in range(0, len(places), _TOGETHER):
             rows = slice(start, start + _TOGETHER)
             records = [self._source[index] for index in order[rows]]
-            self._draw([record.pop("moments") for record in records], bits[rows], arrays["image"][rows])
+            moments = [record.pop("moments") for record in records]
+            self._draw(moments, views[rows], bits[rows], arrays["image"][rows])
             for name, value in records[0].items():
                 if name not in arrays:
                     arrays[name] = np.empty((len(places), *np.shape(value)), value.dtype)
                 arrays[name][rows] = [record[name] for record in records]
-        return arrays
+        return arrays | beside(self._features, order, views)
 
     def _order(self, places: range) -> list[int]:
         """The record at each place: Grain's permutation by arithmetic, without Grain's time for each element."""
@@ -240,9 +245,10 @@ class LatentBatches:
         words = np.random.Philox(key=self._seed, counter=places[0] * blocks).random_raw(len(places) * blocks * 4)
         return words.astype("<u8", copy=False).view("<u2").reshape(len(places), blocks * _BLOCK)
 
-    def _draw(self, moments: list[np.ndarray], bits: UInt16[np.ndarray, "b n"], out: np.ndarray) -> None:
+    def _draw(
+        self, moments: list[np.ndarray], views: np.ndarray, bits: UInt16[np.ndarray, "b n"], out: np.ndarray
+    ) -> None:
         mean, log_variance = (np.empty(out.shape, np.uint16) for _ in range(2))
-        views = bits[:, 0] & 1 if self._flip else np.zeros(len(bits), int)
         for row, (record, view) in enumerate(zip(moments, views, strict=True)):
             # the bits of each half, copied a pixel at a time rather than a value at a time
             pixels = record[view].view(f"V{2 * out.shape[-1]}")

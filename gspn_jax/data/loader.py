@@ -14,7 +14,7 @@ from gspn_jax import extras
 from gspn_jax.config import ConfigError, DataConfig
 from gspn_jax.data.image_batches import Augment, ImageBatches
 from gspn_jax.data.memory import MemoryLoader, MemorySource
-from gspn_jax.data.source import Source
+from gspn_jax.data.source import Source, Views
 from gspn_jax.data.thread_loader import ThreadLoader
 
 Batch = dict[str, UInt8[np.ndarray, "B S S C"] | Float32[np.ndarray, "B S S C"] | Int32[np.ndarray, "B"]]
@@ -48,6 +48,7 @@ def make_loader(
     num_hosts: int = 1,
     host: int = 0,
     augment: Augment | None = None,
+    features: Views | None = None,
 ) -> Loader:
     """An endless iterator of {"image": uint8 [b, S, S, C], "label": int32 [b]}, b = batch_size / num_hosts.
 
@@ -61,6 +62,8 @@ def make_loader(
 
     With `augment` the source's images are of any size, and each is what that makes of it in its epoch, a function of
     (seed, epoch, index of the image): threads of this process do it, or with `config.workers` Grain's processes.
+
+    With `features` of the same images a batch has "features" float16 [b, h, w, D] too, of the view that is shown.
 
     Iterating raises DataError for an image that cannot be decoded if `config.bad_images` is "error"; "skip" replaces it
     by the next image that can and logs one warning a file, with the count, to the logger "gspn_jax.data". With
@@ -84,8 +87,8 @@ def make_loader(
         return ThreadLoader(batches, first=place["first"], stride=num_hosts)
     if config.in_memory:
         source = source if isinstance(source, MemorySource) else MemorySource(source, config)
-        return MemoryLoader(source, flip=config.flip, **place)
+        return MemoryLoader(source, flip=config.flip, **place, features=features)
     extras.require("train", "grain", by="reading images while training (all but data.in_memory)")
     from gspn_jax.data.grain_loader import GrainLoader  # the only one that needs Grain
 
-    return GrainLoader(config, source, **place, augment=augment)
+    return GrainLoader(config, source, **place, augment=augment, features=features)

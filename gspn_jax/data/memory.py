@@ -13,7 +13,8 @@ from tqdm import tqdm
 from gspn_jax.config import ConfigError, DataConfig
 from gspn_jax.data import order
 from gspn_jax.data.decoding import DataError
-from gspn_jax.data.source import MAX_BAD_IN_A_ROW, Source
+from gspn_jax.data.image_batches import beside
+from gspn_jax.data.source import MAX_BAD_IN_A_ROW, Source, Views
 from gspn_jax.machine import free_memory
 
 logger = logging.getLogger("gspn_jax.data")
@@ -96,8 +97,19 @@ class MemorySource:
 class MemoryLoader:
     """The batches of `loader.make_loader` from a MemorySource: a function of the seed and the step, without threads."""
 
-    def __init__(self, source: MemorySource, *, batch_size: int, seed: int, flip: bool, first: int, stride: int):
+    def __init__(
+        self,
+        source: MemorySource,
+        *,
+        batch_size: int,
+        seed: int,
+        flip: bool,
+        first: int,
+        stride: int,
+        features: Views | None = None,
+    ):
         """Batches number `first`, `first + stride`, ... of `batch_size` rows of the stream."""
+        self._features = features
         self._source, self._batch_size, self._seed, self._flip = source, batch_size, seed, flip
         self._next, self._stride = first, stride
         self._closed = False
@@ -113,11 +125,11 @@ class MemoryLoader:
         self._next += self._stride
         rows = order.places_to_images(places, len(self._source), self._seed)
         images = self._source.images[rows]
+        mirrored = order.flips(places, self._seed) if self._flip else np.zeros(len(places), bool)
         if self._flip:
-            mirrored = order.flips(places, self._seed)
             pixels = images.view(f"V{images.shape[-1]}")[..., 0]  # a pixel is copied at once
             pixels[mirrored] = pixels[mirrored, :, ::-1]
-        return {"image": images, "label": self._source.labels[rows]}
+        return {"image": images, "label": self._source.labels[rows]} | beside(self._features, rows, mirrored)
 
     def close(self) -> None:
         """Ends the iteration; a second call does nothing."""

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any, Protocol
 
 import numpy as np
+from jaxtyping import Float16
 
 MAX_BAD_IN_A_ROW = 100
 """A set with so many bad images in a row is broken as a whole: replacing them would train on something else."""
@@ -26,6 +27,19 @@ class Source(Protocol):
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray | np.int32]:
         """{"image": uint8 [S, S, C], "label": int32}. Raises DataError for an image that cannot be decoded."""
+        ...
+
+
+class Views(Protocol):
+    """Features of the images of a source, computed once (`features.FeatureSet`)."""
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of a view."""
+        ...
+
+    def view(self, index: int, mirrored: bool) -> Float16[np.ndarray, "h w D"]:
+        """Those of an image, or of its mirror image. Raises DataError for a damaged record."""
         ...
 
 

@@ -92,8 +92,9 @@ class Scorer:
         self.inception: dict[str, str] | None = None
         if own:
             self.inception = {"path": str(own.path), "sha256": sha256_of(own.path), "tensors_sha256": own.digest}
-            if self._reference:
-                self._reference.check_inception(own.digest)
+        if self._reference:
+            for name, one in self._weights.items():
+                self._reference.check_weights(name, one.digest)
         self._flags, self._mesh = flags, mesh
         self.batch_size = -(-flags.batch_size // mesh.size) * mesh.size  # as the extractor rounds it up
         self._extractors: dict[str, Extractor] = {}

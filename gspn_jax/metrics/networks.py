@@ -14,7 +14,8 @@ class FeatureNetwork(Protocol):
     """A line of `tables.FEATURE_NETWORKS`: a module with these functions, or an object.
 
     Where files hold networks of several sizes, the line has `require` and `configured(path)`, which gives the network
-    of a file. A network of images with captions has `embed_captions(captions)`: arrays [N, ...] too.
+    of a file. A network whose tokens training can be aligned with has `tokens(side)`: a network of features [N, side,
+    side, D]. A network of images with captions has `embed_captions(captions)`: arrays [N, ...] too.
     """
 
     def require(self, path: str | None, flag: str) -> Any:

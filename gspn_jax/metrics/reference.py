@@ -2,7 +2,8 @@
 
 Dialects: the ADM evaluator's (`arr_0` images, `mu`, `sigma`, `mu_s`, `sigma_s`), `ref_mu` and `ref_sigma`, `mu` and
 `sigma` alone (pytorch-fid), and what `python -m gspn_jax.prepare stats` writes: ADM's names, and beside or in place of
-the images `features`, their pool features, with `inception_sha256`, `num_images`, `image_size` and `source`.
+the images `features`, their pool features, with `inception_sha256`, `num_images`, `image_size` and `source`; of
+DINOv2's class tokens `mu_dinov2`, `sigma_dinov2` and `dinov2_sha256`.
 """
 
 import dataclasses
@@ -26,13 +27,19 @@ if TYPE_CHECKING:
     from gspn_jax.metrics.inception import Features
 
 _SIZES = {"pool": 2048, "spatial": 2023}
+"""Features of those networks that have one size."""
 _DIALECTS = {
     "pool": (("mu", "sigma"), ("ref_mu", "ref_sigma")),
     "spatial": (("mu_s", "sigma_s"), ("ref_mu_s", "ref_sigma_s")),
+    "dinov2": (("mu_dinov2", "sigma_dinov2"),),
 }
+_NETWORKS = {"dinov2": "dinov2"}
+"""Parts of a reference that are not of Inception's features -> the network whose they are."""
+_DIGESTS = ("inception_sha256", "dinov2_sha256")
 _MISSING = {
     "pool": "mu and sigma (or ref_mu and ref_sigma)",
     "spatial": "mu_s and sigma_s",
+    "dinov2": "mu_dinov2 and sigma_dinov2",
     "features": "arr_0 (images) or features",
     "images": "arr_0 (images)",
 }
@@ -42,9 +49,9 @@ Extract = Callable[[UInt8[np.ndarray, "n H W 3"]], "tuple[Features, Bool[Array, 
 
 @dataclasses.dataclass(frozen=True)
 class Reference:
-    """Statistics that samples are compared with. `pool` and `spatial`: the Gaussians of FID and sFID. `features`: pool
-    features of single images, for KID, precision and recall. `images`: those that a file holds in place of
-    what is missing."""
+    """Statistics that samples are compared with. `pool`, `spatial` and `dinov2`: the Gaussians of FID, sFID and
+    FD-DINOv2. `features`: pool features of single images, for KID, precision and recall. `images`: those that a file
+    holds in place of what is missing."""
 
     path: str
     sha256: str
@@ -59,6 +66,9 @@ class Reference:
     """Height and width of the images that the statistics are of, where the file says so or holds images."""
     inception_sha256: str | None = None
     """SHA-256 of the weights behind the statistics (`inception.digest`), where the file says so."""
+    dinov2: Gaussian | None = None
+    dinov2_sha256: str | None = None
+    """The same of `dinov2`."""
     kept: dict[str, Any] = dataclasses.field(default_factory=dict, compare=False)
     """Parts of the images that metrics which need `images` keep (`scores.Metric.keeps`), once `complete`."""
     _radii: dict[bool, np.ndarray] = dataclasses.field(default_factory=dict, repr=False, compare=False)
@@ -85,12 +95,14 @@ class Reference:
                 f"{_listed(self.allowed)} only"
             )
 
-    def check_inception(self, sha256: str) -> None:
-        """Raises ConfigError when the file says that its statistics come from other weights than these."""
-        if self.inception_sha256 not in (None, sha256):
+    def check_weights(self, network: str, sha256: str) -> None:
+        """Raises ConfigError when the file says that its statistics come from other weights of a network than these."""
+        found = {"inception": self.inception_sha256, "dinov2": self.dinov2_sha256}.get(network)
+        if found not in (None, sha256):
+            label = {"inception": "Inception", "dinov2": "DINOv2"}[network]
             raise ConfigError(
-                f"the reference {self.path} must be of the Inception weights in use ({sha256[:12]}...), "
-                f"found statistics of {self.inception_sha256[:12]}..."
+                f"the reference {self.path} must be of the {label} weights in use ({sha256[:12]}...), found statistics "
+                f"of {found[:12]}..."
             )
 
     def complete(self, names: Sequence[str], extract: Mapping[str, Extract], batch_size: int) -> "Reference":
@@ -104,7 +116,8 @@ class Reference:
             return self
         from tqdm import tqdm
 
-        moments, features = {"pool": Moments(), "spatial": Moments()}, []
+        moments, features = {part: Moments() for part in _DIALECTS}, []
+        networks = {_NETWORKS.get(part, "inception") for part in missing}
         with tqdm(
             total=len(self.images),
             unit="image",
@@ -113,12 +126,13 @@ class Reference:
             disable=jax.process_index() > 0,
         ) as bar:
             for images in self.images.batches(batch_size):
-                if missing:
-                    found, mask = extract["inception"](images)
+                found = {name: extract[name](images) for name in networks}
                 for part in missing & moments.keys():
-                    moments[part].add(getattr(found, part), mask)
+                    seen, mask = found[_NETWORKS.get(part, "inception")]
+                    moments[part].add(seen if part in _NETWORKS else getattr(seen, part), mask)
                 if "features" in missing:
-                    features.append(on_host(found.pool)[on_host(mask)])
+                    seen, mask = found["inception"]
+                    features.append(on_host(seen.pool)[on_host(mask)])
                 for keeps, one in kept.items():
                     one.add(*extract[own[keeps].network](images))
                 bar.update(len(images))
@@ -142,9 +156,10 @@ class Reference:
             arrays["num_images"] = np.array(self.num_images)
         if self.image_size:
             arrays["image_size"] = np.array(self.image_size)
-        if self.inception_sha256:
-            arrays["inception_sha256"] = np.array(self.inception_sha256)
-        for part in ("pool", "spatial"):
+        for name in _DIGESTS:
+            if digest := getattr(self, name):
+                arrays[name] = np.array(digest)
+        for part in _DIALECTS:
             if gaussian := getattr(self, part):
                 arrays |= dict(zip(_DIALECTS[part][0], (gaussian.mean, gaussian.cov), strict=True))
         if self.features is not None:
@@ -162,7 +177,7 @@ def read_reference(path: str | pathlib.Path, what: str = "the reference") -> Ref
     """
     found = npz.names(path, what)
     count = int(npz.read(path, "num_images", kinds="iu", shape=())) if "num_images" in found else None
-    parts = {part: _gaussian(path, found, part, count) for part in _SIZES} | {"num_images": count}
+    parts = {part: _gaussian(path, found, part, count) for part in _DIALECTS} | {"num_images": count}
     if "features" in found:
         features = npz.read(path, "features", kinds="fiu", shape=(None, _SIZES["pool"]))
         if not np.isfinite(features).all():
@@ -175,8 +190,8 @@ def read_reference(path: str | pathlib.Path, what: str = "the reference") -> Ref
             f"{what} must have mu and sigma, ref_mu and ref_sigma, or images as arr_0, found "
             f"{', '.join(found) or 'nothing'} in {path}"
         )
-    if "inception_sha256" in found:
-        parts["inception_sha256"] = str(npz.read(path, "inception_sha256", kinds="U", shape=()))
+    for name in set(found) & set(_DIGESTS):
+        parts[name] = str(npz.read(path, name, kinds="U", shape=()))
     if "image_size" in found:
         parts["image_size"] = tuple(npz.read(path, "image_size", kinds="iu", shape=(2,)).tolist())
     elif parts.get("images"):
@@ -192,11 +207,12 @@ def _listed(names: Iterable[str]) -> str:
 def _gaussian(path: str | pathlib.Path, found: Sequence[str], part: str, count: int | None) -> Gaussian | None:
     for mean_name, cov_name in _DIALECTS[part]:
         if mean_name in found and cov_name in found:
-            size = _SIZES[part]
-            if [npz.header(path, name).shape for name in (mean_name, cov_name)] != [(size,), (size, size)]:
+            mean_shape, cov_shape = (npz.header(path, name).shape for name in (mean_name, cov_name))
+            size = _SIZES.get(part) or (mean_shape[0] if len(mean_shape) == 1 else 0)
+            if (mean_shape, cov_shape) != ((size,), (size, size)):
                 raise ConfigError(
-                    f"{mean_name!r} and {cov_name!r} in {path} must be of {size} features, found "
-                    f"{list(npz.header(path, mean_name).shape)} and {list(npz.header(path, cov_name).shape)}"
+                    f"{mean_name!r} and {cov_name!r} in {path} must be of {size or 'as many'} features, found "
+                    f"{list(mean_shape)} and {list(cov_shape)}"
                 )
             mean, cov = (npz.read(path, name, kinds="fiu") for name in (mean_name, cov_name))
             if not (np.isfinite(mean).all() and np.isfinite(cov).all()):

@@ -37,8 +37,8 @@ class Metric(NamedTuple):
     score: Callable[[Any, Reference | None, bool], float]
     """score(kept, reference, float16): the number. With `float16` distances are rounded, as the ADM evaluator does."""
     needs: str | None = None
-    """Part of the reference that it needs: "pool", "spatial", "features" or "images", a field of `Reference`, or
-    nothing. Of "images" the reference keeps (`Reference.kept`) what the metric keeps of samples."""
+    """Part of the reference that it needs: "pool", "spatial", "dinov2", "features" or "images", a field of `Reference`,
+    or nothing. Of "images" the reference keeps (`Reference.kept`) what the metric keeps of samples."""
     network: str = "inception"
     """The line of `tables.FEATURE_NETWORKS` whose features it sees."""
     captions: bool = False
@@ -110,6 +110,14 @@ class _Moments:
 
     def add(self, features, mask):
         self._moments.add(getattr(features, self._name), mask)
+
+
+class _WholeMoments:
+    """Those of features that are one array."""
+
+    def __init__(self):
+        self._moments = Moments()
+        self.add, self.gaussian = self._moments.add, self._moments.gaussian
 
 
 class _Logits:
@@ -185,6 +193,14 @@ PRECISION, RECALL = (
         higher=True,
     )
     for which, label in enumerate(("precision", "recall"))
+)
+FD_DINOV2 = Metric(
+    "FD-DINOv2",
+    "moments",
+    _WholeMoments,
+    lambda kept, target, _: target.dinov2.distance(kept.gaussian()),
+    "dinov2",
+    network="dinov2",
 )
 CLIP_SCORE = Metric(
     "CLIP score",

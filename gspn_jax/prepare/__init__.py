@@ -3,18 +3,20 @@
 python -m gspn_jax.prepare latents --images IMAGENET/train --vae VAE.safetensors --output LATENTS
 python -m gspn_jax.prepare stats --images IMAGENET/train --image-size 256 --inception INCEPTION.pth --output REF.npz
 python -m gspn_jax.prepare images --images IMAGENET/train --output RECORDS
+python -m gspn_jax.prepare features --images IMAGENET/train --weights DINOV2 --output FEATURES
 python -m gspn_jax.prepare captions --model FOLDER --images IMAGES --output CAPTIONS
 python -m gspn_jax.prepare inception --weights INCEPTION.pth --output INCEPTION.safetensors
 python -m gspn_jax.prepare latents --help
 
 `latents` encodes every image and its mirror image once; `stats` makes the reference statistics of FID and the other
-metrics; `images` decodes images once, for the training of classifiers (docs/classification.md); `captions` encodes
-images and their captions for a model of Stable Diffusion (docs/text_to_image.md).
+metrics; `features` computes those of a frozen network, for training that is aligned with them (docs/recipes.md);
+`images` decodes images once, for the training of classifiers (docs/classification.md); `captions` encodes images and
+their captions for a model of Stable Diffusion (docs/text_to_image.md).
 Several hosts with a common file system share the work: under Slurm, or with --coordinator HOST:PORT --num-processes N
---process-id I (docs/launch); `latents` and `captions` also, and `images` only, without knowing one another, each with
-its own --host of --num-hosts. The same command goes on where a killed one stopped, and the result is the same to the
-byte, on any number of hosts. `inception` makes of the weights that pytorch-fid publishes a file that is read without
-PyTorch.
+--process-id I (docs/launch); `latents`, `features` and `captions` also, and `images` only, without knowing one another,
+each with its own --host of --num-hosts. The same command goes on where a killed one stopped, and the result is the
+same to the byte, on any number of hosts. `inception` makes of the weights that pytorch-fid publishes a file that is
+read without PyTorch.
 """
 
 import os
@@ -22,7 +24,7 @@ import os
 from gspn_jax import cli, extras
 from gspn_jax.config import ConfigError
 
-COMMANDS = ("latents", "stats", "images", "captions", "inception")
+COMMANDS = ("latents", "features", "stats", "images", "captions", "inception")
 
 
 @cli.user_errors()
@@ -46,6 +48,10 @@ def main(argv: list[str] | None = None) -> None:
             from gspn_jax.prepare.latents import Latents, prepare_latents
 
             prepare_latents(tyro.cli(Latents, args=_joined(argv), prog="python -m gspn_jax.prepare latents"))
+        elif command == "features":
+            from gspn_jax.prepare.features import Features, prepare_features
+
+            prepare_features(tyro.cli(Features, args=_joined(argv), prog="python -m gspn_jax.prepare features"))
         elif command == "captions":
             from gspn_jax.prepare.captions import Captions, prepare_captions
 

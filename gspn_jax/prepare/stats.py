@@ -14,11 +14,11 @@ import pathlib
 import re
 import shutil
 import zipfile
-from collections.abc import Iterator
-from typing import ClassVar
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, ClassVar
 
 import numpy as np
-from jaxtyping import UInt8
+from jaxtyping import Array, UInt8
 
 from gspn_jax.config import ConfigError
 from gspn_jax.data.ahead import read_ahead
@@ -36,21 +36,25 @@ PARTIAL = ".gspn-partial"
 _OURS = re.compile(r"state\.npz|part-\d{5,}\.npz")
 _SEAL = "sha256"
 """The array of a file of sums that holds the digest of the others."""
-_PARTS = ("pool", "spatial")
-_STATE_BYTES = 8 * (2048**2 + 2023**2)
+_PARTS = {"inception": ("pool", "spatial"), "dinov2": ("dinov2",)}
+"""Features of a network whose moments are kept: fields of a `Reference`."""
+_STATE_BYTES = {"inception": 8 * (2048**2 + 2023**2), "dinov2": 8 * 1536**2}
 """The sums of a part; as much room have the sums so far, those that replace them, and the result."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Stats(ImageFlags):
-    """Reference statistics for FID, sFID, KID, precision and recall: give --images, --tars, --tfds or --npz."""
+    """Reference statistics for FID, sFID, KID, precision and recall, and with --dinov2 for FD-DINOv2: give --images,
+    --tars, --tfds or --npz."""
 
     KINDS: ClassVar[tuple[str, ...]] = (*ImageFlags.KINDS, "npz")
 
     images: str | None = None
     """A folder of images, in class folders or not."""
     inception: str | None = None
-    """Weights of Inception-v3 (.pth or .safetensors)."""
+    """Weights of Inception-v3 (.pth or .safetensors); may be left out with --dinov2."""
+    dinov2: str | None = None
+    """A folder of DINOv2 as transformers writes it, or a file of its weights (ViT-L/14 in published numbers)."""
     output: str
     """The .npz to write, which training takes as eval.reference and `gspn_jax.evaluate` as --reference."""
     npz: str | None = None
@@ -158,38 +162,41 @@ def _prepare(arguments: Stats, output: pathlib.Path) -> None:
     import jax
     from tqdm import tqdm
 
-    from gspn_jax.metrics import inception
-    from gspn_jax.metrics.extractor import Extractor
     from gspn_jax.metrics.reference import Reference
     from gspn_jax.parallel.agreement import meet
     from gspn_jax.prepare.hosts import wait_until
     from gspn_jax.runs import same_hosts
 
     # --- what can be wrong is found first
-    weights = inception.read(inception.require(arguments.inception, "--inception"))
-    sha256 = inception.digest(weights)
+    networks = _networks(arguments)
     images = _Set(arguments)
     chosen = np.unique(np.linspace(0, images.size - 1, min(arguments.keep, images.size)).astype(int))
     kept_bytes = len(chosen) * (3 * 4 * 2048 + arguments.keep_images * 3 * int(np.prod(images.side)))
-    needed = (3 + jax.process_count()) * _STATE_BYTES + kept_bytes
+    needed = (3 + jax.process_count()) * sum(_STATE_BYTES[name] for name in networks) + kept_bytes
     if (free := shutil.disk_usage(output.parent).free) < needed:
         raise ConfigError(
             f"the statistics need {needed / 1e9:.1f} GB in {output.parent}, found {free / 1e9:.1f} GB free"
         )
-    extractor = Extractor(inception.from_state_dict(weights), batch_size=arguments.batch_size)
-    settings = {
-        "inception_sha256": sha256,
-        "images": images.fingerprint,
-        "image_size": list(images.side),
-        "keep": len(chosen),
-        "bad_images": arguments.bad_images,
-        "batch_size": extractor.batch_size,
-        "save_every": arguments.save_every,
-    } | ({"fit": arguments.fit} if arguments.fit != "adm" else {})  # as states from before there was a choice
+    extractors = {name: one.extractor(arguments.batch_size) for name, one in networks.items()}
+    batch_size = next(iter(extractors.values())).batch_size
+    parts_kept = [part for name in networks for part in _PARTS[name]]
+    digests = {f"{name}_sha256": one.digest for name, one in networks.items()}
+    settings = (
+        digests
+        | {
+            "images": images.fingerprint,
+            "image_size": list(images.side),
+            "keep": len(chosen),
+            "bad_images": arguments.bad_images,
+            "batch_size": batch_size,
+            "save_every": arguments.save_every,
+        }
+        | ({"fit": arguments.fit} if arguments.fit != "adm" else {})
+    )  # as states from before there was a choice
     same_hosts.check_values(settings | {"output": arguments.output})
 
     # --- this host's parts that are not there yet
-    progress = _Progress(output.with_name(output.name + PARTIAL), settings)
+    progress = _Progress(output.with_name(output.name + PARTIAL), settings, parts_kept)
     parts = [
         range(start, min(start + arguments.save_every, images.size))
         for start in range(0, images.size, arguments.save_every)
@@ -203,15 +210,16 @@ def _prepare(arguments: Stats, output: pathlib.Path) -> None:
         total=sum(len(parts[number]) for number in mine), unit="image", desc="features", dynamic_ncols=True
     ) as bar:
         for number in mine:
-            before, computed = bar.n, _Sums()
+            before, computed = bar.n, _Sums(parts_kept)
             usable = (
                 (index, image)
                 for index, image in zip(parts[number], images.read(parts[number]), strict=True)
                 if image is not None
             )
-            for batch in _batches(usable, extractor.batch_size):
+            for batch in _batches(usable, batch_size):
                 indices = [index for index, _ in batch]
-                computed.add(*extractor(np.stack([image for _, image in batch])), np.isin(indices, chosen))
+                features, mask = _features(extractors, np.stack([image for _, image in batch]))
+                computed.add(features, mask, np.isin(indices, chosen))
                 bar.update(before + indices[-1] + 1 - parts[number].start - bar.n)
             progress.save(number, computed)
             bar.update(before + len(parts[number]) - bar.n)
@@ -224,17 +232,17 @@ def _prepare(arguments: Stats, output: pathlib.Path) -> None:
 
     # --- the result
     sums = progress.sums
-    count = sums.moments["pool"].count
+    count = sums.moments[parts_kept[0]].count
     if count < 2:
         raise ConfigError(f"statistics need at least 2 images that can be used, found {count} of {images.size}")
     reference = Reference(
         str(output),
         "",
-        *(sums.moments[part].gaussian() for part in _PARTS),
-        features=sums.features() if len(chosen) else None,
+        **{part: sums.moments[part].gaussian() for part in parts_kept},
+        features=sums.features() if len(chosen) and "inception" in networks else None,
         num_images=count,
         image_size=images.side,
-        inception_sha256=sha256,
+        **digests,
     )
     kept = None
     if arguments.keep_images and len(chosen):
@@ -247,6 +255,48 @@ def _prepare(arguments: Stats, output: pathlib.Path) -> None:
         + (f"; bad images left out: {left_out:,}" if left_out else "")
         + f"; they allow {', '.join(reference.allowed)}"
     )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Network:
+    """A feature network with its weights' digest."""
+
+    digest: str
+    params: Mapping[str, Any]
+    network: Any
+
+    def extractor(self, batch_size: int) -> Any:
+        from gspn_jax.metrics.extractor import Extractor
+
+        others = {} if self.network is None else {"network": self.network}
+        return Extractor(self.params, batch_size=batch_size, **others)
+
+
+def _networks(arguments: Stats) -> dict[str, _Network]:
+    """The networks that are asked for, by name. Raises ConfigError, WeightsError or OSError."""
+    from gspn_jax.metrics import inception
+    from gspn_jax.tables import FEATURE_NETWORKS
+
+    found = {}
+    if arguments.inception or not arguments.dinov2:
+        weights = inception.read(inception.require(arguments.inception, "--inception"))
+        found["inception"] = _Network(inception.digest(weights), inception.from_state_dict(weights), None)
+    if arguments.dinov2:
+        line = FEATURE_NETWORKS["dinov2"]
+        network = line.configured(line.require(arguments.dinov2, "--dinov2"))
+        found["dinov2"] = _Network(network.digest(network.params), network.params, network)
+    return found
+
+
+def _features(
+    extractors: Mapping[str, Any], images: UInt8[np.ndarray, "n H W 3"]
+) -> tuple[dict[str, Array], Array | np.ndarray]:
+    """Features of images by part, and the mask of all."""
+    found, mask = {}, np.zeros(0, bool)
+    for name, extractor in extractors.items():
+        features, mask = extractor(images)
+        found |= {name: features} if name in _PARTS[name] else {part: getattr(features, part) for part in _PARTS[name]}
+    return found, mask
 
 
 def _batches(items: Iterator, size: int) -> Iterator[list]:
@@ -263,18 +313,18 @@ def _batches(items: Iterator, size: int) -> Iterator[list]:
 class _Sums:
     """Moments of images, and the pool features of those among them that are kept."""
 
-    def __init__(self):
+    def __init__(self, parts: Sequence[str] = _PARTS["inception"]):
         from gspn_jax.metrics.moments import Moments
 
-        self.moments = {part: Moments() for part in _PARTS}
+        self.moments = {part: Moments() for part in parts}
         self._features: list[np.ndarray] = []
 
-    def add(self, features, mask, chosen: np.ndarray) -> None:
+    def add(self, features: Mapping[str, Array], mask, chosen: np.ndarray) -> None:
         """Adds a batch, and keeps the pool features of the rows that are `chosen`."""
         for part, moments in self.moments.items():
-            moments.add(getattr(features, part), mask)
-        if chosen.any():
-            self._features.append(np.asarray(features.pool)[: len(chosen)][chosen])
+            moments.add(features[part], mask)
+        if chosen.any() and "pool" in features:
+            self._features.append(np.asarray(features["pool"])[: len(chosen)][chosen])
 
     def merge(self, path: pathlib.Path) -> None:
         """Adds the sums that were written to `path`. Raises DamagedError, having added nothing, for a damaged file."""
@@ -328,9 +378,10 @@ class _Progress:
     """What is known of the images so far: `sums` of the first `parts`, as the state in `folder`, where further parts
     lie as files of their own until the first host has taken them in."""
 
-    def __init__(self, folder: pathlib.Path, settings: dict):
+    def __init__(self, folder: pathlib.Path, settings: dict, parts: Sequence[str] = _PARTS["inception"]):
+        """`parts` are the features whose sums are kept."""
         self.folder, self._settings = folder, settings
-        self.sums, self.parts = _Sums(), 0
+        self.sums, self.parts = _Sums(parts), 0
         folder.mkdir(exist_ok=True)
         others = [path for path in folder.iterdir() if not (path.name.startswith(".") or _OURS.fullmatch(path.name))]
         if others:

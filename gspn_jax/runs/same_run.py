@@ -24,6 +24,8 @@ def check_same_run(meta: dict[str, Any], config: RunConfig, fingerprint: str) ->
     for name, change in changes.items():
         if not name.startswith(config.FIXED) or name in config.FREE:
             continue
+        if name in config.MOVABLE and None not in (saved[name], now[name]):
+            continue
         asked = next((a for a in CHANGEABLE if name not in config.SHAPES and f"{name}.".startswith(f"{a}.")), None)
         if asked is None or asked not in allowed:
             raise CheckpointError(

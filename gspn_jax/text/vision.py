@@ -5,26 +5,21 @@ The patch convolution is [p, p, 3, out], tables [rows, width], linears [in, out]
 """
 
 import dataclasses
-import functools
-import math
 from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jaxtyping import Array, Float, Float32, Float64, UInt8
+from jaxtyping import Array, Float, Float32, UInt8
 
 from gspn_jax.config import ConfigError
 from gspn_jax.text import layers
+from gspn_jax.text.bicubic import resize_levels
 from gspn_jax.text.layers import ACTIVATIONS, HIGHEST, Params, layer_shapes, with_biases
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 DEVIATION = (0.26862954, 0.26130258, 0.27577711)
 """Mean and deviation of each channel in 0..1, as every CLIP of OpenAI and OpenCLIP's ViTs have them (openai/CLIP)."""
-
-_CUBIC = -0.5
-"""The parameter of Pillow's bicubic filter."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,33 +118,7 @@ def preprocess(images: UInt8[Array, "B H W 3"], size: int) -> Float32[Array, "B 
     scaled = size * height // short, size * width // short  # torchvision's rounding
     x = images.astype(jnp.float32)
     if short != size:
-        for axis in (2, 1):  # Pillow's order
-            weights = jnp.asarray(_bicubic(x.shape[axis], scaled[axis - 1]), jnp.float32)
-            x = jnp.moveaxis(jnp.tensordot(x, weights, axes=[[axis], [1]], precision=HIGHEST), -1, axis)
-            x = jnp.clip(jnp.floor(x + 0.5), 0, 255)
+        x = resize_levels(x, *scaled)
     top, left = (round((side - size) / 2) for side in scaled)
     x = x[:, top : top + size, left : left + size] / 255
     return (x - jnp.asarray(MEAN, x.dtype)) / jnp.asarray(DEVIATION, x.dtype)
-
-
-@functools.lru_cache(maxsize=8)
-def _bicubic(size: int, scaled: int) -> Float64[np.ndarray, "scaled size"]:
-    """Weights of each pixel in each scaled one (Pillow's `precompute_coeffs`): the filter grows with the reduction."""
-    ratio = size / scaled
-    stretch = max(ratio, 1.0)
-    weights = np.zeros((scaled, size))
-    for i in range(scaled):
-        centre = (i + 0.5) * ratio
-        first = max(0, math.floor(centre - 2 * stretch + 0.5))
-        last = min(size, math.floor(centre + 2 * stretch + 0.5))
-        values = _cubic((np.arange(first, last) - centre + 0.5) / stretch)
-        weights[i, first:last] = values / values.sum()
-    return weights
-
-
-def _cubic(x: Float64[np.ndarray, " n"]) -> Float64[np.ndarray, " n"]:
-    """Keys' cubic convolution."""
-    x, a = np.abs(x), _CUBIC
-    near = ((a + 2) * x - (a + 3)) * x * x + 1
-    far = (((x - 5) * x + 8) * x - 4) * a
-    return np.where(x < 1, near, np.where(x < 2, far, 0.0))

@@ -88,7 +88,7 @@ class SampleEvaluation:
         if self._reference:
             size = next(iter(extractors.values())).batch_size
             self._reference = self._reference.complete(self._names, extractors, size)
-        params = state.params if self._average is None else state.ema[self._average]
+        params = state.exported if self._average is None else state.ema[self._average]
         collector = Collector(self._names)
         with tqdm(
             total=len(self._labels),
@@ -121,8 +121,8 @@ def _reference(config: Config, weights: Mapping[str, Weights]) -> Reference | No
         return None
     reference = read_reference(config.eval.reference, "eval.reference")
     reference.check(names)
-    if "inception" in weights:
-        reference.check_inception(weights["inception"].digest)
+    for name, one in weights.items():
+        reference.check_weights(name, one.digest)
     if reference.images:
         for _ in reference.images.batches(1000):  # damage is found now, not at the first evaluation
             pass

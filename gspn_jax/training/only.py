@@ -30,6 +30,11 @@ def part(params: Any, trained: Any | None) -> Any:
     return params if trained is None else jax.tree.map(lambda leaf, mine: leaf if mine else None, params, trained)
 
 
+def without(params: Any, names: tuple[str, ...]) -> Any:
+    """`params` without what stands under these names at its top."""
+    return {name: part for name, part in params.items() if name not in names} if names else params
+
+
 def merged(part: Any, params: Any) -> Any:
     """`params` with those of `part` in their places: the inverse of `part`."""
     return jax.tree.map(lambda own, new: own if new is None else new, params, part)

@@ -14,11 +14,15 @@ from gspn_jax.runs import averages
 from gspn_jax.training import ema, only
 from gspn_jax.training.task import Task
 
+TRAINING_ONLY = "training_only"
+"""The item of a checkpoint that holds the parameters that only training needs."""
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
     """State that a step reads and writes. `halted` is set by a non-finite loss; from then on steps change nothing.
+    `apart` is that of the task.
 
     Parameters, moments and averages are as `sharding.stored` says: the axis that "fsdp" splits may be padded by zeros.
     """
@@ -28,12 +32,18 @@ class TrainState:
     opt_state: Any
     ema: dict[str, Any]
     halted: Bool[Array, ""]
+    apart: tuple[str, ...] = dataclasses.field(default=(), metadata={"static": True})
+
+    @property
+    def exported(self) -> Any:
+        """The parameters but for those that only training needs."""
+        return only.without(self.params, self.apart)
 
     def items(self) -> dict[str, Any]:
         """The items of a checkpoint, by name: each average apart, so that sampling reads only one."""
-        return {"params": self.params, "opt_state": self.opt_state} | {
-            averages.item_of(name): average for name, average in self.ema.items()
-        }
+        items = {"params": self.exported, "opt_state": self.opt_state}
+        items |= {averages.item_of(name): average for name, average in self.ema.items()}
+        return items | ({TRAINING_ONLY: {name: self.params[name] for name in self.apart}} if self.apart else {})
 
     def of_items(self, step: int, items: dict[str, Any]) -> "TrainState":
         """The state at `step` of `items` that were read from a checkpoint; this one has its shapes and shardings."""
@@ -43,10 +53,11 @@ class TrainState:
         )()
         return TrainState(
             step=number,
-            params=items["params"],
+            params=items["params"] | items[TRAINING_ONLY] if self.apart else items["params"],
             opt_state=items["opt_state"],
             ema={name: items[averages.item_of(name)] for name in self.ema},
             halted=halted,
+            apart=self.apart,
         )
 
 
@@ -59,8 +70,9 @@ def _begin(task: Task, params: Any) -> TrainState:
         step=jnp.zeros((), jnp.int32),
         params=params,
         opt_state=task.optimizer().init(only.part(params, only.trained(task.config.train, task.shapes))),
-        ema=ema.init(params, averages.names(task.config.train)),
+        ema=ema.init(only.without(params, task.apart), averages.names(task.config.train)),
         halted=jnp.zeros((), jnp.bool_),
+        apart=task.apart,
     )
 
 
@@ -78,7 +90,12 @@ def abstract_state(task: Task, mesh: Mesh | AbstractMesh) -> TrainState:
         is_leaf=_masked,
     )
     shardings = TrainState(
-        step=everywhere, params=params, opt_state=opt_state, ema=dict.fromkeys(shapes.ema, params), halted=everywhere
+        step=everywhere,
+        params=params,
+        opt_state=opt_state,
+        ema=dict.fromkeys(shapes.ema, only.without(params, task.apart)),
+        halted=everywhere,
+        apart=task.apart,
     )
     return jax.tree.map(lambda s, where: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where), shapes, shardings)
 

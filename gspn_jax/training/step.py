@@ -74,6 +74,7 @@ def make_step(task: Task, mesh: Mesh, frozen: Sequence[Any] = ()) -> Step:
     """
     optimizer, schedule, gradient = task.optimizer(), task.learning_rate(), make_gradient(task, mesh)
     trained = only.trained(task.config.train, task.shapes)
+    averaged = trained and only.without(trained, task.apart)
     train, skips = task.config.train, task.config.guard.nonfinite == "skip"
 
     def step(state: TrainState, batch: Batch, *frozen: Any) -> tuple[TrainState, Metrics]:
@@ -88,14 +89,15 @@ def make_step(task: Task, mesh: Mesh, frozen: Sequence[Any] = ()) -> Step:
         part = only.part(state.params, trained)
         updates, opt_state = optimizer.update(grads, state.opt_state, part)
         part = optax.apply_updates(part, updates)
-        averages = {name: only.part(average, trained) for name, average in state.ema.items()}
-        averages = ema.update(averages, part, state.step)
+        averages = {name: only.part(average, averaged) for name, average in state.ema.items()}
+        averages = ema.update(averages, only.without(part, task.apart), state.step)
         new = TrainState(
             step=state.step + 1,
             params=only.merged(part, state.params),
             opt_state=opt_state,
             ema={name: only.merged(average, state.ema[name]) for name, average in averages.items()},
             halted=jnp.zeros((), jnp.bool_),
+            apart=state.apart,
         )
         good = usable & ~state.halted
         new = jax.tree.map(lambda n, o: jnp.where(good, n, o), new, state)

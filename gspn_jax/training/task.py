@@ -57,6 +57,10 @@ class Task(abc.ABC):
         self.config = config
 
     # --- parameters
+    apart: tuple[str, ...] = ()
+    """Names at the top of `shapes` of parameters that only training needs: trained with the others and saved apart from
+    them; in no average, sample or export."""
+
     @property
     @abc.abstractmethod
     def shapes(self) -> Any:

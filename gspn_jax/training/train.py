@@ -17,6 +17,7 @@ from gspn_jax.runs import readback, same_hosts
 from gspn_jax.runs.checkpoints import steps
 from gspn_jax.runs.saving import Checkpoints
 from gspn_jax.training import hooks, muon, only, start
+from gspn_jax.training.alignment import AlignmentTask
 from gspn_jax.training.batches import Batches
 from gspn_jax.training.diffusion import DiffusionTask
 from gspn_jax.training.distillation import DistillationTask
@@ -42,8 +43,10 @@ def train(config: Config) -> pathlib.Path:
 
 
 def diffusion_task(config: Config) -> DiffusionTask:
-    """The task of a config: to learn from images, or from a teacher. Raises ConfigError for settings that do not fit
-    together."""
+    """The task of a config: to learn from images, beside their features too, or from a teacher. Raises ConfigError for
+    settings that do not fit together."""
+    if config.align.features is not None:
+        return AlignmentTask(config)
     return DiffusionTask(config) if config.distill == DistillConfig() else DistillationTask(config)
 
 

@@ -47,6 +47,7 @@ def _of_run(path: str, class_names: Sequence[str]) -> tuple[Config, Rows, str, A
         raise ConfigError(f"init_from {path}: {error}") from error
     decay = theirs.train.ema_decays[0]
     said = f"{path}, step {step}, {f'EMA {decay:g}' if decay else 'the parameters themselves'}"
+    said += "; without the projector of its alignment" if theirs.align.features else ""
     rows = class_rows(meta, class_names)
     return theirs, rows, said, lambda mesh: checkpoints.restore_params(path, step, theirs, mesh)
 

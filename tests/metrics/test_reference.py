@@ -88,7 +88,7 @@ def test_what_a_file_has_as_images_only_is_computed_once_and_the_rest_left_alone
     def never(images):
         raise AssertionError
 
-    assert found.complete(METRICS, {"inception": never}, 8) is found
+    assert found.complete(("fid", "sfid", "kid"), {"inception": never}, 8) is found
 
 
 @pytest.mark.parametrize("compressed", [False, True])
@@ -165,13 +165,13 @@ def test_other_weights_than_the_references_are_refused(tmp_path):
     np.savez(tmp_path / "ref.npz", **gaussian(POOL, ("mu", "sigma")), inception_sha256="abc", num_images=50_000)
     found = read_reference(tmp_path / "ref.npz")
     assert found.num_images == 50_000
-    found.check_inception("abc")
+    found.check_weights("inception", "abc")
     with pytest.raises(
         ConfigError,
         match=r"must be of the Inception weights in use \(def\.\.\.\), found statistics of "
         r"abc\.\.\.",
     ):
-        found.check_inception("def")
+        found.check_weights("inception", "def")
 
 
 def test_statistics_know_the_size_of_their_images(tmp_path):

@@ -18,7 +18,7 @@ from gspn_jax.metrics.reference import Reference
 from gspn_jax.metrics.scores import Collector
 from tests.metrics import adm
 
-METRICS = tuple(name for name, metric in tables.METRICS.items() if not metric.captions)
+METRICS = tuple(name for name, metric in tables.METRICS.items() if metric.network == "inception")
 
 SIZE = 12
 
@@ -109,6 +109,20 @@ def test_kid_is_torch_fidelitys_estimate(features):
     assert found == pytest.approx(adm.kid(features.samples, features.real, size=130, **settings), rel=1e-10)
 
 
+def test_fd_dinov2_is_frechets_distance_of_class_tokens():
+    rng = np.random.default_rng(0)
+    real = rng.standard_normal((90, SIZE))
+    samples = (1.5 * rng.standard_normal((70, SIZE)) + 1).astype(np.float32)
+    collector = Collector(["fd_dinov2"])
+    for rows in (slice(0, 50), slice(50, 100)):
+        padded = np.pad(samples[rows], ((0, 50 - len(samples[rows])), (0, 0)), constant_values=np.nan)
+        collector.add(padded, np.arange(50) < len(samples[rows]), "dinov2")
+    target = Reference("ref", "", dinov2=Gaussian(real.mean(0), np.cov(real, rowvar=False)))
+    assert collector.scores(target)["fd_dinov2"] == pytest.approx(adm.fid(real, samples), rel=1e-5)
+    with pytest.raises(ConfigError, match="the reference ref must have mu_dinov2 and sigma_dinov2 for fd_dinov2"):
+        Reference("ref", "", pool=target.dinov2).check(["fd_dinov2"])
+
+
 @pytest.mark.parametrize("devices", [1, 8])
 def test_all_metrics_at_once_skip_padded_rows(features, devices):
     split = NamedSharding(Mesh(np.array(jax.devices()[:devices]), ("data",)), PartitionSpec("data"))
@@ -165,7 +179,7 @@ def test_only_what_the_names_need_is_kept_and_asked_for(features):
 @pytest.mark.parametrize("names", [(), ("fid", "fid"), ("fid", "FID")])
 def test_wrong_names_get_a_sentence(names):
     with pytest.raises(
-        ConfigError, match="must be some of fid, sfid, is, kid, precision, recall, clip, each once, found"
+        ConfigError, match="must be some of fid, sfid, is, kid, precision, recall, fd_dinov2, clip, each once, found"
     ):
         Collector(names)
 

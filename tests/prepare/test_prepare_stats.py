@@ -14,7 +14,7 @@ from gspn_jax.metrics import extractor, inception, reference
 from gspn_jax.metrics.reference import read_reference
 from gspn_jax.prepare import stats
 
-METRICS = tuple(name for name, metric in tables.METRICS.items() if not metric.captions)
+METRICS = tuple(name for name, metric in tables.METRICS.items() if metric.network == "inception")
 
 SIDE, COUNT = 12, 11
 
@@ -109,7 +109,7 @@ def made(weights, images, tmp_path_factory) -> pathlib.Path:
 
 def assert_are_statistics_of(path, truth):
     found = read_reference(path)
-    assert found.allowed == METRICS and found.num_images == COUNT
+    assert {*found.allowed} == {*METRICS, "fd_dinov2"} and found.num_images == COUNT
     for gaussian, features in ((found.pool, truth.pool), (found.spatial, truth.spatial)):
         features = np.asarray(features, np.float64)
         # batches and one call round float32 differently: 1e-5 of the largest value
@@ -125,7 +125,7 @@ def assert_are_statistics_of(path, truth):
 def test_statistics_are_those_of_all_images(made):
     features, _ = SmallExtractor({}, batch_size=COUNT)(pixels())
     assert_are_statistics_of(made, features)
-    read_reference(made).check_inception(inception.digest({}))
+    read_reference(made).check_weights("inception", inception.digest({}))
 
 
 @pytest.mark.slow
@@ -136,7 +136,7 @@ def test_statistics_are_those_of_inception(images, tmp_path):
     assert_are_statistics_of(
         tmp_path / "ref.npz", jax.jit(inception.apply)(inception.from_state_dict(state_dict), pixels())
     )
-    read_reference(tmp_path / "ref.npz").check_inception(inception.digest(state_dict))
+    read_reference(tmp_path / "ref.npz").check_weights("inception", inception.digest(state_dict))
 
 
 def test_a_killed_preparation_goes_on_and_ends_in_the_same_bytes(made, weights, images, tmp_path, monkeypatch):

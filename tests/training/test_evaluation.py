@@ -37,7 +37,7 @@ from tests.real_images import archive
 from tests.training import tiny
 from tests.training.small_extractor import SIDE, SIZES, SmallExtractor, use_small_extractor
 
-METRICS = tuple(name for name, metric in tables.METRICS.items() if not metric.captions)
+METRICS = tuple(name for name, metric in tables.METRICS.items() if metric.network == "inception")
 
 
 @pytest.fixture
@@ -347,7 +347,8 @@ def test_files_that_cannot_be_used_are_found_before_anything_is_written(files, t
         ({"metrics": ()}, "eval.metrics must be some metrics, each once, found ()"),
         (
             {"metrics": ("fd",)},
-            "eval.metrics must be one of 'fid', 'sfid', 'is', 'kid', 'precision', 'recall', 'clip', found 'fd'",
+            "eval.metrics must be one of 'fid', 'sfid', 'is', 'kid', 'precision', 'recall', 'fd_dinov2', 'clip', found "
+            "'fd'",
         ),
         ({"batch_size": 0}, "eval.batch_size must be greater than 0, found 0"),
         ({"ema": 0.5}, "eval.ema must be None, 0 or one of train.ema_decays (0.9, 0.99), found 0.5"),
