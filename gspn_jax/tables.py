@@ -65,7 +65,16 @@ SOURCES = Table(
 )
 """`data.source`: `data.sources.Kind`s."""
 
-MIXERS = Table({"attention": "gspn_jax.models.mixers:AttentionOptions", "gspn": "gspn_jax.models.mixers:GSPNOptions"})
+MIXERS = Table(
+    {
+        "attention": "gspn_jax.models.mixers:AttentionOptions",
+        "gspn": "gspn_jax.models.mixers:GSPNOptions",
+        "compressed_gspn": "gspn_jax.models.compressed_gspn:CompressedOptions",
+        "convolution": "gspn_jax.models.convolution:ConvolutionOptions",
+        "linear_attention": "gspn_jax.models.linear_attention:LinearAttentionOptions",
+        "gated_linear_attention": "gspn_jax.models.gated_linear_attention:GatedLinearAttentionOptions",
+    }
+)
 """`model.mixer`: classes of `models.mixers.MixerOptions`."""
 
 OBJECTIVES = Table(

@@ -65,6 +65,13 @@ def attention(
     return jax.nn.dot_product_attention(q, k, v, implementation="xla").astype(dtype)
 
 
+def product(subscripts: str, a: Float[Array, "..."], b: Float[Array, "..."]) -> Float[Array, "..."]:
+    """`jnp.einsum` of two arrays in float32, whatever their type; a CPU has no such product of bfloat16, and casts."""
+    if jax.default_backend() == "cpu":
+        a, b = a.astype(jnp.float32), b.astype(jnp.float32)
+    return jnp.einsum(subscripts, a, b, preferred_element_type=jnp.float32)
+
+
 def choose(shape: tuple[int, int, int, int], dtype: DTypeLike) -> Choice:
     """The implementation that runs for queries, keys and values of this shape [B, N, heads, d] and type."""
     reason = "has no forward mode" if _forward_mode.value else _why_not_cudnn(_target(), shape, jnp.dtype(dtype))

@@ -5,7 +5,7 @@ module that they build, whose parameters say how they are split and cast (`param
 """
 
 import dataclasses
-from typing import ClassVar, Protocol, Self
+from typing import Any, ClassVar, Protocol, Self
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +25,8 @@ from gspn_jax.models.rotary import rotate
 DIRECTIONS = 4
 NEIGHBOURS = 3
 MIXER_KERNEL = 7
+ALIGNED = 8
+"""Multiple to which inner widths are rounded: 8 numbers of bfloat16 are the 16 bytes that tensor cores read at once."""
 # Uniform in +-1/sqrt(kernel area): the usual default for a depthwise convolution.
 DEPTHWISE = jax.nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform", in_axis=(0, 1), out_axis=2)
 
@@ -55,28 +57,45 @@ class MixerOptions(Protocol):
         ...
 
 
-def own_options(cls: type, model: ModelConfig) -> dict[str, object]:
-    """`model.mixer_options` ("NAME=VALUE") as values of fields of the dataclass `cls`. Raises ConfigError."""
-    fields = {field.name: field.type for field in dataclasses.fields(cls)}
+def own_options(cls: type, model: ModelConfig, names: tuple[str, ...] | None = None) -> dict[str, Any]:
+    """`model.mixer_options` ("NAME=VALUE") as values of fields of the dataclass `cls`, of all or of those in `names`.
+
+    Raises ConfigError."""
+    fields = {field.name: field.type for field in dataclasses.fields(cls) if names is None or field.name in names}
     found = {}
     for entry in model.mixer_options:
         name, _, text = entry.partition("=")
         try:
             found[name] = {"True": True, "False": False}[text] if fields[name] is bool else fields[name](text)
         except (KeyError, ValueError) as error:
-            known = ", ".join(f"{name}={kind.__name__.upper()}" for name, kind in fields.items()) or "none"
+            known = ", ".join(f"{name}={kind.__name__.upper()}" for name, kind in fields.items())
+            expected = f"some of {known}" if known else "empty"
             raise ConfigError(
-                f"model.mixer_options must be some of {known} with model.mixer={model.mixer!r}, found {entry!r}"
+                f"model.mixer_options must be {expected} with model.mixer={model.mixer!r}, found {entry!r}"
             ) from error
     return found
 
 
-def _no_options(model: ModelConfig) -> None:
-    if model.mixer_options:
-        raise ConfigError(
-            f"model.mixer_options must be empty with model.mixer={model.mixer!r}, which has fields of its own, found "
-            f"{model.mixer_options!r}"
-        )
+def check_groups(model: ModelConfig) -> None:
+    """Raises ConfigError if groups are set, where no line scans are."""
+    require(model.groups is None, "model.groups", f"None with model.mixer={model.mixer!r}", model.groups)
+
+
+def check_heads(model: ModelConfig) -> tuple[int, int]:
+    """(width, heads) of a mixer that has heads. Raises ConfigError unless they divide the width."""
+    hidden, heads = model.hidden, model.heads
+    require(heads is not None and hidden % heads == 0, "model.heads", f"a divisor of model.hidden ({hidden})", heads)
+    return hidden, heads
+
+
+def widened(width: int, expansion: float) -> int:
+    """`expansion` times `width`, to the nearest multiple of 8, which tensor cores take; `width` itself for 1.
+
+    Raises ConfigError for an expansion that is no number from 0 to 16, or leaves no channel."""
+    found = width if expansion == 1 else ALIGNED * round(expansion * width / ALIGNED) if 0 < expansion <= 16 else 0
+    expected = f"such that expansion is a number to 16 that leaves channels of {width}"
+    require(found > 0, "model.mixer_options", expected, expansion)
+    return found
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,12 +114,9 @@ class AttentionOptions:
 
     @classmethod
     def of(cls, model: ModelConfig) -> Self:
-        _no_options(model)
-        hidden, heads = model.hidden, model.heads
-        require(
-            heads is not None and hidden % heads == 0, "model.heads", f"a divisor of model.hidden ({hidden})", heads
-        )
-        require(model.groups is None, "model.groups", "None with model.mixer='attention'", model.groups)
+        own_options(cls, model, ())
+        check_groups(model)
+        hidden, heads = check_heads(model)
         size = hidden // heads
         require(not model.rope or size % 4 == 0, "model.heads", "such that model.rope has heads of 4n channels", heads)
         return cls(heads, bool(model.qk_norm), bool(model.rope))
@@ -143,8 +159,12 @@ class Attention(nnx.Module):
             q, k = self.q_norm(q).astype(q.dtype), self.k_norm(k).astype(k.dtype)
         if self.rope:
             q, k = (rotate(a, height, width) for a in (q, k))
-        y = attention(q, k, v)
-        return self.proj(y.reshape(x.shape))
+        return self.proj(self.attend(q, k, v).reshape(x.shape))
+
+    def attend(
+        self, q: Float[Array, "B N heads d"], k: Float[Array, "B N heads d"], v: Float[Array, "B N heads d"]
+    ) -> Float[Array, "B N heads d"]:
+        return attention(q, k, v)
 
     def _queries_keys_values(self, x: Float[Array, "B H W D"]) -> list[Float[Array, "B H W D"]]:
         """The linear `qkv`. A CPU takes three products: it pads and adds up the gradients of slices of one, where a GPU
@@ -182,12 +202,14 @@ class DepthwiseConv(nnx.Module):
 @dataclasses.dataclass(frozen=True)
 class GSPNOptions:
     """Options of `GSPNMixer`: sets of propagation weights, width of the proxy that they come from, the skip term of the
-    authors' code, and the kernel's backend (None is chosen where it runs)."""
+    authors' code, the kernel's backend (None is chosen where it runs), and how many times wider than the tokens what is
+    scanned is (`widened`)."""
 
     groups: int
     proxy: int
     skip: bool = False
     backend: str | None = None
+    expansion: float = 1.0
 
     needs_positions = False
     has_chunks = True
@@ -196,53 +218,66 @@ class GSPNOptions:
 
     @classmethod
     def of(cls, model: ModelConfig) -> Self:
-        _no_options(model)
-        hidden, backends = model.hidden, available_backends()
-        require(
-            model.backend in (None, *backends),
-            "model.backend",
-            f"None or one of {', '.join(map(repr, backends))} here",
-            model.backend,
-        )
-        groups = hidden if model.groups is None else model.groups
-        require(hidden % groups == 0, "model.groups", f"a divisor of model.hidden ({hidden})", groups)
-        require(model.proxy_ratio <= hidden, "model.proxy_ratio", f"at most model.hidden ({hidden})", model.proxy_ratio)
-        return cls(groups, hidden // model.proxy_ratio, model.skip, model.backend)
+        own = own_options(cls, model, () if model.layout == "paper" else ("expansion",))
+        return cls(**scan_options(model, widened(model.hidden, own.get("expansion", 1.0))), **own)
 
     def build(self, width: int, *, dtype: DTypeLike, rngs: nnx.Rngs) -> "GSPNMixer":
         return GSPNMixer(width, self, dtype=dtype, rngs=rngs)
 
     def flops(self, width: int, tokens: int) -> float:
         """Linears, the 7x7 convolution and the scans."""
-        expanded = DIRECTIONS * (NEIGHBOURS * self.groups + (3 if self.skip else 2) * width)
-        linears = 2 * width * width + width * self.proxy + self.proxy * expanded
-        # Of each channel in each direction: lam * x, three neighbours plus x, out_gate * h, times merge and sum; skip*x
-        scan = DIRECTIONS * (1 + 2 * NEIGHBOURS + 1 + 2 + (2 if self.skip else 0))
-        return tokens * (2.0 * linears + width * (2.0 * MIXER_KERNEL**2 + scan))
+        channels = widened(width, self.expansion)
+        linears = 2 * width * channels + channels * self.proxy
+        return tokens * (2.0 * (linears + MIXER_KERNEL**2 * channels) + scan_flops(self, channels))
+
+
+class ScanTerms(Protocol):
+    """Choices of a four-direction propagation that options of several mixers have."""
+
+    groups: int
+    proxy: int
+    skip: bool
+    backend: str | None
+
+
+def scan_options(model: ModelConfig, channels: int) -> dict[str, Any]:
+    """Fields of `ScanTerms` where so many channels are scanned, as the config says them. Raises ConfigError."""
+    hidden, backends = model.hidden, available_backends()
+    require(
+        model.backend in (None, *backends),
+        "model.backend",
+        f"None or one of {', '.join(map(repr, backends))} here",
+        model.backend,
+    )
+    groups = channels if model.groups is None else model.groups
+    scanned = f"model.hidden ({hidden})" if channels == hidden else f"the {channels} channels that are scanned"
+    require(channels % groups == 0, "model.groups", f"a divisor of {scanned}", groups)
+    require(model.proxy_ratio <= hidden, "model.proxy_ratio", f"at most model.hidden ({hidden})", model.proxy_ratio)
+    return {"groups": groups, "proxy": hidden // model.proxy_ratio, "skip": model.skip, "backend": model.backend}
+
+
+def scan_flops(options: ScanTerms, channels: int) -> float:
+    """Operations of a pixel: the terms, which are products of its proxy, and the scans."""
+    expanded = DIRECTIONS * (NEIGHBOURS * options.groups + (3 if options.skip else 2) * channels)
+    # Of each channel in each direction: lam * x, three neighbours plus x, out_gate * h, times merge and sum; skip*x
+    scan = DIRECTIONS * (1 + 2 * NEIGHBOURS + 1 + 2 + (2 if options.skip else 0))
+    return 2.0 * options.proxy * expanded + channels * scan
 
 
 CHANNELS = (None, None, "channels")
 """Axes of a parameter that has a number for each scanned channel: they are independent from `in_proj` to `out_proj`."""
 
 
-class GSPNMixer(nnx.Module):
-    """Four-direction propagation with weights that the tokens choose (arXiv 2501.12381, section 4).
-
-    Linear, depthwise 7x7, then from a narrow proxy of each token: the propagation weights (`gates`), the scale of what
-    enters the scan (`lam`) and of what leaves it (`out_gate`); the four scans are merged and pass a last linear.
+class Propagation(nnx.Module):
+    """Base of mixers with four-direction propagation, whose terms are linears of a narrow proxy of each token: the
+    propagation weights (`gates`), the scale of what enters the scan (`lam`) and of what leaves it (`out_gate`).
 
     `lam` and `out_gate` are 1 plus a linear without bias, and `merge` starts at 1/4, so that at initialisation the
-    propagation hands a token on at scale 1 with its context; this is our choice, the paper does not say. There are
-    no biases beyond those of the linears: with them the parameter counts are those of the paper.
+    propagation hands a token on at scale 1 with its context; this is our choice, the paper does not say.
     """
 
-    def __init__(self, width: int, options: GSPNOptions, *, dtype: DTypeLike, rngs: nnx.Rngs):
-        self.backend = options.backend
-
-        def linear(features: int, *axes: str) -> nnx.Linear:
-            return nnx.Linear(
-                width, features, kernel_init=XAVIER, dtype=dtype, rngs=rngs, kernel_metadata=logical(*axes)
-            )
+    def add_terms(self, channels: int, options: ScanTerms, *, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
+        """Makes the parameters for so many scanned channels."""
 
         def expand(*shape: int) -> nnx.LinearGeneral:
             return nnx.LinearGeneral(
@@ -255,26 +290,49 @@ class GSPNMixer(nnx.Module):
                 kernel_metadata=logical(*CHANNELS),
             )
 
-        self.in_proj = linear(width, "embed", "channels")
-        self.conv = DepthwiseConv(MIXER_KERNEL, width, axes=CHANNELS, dtype=dtype, rngs=rngs)
-        self.proxy = linear(options.proxy, "channels", "embed")
+        self.backend = options.backend
         self.gates = expand(DIRECTIONS * NEIGHBOURS, options.groups)
-        self.lam = expand(DIRECTIONS, width)
-        self.out_gate = expand(DIRECTIONS, width)
-        self.skip = expand(DIRECTIONS, width) if options.skip else None
+        self.lam = expand(DIRECTIONS, channels)
+        self.out_gate = expand(DIRECTIONS, channels)
+        self.skip = expand(DIRECTIONS, channels) if options.skip else None
         self.merge = nnx.Param(jnp.full((DIRECTIONS,), 1 / DIRECTIONS, jnp.float32), **logical(float32=True))
-        self.out_proj = linear(width, "channels", "embed")
 
-    def __call__(self, x: Float[Array, "B H W D"], *, chunk: int | None = None) -> Float[Array, "B H W D"]:
-        """`chunk` lines a local scan, None for the whole map."""
-        x = named(self.conv(named(self.in_proj(x), "in_proj")), "conv7")
-        proxy = named(self.proxy(x), "proxy")
+    def propagate(
+        self, x: Float[Array, "B H W C"], proxy: Float[Array, "B H W d"], chunk: int | None
+    ) -> Float[Array, "B H W C"]:
+        """The four scans, merged; `chunk` lines a local scan, None for the whole map."""
         gates, lam, out_gate, skip = (
             None if linear is None else linear.kernel[...].astype(x.dtype)
             for linear in (self.gates, self.lam, self.out_gate, self.skip)
         )
-        y = propagate_low_rank(
+        return propagate_low_rank(
             x, proxy, gates.reshape(gates.shape[0], DIRECTIONS, NEIGHBOURS, -1), lam, out_gate, self.merge[...],
             skip=skip, chunk=chunk, backend=self.backend,
         )  # fmt: skip
+
+
+def linear(inputs: int, features: int, *axes: str, dtype: DTypeLike, rngs: nnx.Rngs) -> nnx.Linear:
+    """A linear with bias whose kernel has the `axes`."""
+    return nnx.Linear(inputs, features, kernel_init=XAVIER, dtype=dtype, rngs=rngs, kernel_metadata=logical(*axes))
+
+
+class GSPNMixer(Propagation):
+    """Four-direction propagation with weights that the tokens choose (arXiv 2501.12381, section 4).
+
+    Linear, depthwise 7x7, propagation with terms from a proxy of the convolved tokens, and a last linear. There are no
+    biases beyond those of the linears: with them the parameter counts are those of the paper.
+    """
+
+    def __init__(self, width: int, options: GSPNOptions, *, dtype: DTypeLike, rngs: nnx.Rngs):
+        channels, made = widened(width, options.expansion), {"dtype": dtype, "rngs": rngs}
+        self.in_proj = linear(width, channels, "embed", "channels", **made)
+        self.conv = DepthwiseConv(MIXER_KERNEL, channels, axes=CHANNELS, **made)
+        self.proxy = linear(channels, options.proxy, "channels", "embed", **made)
+        self.add_terms(channels, options, **made)
+        self.out_proj = linear(channels, width, "channels", "embed", **made)
+
+    def __call__(self, x: Float[Array, "B H W D"], *, chunk: int | None = None) -> Float[Array, "B H W D"]:
+        """`chunk` lines a local scan, None for the whole map."""
+        x = named(self.conv(named(self.in_proj(x), "in_proj")), "conv7")
+        y = self.propagate(x, named(self.proxy(x), "proxy"), chunk)
         return named(self.out_proj(named(y, "scan")), "out_proj")

@@ -43,7 +43,10 @@ def linear(p, x):
 
 def mix(p, x, chunk):
     x = depthwise(linear(p["in_proj"], x), p["conv"]["kernel"])
-    proxy = linear(p["proxy"], x)
+    return linear(p["out_proj"], propagate(p, x, linear(p["proxy"], x), chunk))
+
+
+def propagate(p, x, proxy, chunk):
     gates, lam, out_gate = linear(p["gates"], proxy), 1 + linear(p["lam"], proxy), 1 + linear(p["out_gate"], proxy)
     channels = x.shape[-1]
     gates = np.repeat(gates, channels // gates.shape[-1], axis=-1)  # consecutive channels share a group
@@ -53,7 +56,7 @@ def mix(p, x, chunk):
         y += p["merge"][k] * out_gate[:, :, k] * h
         if "skip" in p:
             y += p["merge"][k] * linear(p["skip"], proxy)[:, :, k] * x
-    return linear(p["out_proj"], y)
+    return y
 
 
 def block(p, x, chunk):

@@ -11,10 +11,8 @@ from gspn_jax import models
 from gspn_jax.config import ConfigError, MeshConfig, ModelConfig
 from gspn_jax.models.convert import dit_from_torch
 from gspn_jax.models.rotary import rotate
-from gspn_jax.parallel import fsdp, sharding
-from gspn_jax.training.diffusion import DiffusionTask
-from gspn_jax.training.step import make_gradient
 from tests.models import numpy_dit, numpy_modern
+from tests.models.mesh_gradients import gradient_on
 from tests.models.model_cases import (
     BFLOAT16,
     DIT,
@@ -99,23 +97,6 @@ def test_bfloat16_stays_close_to_float32(model):
     config, low, inputs = make_config(model), make_config(model, precision=BFLOAT16), random_inputs(2, 8, 8)
     params = random_params(config)
     assert 0 < relative_error(run(low, params, *inputs), run(config, params, *inputs)) < 0.03
-
-
-def gradient_on(mesh, config, params, batch):
-    """(loss, gradients in their own shapes) on as many devices as the mesh has."""
-    task, devices = (
-        DiffusionTask(config),
-        sharding.make_mesh(mesh, jax.devices()[: mesh.data * mesh.fsdp * mesh.tensor]),
-    )
-    where = sharding.param_shardings(task.shapes, devices)
-
-    def gradient(params, batch):
-        with fsdp.sharded_blocks(devices, "float32"):
-            return make_gradient(task, devices)(params, batch, jax.random.key(1))
-
-    stored = jax.jit(lambda params: sharding.pad(params, task.shapes, devices), out_shardings=where)(params)
-    (loss, _), found = jax.jit(gradient, in_shardings=(where, sharding.batch_sharding(devices)))(stored, batch)
-    return float(loss), jax.tree.map(lambda a, s: np.asarray(a)[tuple(map(slice, s.shape))], found, task.shapes)
 
 
 BOTH, FSDP, TENSOR = MeshConfig(1, 4, 2), MeshConfig(1, 4, 1), MeshConfig(1, 1, 2)

@@ -105,7 +105,10 @@ def test_chunk_pattern(model, chunks):
     [
         ({"preset": "GSPN-M/2"}, r"model.preset must be one of GSPN-S/2, .*, found 'GSPN-M/2'"),
         ({"depth": 5}, r"model.depth must be even with model.layout='paper', found 5"),
-        ({"mixer": "attention"}, r"model.mixer must be 'gspn' with model.layout='paper', found 'attention'"),
+        (
+            {"mixer": "attention"},
+            r"model.mixer must be 'gspn' or .* or 'convolution' with model.layout='paper', found 'attention'",
+        ),
         ({"groups": 7}, r"model.groups must be a divisor of model.hidden \(900\), found 7"),
         ({"proxy_ratio": 1000}, r"model.proxy_ratio must be at most model.hidden \(900\), found 1000"),
         ({"chunk": (2, 2)}, r"model.chunk must be 'preset', None, an int, or 31 entries, one a block, found \(2, 2\)"),
