@@ -2,16 +2,16 @@
 
     python benchmarks/gpu_operator.py --out benchmarks/results/operator_gpu.json [--quick] [--tables operator ...]
 
-Values and gradients are checked first (gpu_values.py; `--values` names its result if it was made before); nothing is
-timed if one is wrong, unless `--anyway` asks for it. Then seven tables: (1) copy: the device's own bandwidth.
+Values and gradients are checked first (gpu_values.py; `--values` names its result if it was made before); nothing
+is timed if one is wrong, unless `--anyway` asks for it. Then seven tables: (1) copy: the device's own bandwidth.
 (2) products: the matrix products of a block of GSPN-XL/2, 1500 wide, against 1536. (3) convolutions: depthwise 7x7
 and 3x3 by cuDNN, as sums of shifted products and by our kernel, in float32 and bfloat16. (4) operator: forward and
 backward, milliseconds, share of the copy's bandwidth (each input read once, each output written once) and, without
-`--quick`, the ratio to the scan backend compiled by XLA; overlapping slabs, maps that are filled up and weights that
-are spread over channels have rows of their own, which is what they cost. (5) low_rank: the kernel that expands the
-proxy by itself against XLA's product and the plain kernel, alone and (6) blocks: within the mixer of a GSPN block. (7)
-attention at equal tokens and width, 256 to 65,536 tokens, and where the lines cross; only cuDNN's flash attention is
-compared with.
+`--quick`, the ratio to the scan backend compiled by XLA; overlapping slabs, maps that are filled up and weights
+that are spread over channels have rows of their own, which is what they cost. (5) low_rank: the kernel that expands
+the proxy by itself against XLA's product and the plain kernel, alone, with either way back, and (6) blocks: within
+the mixer of a GSPN block. (7) attention at equal tokens and width, 256 to 65,536 tokens, and where the lines cross;
+only cuDNN's flash attention is compared with.
 
 All sides of a ratio run in turns in this process; times are the best of `--repeats` of up to ten calls in a row.
 Results are written after each row, and a table that fails does not stop the next. With another device than an NVIDIA
@@ -43,7 +43,15 @@ from rehearsal import rehearsal
 
 from gspn_jax import models
 from gspn_jax.config import ModelConfig
-from gspn_jax.kernels import api, available_backends, depthwise_conv, depthwise_gpu, propagate, propagate_low_rank
+from gspn_jax.kernels import (
+    api,
+    available_backends,
+    depthwise_conv,
+    depthwise_gpu,
+    devices,
+    propagate,
+    propagate_low_rank,
+)
 from gspn_jax.models import attention
 from gspn_jax.models.mixers import GSPNMixer, GSPNOptions
 
@@ -338,6 +346,14 @@ def low_rank(sizes: Sizes, repeats: int) -> Rows:
 
         what = f"low rank {tuple(case)}" + (f", chunk {chunk}" if chunk else "")
         yield from fused_against_unfused(what, scans, low_rank_inputs(*case), sizes, repeats)
+        device = devices.current()
+        if chunk is None and device.expanding:
+            expanding = dataclasses.replace(device.expanding, backward_on_chip=not device.expanding.backward_on_chip)
+            way = "on chip" if expanding.backward_on_chip else "by XLA"
+            with devices.for_device(dataclasses.replace(device, expanding=expanding)):
+                yield from fused_against_unfused(
+                    f"{what}, backward {way}", scans, low_rank_inputs(*case), sizes, repeats
+                )
 
 
 def block_mixer(preset: str, sizes: Sizes) -> tuple[GSPNMixer, int]:

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from gspn_jax.kernels import reference, scan
+from gspn_jax.kernels import low_rank, reference, scan
 from gspn_jax.kernels.sharding import Shards, over_shards, split_by
 from gspn_jax.kernels.weights import DIRECTIONS, check_direction
 
@@ -29,6 +29,8 @@ class _Backend(NamedTuple):
     """None if XLA is to expand the proxy."""
     refuses_low_rank: Callable[[Array, Array, int], str | None] | None = None
     """Why it cannot take x [B, H, W, C] with a proxy [B, H, W, d] of so many kinds of terms, in words, or None."""
+    expand: Callable = low_rank.expand
+    """By XLA, what the backend does not expand by itself."""
     caveat: Callable[[], str | None] = lambda: None
     """What of it this machine cannot run, and what runs instead, in words, or None."""
 
@@ -48,6 +50,7 @@ def _mosaic_gpu() -> _Backend:
         refuses=mosaic_gpu.refuses,
         propagate_low_rank=over_shards(mosaic_gpu.propagate_low_rank, "bc b- -c -c -c -c -c"),
         refuses_low_rank=mosaic_gpu.refuses_low_rank,
+        expand=low_rank.expand_at_once,
         caveat=mosaic_gpu.caveat,
     )
 
@@ -192,12 +195,8 @@ def propagate_low_rank(
             if reason is None:
                 return chosen.propagate_low_rank(x, proxy, gates, lam, out_gate, merge, skip, chunk)
             _log_expansion(reason)
-
-        def expand(factor: Array) -> Array:
-            return jnp.tensordot(proxy, factor.astype(proxy.dtype), 1)
-
-        terms = expand(gates), 1 + expand(lam), 1 + expand(out_gate)
-        return chosen.propagate(x, *terms, merge, None if skip is None else expand(skip), chunk)
+        *terms, skip = chosen.expand(proxy, gates, lam, out_gate, skip)
+        return chosen.propagate(x, *terms, merge, skip, chunk)
 
 
 def _choose(name: str | None, x: Array, directions: int) -> _Backend:

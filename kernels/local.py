@@ -8,12 +8,12 @@ The programs are in `local_bodies`; docs/kernel.md has the picture.
 """
 
 import functools
-import itertools
 import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float
 
@@ -29,11 +29,12 @@ from gspn_jax.kernels.local_bodies import (
     Cotangents,
     Given,
     Shared,
-    count_terms,
+    exchanged_channels,
     local_backward,
     local_forward,
+    pairs,
 )
-from gspn_jax.kernels.terms import LAM, OUT_GATE, Job
+from gspn_jax.kernels.terms import OUT_GATE, Job
 from gspn_jax.kernels.weights import DIRECTIONS
 
 CHUNK = 2
@@ -132,9 +133,7 @@ def _shared(given: Given) -> Shared:
         up=expansion.swizzled((CLASSES, rows, rank), given.x.dtype),
         proxy=expansion.swizzled((slots, CLASSES, PIXELS, rank), given.x.dtype),
         pixels=plgpu.SMEM((2, pixels, CLASSES, height, width, SLAB), given.x.dtype),
-        result=plgpu.SMEM((CLASSES, height, width, SLAB), given.x.dtype),
-        state=launch.row_major((1 if backward else AXES, ROWS, SLAB)),
-        handed=launch.row_major((LOGITS, ROWS, SLAB)) if backward else (),
+        exchanged=launch.row_major((ROWS, exchanged_channels(1 + LOGITS if backward else AXES))),
         up_arrived=plgpu.Barrier(num_barriers=CLASSES),
         proxy_arrived=plgpu.Barrier(num_barriers=slots * CLASSES),
         pixels_arrived=plgpu.Barrier(num_barriers=2 * pixels * CLASSES),
@@ -145,63 +144,68 @@ def _shared(given: Given) -> Shared:
 def _propagate_backward(job: Job, arrays: tuple[Array, ...], _: tuple, cotangent: Array) -> tuple[Array, ...]:
     x, proxy, up, merge = arrays
     given = _given(x, proxy, up, merge)._replace(cotangent=_by_parity(cotangent.astype(x.dtype)))
-    terms = (CLASSES, x.shape[0], PIXELS, AXES * count_terms(job)[1], x.shape[-1])
-    outputs = Cotangents(*(jax.ShapeDtypeStruct(shape, x.dtype) for shape in (given.x.shape, terms)))
+    terms = (CLASSES, x.shape[0], PIXELS, len(pairs(job)), x.shape[-1])
+    outputs = Cotangents(jax.ShapeDtypeStruct(given.x.shape, x.dtype), jax.ShapeDtypeStruct(terms, jnp.uint32))
     by = _run(functools.partial(local_backward, job=job), given, outputs)
-    by_up, gy_h = _by_up(job, given.proxy, by.terms)
+    terms = lax.bitcast_convert_type(by.terms, x.dtype).reshape(CLASSES, x.shape[0] * PIXELS, -1)
+    by_up, gy_h = _by_up(job, given.proxy, terms)
     # the kernel leaves `merge` out of what out_gate and skip get: it is a factor of the sums, and gets them
     after = slice(OUT_GATE, None)
     used = up[:, after].astype(x.dtype).astype(jnp.float32)
     by_merge = gy_h + (by_up[:, after] * used).sum((1, 3))
     by_up = by_up.at[:, after].multiply(merge[:, None, :, None])
     scaled = up.at[:, after].multiply(merge[:, None, :, None]).astype(x.dtype)
-    by_proxy = _by_proxy(job, scaled, by.terms, proxy.shape).astype(proxy.dtype)
+    by_proxy = _by_proxy(job, scaled, terms, proxy.shape).astype(proxy.dtype)
     return by.x.reshape(x.shape), by_proxy, by_up, by_merge
 
 
-def _terms_of_classes(job: Job) -> list[list[tuple[int, slice]]]:
-    """For each class the directions and kinds of its terms, in the order of `Cotangents.terms`."""
-    kinds = slice(0, job.kinds)
-    first = slice(LAM, kinds.stop)
+def _terms_of_classes(job: Job) -> list[list[list[tuple[int, int]]]]:
+    """For each class direction and kind of its terms, in pairs, in the order of `Cotangents.terms`."""
     return [
-        [
-            (2 * axis + on, used)
-            for axis, parity in enumerate(divmod(index, 2))
-            for on, used in ((parity, first), (1 - parity, kinds))
-        ]
+        [[(2 * axis + (second != divmod(index, 2)[axis]), kind) for axis, second, kind in pair] for pair in pairs(job)]
         for index in range(CLASSES)
     ]
 
 
 def _by_proxy(
-    job: Job, up: Float[Array, "4 N C d"], terms: Float[Array, "4 B 64 T C"], shape: tuple[int, ...]
+    job: Job, up: Float[Array, "4 N C d"], terms: Float[Array, "4 pixels terms"], shape: tuple[int, ...]
 ) -> Float[Array, "B H W d"]:
     """Sums over terms and channels of cotangents and factors."""
-    factors = jnp.stack([jnp.concatenate([up[k, kinds] for k, kinds in used]) for used in _terms_of_classes(job)])
-    found = jnp.einsum("qbptc,qtcd->qbpd", terms, factors, preferred_element_type=jnp.float32)
     batch, height, width, rank = shape
+    factors = jnp.stack(
+        [
+            jnp.stack([jnp.stack([up[place] for place in pair], axis=1) for pair in of_class])
+            for of_class in _terms_of_classes(job)
+        ]
+    ).reshape(CLASSES, -1, rank)
+    found = jnp.einsum("qpt,qtd->qpd", terms, factors, preferred_element_type=jnp.float32)
     parities = found.reshape(2, 2, batch, height // 2, width // 2, rank)
     return parities.transpose(2, 3, 0, 4, 1, 5).reshape(shape)
 
 
 def _by_up(
-    job: Job, proxy: Float[Array, "B 4 64 d"], terms: Float[Array, "4 B 64 T C"]
+    job: Job, proxy: Float[Array, "B 4 64 d"], terms: Float[Array, "4 pixels terms"]
 ) -> tuple[Float[Array, "4 N C d"], Float[Array, "4 C"]]:
     """(sums over pixels of cotangents and proxy, sum of gy h): a column of ones beside the proxy gives the latter."""
+    rank = proxy.shape[-1]
     wider = jnp.pad(proxy, ((0, 0),) * 3 + ((0, 8),), constant_values=1)
-    found = jnp.einsum("qbptc,bqpd->qtcd", terms, wider, preferred_element_type=jnp.float32)
-    of_directions = [[] for _ in DIRECTIONS]
+    wider = wider.swapaxes(0, 1).reshape(CLASSES, -1, rank + 8)
+    found = jnp.einsum("qpt,qpd->qtd", terms, wider, preferred_element_type=jnp.float32)
+    found = found.reshape(CLASSES, len(pairs(job)), -1, 2, rank + 8)
+    sums: dict[tuple[int, int], list[Array]] = {}
     for of_class, used in zip(found, _terms_of_classes(job), strict=True):
-        ends = list(itertools.accumulate(kinds.stop - kinds.start for _, kinds in used))
-        for part, (k, kinds) in zip(jnp.split(of_class, ends[:-1]), used, strict=True):
-            of_directions[k].append(jnp.pad(part, ((kinds.start, 0), (0, 0), (0, 0))))
-    total, rank = jnp.stack([sum(parts) for parts in of_directions]), proxy.shape[-1]
+        for of_pair, pair in zip(of_class, used, strict=True):
+            for n, place in enumerate(pair):
+                sums.setdefault(place, []).append(of_pair[:, n])
+    directions = range(len(DIRECTIONS))
+    total = jnp.stack([jnp.stack([sum(sums[k, kind]) for kind in range(job.kinds)]) for k in directions])
+    total = lax.optimization_barrier(total)  # or XLA adds up what it is made of for each of its uses
     return total[..., :rank], total[:, OUT_GATE, :, rank]
 
 
 def _shared_bytes(kinds: int, rank: int, *, backward: bool) -> int:
     """Of shared memory for a proxy of `rank` that expands to so many kinds of terms."""
     rank += -rank % expansion.QUANTUM
-    slots, states, tiles_of_class = (1, 1 + LOGITS, 5) if backward else (2, AXES, 3)
+    slots, exchanged, tiles_of_class = (1, 1 + LOGITS, 4) if backward else (2, AXES, 2)
     operands = 2 * rank * CLASSES * (kinds * SLAB + slots * PIXELS)
-    return operands + SLAB * (4 * states * ROWS + 2 * tiles_of_class * CLASSES * PIXELS)
+    return operands + 4 * ROWS * exchanged_channels(exchanged) + 2 * tiles_of_class * CLASSES * PIXELS * SLAB

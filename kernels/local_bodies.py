@@ -48,13 +48,10 @@ class Shared(NamedTuple):
     proxy: Any
     """[slots, classes, pixels, d]"""
     pixels: Any
-    """[2 slots, 1 or 2, classes, H / 2, W / 2, SLAB]: x, and the cotangent of y"""
-    result: Any
-    """[classes, H / 2, W / 2, SLAB]: what is on its way to device memory"""
-    state: Any
-    """[axes or 1, pixels of all classes, SLAB] float32: h of pixels on first lines"""
-    handed: Any
-    """[3, pixels of all classes, SLAB] float32: what they get back from second lines; () forward"""
+    """[2 slots, 1 or 2, classes, H / 2, W / 2, SLAB]: x, which the result replaces, and the cotangent of y"""
+    exchanged: Any
+    """[pixels of all classes, `exchanged_channels`] float32, SLAB of each tile: h of pixels on first lines, forward for
+    either axis, backward for one and then what they get back from their three neighbours on second lines"""
     up_arrived: Any
     proxy_arrived: Any
     pixels_arrived: Any
@@ -97,23 +94,35 @@ class Lines(NamedTuple):
         along = jnp.where(rows, lax.rem(pixel, width), lax.div(pixel, width)) + self.along
         return along > 0, along < jnp.where(self.axis == 0, width, height)
 
-    def read(self, ref: Any, neighbour: int) -> Float[Array, "64 SLAB"]:
-        """Reads [pixels of all classes, SLAB] at the left (0), same (1) or right (2) positions on the other line of
-        each pair. Beyond the end of a line that is a pixel of another line, or zero."""
+    def read(self, ref: Any, tile: Any, neighbour: int) -> Float[Array, "64 SLAB"]:
+        """Reads a tile of `Shared.exchanged` at the left (0), same (1) or right (2) positions on the other line of each
+        pair. Beyond the end of a line that is a pixel of another line, or zero."""
         along = self.along if neighbour == 1 else 1 - self.along
         offset = (self.along - 1, 0, self.along)[neighbour]
-        return compat.load(ref, (rows_of(self.other(along), offset * self.stride), slice(None)), LAYOUT)
+        return compat.load(ref, (rows_of(self.other(along), offset * self.stride), tile_at(tile)), LAYOUT)
 
 
 HALO = 8
 """Rows of zeros before and after those of a class, for neighbours beyond the map: a step along a column, at most."""
 ROWS = HALO + CLASSES * (PIXELS + HALO)
-"""Of the pixels of all classes, float32, in shared memory."""
+"""Of the pixels of all classes in `Shared.exchanged`."""
 
 
 def rows_of(index: Array, offset: Any = 0) -> Any:
     """Rows of a class among those of all classes, moved by so many pixels."""
     return pl.ds(HALO + index * (PIXELS + HALO) + offset, PIXELS)
+
+
+def exchanged_channels(tiles: int) -> int:
+    """Of a row of `Shared.exchanged` with an even number of tiles: as a warp reads or writes 8 rows at a time, 32 bytes
+    of each, rows must not start in the same banks."""
+    return tiles * SLAB + 8
+
+
+def tile_at(tile: Any) -> Any:
+    """Columns of a tile of `Shared.exchanged`."""
+    start = tile * SLAB
+    return pl.ds(start if isinstance(tile, int) else pl.multiple_of(start, SLAB), SLAB)
 
 
 class Class(NamedTuple):
@@ -129,7 +138,7 @@ class Class(NamedTuple):
     @property
     def size(self) -> tuple[int, int]:
         """Height and width of the grid of the class."""
-        return self.shared.result.shape[1:3]
+        return self.shared.pixels.shape[3:5]
 
     def asked_again(self) -> "Class":
         """The same; what is computed from its index is not kept in registers from before, which would spill."""
@@ -195,10 +204,11 @@ class Class(NamedTuple):
             pl.ds(self.start, SLAB),
         )
 
-    def store(self, output: Any, image: Array, tile: Float[Array, "64 SLAB"]) -> None:
-        """Stores a tile by way of shared memory, where threads exchange it for 16 bytes of a pixel each."""
+    def store(self, output: Any, image: Array, slot: Array, tile: Float[Array, "64 SLAB"]) -> None:
+        """Stores a tile by way of shared memory, in the place of x, where threads exchange it for 16 bytes of a pixel
+        each."""
         self, (height, width) = self.asked_again(), self.size
-        staged = self.shared.result.at[self.index]
+        staged = self.shared.pixels.at[slot, 0, self.index]
         compat.store_reshaped(staged, tile.astype(output.dtype))
         compat.warpgroup_barrier()
         whole = (slice(None),) * 3
@@ -231,11 +241,11 @@ class Class(NamedTuple):
         return lax.broadcast_in_dim(factors, (PIXELS, SLAB), (1,))
 
     def clear(self, ref: Any) -> None:
-        """Zeroes this class's part of [n, pixels of all classes, SLAB], and what lies beside it."""
+        """Zeroes this class's part of `Shared.exchanged`, and what lies beside it."""
         zeros = compat.zeros((PIXELS, SLAB), LAYOUT)
         for offset in (-HALO, HALO):
-            for n in range(ref.shape[0]):
-                ref[n, rows_of(self.index, offset), :] = zeros
+            for n in range(ref.shape[1] // SLAB):
+                ref[rows_of(self.index, offset), tile_at(n)] = zeros
             self.meet()  # others store to some of it once more
 
     def meet(self) -> None:
@@ -254,8 +264,8 @@ def _pixel_layout(height: int, width: int) -> object:
 
 
 def _walk(job: Job, given: Given, shared: Shared, images: int, visit: Any) -> None:
-    """Calls visit(here, image, proxy_slot, read, follow) for each image of this block: read(0) is x, read(1) the
-    cotangent of y, and visit calls follow() once its last product of the image is made."""
+    """Calls visit(here, image, proxy_slot, slot, follow) for each image of this block, whose pixels are in `slot`, and
+    visit calls follow() once its last product of the image is made."""
     slab, split, index = (lax.axis_index(name) for name in ("slab", "split", "warpgroup"))
     start = pl.multiple_of(lax.min(slab * SLAB, given.x.shape[-1] - SLAB), 8)
     here = Class(job, given, shared, index, start)
@@ -269,9 +279,7 @@ def _walk(job: Job, given: Given, shared: Shared, images: int, visit: Any) -> No
     for n in range(proxies):
         here.send_for_proxy(image_at(n), jnp.int32(n))
     here.send_for_pixels(image_at(0), jnp.int32(0))
-    for ref in (shared.state, shared.handed):
-        if ref != ():
-            here.clear(ref)
+    here.clear(shared.exchanged)
     here.await_factors()
     begun = here
 
@@ -288,7 +296,7 @@ def _walk(job: Job, given: Given, shared: Shared, images: int, visit: Any) -> No
             compat.warpgroup_barrier()
             here.send_for_proxy(image_at(n + proxies), proxy_slot)
 
-        visit(here, image_at(n), proxy_slot, functools.partial(here.read_pixels, slot), follow)
+        visit(here, image_at(n), proxy_slot, slot, follow)
 
     for n in range(proxies):  # no copy may outlive the block
         here.await_proxy(jnp.int32((images + n) % proxies))
@@ -312,31 +320,34 @@ are made while the weights are computed from the part before."""
 
 
 def local_forward(given: Given, outputs: Any, shared: Shared, *, job: Job, images: int):
-    def visit(here: Class, image: Array, slot: Array, read: Any, follow: Any) -> None:
+    states = shared.exchanged
+
+    def visit(here: Class, image: Array, proxy_slot: Array, slot: Array, follow: Any) -> None:
         def add(y: Array, x: Array, state: Array, out_gate: Array, skip: list[Array], direction: Array) -> Array:
             term = out_gate * state + skip[0] * x if skip else out_gate * state
             return y + term * here.merge(direction)
 
         def visit_axis(axis: Array, y: Array) -> Array:
-            lines, x = here.lines(axis), read(0)
+            lines, x = here.lines(axis), here.read_pixels(slot, 0)
             ((lam, *others), logits), _ = here.expand(
-                slot, (lines.first_direction, FIRST), (lines.second_direction, WEIGHTS)
+                proxy_slot, (lines.first_direction, FIRST), (lines.second_direction, WEIGHTS)
             )
             state = lam * x
-            shared.state[axis, rows_of(here.index), :] = state
+            states[rows_of(here.index), tile_at(axis)] = state
             y = add(y, x, state, others[0], others[1:], lines.first_direction)
             here.meet()
 
             def carry(lines=lines, logits=logits) -> Array:
                 weights, _ = _weights(logits, *lines.neighbours())
-                return sum(weight * lines.read(shared.state.at[axis], n) for n, weight in enumerate(weights))
+                return sum(weight * lines.read(states, axis, n) for n, weight in enumerate(weights))
 
-            ((lam, *others),), state = here.expand(slot, (lines.second_direction, SECOND), meanwhile=carry)
+            ((lam, *others),), state = here.expand(proxy_slot, (lines.second_direction, SECOND), meanwhile=carry)
             pl.when(axis == AXES - 1)(follow)
-            x = read(0)
+            x = here.read_pixels(slot, 0)
             return add(y, x, state + lam * x, others[0], others[1:], lines.second_direction)
 
-        here.store(outputs[0], image, lax.fori_loop(0, AXES, visit_axis, compat.zeros((PIXELS, SLAB), LAYOUT)))
+        y = lax.fori_loop(0, AXES, visit_axis, compat.zeros((PIXELS, SLAB), LAYOUT))
+        here.store(outputs[0], image, slot, y)
 
     _walk(job, given, shared, images, visit)
 
@@ -347,72 +358,102 @@ class Cotangents(NamedTuple):
     x: Any
     """As x"""
     terms: Any
-    """[4 classes, B, 64 pixels, axes, terms, C]: those of a pixel on first lines, then on second lines; out_gate and
-    skip without the factor `merge`"""
+    """[4 classes, B, 64 pixels, pairs, C] uint32, each two bfloat16 in the order of `pairs`, so that a thread's two
+    channels are 8 bytes and those of a slab a whole sector; out_gate and skip without the factor `merge`"""
+
+
+def pairs(job: Job) -> list[tuple[tuple[int, bool, int], tuple[int, bool, int]]]:
+    """The terms of a class that share a word of `Cotangents.terms`: (axis, whether on second lines, kind) of both.
+
+    Each axis has an odd number of terms: what lam of its first lines gets, in the end, waits for the next axis.
+    """
+    left, center, right = range(LOGITS)
+    of_axes = [
+        [
+            ((axis, False, (OUT_GATE, LAM)[axis]), (axis, True, right)),
+            ((axis, True, left), (axis, True, center)),
+            ((axis, True, LAM), (axis, True, OUT_GATE)),
+            *([((axis, False, SKIP), (axis, True, SKIP))] if job.skip else []),
+        ]
+        for axis in range(AXES)
+    ]
+    return [*of_axes[0], *of_axes[1], ((0, False, LAM), (1, False, OUT_GATE))]
+
+
+def _words(low: Float[Array, "64 SLAB"], high: Float[Array, "64 SLAB"]) -> Array:
+    """uint32 of two bfloat16, `low` first in memory."""
+    bits = [lax.bitcast_convert_type(tile.astype(jnp.bfloat16), jnp.uint16).astype(jnp.uint32) for tile in (low, high)]
+    return bits[0] | (bits[1] << 16)
 
 
 def local_backward(given: Given, outputs: Cotangents, shared: Shared, *, job: Job, images: int):
     """Pixels on first lines need what second lines hand back, and those need h of first lines: three phases an axis."""
-    state, handed = shared.state.at[0], shared.handed
-    of_first, of_axis = count_terms(job)
+    exchanged, of_axis = shared.exchanged, len(pairs(job)) // AXES
 
-    def visit(here: Class, image: Array, slot: Array, read: Any, follow: Any) -> None:
-        mine = rows_of(here.index)
+    def visit(here: Class, image: Array, proxy_slot: Array, slot: Array, follow: Any) -> None:
+        mine, read = rows_of(here.index), functools.partial(here.read_pixels, slot)
 
-        def visit_axis(axis: Array, by_x: Array) -> Array:
-            lines = here.lines(axis)
+        def write(pair: int, low: Array, high: Array) -> None:
+            at = (here.index, image, slice(None), pair, pl.ds(here.start, SLAB))
+            compat.store(outputs.terms, at, _words(low, high))
 
-            def write(n: int, tile: Array) -> None:
-                at = (here.index, image, slice(None), axis * of_axis + n, pl.ds(here.start, SLAB))
-                compat.store(outputs.terms, at, tile)
-
+        def visit_axis(axis: int, by_x: Array, by_lam_before: Array | None) -> tuple[Array, Array]:
+            """(what x gets so far, what lam of first lines gets). The two axes are written out, not a loop: what waits
+            for the second one would spill if it were carried."""
+            lines, pair = here.lines(axis), axis * of_axis
             x, gy = read(0), read(1)
             ((lam, out_gate, *skip), logits), _ = here.expand(
-                slot, (lines.first_direction, FIRST), (lines.second_direction, WEIGHTS)
+                proxy_slot, (lines.first_direction, FIRST), (lines.second_direction, WEIGHTS)
             )
             h = lam * x
-            state[mine, :] = h
-            write(OUT_GATE - LAM, gy * h)
+            exchanged[mine, tile_at(0)] = h
+            if axis == 1:
+                write(AXES * of_axis, by_lam_before, gy * h)
             scaled = gy * here.merge(lines.first_direction)
             if skip:
-                write(SKIP - LAM, gy * x)
+                write(pair + 3, gy * x, gy * x)
                 by_x = by_x + scaled * skip[0]
             direct, first_lam = scaled * out_gate, lam
             here.meet()
 
             def carry(lines=lines, logits=logits) -> tuple[list[Array], Array, Array]:
                 weights, sigmoids = _weights(logits, *lines.neighbours())
-                return weights, sigmoids, sum(weight * lines.read(state, n) for n, weight in enumerate(weights))
+                return weights, sigmoids, sum(weight * lines.read(exchanged, 0, n) for n, weight in enumerate(weights))
 
             ((lam, out_gate, *skip),), (weights, sigmoids, carried) = here.expand(
-                slot, (lines.second_direction, SECOND), meanwhile=carry
+                proxy_slot, (lines.second_direction, SECOND), meanwhile=carry
             )
-            pl.when(axis == AXES - 1)(follow)
+            if axis == 1:
+                follow()
             x, gy = read(0), read(1)
-            write(of_first + OUT_GATE, gy * (carried + lam * x))
             scaled = gy * here.merge(lines.second_direction)
             if skip:
-                write(of_first + SKIP, gy * x)
                 by_x = by_x + scaled * skip[0]
             adjoint = scaled * out_gate
-            write(of_first + LAM, adjoint * x)
+            write(pair + 2, adjoint * x, gy * (carried + lam * x))
             by_x = by_x + adjoint * lam
-            for n, weight in enumerate(weights):
+
+            def by_logit(n: int, weight: Array) -> Array:
                 passed = weight * adjoint
-                handed[n, mine, :] = passed
-                write(of_first + n, passed * (1.0 - weight * sigmoids) * (lines.read(state, n) - carried))
+                exchanged[mine, tile_at(1 + n)] = passed
+                return passed * (1.0 - weight * sigmoids) * (lines.read(exchanged, 0, n) - carried)
+
+            left, center, right = map(by_logit, range(LOGITS), weights)
+            write(pair + 1, left, center)
+            if axis == 0:
+                write(pair, read(1) * (first_lam * read(0)), right)
+            else:
+                right = right.astype(jnp.bfloat16)
             here.meet()
 
             # the left neighbour of a pixel on the second line has that pixel to its right
-            adjoint = direct + sum(lines.read(handed.at[2 - n], n) for n in range(LOGITS))
-            write(0, adjoint * read(0))
-            return by_x + adjoint * first_lam
+            adjoint = direct + sum(lines.read(exchanged, 3 - n, n) for n in range(LOGITS))
+            by_lam = (adjoint * read(0)).astype(jnp.bfloat16)
+            if axis == 1:
+                write(pair, by_lam, right)
+            return by_x + adjoint * first_lam, by_lam
 
-        here.store(outputs.x, image, lax.fori_loop(0, AXES, visit_axis, compat.zeros((PIXELS, SLAB), LAYOUT)))
+        by_x, _ = visit_axis(1, *visit_axis(0, compat.zeros((PIXELS, SLAB), LAYOUT), None))
+        here.store(outputs.x, image, slot, by_x)
 
     _walk(job, given, shared, images, visit)
-
-
-def count_terms(job: Job) -> tuple[int, int]:
-    """Number of terms that a pixel has on first lines, and for an axis: those on second lines too."""
-    return job.kinds - LAM, job.kinds - LAM + job.kinds

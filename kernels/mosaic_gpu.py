@@ -6,12 +6,13 @@ docs/kernel.md shows how it walks the image, what is kept where, and the bytes a
 import dataclasses
 import functools
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from gspn_jax.kernels import devices, expansion, launch, local, pullback, reference, tiles
+from gspn_jax.kernels import devices, expansion, launch, local, low_rank, pullback, reference, tiles
 from gspn_jax.kernels.derivatives import differentiable
-from gspn_jax.kernels.terms import Inputs, Job
+from gspn_jax.kernels.terms import LAM, Inputs, Job
 from gspn_jax.kernels.weights import DIRECTIONS
 
 missing = devices.missing
@@ -181,10 +182,15 @@ def _run_low_rank(
     def forward(arrays: tuple[Array, ...], *, save: bool) -> tuple[Array, tuple[Array, ...]]:
         return launch.forward(job, plan, expansion.inputs(plan, *arrays), save=save)
 
+    plain_plan, _ = _plan(job, *x.shape[1:], groups=x.shape[-1])
+    on_chip = devices.current().expanding.backward_on_chip
+
     def pull_back(arrays: tuple[Array, ...], states: tuple[Array, ...], cotangent: Array) -> tuple[Array, ...]:
         x, _, up, merge = arrays
-        inputs = expansion.inputs(plan, *arrays)
         cotangent = cotangent.astype(x.dtype)
+        if not on_chip:
+            return _pull_back_by_xla(job, plain_plan, arrays, states, cotangent)
+        inputs = expansion.inputs(plan, *arrays)
         grad_x, adjoints = launch.adjoint(job, plan, inputs, cotangent)
         return grad_x, *pullback.pull_back(job, plan, inputs, up, merge, adjoints, states, cotangent)
 
@@ -194,3 +200,19 @@ def _run_low_rank(
         pull_back=pull_back,
         save=functools.partial(forward, save=True),
     )((x, proxy, up, merge))
+
+
+def _pull_back_by_xla(
+    job: Job, plan: tiles.Plan, arrays: tuple[Array, ...], states: tuple[Array, ...], cotangent: Float[Array, "B H W C"]
+) -> tuple[Array, ...]:
+    """What x, proxy, up and merge get from the plain kernel, with terms that XLA expands."""
+    x, proxy, up, merge = arrays
+
+    def expand(proxy: Float[Array, "B H W d"], up: Float[Array, "4 N C d"]) -> tuple[Array | None, ...]:
+        factors = up.transpose(3, 0, 1, 2)
+        lam, out_gate, *skip = (factors[:, :, kind] for kind in range(LAM, job.kinds))
+        return low_rank.expand_at_once(proxy, factors[:, :, :LAM], lam, out_gate, skip[0] if job.skip else None)
+
+    terms, pull = jax.vjp(expand, proxy, up)
+    by = launch.backward(job, plan, Inputs(x, *terms, merge), states, cotangent)
+    return by.x, *pull((by.weights, by.lam, by.out_gate, by.skip)), by.merge

@@ -1,13 +1,16 @@
 """The kernel of chunk=2, interpreted against the scan backend, and lowered; in machine code it is in tests/ptx."""
 
 import dataclasses
+import itertools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gspn_jax.kernels import compat, devices, local, mosaic_gpu
+from gspn_jax.kernels import compat, devices, local, local_bodies, mosaic_gpu
+from gspn_jax.kernels.terms import Job
+from gspn_jax.kernels.weights import DIRECTIONS
 from tests.kernels.low_rank_cases import NAMES, arguments, error, value_and_gradients
 from tests.kernels.mosaic import interpreted
 
@@ -97,6 +100,21 @@ def test_models_launch_it_once_each_way_and_keep_nothing_for_the_backward_pass(c
     saved = jax.eval_shape(lambda a: jax.vjp(operator, a)[1], shapes)
     largest = max(jax.tree.leaves(saved), key=lambda array: array.size)
     assert largest.size <= max(shapes["x"].size, 4 * 5 * channels * 96)
+
+
+@pytest.mark.parametrize("tiles", [2, 4])
+def test_rows_of_what_classes_exchange_start_in_other_banks(tiles):
+    """A half warp reads or writes 32 bytes of each of four rows at a time, and the 32 banks have 4 bytes each."""
+    starts = {4 * row * local_bodies.exchanged_channels(tiles) % 128 for row in range(4)}
+    assert starts == {0, 32, 64, 96}
+
+
+def test_every_term_is_in_one_pair():
+    for skip in (False, True):
+        job = Job(directions=DIRECTIONS, chunk=2, logits=True, lam=True, out_gate=True, skip=skip)
+        first = [(axis, False, kind) for axis in range(2) for kind in range(3, job.kinds)]
+        second = [(axis, True, kind) for axis in range(2) for kind in range(job.kinds)]
+        assert sorted(itertools.chain(*local_bodies.pairs(job))) == sorted(first + second)
 
 
 @pytest.mark.parametrize(("change", "reason"), [

@@ -16,11 +16,15 @@ from tests.kernels.low_rank_cases import NAMES, arguments, error, value_and_grad
 from tests.kernels.mosaic import interpreted
 
 
-@pytest.fixture
-def few_rows(monkeypatch):
+def tuned(**tuning):
+    return devices.for_device(dataclasses.replace(devices.DEVICES["9.0"], expanding=devices.Expanding(**tuning)))
+
+
+@pytest.fixture(params=[False, pytest.param(True, marks=pytest.mark.slow)], ids=["backward by XLA", "on chip"])
+def few_rows(request, monkeypatch):
     """Blocks of 2 warpgroups and 8 positions in place of 4 and 64: maps of 4 and 8 can be interpreted in seconds."""
     monkeypatch.setattr(tiles, "ROWS", 8)
-    with devices.for_device(dataclasses.replace(devices.DEVICES["9.0"], expanding=devices.Expanding(warpgroups=2))):
+    with tuned(warpgroups=2, backward_on_chip=request.param):
         yield
 
 
@@ -73,31 +77,48 @@ def test_over_a_mesh(few_rows):
 
 
 @pytest.mark.slow
-def test_at_full_size():
-    assert_same_as_the_scan_in_float32(arguments(4, 16, 64, 32))
+@pytest.mark.parametrize("on_chip", [False, True])
+def test_at_full_size(on_chip):
+    with tuned(backward_on_chip=on_chip):
+        assert_same_as_the_scan_in_float32(arguments(4, 16, 64, 32))
 
 
-@pytest.mark.parametrize(
-    ("size", "channels", "rank", "skip"),
-    [(16, 1500, 93, True), pytest.param(64, 368, 23, False, marks=pytest.mark.slow)],
-)
-def test_it_lowers_for_cuda_and_the_terms_are_not_in_device_memory(size, channels, rank, skip):
-    """Neither forward nor backward is anything of a pixel wider than what four directions write: 4 of the 20 C."""
+def lowered(function, shapes, size):
+    """(launches, the most numbers that anything of a pixel has)."""
+    text = jax.jit(function).trace(shapes).lower(lowering_platforms=("cuda",)).as_text()
+    widths = [math.prod(map(int, match.split("x"))) for match in re.findall(rf"<4x{size}x{size}x([\dx]+)x", text)]
+    return text.count("@mosaic_gpu"), max(widths)
+
+
+def operator(a):
+    return mosaic_gpu.propagate_low_rank(*(a.get(name) for name in (*NAMES[:6], "skip")), None)
+
+
+def with_gradients(a):
+    y, pull = jax.vjp(operator, a)
+    return pull(y)
+
+
+def test_it_lowers_for_cuda_and_no_terms_are_saved():
+    """Forward nothing of a pixel is wider than what four directions write; backward XLA makes its 20 C terms anew."""
+    size, channels, rank = 16, 1500, 93
+    shapes = jax.eval_shape(lambda: arguments(4, size, channels, rank, skip=True))
+    assert lowered(operator, shapes, size) == (1, 4 * channels)
+    launches, width = lowered(with_gradients, shapes, size)
+    assert launches == 2
+    assert width == 12 * channels
+    saved = jax.tree.leaves(jax.eval_shape(lambda a: jax.vjp(operator, a)[1], shapes))
+    factors = 4 * 6 * channels * 96
+    assert max(array.size for array in saved) == factors
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("size", "channels", "rank", "skip"), [(16, 1500, 93, True), (64, 368, 23, False)])
+def test_on_chip_the_terms_are_not_in_device_memory_either_way(size, channels, rank, skip):
     shapes = jax.eval_shape(lambda: arguments(4, size, channels, rank, skip=skip))
-
-    def operator(a):
-        return mosaic_gpu.propagate_low_rank(*(a.get(name) for name in (*NAMES[:6], "skip")), None)
-
-    def with_gradients(a):
-        y, pull = jax.vjp(operator, a)
-        return pull(y)
-
-    for function, launches in ((operator, 1), (with_gradients, 5)):
-        text = jax.jit(function).trace(shapes).lower(lowering_platforms=("cuda",)).as_text()
-        assert text.count("@mosaic_gpu") == launches
-        widths = [math.prod(map(int, match.split("x"))) for match in re.findall(rf"<4x{size}x{size}x([\dx]+)x", text)]
-        assert channels in widths
-        assert max(widths) == 4 * channels
+    with tuned(backward_on_chip=True):
+        assert lowered(operator, shapes, size) == (1, 4 * channels)
+        assert lowered(with_gradients, shapes, size) == (5, 4 * channels)
 
 
 def test_what_it_computes():

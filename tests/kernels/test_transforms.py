@@ -5,6 +5,7 @@ where slices of it start at rows that are no multiples of 8, and then reads and 
 (docs/kernel.md, "A defect of JAX"). The interpreter knows no swizzles, so only the lowering shows it.
 """
 
+import dataclasses
 import functools
 import re
 
@@ -70,18 +71,21 @@ def lower_line_scan():
 
 
 def lower_low_rank(rank=24, side=16, channels=68, chunk=None):
+    """With every kernel that expands on chip."""
     array = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.bfloat16)
     pixels = (4, side, side)
-    lower_with_gradients(
-        lambda *a: mosaic_gpu.propagate_low_rank(*a[:6], a[6], chunk),
-        array((*pixels, channels)),
-        array((*pixels, rank)),
-        array((rank, 4, 3, channels)),
-        array((rank, 4, channels)),
-        array((rank, 4, channels)),
-        array((4,), dtype=jnp.float32),
-        array((rank, 4, channels)),
-    )
+    expanding = devices.Expanding(backward_on_chip=True)
+    with devices.for_device(dataclasses.replace(devices.DEVICES["9.0"], expanding=expanding)):
+        lower_with_gradients(
+            lambda *a: mosaic_gpu.propagate_low_rank(*a[:6], a[6], chunk),
+            array((*pixels, channels)),
+            array((*pixels, rank)),
+            array((rank, 4, 3, channels)),
+            array((rank, 4, channels)),
+            array((rank, 4, channels)),
+            array((4,), dtype=jnp.float32),
+            array((rank, 4, channels)),
+        )
 
 
 def lower_local():

@@ -40,6 +40,8 @@ class Case:
     skip: bool = False
     chunk: int | None = None
     rank: int | None = None
+    backward_by_xla: bool = False
+    """Whether XLA expands the proxy for the backward pass of every chunk, as `Expanding` says by default."""
     quick: bool = False
 
     def __str__(self) -> str:
@@ -49,13 +51,23 @@ class Case:
             for name, value in (("d", self.rank), ("groups", self.groups), ("chunk", self.chunk))
             if value
         ]
-        return "-".join([*parts, "skip"] if self.skip else parts)
+        parts += ["skip"] * self.skip + ["backward_by_xla"] * self.backward_by_xla
+        return "-".join(parts)
 
     @property
     def launches(self) -> int:
         """Kernels forward and backward."""
         expands_line_by_line = self.rank and (self.chunk != local.CHUNK or self.rank > 96)
-        return 5 if expands_line_by_line else 2
+        return 5 if expands_line_by_line and not self.backward_by_xla else 2
+
+    @property
+    def device(self) -> devices.Device:
+        """The one that kernels are made for, with the way back of this case."""
+        device = devices.current()
+        if device.expanding is None:
+            return device
+        expanding = dataclasses.replace(device.expanding, backward_on_chip=not self.backward_by_xla)
+        return dataclasses.replace(device, expanding=expanding)
 
     def arrays(self) -> dict[str, jax.Array]:
         """The arguments by name; terms of low rank have factors [d, ...] instead of maps."""
@@ -86,6 +98,7 @@ CASES = [
     Case(1, 64, 64, 16, quick=True),  # does not meet on chip
     Case(1, 16, 16, 64, groups=1, skip=True, quick=True),
     Case(4, 16, 16, 64, rank=24, quick=True),
+    Case(4, 16, 16, 64, rank=24, backward_by_xla=True, quick=True),
     Case(2, 16, 16, 40, rank=24, chunk=2, quick=True),  # slabs that overlap
     Case(1, 7, 5, 64, quick=True),  # tiles that overlap
     Case(1, 7, 7, 64, "float32", chunk=2),
@@ -118,6 +131,8 @@ CASES = [
     Case(5, 16, 16, 64, rank=32, skip=True, chunk=2),
     Case(8, 16, 16, 96, rank=128, chunk=2),  # has no room in the kernel of its own
     Case(2, 32, 32, 64, rank=32),
+    Case(2, 32, 32, 64, rank=32, backward_by_xla=True),
+    Case(4, 16, 16, 100, rank=93, skip=True, backward_by_xla=True),
     Case(1, 64, 64, 64, rank=16),
     Case(4, 16, 16, 64, rank=128),
 ]
@@ -172,7 +187,7 @@ def run(case: Case, **options: Any) -> Outcome:
     """Emulates a case forward and backward; `options` are those of `emulation.emulated`."""
     arrays = case.arrays()
     cotangent = np.asarray(jnp.asarray(np.random.default_rng(1).normal(size=arrays["x"].shape), case.dtype), np.float64)
-    with emulation.emulated(**options) as runs:
+    with devices.for_device(case.device), emulation.emulated(**options) as runs:
         kernel = _values(_by_kernel(case), arrays, cotangent)
     scan = _values(_by_scan(case), arrays, cotangent)
     wide = {name: np.asarray(array, np.float64) for name, array in arrays.items()}

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from gspn_jax.kernels import launch, mosaic_gpu, propagate, propagate_low_rank
+from gspn_jax.kernels import devices, launch, mosaic_gpu, propagate, propagate_low_rank
 from tests.ptx import cases, emulation
 
 pytestmark = pytest.mark.ptx
@@ -93,7 +93,8 @@ def test_a_fence_of_the_proxy_left_out():
     """Of those behind the stores of `commit_smem`: the sums of the backward pass multiply what threads wrote."""
     arrays = LOW_RANK.arrays()
     edit = replace(r"fence\.proxy\.async[^;]*;", "")
-    with emulation.emulated(edit=lambda source: edit(source) if "sum_over" in source else source) as runs:
+    edited = emulation.emulated(edit=lambda source: edit(source) if "sum_over" in source else source)
+    with devices.for_device(LOW_RANK.device), edited as runs:
         y, pull = jax.vjp(
             lambda x: mosaic_gpu.propagate_low_rank(
                 x, *(arrays[name] for name in ("proxy", "gates", "lam", "out_gate", "merge")), None, None
