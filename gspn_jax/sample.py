@@ -84,12 +84,13 @@ class Arguments:
 def main(argv: list[str] | None = None, *, program: str = "gspn-sample") -> None:
     cli.setup()
     from gspn_jax.data import DataError
+    from gspn_jax.parallel.agreement import on_every_host
     from gspn_jax.runs.checkpoints import CheckpointError
     from gspn_jax.state_dict import WeightsError
 
     with cli.user_errors(DataError, CheckpointError, WeightsError, ImportError):
         argv = cli.join_other_hosts(cli.words(argv))
-        run(*_parse(argv, program))
+        run(*on_every_host(lambda: _parse(argv, program)))
 
 
 def _parse(argv: list[str] | None, program: str) -> tuple[Arguments, Config, int]:
@@ -121,7 +122,9 @@ def run(arguments: Arguments, config: Config, step: int) -> pathlib.Path | None:
     from gspn_jax.sampling.drawing import draw_labels
 
     same_hosts.check_flags(arguments)
-    names = checkpoints.read_meta(arguments.run, step)[1]["class_names"]
+    same_hosts.check_files({"--vae": arguments.vae, "--sampler.guide": arguments.sampler.guide})
+    meta = checkpoints.read_meta(arguments.run, step)[1]
+    names = meta["class_names"]
     if arguments.num_samples:
         labels = draw_labels(arguments.labels, arguments.num_samples, config.data.num_classes, arguments.seed)
     else:
@@ -132,13 +135,13 @@ def run(arguments: Arguments, config: Config, step: int) -> pathlib.Path | None:
         raise ConfigError("--num-samples of a run on latents needs --vae to decode them")
     with contextlib.ExitStack() as stack:
         path = on_first_host(lambda: stack.enter_context(arguments.claimed()), ConfigError)
-        _draw(arguments, config, step, labels, names, path)
+        _draw(arguments, config, step, labels, meta, path)
     if path:
         print(f"{len(labels)} images of step {step} in {path}")
     return path
 
 
-def _draw(arguments: Arguments, config: Config, step: int, labels, names: list[str], path: pathlib.Path | None) -> None:
+def _draw(arguments: Arguments, config: Config, step: int, labels, meta: dict, path: pathlib.Path | None) -> None:
     """Draws an image a label into `path`, which only the first host has."""
     import numpy as np
 
@@ -153,7 +156,7 @@ def _draw(arguments: Arguments, config: Config, step: int, labels, names: list[s
 
     mesh = sharding.make_mesh(arguments.mesh)
     weights = Weights(arguments.run, step, config, mesh, ema=arguments.ema, ema_width=arguments.ema_width)
-    vae = load_autoencoder(arguments.vae, config, arguments.image_size)
+    vae, names = load_autoencoder(arguments.vae, config, arguments.image_size, meta.get("latents")), meta["class_names"]
     numbers = np.arange(len(labels))
     with Drawing(
         weights,

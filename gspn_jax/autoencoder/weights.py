@@ -2,7 +2,6 @@
 
 import dataclasses
 import logging
-import math
 import pathlib
 import re
 from collections.abc import Iterator, Mapping
@@ -20,6 +19,9 @@ log = logging.getLogger(__name__)
 
 STEM = "diffusion_pytorch_model"
 CONFIG = "config.json"
+
+MOST = 1e6
+"""Scale and shift that no latents have; float16 and float32 hold what is below."""
 
 _NEW_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 """Attention in older files -> in newer ones."""
@@ -102,10 +104,11 @@ def read_scale(path: pathlib.Path) -> Scale | None:
 
 
 def check_scale(factor: Any, shift: Any, what: str) -> Scale:
-    """Raises ConfigError unless `factor` is a finite number above 0 and `shift` a finite number."""
+    """Raises ConfigError unless `factor` is a number above 0 and `shift` a number, both such as latents can have."""
     numbers = all(isinstance(value, float | int) and not isinstance(value, bool) for value in (factor, shift))
-    if not numbers or not (math.isfinite(factor) and math.isfinite(shift)) or factor <= 0:
-        raise ConfigError(f"{what} must be greater than 0 and its shift a number, found {factor!r} and {shift!r}")
+    if not (numbers and 1 / MOST <= factor <= MOST and abs(shift) <= MOST):
+        shown = " and ".join(repr(value) if len(repr(value)) < 30 else "a longer one" for value in (factor, shift))
+        raise ConfigError(f"{what} must be greater than 0 and its shift a number, up to {MOST:g}, found {shown}")
     return Scale(float(factor), float(shift))
 
 

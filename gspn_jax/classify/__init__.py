@@ -20,6 +20,8 @@ from gspn_jax import cli, extras
 from gspn_jax.config import ConfigError
 
 COMMANDS = ("train", "evaluate", "predict", "throughput", "export", "compare")
+ALONE = ("predict", "export")
+"""Those that are for one process."""
 
 
 @cli.user_errors()
@@ -32,7 +34,7 @@ def main(argv: list[str] | None = None) -> None:
     from gspn_jax.training.guard import DivergedError
     from gspn_jax.training.loop import Interrupted
 
-    argv = sys.argv[1:] if argv is None else argv
+    argv = cli.words(argv)
     command = argv[0] if argv else "--help"
     with cli.user_errors(DataError, CheckpointError, WeightsError, ImportError):
         if command in ("-h", "--help"):
@@ -52,10 +54,14 @@ def main(argv: list[str] | None = None) -> None:
 def _run(command: str, argv: list[str]) -> None:
     import tyro
 
+    from gspn_jax.parallel.agreement import on_every_host
+    from gspn_jax.runs import same_hosts
+
     program = f"python -m gspn_jax.classify {command}"
+    if command in ALONE:
+        same_hosts.check_alone(program)
     if command in ("train", "compare"):
         from gspn_jax.classify.config import ClassifyConfig
-        from gspn_jax.parallel.agreement import on_every_host
 
         what = {"train": "Train an image classifier.", "compare": "Train one config with scans, attention and neither."}
         config = on_every_host(
@@ -73,7 +79,7 @@ def _run(command: str, argv: list[str]) -> None:
     elif command == "evaluate":
         from gspn_jax.classify.evaluate import Evaluate, evaluate
 
-        evaluate(tyro.cli(Evaluate, args=argv, prog=program))
+        evaluate(on_every_host(lambda: tyro.cli(Evaluate, args=argv, prog=program)))
     elif command == "predict":
         from gspn_jax.classify.predict import Predict, predict
 
@@ -81,7 +87,7 @@ def _run(command: str, argv: list[str]) -> None:
     elif command == "throughput":
         from gspn_jax.classify.throughput import Throughput, throughput
 
-        throughput(tyro.cli(Throughput, args=argv, prog=program))
+        throughput(on_every_host(lambda: tyro.cli(Throughput, args=argv, prog=program)))
     else:
         from gspn_jax.classify.weights import Export, export
 

@@ -21,6 +21,7 @@ from gspn_jax.files import claim_new
 from gspn_jax.parallel import sharding
 from gspn_jax.parallel.agreement import on_every_host, on_first_host
 from gspn_jax.prepare.images import ImageFlags
+from gspn_jax.runs import same_hosts
 from gspn_jax.runs.digest import digest_of
 
 INTERPOLATION = "bicubic, antialiased"
@@ -82,6 +83,7 @@ def evaluate(arguments: Evaluate) -> dict[str, Any]:
 
     Raises ConfigError, CheckpointError, WeightsError or DataError with one sentence for what cannot be used.
     """
+    same_hosts.check_flags(arguments)
     with contextlib.ExitStack() as stack:
         if arguments.output:
             path = pathlib.Path(arguments.output)
@@ -92,6 +94,7 @@ def evaluate(arguments: Evaluate) -> dict[str, Any]:
 def _evaluate(arguments: Evaluate) -> dict[str, Any]:
     mesh = sharding.make_mesh(arguments.mesh)
     source = on_every_host(lambda: _source(arguments))
+    same_hosts.check_data(source.fingerprint, source.class_names)
     trained = weights.read(arguments.run, mesh, step=arguments.step, decays=arguments.ema)
     config = trained.config
     size, crop = arguments.image_size or config.validation.image_size, arguments.crop or config.eval.crop

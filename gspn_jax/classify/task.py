@@ -20,6 +20,7 @@ from gspn_jax.data.augment.host import HostAugmentation
 from gspn_jax.data.augment.mixing import Mixing
 from gspn_jax.data.augment.rand_augment import RandAugment
 from gspn_jax.parallel.agreement import on_every_host
+from gspn_jax.runs import same_hosts
 from gspn_jax.training.given import Given
 from gspn_jax.training.task import Batch, Metrics, Task
 
@@ -83,6 +84,7 @@ class ClassificationTask(Task):
         if not self._config.eval.every:
             return None
         source = on_every_host(lambda: validation_source(self._config, self._source.class_names))
+        same_hosts.check_values({"the fingerprint of the validation set": source.fingerprint})
         return AccuracyEvaluation(self._config, self.network, source, mesh)
 
     @functools.cached_property

@@ -9,7 +9,7 @@ import threading
 from collections.abc import Iterator
 
 from gspn_jax.cli import interrupts
-from gspn_jax.cli.exits import INTERRUPTED, LOST, USAGE_ERROR
+from gspn_jax.cli.codes import INTERRUPTED, LOST, USAGE_ERROR
 
 _to_parent: int | None = None
 """In the child: where it writes what its parent is to say if JAX ends it by abort()."""
@@ -50,7 +50,8 @@ def watch_over_child() -> None:
     if code == -signal.SIGABRT:
         os.set_blocking(said, False)  # a worker of the child may have the other end still
         last = _read(said).decode().rsplit("\n", 2)[-2:-1]
-        code, text = (USAGE_ERROR, f"error: {last[0]}") if any(last) else (INTERRUPTED, LOST.format(_ENDED))
+        number, _, sentence = last[0].partition(" ") if last else ("", "", "")
+        code, text = (int(number), f"error: {sentence}") if sentence else (INTERRUPTED, LOST.format(_ENDED))
         print(text, file=sys.stderr, flush=True)
     if code < 0:
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
@@ -62,6 +63,12 @@ def watch_over_child() -> None:
 _ENDED = "JAX ended this process, see above"
 
 
+def say_if_aborted(code: int, sentence: str) -> None:
+    """Sets what the parent says, and its exit code, if JAX ends this process by abort()."""
+    if _to_parent is not None:
+        os.write(_to_parent, f"{code} {' '.join(sentence.splitlines())}\n".encode(errors="backslashreplace"))
+
+
 @contextlib.contextmanager
 def joining(sentence: str) -> Iterator[None]:
     """While this process joins the others: an abort() is then said to be `sentence`, without the stack of C++ that JAX
@@ -70,7 +77,7 @@ def joining(sentence: str) -> Iterator[None]:
     if _to_parent is None:
         yield
         return
-    os.write(_to_parent, f"{sentence}\n".encode())
+    say_if_aborted(USAGE_ERROR, sentence)
     sys.stderr.flush()
     stderr = os.dup(2)
     with tempfile.TemporaryFile() as kept:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any, TypeVar
 
 from gspn_jax import extras
-from gspn_jax.cli import streams
+from gspn_jax.cli import streams, visitors
 from gspn_jax.config import C, Config, ConfigError
 from gspn_jax.tables import Choice
 
@@ -37,7 +37,7 @@ def load_config(name: str | pathlib.Path, cls: type[C] = Config) -> C:
     module = importlib.util.module_from_spec(spec)
     found = None
     try:
-        with streams.kept():
+        with streams.kept(), visitors.held():
             spec.loader.exec_module(module)
             config = getattr(module, "config", None)
             if isinstance(config, cls):

@@ -12,7 +12,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from gspn_jax.cli import child, launchers
+from gspn_jax.cli import child, last_words, launchers
 from gspn_jax.config import ConfigError
 
 log = logging.getLogger(__name__)
@@ -70,6 +70,7 @@ def join_other_hosts(argv: Sequence[str] | None = None) -> list[str]:
             f"the other processes could not be joined at {place.address} ({str(error).splitlines()[0][:200]}): all of "
             "them must be started with the same --coordinator and --num-processes, each with a --process-id of its own"
         ) from error
+    last_words.listen()
     return rest
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import fcntl
 import io
 import logging
 import os
@@ -31,14 +32,11 @@ def prepare() -> None:
 
 @contextlib.contextmanager
 def kept() -> Iterator[None]:
-    """At the end of the block the three streams are as before it: it may close them, or put others in their place.
-
-    A block that closes every descriptor there is (`os.closerange`) leaves streams that go nowhere.
-    """
+    """At the end of the block the three streams are as before it: it may close them, or put others in their place."""
     streams, copies = {name: getattr(sys, name, None) for name in NAMES}, {}
     for number in range(len(NAMES)):
         with contextlib.suppress(OSError):  # it is closed already
-            copies[number] = os.dup(number)
+            copies[number] = _far_copy(number)
     try:
         yield
     finally:
@@ -55,6 +53,14 @@ def kept() -> Iterator[None]:
         for handler in logging.getLogger().handlers:
             if isinstance(handler, logging.StreamHandler) and handler.stream is streams["stderr"]:
                 handler.setStream(sys.stderr)
+
+
+def _far_copy(number: int) -> int:
+    """A copy of a descriptor whose number is out of reach of those who close all numbers that are usual."""
+    for least in (2**14, 2**9):
+        with contextlib.suppress(OSError):  # more than this process may have
+            return fcntl.fcntl(number, fcntl.F_DUPFD_CLOEXEC, least)
+    return os.dup(number)
 
 
 def say(text: str) -> None:

@@ -42,13 +42,15 @@ LIMITS = {
 
 def check_numbers(owner: Any, prefix: str = "") -> None:
     """Raises ConfigError unless each field of the dataclass `owner` that holds numbers, by its type, holds such ones:
-    whole where they must be, finite, and within `LIMITS`. Without `prefix` fields are named as flags, --batch-size."""
+    whole where they must be, finite, and within `LIMITS`; and each text one that can name a file. Without `prefix`
+    fields are named as flags, --batch-size."""
     for field in dataclasses.fields(owner):
-        kinds = _kinds(field.type)
+        kinds, found, inner = _kinds(field.type), getattr(owner, field.name), get_args(field.type)
+        name = f"{prefix}.{field.name}" if prefix else f"--{field.name.replace('_', '-')}"
+        for text in found if isinstance(found, tuple | list) else (found,):
+            require_no_nul(name, text)
         if not kinds & {int, float}:
             continue
-        name = f"{prefix}.{field.name}" if prefix else f"--{field.name.replace('_', '-')}"
-        found, inner = getattr(owner, field.name), get_args(field.type)
         if get_origin(field.type) is tuple:
             wanted = "several numbers" if inner[-1] is ... else f"{len(inner)} numbers"
             several = isinstance(found, tuple | list) and (inner[-1] is ... or len(found) == len(inner))
@@ -70,6 +72,11 @@ def _kinds(annotation: Any) -> set[Any]:
         return {type(value) for value in get_args(annotation)}
     inner = [one for one in get_args(annotation) if one is not ...]
     return set().union(*map(_kinds, inner)) if inner else {annotation}
+
+
+def require_no_nul(field: str, found: Any) -> None:
+    """`require` for a text that may be the path of a file."""
+    require(not (isinstance(found, str) and "\0" in found), field, "a text without NUL", found)
 
 
 def require_one_of(field: str, found: Any, allowed: tuple | Table) -> None:

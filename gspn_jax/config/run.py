@@ -5,7 +5,7 @@ import re
 from collections.abc import Callable
 from typing import Any, ClassVar
 
-from gspn_jax.config.checks import put_homes, require
+from gspn_jax.config.checks import put_homes, require, require_no_nul
 from gspn_jax.config.sections import (
     AlignConfig,
     DataConfig,
@@ -78,6 +78,8 @@ class RunConfig:
         require(bool(self.run_dir), "run_dir", "a folder", self.run_dir)
         require(not re.match(r"[A-Za-z][\w.+-]*://", self.run_dir), "run_dir", "a folder of this machine", self.run_dir)
         put_homes(self, "run_dir", "init_from")
+        for name in ("run_dir", "init_from"):
+            require_no_nul(name, getattr(self, name))
         require(self.init_from != "", "init_from", "a run directory, a file of weights, or None", self.init_from)
         require(
             self.optimizer.warmup_steps <= self.train.steps,

@@ -17,10 +17,13 @@ python -m gspn_jax.evaluate --plot runs/a runs/b --output fid.png
 import argparse
 import dataclasses
 import sys
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from gspn_jax import cli, extras
-from gspn_jax.config import ConfigError
+from gspn_jax.config import Config, ConfigError
+
+if TYPE_CHECKING:
+    from gspn_jax.evaluate.runs import RunFlags
 
 PROGRAM = "python -m gspn_jax.evaluate"
 FAILED = 1
@@ -63,6 +66,7 @@ def main(argv: list[str] | None = None) -> None:
     argv = cli.words(argv)
     cli.setup()
     from gspn_jax.data import DataError
+    from gspn_jax.parallel.agreement import on_every_host
     from gspn_jax.runs.checkpoints import CheckpointError
     from gspn_jax.state_dict import WeightsError
 
@@ -91,24 +95,24 @@ def main(argv: list[str] | None = None) -> None:
         elif chosen.samples:
             from gspn_jax.evaluate.files import FileFlags, evaluate_files
 
-            rest = cli.join_other_hosts(rest)
-            evaluate_files(
-                cli.parse(
-                    FileFlags,
-                    args=rest,
-                    default=FileFlags(samples=chosen.samples),
-                    prog=f"{PROGRAM} --samples {chosen.samples}",
-                )
-            )
+            rest, default = cli.join_other_hosts(rest), FileFlags(samples=chosen.samples)
+            program = f"{PROGRAM} --samples {chosen.samples}"
+            evaluate_files(on_every_host(lambda: cli.parse(FileFlags, args=rest, default=default, prog=program)))
         else:
-            from gspn_jax.evaluate.runs import RunFlags, evaluate_run
-            from gspn_jax.runs import checkpoints
+            from gspn_jax.evaluate.runs import evaluate_run
 
             rest = cli.join_other_hosts(rest)
-            step, config = checkpoints.read_config(chosen.run, chosen.step)
-            default = RunFlags(run=chosen.run, step=step, sampler=config.sampler)
-            flags = cli.parse(RunFlags, args=rest, default=default, prog=f"{PROGRAM} --run {chosen.run}")
-            evaluate_run(flags, config, step)
+            evaluate_run(*on_every_host(lambda: _of_run(chosen, rest)))
+
+
+def _of_run(chosen: argparse.Namespace, rest: list[str]) -> "tuple[RunFlags, Config, int]":
+    """The flags of --run (defaults from the checkpoint's config), that config, and the step."""
+    from gspn_jax.evaluate.runs import RunFlags
+    from gspn_jax.runs import checkpoints
+
+    step, config = checkpoints.read_config(chosen.run, chosen.step)
+    default = RunFlags(run=chosen.run, step=step, sampler=config.sampler)
+    return cli.parse(RunFlags, args=rest, default=default, prog=f"{PROGRAM} --run {chosen.run}"), config, step
 
 
 def _self_test(flags: SelfTest) -> None:

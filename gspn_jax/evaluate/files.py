@@ -22,9 +22,10 @@ from gspn_jax.data.captions import caption_of, prompt_in, read_captions
 from gspn_jax.data.decoding import DataError, Fit
 from gspn_jax.data.flat_folder import FlatFolder
 from gspn_jax.data.listing import describe, kind_of
-from gspn_jax.evaluate.scoring import FEWEST, ScoreFlags, Scorer, finish
+from gspn_jax.evaluate.scoring import ScoreFlags, Scorer, finish
 from gspn_jax.files import sha256_of
 from gspn_jax.metrics import npz
+from gspn_jax.metrics.reference import FEWEST
 from gspn_jax.metrics.scores import captioned
 from gspn_jax.parallel import sharding
 from gspn_jax.runs import same_hosts
@@ -84,6 +85,7 @@ class _Samples:
 def evaluate_files(flags: FileFlags) -> dict[str, Any]:
     """Scores `flags.samples`, prints the table and writes the JSON; returns what it wrote."""
     same_hosts.check_flags(flags)
+    same_hosts.check_files(flags.files() | {"--samples": flags.samples, "--captions": flags.captions})
     with flags.claimed():
         return _evaluate(flags)
 

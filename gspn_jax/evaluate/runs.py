@@ -16,13 +16,14 @@ from gspn_jax.config import Config, ConfigError, MeshConfig, SamplerConfig, requ
 from gspn_jax.diffusion.samplers import sampler_name
 from gspn_jax.evaluate import grid, plots, report
 from gspn_jax.evaluate.grid import Cell
-from gspn_jax.evaluate.scoring import FEWEST, ScoreFlags, Scorer, finish
+from gspn_jax.evaluate.scoring import ScoreFlags, Scorer, finish
 from gspn_jax.files import claim_new, sha256_of
 from gspn_jax.metrics.npz import StoredImages
+from gspn_jax.metrics.reference import FEWEST
 from gspn_jax.metrics.scores import captioned
 from gspn_jax.parallel import sharding
 from gspn_jax.pixels import to_rgb
-from gspn_jax.runs import same_hosts
+from gspn_jax.runs import checkpoints, same_hosts
 from gspn_jax.sampling import seeds
 from gspn_jax.sampling.decoding import load_autoencoder
 from gspn_jax.sampling.drawing import Drawing, Labels, draw_labels
@@ -115,6 +116,7 @@ def evaluate_run(flags: RunFlags, config: Config, step: int) -> list[dict[str, A
     """Scores the checkpoint of `step` for each average at each guidance scale; returns the results, average by average,
     also printed and written."""
     same_hosts.check_flags(flags, step=step)
+    same_hosts.check_files(flags.files() | {"--vae": flags.vae, "--sampler.guide": flags.sampler.guide})
     if wanted := captioned(flags.metrics):
         raise ConfigError(f"--metrics {', '.join(wanted)} is of a folder of images with captions, found --run")
     with flags.claimed():
@@ -131,7 +133,8 @@ def _evaluate_cells(flags: RunFlags, config: Config, step: int) -> list[dict[str
     samplers = [dataclasses.replace(flags.sampler, guidance_scale=scale) for scale in flags.scales]
     rows = [Weights(flags.run, step, config, mesh, **average) for average in flags.averages]
     guide = guide_of(flags.sampler, config, mesh)
-    vae = load_autoencoder(flags.vae, config, flags.image_size)
+    latents = checkpoints.read_meta(flags.run, step)[1].get("latents") if flags.vae else None
+    vae = load_autoencoder(flags.vae, config, flags.image_size, latents)
     scorer = Scorer(flags, mesh)
     folder = pathlib.Path(flags.run) / "evaluation"
     folder.mkdir(exist_ok=True)

@@ -27,9 +27,6 @@ from gspn_jax.tables import METRICS
 
 log = logging.getLogger(__name__)
 
-FEWEST = 4
-"""Images that all metrics need at least."""
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ScoreFlags:
@@ -62,6 +59,13 @@ class ScoreFlags:
             path = pathlib.Path(self.output)
             if path.suffix != ".json" or not path.parent.is_dir() or path.exists():
                 raise ConfigError(f"--output must be a new .json file in a folder that exists, found {self.output!r}")
+
+    def files(self) -> dict[str, str | None]:
+        """Files that decide a result, by the flags that name them."""
+        others = (entry.partition("=") for entry in self.networks)
+        return {"--inception": self.inception, "--reference": self.reference} | {
+            f"--networks {name}": file for name, _, file in others
+        }
 
     @contextlib.contextmanager
     def claimed(self) -> Iterator[None]:

@@ -1,6 +1,7 @@
 """Feature networks: what metrics see of images. `tables.FEATURE_NETWORKS` has them by name; `inception` is one."""
 
 import dataclasses
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
@@ -71,7 +72,7 @@ def read_networks(
         if name not in FEATURE_NETWORKS or not file:
             known = ", ".join(f"{name}=FILE" for name in FEATURE_NETWORKS)
             raise ConfigError(f"{flag}networks must be some of {known}, found {entry!r}")
-        files[name] = file
+        files[name] = os.path.expanduser(file)
     found = {}
     for name in networks_of(metrics):
         network = FEATURE_NETWORKS[name]

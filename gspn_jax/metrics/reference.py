@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
-from jaxtyping import Array, Bool, Float32, UInt8
+from jaxtyping import Array, Bool, Float, Float32, UInt8
 
 from gspn_jax.config import ConfigError
 from gspn_jax.files import replacing, sha256_of
@@ -26,6 +26,8 @@ from gspn_jax.tables import METRICS
 if TYPE_CHECKING:
     from gspn_jax.metrics.inception import Features
 
+FEWEST = 4
+"""Images that all metrics need at least, of samples and of a reference."""
 _SIZES = {"pool": 2048, "spatial": 2023}
 """Features of those networks that have one size."""
 _DIALECTS = {
@@ -177,6 +179,8 @@ def read_reference(path: str | pathlib.Path, what: str = "the reference") -> Ref
     """
     found = npz.names(path, what)
     count = int(npz.read(path, "num_images", kinds="iu", shape=())) if "num_images" in found else None
+    if count is not None and count < FEWEST:
+        raise ConfigError(f"'num_images' in {path} must be {FEWEST} or more, found {count}")
     parts = {part: _gaussian(path, found, part, count) for part in _DIALECTS} | {"num_images": count}
     if "features" in found:
         features = npz.read(path, "features", kinds="fiu", shape=(None, _SIZES["pool"]))
@@ -185,6 +189,9 @@ def read_reference(path: str | pathlib.Path, what: str = "the reference") -> Ref
         parts["features"] = features.astype(np.float32)
     if "arr_0" in found:
         parts["images"] = npz.StoredImages(path, what)
+    for name in ("features", "images"):
+        if name in parts and len(parts[name]) < FEWEST:
+            raise ConfigError(f"{what} must be of {FEWEST} images or more, found {len(parts[name])} in {path}")
     if not any(value is not None for name, value in parts.items() if name != "num_images"):
         raise ConfigError(
             f"{what} must have mu and sigma, ref_mu and ref_sigma, or images as arr_0, found "
@@ -194,9 +201,21 @@ def read_reference(path: str | pathlib.Path, what: str = "the reference") -> Ref
         parts[name] = str(npz.read(path, name, kinds="U", shape=()))
     if "image_size" in found:
         parts["image_size"] = tuple(npz.read(path, "image_size", kinds="iu", shape=(2,)).tolist())
+        if min(parts["image_size"]) < 1:
+            raise ConfigError(f"'image_size' in {path} must be greater than 0, found {parts['image_size']}")
     elif parts.get("images"):
         parts["image_size"] = parts["images"].shape[1:3]
     return Reference(str(path), sha256_of(path), **parts)
+
+
+def _is_covariance(matrix: Float[np.ndarray, "D D"]) -> bool:
+    """Tells whether a matrix can be one, as far as single entries show it; up to the rounding of float32."""
+    if not matrix.size:
+        return False
+    deviations = np.sqrt(np.clip(np.diag(matrix), 0, None))
+    slack = 1e-3 * (deviations.max() ** 2 + np.finfo(np.float32).tiny)
+    within = np.abs(matrix) <= np.outer(deviations, deviations) + slack
+    return bool(within.all() and np.allclose(matrix, matrix.T, rtol=1e-3, atol=slack))
 
 
 def _listed(names: Iterable[str]) -> str:
@@ -217,5 +236,11 @@ def _gaussian(path: str | pathlib.Path, found: Sequence[str], part: str, count: 
             mean, cov = (npz.read(path, name, kinds="fiu") for name in (mean_name, cov_name))
             if not (np.isfinite(mean).all() and np.isfinite(cov).all()):
                 raise ConfigError(f"{mean_name!r} and {cov_name!r} in {path} must be finite, found NaN or infinity")
-            return Gaussian(mean.astype(np.float64), cov.astype(np.float64), count)
+            cov = cov.astype(np.float64)
+            if not _is_covariance(cov):
+                raise ConfigError(
+                    f"{cov_name!r} in {path} must be a covariance (symmetric, no entry beyond the variances of its row "
+                    "and its column), found another matrix"
+                )
+            return Gaussian(mean.astype(np.float64), cov, count)
     return None

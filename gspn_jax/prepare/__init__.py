@@ -20,18 +20,18 @@ read without PyTorch.
 """
 
 import os
+from typing import TypeVar
 
 from gspn_jax import cli, extras
 from gspn_jax.config import ConfigError
 
+T = TypeVar("T")
 COMMANDS = ("latents", "features", "stats", "images", "captions", "inception")
 
 
 @cli.user_errors()
 def main(argv: list[str] | None = None) -> None:
     extras.require("train", "tyro", by="python -m gspn_jax.prepare")
-    import tyro
-
     cli.setup()
     # Autotuning may choose other kernels in another process, whose results differ in the last bit.
     if "xla_gpu_deterministic_ops" not in (flags := os.environ.get("XLA_FLAGS", "")):
@@ -47,30 +47,38 @@ def main(argv: list[str] | None = None) -> None:
         elif command == "latents":
             from gspn_jax.prepare.latents import Latents, prepare_latents
 
-            prepare_latents(tyro.cli(Latents, args=_joined(argv), prog="python -m gspn_jax.prepare latents"))
+            prepare_latents(_parsed(Latents, _joined(argv), command))
         elif command == "features":
             from gspn_jax.prepare.features import Features, prepare_features
 
-            prepare_features(tyro.cli(Features, args=_joined(argv), prog="python -m gspn_jax.prepare features"))
+            prepare_features(_parsed(Features, _joined(argv), command))
         elif command == "captions":
             from gspn_jax.prepare.captions import Captions, prepare_captions
 
-            prepare_captions(tyro.cli(Captions, args=_joined(argv), prog="python -m gspn_jax.prepare captions"))
+            prepare_captions(_parsed(Captions, _joined(argv), command))
         elif command == "stats":
             from gspn_jax.prepare.stats import Stats, prepare_stats
 
-            rest = cli.join_other_hosts(argv[1:])
-            prepare_stats(tyro.cli(Stats, args=rest, prog="python -m gspn_jax.prepare stats"))
+            prepare_stats(_parsed(Stats, cli.join_other_hosts(argv[1:]), command))
         elif command == "images":
             from gspn_jax.prepare.records import Records, prepare_records
 
-            prepare_records(tyro.cli(Records, args=argv[1:], prog="python -m gspn_jax.prepare images"))
+            prepare_records(_parsed(Records, argv[1:], command))
         elif command == "inception":
             from gspn_jax.prepare.inception import Inception, prepare_inception
 
-            prepare_inception(tyro.cli(Inception, args=argv[1:], prog="python -m gspn_jax.prepare inception"))
+            prepare_inception(_parsed(Inception, argv[1:], command))
         else:
             raise ConfigError(f"gspn_jax.prepare can prepare: {', '.join(COMMANDS)}, found {command!r}")
+
+
+def _parsed(cls: type[T], argv: list[str], command: str) -> T:
+    """The flags of a command; all hosts of the job learn where one of them cannot use its own."""
+    import tyro
+
+    from gspn_jax.parallel.agreement import on_every_host
+
+    return on_every_host(lambda: tyro.cli(cls, args=argv, prog=f"python -m gspn_jax.prepare {command}"))
 
 
 def _joined(argv: list[str]) -> list[str]:

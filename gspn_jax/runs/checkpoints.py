@@ -26,7 +26,7 @@ _STEP = re.compile("0|[1-9][0-9]{0,17}")
 """The name of a checkpoint's folder."""
 
 
-META = {"config": dict, "fingerprint": str, "class_names": list[str], "notes": dict | None}
+META = {"config": dict, "fingerprint": str, "class_names": list[str], "notes": dict | None, "latents": dict | None}
 """Notes that are saved beside the arrays, as JSON."""
 
 
@@ -74,8 +74,8 @@ def newest_whole(
 
 
 def read_meta(run_dir: str | pathlib.Path, step: int | None = None) -> tuple[int, dict[str, Any]]:
-    """(step, {"config", "fingerprint", "class_names", "notes"}) of the checkpoint asked for, or of the newest one that
-    can be sampled from (the state of the optimizer is not verified).
+    """(step, values as `META` has them) of the checkpoint asked for, or of the newest one that can be sampled from (the
+    state of the optimizer is not verified).
 
     Raises CheckpointError when there is none.
     """

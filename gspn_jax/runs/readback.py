@@ -1,6 +1,7 @@
 """Reading back what was saved: a save is not a save until it was read."""
 
 import contextlib
+import os
 import pathlib
 import shutil
 from collections.abc import Mapping
@@ -22,6 +23,12 @@ is written, and cannot be read."""
 def check_path(path: str | pathlib.Path, flag: str) -> None:
     """Raises ConfigError for a path under which checkpoints cannot be saved."""
     where = str(pathlib.Path(path).absolute())
+    if os.path.exists(where) and not os.path.isdir(where):
+        raise ConfigError(f"{flag} must be a folder, found a file at {where!r}")
+    try:
+        where.encode()
+    except UnicodeEncodeError as error:  # bytes of a command line that are no text
+        raise ConfigError(f"{flag} must lie in a path of valid Unicode, found {where!r}") from error
     found = [character for character in where if character in _PATTERN]
     if found:
         raise ConfigError(

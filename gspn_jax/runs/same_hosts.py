@@ -5,7 +5,7 @@ import hashlib
 import importlib.metadata
 import os
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -13,10 +13,11 @@ import jaxlib
 
 import gspn_jax
 from gspn_jax.config import ConfigError, RunConfig
-from gspn_jax.parallel.agreement import difference
+from gspn_jax.files import sha256_of
+from gspn_jax.parallel.agreement import difference, on_every_host
 from gspn_jax.runs.same_run import flat
 
-OWN = ("data.path", "model.folder", "data.workers", "eval.reference", "eval.inception", "eval.vae")
+OWN = ("data.path", "eval.path", "model.folder", "data.workers", "eval.reference", "eval.inception", "eval.vae")
 """Settings that each host may have for itself, such as a copy of the data on its own disk."""
 LIBRARIES = ("flax", "numpy", "optax")
 """Those whose arithmetic is part of a step."""
@@ -28,16 +29,46 @@ SETTINGS = (
     "jax_threefry_partitionable",
 )
 """Those that decide numbers and programs: hosts whose programs differ wait for one another for ever."""
+FILES = ("init_from", "distill.teacher", "model.folder", "eval.reference", "eval.inception", "eval.vae")
+"""Settings that name files or folders which must hold the same on every host, wherever they lie."""
+SMALL = 2**20
+"""Bytes up to which a file in a folder is compared by its content; a larger one is by its size."""
 OWN_FLAGS = ("vae", "inception", "reference", "images", "tars", "tfds_dir", "threads")
 """The same among the flags of commands."""
 
 
 def check(config: RunConfig) -> None:
-    """Raises ConfigError on every host when one has another config, JAX, or code than the first.
+    """Raises ConfigError on every host when one has another config, other files that it names, another JAX or other
+    code than the first.
 
     Every host must call this before anything that its config decides.
     """
-    check_values({name: value for name, value in flat(dataclasses.asdict(config)).items() if name not in OWN})
+    values = flat(dataclasses.asdict(config))
+    check_values({name: value for name, value in values.items() if name not in OWN})
+    check_files({name: values.get(name) for name in FILES})
+
+
+def check_files(paths: Mapping[str, str | pathlib.Path | None]) -> None:
+    """As `check`, for files and folders by their names; one that is not there is there on no host."""
+    if jax.process_count() == 1:
+        return
+    named = {f"the content of {name}": path for name, path in paths.items() if path}
+    check_values(on_every_host(lambda: {name: content(path) for name, path in named.items()}))
+
+
+def content(path: str | pathlib.Path) -> str:
+    """12 hex digits over a file, or over the names, sizes and small files of a folder; "missing" where nothing is."""
+    path, total = pathlib.Path(path), hashlib.sha256()
+    if not path.is_dir():
+        return sha256_of(path)[:12] if path.exists() else "missing"
+    for folder, folders, names in os.walk(path):
+        folders.sort()
+        for one in sorted(pathlib.Path(folder, name) for name in names):
+            if one.is_file():
+                size = one.stat().st_size
+                about = sha256_of(one) if size <= SMALL else str(size)
+                total.update(f"{one.relative_to(path).as_posix()}\n{about}\n".encode(errors="surrogateescape"))
+    return total.hexdigest()[:12]
 
 
 def check_data(fingerprint: str, class_names: Sequence[str]) -> None:
@@ -50,6 +81,12 @@ def check_flags(flags: Any, **more: Any) -> None:
     check_values(
         {name: value for name, value in flat(dataclasses.asdict(flags)).items() if name not in OWN_FLAGS} | more
     )
+
+
+def check_alone(command: str) -> None:
+    """Raises ConfigError on every host where there are several: `command` is for one process."""
+    if jax.process_count() > 1:
+        raise ConfigError(f"{command} must run in one process, found {jax.process_count()}: start it once")
 
 
 def check_values(values: dict[str, Any]) -> None:

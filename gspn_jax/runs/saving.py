@@ -12,7 +12,7 @@ import re
 import shutil
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, Self, TypeVar
 
 import jax
@@ -49,15 +49,24 @@ S = TypeVar("S", bound=State)
 class Checkpoints:
     """The checkpoints of a run that trains; use it in a `with` statement, whose end waits for the last save.
 
+    `latents` has the "scaling_factor" and "shift_factor" of what is trained on, without which it cannot be decoded.
     `notes` is a dict of JSON values that is saved with each checkpoint and comes back with `restore`. The best step of
     `evaluations` is kept beside the latest and the periodic ones; what was saved by a run with `train.keep_every` is
     kept whatever a later one says. The first save of a run is read back. Raises CheckpointError when another process
     trains in the same run directory.
     """
 
-    def __init__(self, config: RunConfig, fingerprint: str, class_names: Sequence[str]):
+    def __init__(
+        self,
+        config: RunConfig,
+        fingerprint: str,
+        class_names: Sequence[str],
+        latents: Mapping[str, float] | None = None,
+    ):
         self._config, self._fingerprint = config, fingerprint
         self._meta = {"config": to_dict(config), "fingerprint": fingerprint, "class_names": list(class_names)}
+        if latents:
+            self._meta["latents"] = dict(latents)
         self.notes: dict[str, Any] = {}
         self.restored_config: RunConfig | None = None
         """The config of the checkpoint that `restore` gave."""

@@ -1,7 +1,8 @@
 """From what a sampler draws to RGB: latents are decoded, greyscale gets three channels."""
 
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import numpy as np
@@ -17,13 +18,16 @@ DECODED_AT_A_TIME, DECODED_PIXELS = 16, 16 * 256**2
 """Bound the memory of decoding, which at 256 pixels is more than that of sampling."""
 
 
-def load_weights(path: str, flag: str, config: Config) -> tuple[dict[str, np.ndarray], autoencoder.AutoencoderConfig]:
+def load_weights(
+    path: str, flag: str, config: Config, latents: Mapping[str, Any] | None = None
+) -> tuple[dict[str, np.ndarray], autoencoder.AutoencoderConfig]:
     """The autoencoder's weights in `path`, which `flag` named, for the latents of a run.
 
-    Where the set of latents that the run was trained on is there, it tells scale and shift.
+    Scale and shift are told by `latents`, which the checkpoint has ("scaling_factor", "shift_factor"), or where it has
+    none by the set of latents that the run was trained on, if that is there.
     Raises ConfigError for an autoencoder of other latents, and as `autoencoder.load`.
     """
-    weights, sizes = autoencoder.load(path, _trained_scale(config))
+    weights, sizes = autoencoder.load(path, _trained_scale(config, latents))
     if sizes.latent_channels != config.data.channels:
         raise ConfigError(
             f"{flag} must be of {config.data.channels} latent channels, as the run is, found "
@@ -32,20 +36,26 @@ def load_weights(path: str, flag: str, config: Config) -> tuple[dict[str, np.nda
     return weights, sizes
 
 
-def _trained_scale(config: Config) -> autoencoder.Scale | None:
+def _trained_scale(config: Config, latents: Mapping[str, Any] | None) -> autoencoder.Scale | None:
     metadata = pathlib.Path(config.data.path or "", "metadata.json")  # of `gspn_jax.data.latents`, which needs Grain
-    if not config.data.latents or not metadata.is_file():
+    if latents is None and config.data.latents and metadata.is_file():
+        latents, told_by = read_json(metadata), str(metadata)
+    else:
+        told_by = "the checkpoint"
+    if latents is None:
         return None
-    content = read_json(metadata)
-    return autoencoder.check_scale(
-        content.get("scaling_factor"), content.get("shift_factor", 0.0), f"{metadata}: scaling_factor"
-    )
+    factor, shift = latents.get("scaling_factor"), latents.get("shift_factor", 0.0)
+    return autoencoder.check_scale(factor, shift, f"{told_by}: scaling_factor")
 
 
 def load_autoencoder(
-    path: str | None, config: Config, image_size: tuple[int, int] | None = None
+    path: str | None,
+    config: Config,
+    image_size: tuple[int, int] | None = None,
+    latents: Mapping[str, Any] | None = None,
 ) -> autoencoder.Autoencoder | None:
     """The decoder for latents of `image_size` (that of the run by default); None for a run on pixels or without `path`.
+    `latents` as `load_weights` has them.
 
     Raises ConfigError for weights that the run has no use for, and as `autoencoder.load`.
     """
@@ -53,7 +63,7 @@ def load_autoencoder(
         return None
     if not config.data.latents:
         raise ConfigError(f"--vae is for a run on latents, found one with data.source {config.data.source!r}")
-    weights, sizes = load_weights(path, "--vae", config)
+    weights, sizes = load_weights(path, "--vae", config, latents)
     height, width = image_size or (config.data.image_size,) * 2
     fitting = DECODED_PIXELS // (height * width * sizes.factor**2)
     return autoencoder.Autoencoder(weights, sizes, batch_size=max(1, min(DECODED_AT_A_TIME, fitting)))

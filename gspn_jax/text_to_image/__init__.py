@@ -49,26 +49,30 @@ def main(argv: list[str] | None = None) -> None:
 def _run(argv: list[str]) -> None:
     command = argv[0] if argv[0] in ("distill", "train", "export") else ""
     rest = cli.join_other_hosts(argv[1:] if command else argv)
+    from gspn_jax.parallel.agreement import on_every_host
+    from gspn_jax.runs import same_hosts
+
     program = f"{PROGRAM} {command}".rstrip()
     if command == "distill":
         from gspn_jax.text_to_image.config import LayersConfig
         from gspn_jax.text_to_image.distillation import distill
 
         said = "Train GSPN layers as the student of a U-Net's self-attentions."
-        distill(cli.parse_config(rest, program=program, description=said, cls=LayersConfig))
+        distill(on_every_host(lambda: cli.parse_config(rest, program=program, description=said, cls=LayersConfig)))
     elif command == "train":
         from gspn_jax.text_to_image.config import UNetTrainingConfig
         from gspn_jax.text_to_image.training import train
 
         said = "Train the U-Net of a folder on images with captions."
-        train(cli.parse_config(rest, program=program, description=said, cls=UNetTrainingConfig))
+        train(on_every_host(lambda: cli.parse_config(rest, program=program, description=said, cls=UNetTrainingConfig)))
     elif command == "export":
         from gspn_jax.text_to_image.exporting import Export, export
 
+        same_hosts.check_alone(program)
         said = "Write what a run trained: GSPN layers as one file, a U-Net in a new folder of its model."
         export(cli.parse(Export, args=rest, prog=program, description=said))
     else:
         from gspn_jax.text_to_image.command import Arguments, run
 
         said = "Draw images of prompts with Stable Diffusion."
-        run(cli.parse(Arguments, args=rest, prog=program, description=said))
+        run(on_every_host(lambda: cli.parse(Arguments, args=rest, prog=program, description=said)))

@@ -128,6 +128,9 @@ def _check_unicode(flag: str, text: str) -> None:
 def run(arguments: Arguments) -> list[pathlib.Path]:
     """Draws all images; returns the files written, on the first host."""
     same_hosts.check_flags(arguments)
+    same_hosts.check_files(
+        {"--model": arguments.model, "--prompts": arguments.prompts, "--gspn-layers": arguments.gspn_layers}
+    )
     prompts = [prompt for prompt in _prompts(arguments) for _ in range(arguments.images)]
     seeds.check(arguments.seed, len(prompts))
     paths = _paths(pathlib.Path(arguments.output), len(prompts))

@@ -17,8 +17,8 @@ from gspn_jax.diffusion import ddpm, objectives
 from gspn_jax.pixels import from_uint8
 from gspn_jax.runs import averages
 from gspn_jax.sampling.grid import grid
-from gspn_jax.sampling.sampler import Sampler
-from gspn_jax.training.evaluation import SampleEvaluation
+from gspn_jax.sampling.sampler import Sampler, check_guidance
+from gspn_jax.training.evaluation import SampleEvaluation, evaluated
 from gspn_jax.training.given import Given
 from gspn_jax.training.state import TrainState
 from gspn_jax.training.task import Batch, Metrics, Task
@@ -42,6 +42,10 @@ class DiffusionTask(Task):
             config.sampler.guide,
         )
         self._arch = models.resolve(config.model)
+        if config.train.sample_every:
+            check_guidance(config)
+        if config.eval.every:
+            check_guidance(evaluated(config))
 
     @functools.cached_property
     def _abstract(self) -> tuple[Any, Any]:

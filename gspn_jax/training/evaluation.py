@@ -43,13 +43,6 @@ class SampleEvaluation:
         self._names = settings.metrics
         weights = read_networks(self._names, settings.inception, settings.networks, "--eval.")
         self._reference = _reference(config, weights)
-        sampler = dataclasses.replace(
-            config.sampler,
-            steps=settings.steps or config.sampler.steps,
-            guidance_scale=(
-                config.sampler.guidance_scale if settings.guidance_scale is None else settings.guidance_scale
-            ),
-        )
         self._to_rgb, side = rgb_on(config, mesh, settings.vae)
         size = self._reference and self._reference.image_size
         if size and size != (side, side):
@@ -62,10 +55,7 @@ class SampleEvaluation:
                 side,
             )
         self._sampler = Sampler(
-            dataclasses.replace(config, sampler=sampler),
-            mesh,
-            seed=settings.seed,
-            decode=np.asarray if settings.vae else None,
+            evaluated(config), mesh, seed=settings.seed, decode=np.asarray if settings.vae else None
         )  # latents are left as they are
         size = min(settings.batch_size, settings.num_samples)
         self._extractors = {
@@ -112,6 +102,14 @@ class SampleEvaluation:
         scores = collector.scores(self._reference)
         agreed = dict(zip(scores, agree([*scores.values()]), strict=True))  # hosts may round differently
         return agreed | {"seconds": time.perf_counter() - start}
+
+
+def evaluated(config: Config) -> Config:
+    """The config whose sampler draws what is evaluated."""
+    settings, sampler = config.eval, config.sampler
+    scale = sampler.guidance_scale if settings.guidance_scale is None else settings.guidance_scale
+    sampler = dataclasses.replace(sampler, steps=settings.steps or sampler.steps, guidance_scale=scale)
+    return dataclasses.replace(config, sampler=sampler)
 
 
 def _reference(config: Config, weights: Mapping[str, Weights]) -> Reference | None:

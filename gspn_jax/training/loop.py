@@ -8,6 +8,7 @@ from typing import Any
 import jax
 
 from gspn_jax.parallel.agreement import on_every_host
+from gspn_jax.parallel.memory import check_program
 from gspn_jax.runs.checkpoints import CheckpointError
 from gspn_jax.runs.saving import Checkpoints
 from gspn_jax.training.batches import READ, Batches
@@ -96,12 +97,23 @@ class Loop:
         run.step += 1
         if compiles:
             with self.meter.pause():
+                self._check_memory(run.state, batch)
                 run.state, metrics = jax.block_until_ready(self.train_step(run.state, batch, *self.frozen))
         else:
             with jax.transfer_guard("disallow"):
                 run.state, metrics = self.train_step(run.state, batch, *self.frozen)
             self.meter.add(self.batch_size)
         return metrics
+
+    def _check_memory(self, state: TrainState, batch: Batch) -> None:
+        on_every_host(
+            lambda: check_program(
+                self.train_step,
+                *(state, batch, *self.frozen),
+                what=f"a step of {self.batch_size:,} images",
+                advice="a smaller train.batch_size or model, more train.accumulate, or model.remat take less",
+            )
+        )
 
     def _check_read(self, run: Run, values: list[Metrics]) -> None:
         """Saves the step before one for which some host had no batch, and raises its error, on all hosts."""

@@ -81,12 +81,16 @@ def train_task(task: Task) -> pathlib.Path:
     # a signal is noted until the last save is on the disk
     with (
         Stop() as stop,
-        Checkpoints(config, source.fingerprint, source.class_names) as checkpoints,
+        Checkpoints(config, source.fingerprint, source.class_names, _latents(source)) as checkpoints,
         wandb_log(config) as wandb,
     ):
         # --- state: the latest checkpoint, or born sharded
         first_step, state = checkpoints.restore(target) or (0, _first_state(task, mesh, given, origins))
-        if checkpoints.restored_config and first_step < config.train.steps:
+        if first_step >= config.train.steps:
+            logger.warning(
+                "the run is at step %d, and train.steps is %d: nothing is left to train", first_step, config.train.steps
+            )
+        elif checkpoints.restored_config:
             said = jump(checkpoints.restored_config, config, first_step)
             if said:
                 logger.warning("%s", said)
@@ -158,6 +162,13 @@ def _checked_source(task: Task, target: TrainState, mesh: Mesh) -> Source:
         "a smaller train.batch_size or model, more train.accumulate or mesh.fsdp take less",
     )
     return task.source()
+
+
+def _latents(source: Source) -> dict[str, float]:
+    """Scale and shift of the latents that are trained on; {} for images."""
+    metadata = getattr(source, "metadata", None)
+    names = ("scaling_factor", "shift_factor")
+    return {name: getattr(metadata, name) for name in names if hasattr(metadata, name)}
 
 
 def _meter(task: Task) -> Throughput:

@@ -29,7 +29,7 @@ def host_that_fails(error):
 
         patch.setattr(jax.distributed, "is_initialized", lambda: True)
         patch.setattr(agreement, "texts", lambda own: [own, agreement._said_by(error)])
-        patch.setattr("gspn_jax.cli.exits._leave", sys.exit)
+        patch.setattr("gspn_jax.cli.exits._leave", lambda code, *_: sys.exit(code))
         agreement.on_every_host(lambda: None)
 
     return function(action)

@@ -115,6 +115,61 @@ def in_a_container(**files):
     return flags(main, "{here}")
 
 
+def with_memory(size, action):
+    """`action` where so many bytes are left to the process."""
+
+    def main(argv):
+        from gspn_jax.parallel import memory
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(memory, "free_memory", lambda: size)
+            with cli.user_errors():
+                action(argv)
+
+    return main
+
+
+def small_step(argv):
+    """A step that takes 9 MB beside its arguments, on every device."""
+    import jax.numpy as jnp
+
+    from gspn_jax.parallel.memory import check_program
+
+    step = jax.jit(lambda x: (jnp.sin(x[:, None] + x) @ jnp.cos(x[:, None] - x)).sum())
+    check_program(step, jnp.ones(1500), what="a step of 8 images", advice="a smaller train.batch_size takes less")
+
+
+MEMORY = [
+    Attack("C18", what, flags(with_memory(size, action), *argv), says, code, writes=("run*",))
+    for what, size, action, argv, says, code in (
+        (
+            "a container of 1.45 GB left, and a model of 0.5 GB more",
+            int(1.45e9),
+            command.main,
+            ("--config", "digits", "--run-dir", "{here}/run", "--model.hidden", "768", "--model.depth", "6"),
+            ("must fit into the memory of a device", "beside 1.0 GB of the compiler"),
+            2,
+        ),
+        (
+            "a container that leaves what a small model needs, and not what it may take",
+            int(1.3e9),
+            command.main,
+            ("--config", "digits", "--run-dir", "{here}/run"),
+            "1.30 GB of memory are left for this process, and compiling for a CPU may take 1.6 GB",
+            GOES_ON,
+        ),
+        (
+            "a step that was compiled needs more than is left",
+            int(1e7),
+            small_step,
+            (),
+            ("a step of 8 images must fit into the memory that is left", "0.01 GB are left to this process"),
+            2,
+        ),
+        ("a step that was compiled needs less than is left", int(1e10), small_step, (), "", GOES_ON),
+    )
+]
+
 CONTAINERS = [
     Attack("C18", what, in_a_container(**files), says, code, writes=("proc*", "sys*"))
     for what, files, says, code in (
@@ -196,6 +251,46 @@ AROUND = [
         "os.close(2); sys.stdout.close()",
         "train.steps must be greater than 0",
         more="from gspn_jax.config import *\nconfig = Config('r', train=TrainConfig(steps=0))",
+    ),
+    script("ends the process", "import os; os._exit(0)", "found ProcessExit: os._exit() was called"),
+    script(
+        "ends the process by a name of its own",
+        "from os import _exit as leave\nleave(0)",
+        "found ProcessExit: os._exit() was called",
+    ),
+    script(
+        "ends the process, and catches what comes of it",
+        "import os\ntry: os._exit(0)\nexcept BaseException: pass",
+        "found NoneType",
+    ),
+    script(
+        "becomes another program", "import os; os.execlp('true', 'true')", "found ProcessExit: os.execv() was called"
+    ),
+    script(
+        "becomes another program of another environment",
+        "import os; os.execle('/bin/true', 'true', {})",
+        "found ProcessExit: os.execve() was called",
+    ),
+    script(
+        "ends the process by a signal of its own", "import os; os.abort()", "found ProcessExit: os.abort() was called"
+    ),
+    closing("closes every descriptor, and fails", "os.closerange(0, 2**20)"),
+    closing("closes every descriptor, and is empty", "os.closerange(0, 2**20)", "found NoneType", more=""),
+    Attack(
+        "C19",
+        "a config that asks another program something",
+        train(
+            *("--run-dir", "{here}/run"),
+            config="{here}/one.py",
+            before=write(
+                "one.py",
+                "import subprocess\nassert subprocess.run(['false']).returncode == 1\n"
+                "from gspn_jax.configs.digits import config\n",
+            ),
+        ),
+        "",
+        GOES_ON,
+        writes=("run*",),
     ),
     Attack("C19", "a config that is as it should be", train(*START), "", GOES_ON, writes=("run*",)),
     Attack("C18", "no HOME and no user name", flags(without_home, "--config", "digits"), "", GOES_ON, writes=("run*",)),
@@ -292,6 +387,37 @@ PROCESSES = [
         )
         for module in ("gspn_jax.cli.exits", "numpy", "jax", "optax", "orbax")
     ),
+    *(
+        Attack(
+            "C20",
+            f"Ctrl-C while python -m gspn_jax.{command} imports {module}",
+            process(*IMPORTS, "-m", f"gspn_jax.{command}", *arguments, interrupt=f" {module}\n"),
+            "stopped by Ctrl-C",
+            130,
+        )
+        for command, module, arguments in (
+            ("doctor", "jax", ("--config", "digits")),
+            ("plan", "jax", ("--config", "gspn_b_2", "--gpu", "H100")),
+            ("classify", "optax", ("train", "--config", "classify_cifar10")),
+            ("text_to_image", "optax", ("--model", "{here}", "--prompt", "a", "--output", "{here}/a.png")),
+            ("evaluate", "jax", ("--run", "{run}")),
+            ("convert", "jax", ("import", "--weights", "{vae}", "--output", "{here}/run")),
+        )
+    ),
+    *(
+        Attack(
+            "C20",
+            f"Ctrl-C while the {name} of two processes waits for the other",
+            process(
+                *("train_dit.py", "--config", "digits", "--coordinator", f"127.0.0.1:{port}"),
+                *("--num-processes", "2", "--process-id", index),
+                interrupt=20.0,
+            ),
+            "stopped by Ctrl-C",
+            130,
+        )
+        for name, index, port in (("first", "0", 54311), ("second", "1", 54312))
+    ),
     Attack(
         "C20",
         "Ctrl-C while gspn_jax.prepare imports its flags",
@@ -312,7 +438,7 @@ PROCESSES = [
 ]
 PROCESSES = [dataclasses.replace(row, slow=True) for row in PROCESSES]
 
-ATTACKS = [*AROUND, *CONTAINERS, *PROCESSES]
+ATTACKS = [*AROUND, *CONTAINERS, *MEMORY, *PROCESSES]
 
 
 @rows(ATTACKS)

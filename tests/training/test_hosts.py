@@ -130,6 +130,27 @@ def test_hosts_that_differ_train_nothing_and_say_so(tmp_path, flag, values, said
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (
+            (("--seed", "0"), ("--seed", "1")),
+            ("all hosts must do the same, but seed is 0 on host 0 and 1 on host 1",) * 2,
+        ),
+        (
+            (("--per-class", "1"), ("--per-klass", "1")),
+            ("error: host 1 says: it has ended, see its own stderr", "klass"),
+        ),
+    ],
+)
+def test_hosts_with_other_flags_draw_nothing(tmp_path, alone, flags, said):
+    command = [str(ROOT / "sample.py"), "--run", str(alone(1)), "--output", str(tmp_path / "a.png")]
+    for (code, errors), words in zip(end(*start_hosts([[*command, *own] for own in flags], 2)), said, strict=True):
+        assert code == 2 and words in errors and "Traceback" not in errors, errors
+    assert not list(tmp_path.glob("*.png"))
+
+
+@pytest.mark.slow
 def test_a_port_where_something_else_listens_is_no_coordinator(tmp_path):
     """JAX ends a process that cannot join by abort(), with a stack of C++."""
     with socket.socket() as other:
