@@ -3,7 +3,7 @@
 import os
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 from unittest import mock
 
@@ -44,7 +44,9 @@ def held() -> Iterator[None]:
                     os.close(number)
 
     functions = {name: refuse(name) for name in ENDING} | {"closerange": close_range}
-    with mock.patch.multiple(os, **{name: instead(name, do) for name, do in functions.items()}):
+    with ExitStack() as stack:
+        for name, do in functions.items():
+            stack.enter_context(mock.patch.object(os, name, instead(name, do)))
         yield
 
 
