@@ -263,8 +263,8 @@ def write_losses(path: pathlib.Path, losses: dict[str, list[dict[str, float]]]) 
 
 
 def held_out(work: pathlib.Path) -> dict[str, Any]:
-    """Losses on images that neither was trained on, at the same timesteps and noise: of the teacher, of the student,
-    and of the student before it was trained."""
+    """Losses on images that neither was trained on, at the same timesteps and noise: of the teacher, also told the
+    captions of other images, of the student, and of the student before it was trained."""
     import jax
     import jax.numpy as jnp
 
@@ -293,7 +293,9 @@ def held_out(work: pathlib.Path) -> dict[str, Any]:
         return mean_square(output, noised.target)
 
     losses = jax.jit(task.losses)
-    sums: dict[str, Any] = {"teacher": 0.0} | {name: {} for name in layers}
+    sums: dict[str, Any] = {"noise_of_teacher": 0.0, "noise_of_teacher_told_others": 0.0} | {
+        name: {} for name in layers
+    }
     count = HELD_OUT // BATCH
     with task.loader(task.source(), seed=0) as loader:
         for number in range(count):
@@ -301,11 +303,13 @@ def held_out(work: pathlib.Path) -> dict[str, Any]:
             time_key, noise_key = jax.random.split(jax.random.fold_in(jax.random.key(1), number))
             times = jax.random.randint(time_key, (BATCH,), 0, task.scheduler.timesteps)
             noise = jax.random.normal(noise_key, batch["image"].shape)
-            sums["teacher"] += float(teacher(batch, times, noise)) / count
+            others = batch | {"context": jnp.roll(batch["context"], 1, axis=0)}
+            sums["noise_of_teacher"] += float(teacher(batch, times, noise)) / count
+            sums["noise_of_teacher_told_others"] += float(teacher(others, times, noise)) / count
             for name, params in layers.items():
                 for term, value in losses(params, frozen, batch, times, noise).items():
                     sums[name][term] = sums[name].get(term, 0.0) + float(value) / count
-    return {"images": HELD_OUT, "noise_of_teacher": sums.pop("teacher")} | sums
+    return {"images": HELD_OUT} | sums
 
 
 def _elsewhere(config: Any, folder: str, captions: str) -> Any:
