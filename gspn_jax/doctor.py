@@ -378,7 +378,7 @@ def disk(config: RunConfig) -> Findings:
     size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
     periodic = config.train.steps // config.train.keep_every if config.train.keep_every else 0
     snapshots = config.train.steps // config.train.snapshot_every if config.train.snapshot_every else 0
-    averages = len(config.train.ema_widths) * sum(4 * leaf.size for leaf in jax.tree.leaves(state.params))
+    averages = len(config.train.ema_widths) * sum(4 * leaf.size for leaf in jax.tree.leaves(state.exported))
     needed = (KEPT_CHECKPOINTS + periodic) * size + snapshots * averages
     free = shutil.disk_usage(parent).free
     yield Finding(

@@ -23,7 +23,7 @@ from gspn_jax.training.state import TRAINING_ONLY, create_state
 from gspn_jax.training.step import make_step
 from gspn_jax.training.train import diffusion_task, train
 from tests.runs import saved
-from tests.training import aligned, tiny
+from tests.training import aligned, processes, tiny
 
 
 @pytest.fixture(scope="module")
@@ -201,6 +201,14 @@ def test_a_run_goes_on_to_the_bit_and_leaves_its_projector_out(features, tmp_pat
     without = dataclasses.replace(whole, align=type(whole.align)())
     with pytest.raises(CheckpointError, match="was started with align"):
         train(without)
+
+
+@pytest.mark.slow
+def test_two_hosts_are_one_run(features, tmp_path):
+    flags = ("--align.features", features.path, "--align.depth", "2", "--align.hidden", "32", "--data.flip", "True")
+    for name, place in (("alone", {"devices": 2}), ("together", {"hosts": 2})):
+        processes.finish(tmp_path / name, *flags, **place)
+    processes.assert_same_run(tmp_path / "together", tmp_path / "alone")
 
 
 @pytest.mark.parametrize(
