@@ -1,4 +1,5 @@
-"""Pictures of results: FID against the images seen in training, FID and Inception score against guidance.
+"""Pictures of results: FID against the images seen in training, FID and Inception score against guidance, or what else
+was measured where neither was.
 
 Only results that can be compared are joined by a line: of as many samples, drawn and scored alike.
 """
@@ -127,7 +128,8 @@ def _draw(points: Sequence[Point], against: Against, output: pathlib.Path) -> st
     extras.require("plot", "matplotlib", by="drawing")
     from matplotlib.figure import Figure
 
-    names = [name for name in _DRAWN[against] if any(name in point.metrics for point in points)]
+    found = list(dict.fromkeys(name for point in points for name in point.metrics))
+    names = [name for name in _DRAWN[against] if name in found] or found
     lines: dict[str, list[Point]] = collections.defaultdict(list)
     for point in points:
         lines[point.line].append(point)

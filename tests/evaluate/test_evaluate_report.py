@@ -10,7 +10,7 @@ from safetensors.numpy import save_file
 
 from gspn_jax import prepare
 from gspn_jax.config import MeshConfig
-from gspn_jax.evaluate import main, report
+from gspn_jax.evaluate import main, plots, report
 from gspn_jax.evaluate.scoring import ScoreFlags, Scorer
 from gspn_jax.metrics import inception, npz, self_test
 from gspn_jax.parallel import sharding
@@ -225,6 +225,13 @@ def test_fid_and_inception_score_are_drawn_against_guidance(run_dir, monkeypatch
     assert lines == {
         "a, step 3,000, EMA 0.9999, ddpm 250 steps, 50,000 samples": [[(1.0, 9), (1.5, 4)], [(1.0, 100 / 9), (1.5, 25)]]
     }
+
+
+def test_without_fid_and_inception_score_other_metrics_are_drawn_against_guidance(tmp_path, monkeypatch):
+    results = [result(9, 3000, scale) | {"metrics": {"kid": scale / 10, "recall": 0.5}} for scale in (1.0, 1.5)]
+    lines = drawn(monkeypatch)
+    assert plots.draw_results(results, "guidance", tmp_path / "g.png").startswith("2 results drawn in")
+    assert list(lines.values()) == [[[(1.0, 0.1), (1.5, 0.15)], [(1.0, 0.5), (1.5, 0.5)]]]
 
 
 def test_what_cannot_be_drawn_is_said(tmp_path, run_dir, monkeypatch, capsys):
