@@ -78,6 +78,10 @@ has what is in the rows above it.
 | the gradient of long skips read where it is | 232.4 | 184.9 | 33.8 |
 | kernels of our own for `chunk=2` and for depthwise convolutions | 210.1 | 169.3 | 21.7 |
 
+These count bytes. The instructions of our kernels (docs/kernel.md), one a clock and scheduler at 1.7 GHz, take longer
+than their bytes on an H200 in three places: `chunk=2` forward 121 us in place of 27 and backward 230 in place of 212,
+and the 7x7 convolution 165 in place of 74 for its three passes. That would add 11 ms to the step.
+
 An evaluation of GSPN-L/2 with 64 images: 47.1 ms on H100 and 37.5 on H200 as it was; 35.9 and 29.7 with convolutions in
 bfloat16, proxies of 75 computed as 96 and tokens row by row; 34.8 and 28.9 with weights cast once for all evaluations
 and the join as two products; 33.5 and 28.0 with long skips and weights read where they are; 25.8 and 22.6 with the two
