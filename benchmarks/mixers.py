@@ -17,6 +17,8 @@ long as its operations, and so does the kernel that expands a proxy.
 """
 
 import argparse
+import bisect
+import collections
 import dataclasses
 import datetime
 import functools
@@ -61,7 +63,8 @@ ROWS = {
     "linear attention": Row("linear_attention", {}),
     "gated linear attention": Row("gated_linear_attention", {}),
 }
-KNOBS = {"proxy_ratio": [*range(2, 33)], "expansion": [i / 16 for i in range(8, 49)]}
+KNOBS = {"proxy_ratio": [*range(32, 1, -1)], "expansion": [i / 16 for i in range(8, 49)]}
+"""Values of each, those of fewer parameters first."""
 DIGITS = {"preset": "DiT-S/2", "hidden": 64, "depth": 4, "heads": 4}
 CPU = {"preset": "DiT-S/2", "hidden": 192, "depth": 4, "heads": 4}
 GPU = {"preset": "DiT-B/2"}
@@ -86,10 +89,12 @@ def matched(row: Row, base: dict[str, Any]) -> Any:
         added = {"mixer_options": (f"expansion={value}",)} if row.knob == "expansion" else {row.knob: value}
         return ModelConfig(**fields | added)
 
-    goal = mixer_parameters(ModelConfig(**base | {"mixer": "attention"}))
-    return min(map(of, KNOBS[row.knob]), key=lambda model: abs(mixer_parameters(model) - goal))
+    goal, values = mixer_parameters(ModelConfig(**base | {"mixer": "attention"})), KNOBS[row.knob]
+    above = bisect.bisect_left(values, goal, 1, len(values) - 1, key=lambda value: mixer_parameters(of(value)))
+    return min(map(of, values[above - 1 : above + 1]), key=lambda model: abs(mixer_parameters(model) - goal))
 
 
+@functools.cache
 def mixer_parameters(model: Any) -> int:
     """Parameters of one mixer."""
     import jax
@@ -168,9 +173,9 @@ def compiled(flags: argparse.Namespace) -> None:
     from benchmarks import gpu_compile
     from gspn_jax import models
 
-    results = Results("compile")
+    results, start = Results("compile"), time.monotonic()
     for tokens, what, name in programs(flags):
-        if key(name, tokens, what) in results.rows:
+        if key(name, tokens, what) in results.rows or time.monotonic() - start > flags.limit:
             continue
         model = matched(ROWS[name], GPU)
         batch, kind = BATCH["gpu"] // tokens, {"training": "step", "sampling": "sampler"}[what]
@@ -185,44 +190,48 @@ def compiled(flags: argparse.Namespace) -> None:
         found, text = gpu_compile.compiled(arguments)
         if flags.hlo:
             flags.hlo.write_text(text)
-        least = bound(text, config, batch, tokens, found["runs"])
+        least = bound(text, config, batch, tokens, what, found["runs"])
         kept = ("kinds", "temporary_gb", "arguments_gb", "lowering_s", "compile_s", "versions", "model")
         about = {"device": "H200, compiled", "batch": batch, "parameters": models.count_parameters(config)}
         results.add(key(name, tokens, what), about | least | {field: found[field] for field in kept})
         jax.clear_caches()
 
 
-def bound(text: str, config: Any, batch: int, tokens: int, runs: int) -> dict[str, float]:
-    """Least milliseconds of a step or an evaluation, with operations that `roofline` does not count."""
+def bound(text: str, config: Any, batch: int, tokens: int, what: str, runs: int) -> dict[str, float]:
+    """Least milliseconds of a step or an evaluation: those of `roofline`, where flash attention takes no less than its
+    operations, nor scans than the products in which they expand proxies."""
     from benchmarks import hlo, roofline
-
-    program, seconds, floors = hlo.Program(text), 0.0, {"attention": 0.0, "scans": 0.0}
-    for kernel in roofline.kernels(program):
-        least = kernel.seconds("h200")
-        done = operations_of(program, kernel.instruction, config, batch, tokens)
-        floors[kernel.kind] = floors.get(kernel.kind, 0.0) + kernel.times * done / roofline.PRODUCTS / runs * 1e3
-        seconds += kernel.times * max(least, done / roofline.PRODUCTS)
-    milliseconds = 1e3 * seconds / runs
-    return {"ms": milliseconds, "images_per_second": 1e3 * batch / milliseconds, "operations_ms": floors}
-
-
-def operations_of(program: Any, instruction: Any, config: Any, batch: int, tokens: int) -> float:
-    """Operations within a kernel that `roofline` does not count: of flash attention, and of one that expands proxies.
-
-    Attention's backward pass takes five products where the forward pass takes two (arXiv 2205.14135); the kernels
-    of scans expand once in each pass, and that of the backward pass adds up two products more.
-    """
     from gspn_jax.models import resolve
 
-    arch = resolve(config.model)
-    for part in program.inside(instruction):
-        if "fmha" in part.target:
-            return (10.0 if "Backward" in part.target else 4.0) * batch * tokens**2 * arch.hidden
-    return 0.0
+    program, arch, found = hlo.Program(text), resolve(config.model), collections.Counter()
+    for kernel in roofline.kernels(program):
+        targets = [part.target for part in program.inside(kernel.instruction) if "fmha" in part.target]
+        # two products forward, five backward, which computes the scores again (arXiv 2205.14135)
+        products = sum(10 if "Backward" in target else 4 for target in targets)
+        done = products * batch * tokens**2 * arch.hidden
+        found[kernel.kind] += kernel.times * max(kernel.seconds("h200"), done / roofline.PRODUCTS)
+    if "scans" in found and arch.mixer != "released_gspn":
+        passes = arch.blocks * batch * tokens * runs * (2 if what == "training" else 1)
+        found["scans"] = max(found["scans"], passes * products_of_scans(arch) / roofline.PRODUCTS)
+    milliseconds = 1e3 * sum(found.values()) / runs
+    return {
+        "ms": milliseconds,
+        "images_per_second": 1e3 * batch / milliseconds,
+        "scans_ms": 1e3 * found["scans"] / runs,
+    }
+
+
+def products_of_scans(arch: Any) -> float:
+    """Operations of a pixel in which a proxy is expanded once: forward, and again backward."""
+    from gspn_jax.models.mixers import DIRECTIONS, NEIGHBOURS, widened
+
+    options = arch.options
+    channels = widened(arch.hidden, options.expansion / getattr(options, "compression", 1))
+    return 2.0 * options.proxy * DIRECTIONS * (NEIGHBOURS * options.groups + 2 * channels)
 
 
 def scored(flags: argparse.Namespace) -> None:
-    """Digits, all rows with one seed before the next seed; none is begun after `--limit` seconds."""
+    """Digits, all rows with one seed before the next seed; none begins after `--limit` seconds."""
     results, start = Results("score"), time.monotonic()
     for seed in flags.seeds:
         for name in flags.rows:
@@ -343,7 +352,7 @@ def main() -> None:
     parser.add_argument("--what", nargs="+", default=WHATS, choices=WHATS)
     parser.add_argument("--seeds", nargs="+", type=int, default=SEEDS)
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--limit", type=float, default=math.inf, help="seconds after which score begins no other run")
+    parser.add_argument("--limit", type=float, default=math.inf, help="seconds after which nothing else is begun")
     parser.add_argument(
         "--output", type=pathlib.Path, default=pathlib.Path("runs/mixers"), help="of the runs on digits"
     )
