@@ -215,7 +215,8 @@ def _is_covariance(matrix: Float[np.ndarray, "D D"]) -> bool:
     deviations = np.sqrt(np.clip(np.diag(matrix), 0, None))
     slack = 1e-3 * (deviations.max() ** 2 + np.finfo(np.float32).tiny)
     within = np.abs(matrix) <= np.outer(deviations, deviations) + slack
-    return bool(within.all() and np.allclose(matrix, matrix.T, rtol=1e-3, atol=slack))
+    with np.errstate(over="ignore"):
+        return bool(within.all() and np.allclose(matrix, matrix.T, rtol=1e-3, atol=slack))
 
 
 def _listed(names: Iterable[str]) -> str:
