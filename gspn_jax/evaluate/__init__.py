@@ -125,7 +125,7 @@ def _self_test(flags: SelfTest) -> None:
 
     passed = [shown(self_test.check_machine())]
     if flags.inception:
-        path = inception.require(flags.inception, "--inception")
+        path = inception.file_of(inception.require(flags.inception, "--inception"))
         passed += [shown(check) for check in self_test.check_file(path, record=flags.record, compare=flags.compare)]
     else:
         print("note   no file of weights was checked: --inception names one")

@@ -33,7 +33,8 @@ class ScoreFlags:
     """Flags of what is computed, and against what."""
 
     inception: str | None = None
-    """The Inception-v3 weights of 2015: pytorch-fid's .pth, or .safetensors made of it by gspn_jax.prepare."""
+    """The Inception-v3 weights of 2015: pytorch-fid's .pth, or .safetensors made of it by gspn_jax.prepare; clean:FILE
+    scales images to it as clean-fid does, not as ADM."""
     reference: str | None = None
     """The reference statistics (.npz), such as VIRTUAL_imagenet256_labeled.npz; only the Inception score needs none."""
     networks: tuple[str, ...] = ()
@@ -95,7 +96,8 @@ class Scorer:
         own = self._weights.get("inception")
         self.inception: dict[str, str] | None = None
         if own:
-            self.inception = {"path": str(own.path), "sha256": sha256_of(own.path), "tensors_sha256": own.digest}
+            file = sha256_of(inception.file_of(own.path))
+            self.inception = {"path": str(own.path), "sha256": file, "tensors_sha256": own.digest}
         if self._reference:
             for name, one in self._weights.items():
                 self._reference.check_weights(name, one.digest)

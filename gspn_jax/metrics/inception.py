@@ -7,8 +7,10 @@ convolutions when the weights are loaded. Everything is float32 at full precisio
 
 import functools
 import hashlib
+import importlib
 import math
 import pathlib
+import types
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
@@ -29,6 +31,9 @@ TENSORS, VALUES = 472, 23_885_392
 """In a file of weights, `num_batches_tracked` left out."""
 PUBLISHED = "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth"
 """The weights as pytorch-fid publishes them; the name ends in the first 8 hex digits of the file's SHA-256."""
+
+CLEAN = "clean:"
+"""Before the path of the weights: images are scaled as clean-fid does (`clean_inception`)."""
 
 _EPSILON = 1e-3
 _SPATIAL_CHANNELS = 7
@@ -237,9 +242,20 @@ def expected_shapes() -> dict[str, tuple[int, ...]]:
     return shapes | {"fc.weight": (LOGITS, POOL), "fc.bias": (LOGITS,)}
 
 
+def file_of(path: str | pathlib.Path) -> str:
+    """The file of a path that may begin with `CLEAN`."""
+    return str(path).removeprefix(CLEAN)
+
+
+def configured(path: str | pathlib.Path) -> types.ModuleType:
+    """Network of a path: `clean_inception` where it begins with `CLEAN`, or else this one."""
+    name = "gspn_jax.metrics.clean_inception" if str(path).startswith(CLEAN) else __name__
+    return importlib.import_module(name)
+
+
 def require(path: str | None, flag: str) -> str:
     """`path` if it is a file; else ConfigError says which weights `flag` needs and where they are."""
-    if path is None or not pathlib.Path(path).is_file():
+    if path is None or not pathlib.Path(file_of(path)).is_file():
         raise ConfigError(
             f"{flag} must be the Inception-v3 weights of 2015-12-05 (95 MB, download {PUBLISHED}), found "
             + (f"nothing at {path}" if path else f"no {flag}")
@@ -259,7 +275,9 @@ def read(path: str | pathlib.Path) -> dict[str, Float32[np.ndarray, "..."]]:
     """The tensors of a file of weights by their PyTorch names, checked; raises as `load`."""
     try:
         state_dict = {
-            name: value for name, value in read_state_dict(path).items() if not name.endswith(".num_batches_tracked")
+            name: value
+            for name, value in read_state_dict(file_of(path)).items()
+            if not name.endswith(".num_batches_tracked")
         }
         check(state_dict)
     except WeightsError as error:

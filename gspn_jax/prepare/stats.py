@@ -52,7 +52,8 @@ class Stats(ImageFlags):
     images: str | None = None
     """A folder of images, in class folders or not."""
     inception: str | None = None
-    """Weights of Inception-v3 (.pth or .safetensors); may be left out with --dinov2."""
+    """Weights of Inception-v3 (.pth or .safetensors), or clean:FILE for statistics of clean-fid; may be left out with
+    --dinov2."""
     dinov2: str | None = None
     """A folder of DINOv2 as transformers writes it, or a file of its weights (ViT-L/14 in published numbers)."""
     output: str
@@ -279,8 +280,10 @@ def _networks(arguments: Stats) -> dict[str, _Network]:
 
     found = {}
     if arguments.inception or not arguments.dinov2:
-        weights = inception.read(inception.require(arguments.inception, "--inception"))
-        found["inception"] = _Network(inception.digest(weights), inception.from_state_dict(weights), None)
+        own = inception.configured(path := inception.require(arguments.inception, "--inception"))
+        weights = own.read(path)
+        network = None if own is inception else own
+        found["inception"] = _Network(own.digest(weights), own.from_state_dict(weights), network)
     if arguments.dinov2:
         line = FEATURE_NETWORKS["dinov2"]
         network = line.configured(line.require(arguments.dinov2, "--dinov2"))
