@@ -1,12 +1,14 @@
 """The kernels' machine code, emulated: values and gradients against float64, and nothing that a detector reports."""
 
+import dataclasses
 import pathlib
 import subprocess
 import sys
 
 import pytest
 
-from tests.ptx import cases
+from gspn_jax.kernels import devices
+from tests.ptx import cases, emulation, toolchain
 
 pytestmark = [pytest.mark.ptx, pytest.mark.timeout(1200)]
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -20,6 +22,18 @@ def test_values_and_gradients_are_those_of_float64(case):
     outcome.save()
     assert not outcome.wrong()
     assert len(outcome.runs) == case.launches
+
+
+@pytest.mark.parametrize(
+    "policy", [emulation.Policy.LATE_COPIES, pytest.param(emulation.Policy.EARLY_COPIES, marks=pytest.mark.slow)]
+)
+def test_a_block_with_chunk_2_walks_over_several_images(policy):
+    """Where each has one, as in the cases above, nothing of an image is overwritten by the copies of another."""
+    device = devices.DEVICES[devices.DEFAULT]
+    one = dataclasses.replace(device.expanding, multiprocessors=1)
+    with toolchain.for_device(dataclasses.replace(device, expanding=one)):
+        outcome = cases.run(cases.Case(5, 16, 16, 16, rank=24, chunk=2), policy=policy)
+    assert not outcome.wrong()
 
 
 GENERATIONS = [
