@@ -142,20 +142,16 @@ def alignments(run_dir) -> list[float]:
 
 @pytest.mark.slow
 def test_a_linear_function_of_the_images_is_reached_and_other_images_features_are_not(features, tmp_path):
-    """The cosine of features that the tokens determine goes to 1; of those of another image, or of the other view, it
-    stays where the mean feature of a place leaves it."""
-    config = near_clean(features, tmp_path / "own", steps=400)
-    train(config)
-    assert alignments(tmp_path / "own/run")[-1] > 0.98
-    views = np.stack([[features.view(i, m) for m in (0, 1)] for i in range(len(features))])
+    """The cosine of features that the tokens determine goes to 1; of those of another image it stays where the mean
+    feature of a place leaves it."""
+    views = np.stack([[features.view(i, m) for m in (False, True)] for i in range(len(features))])
     shifted = aligned.write(tmp_path / "shifted", np.roll(views, 1, axis=0))
-    config = near_clean(shifted, tmp_path / "other", steps=400)
-    train(config)
-    assert alignments(tmp_path / "other/run")[-1] < 0.9
-    swapped = aligned.write(tmp_path / "swapped", views[:, ::-1])
-    config = near_clean(swapped, tmp_path / "views", steps=400)
-    train(config)
-    assert alignments(tmp_path / "views/run")[-1] < 0.95
+    found = []
+    for name, given in (("own", features), ("other", shifted)):
+        config = near_clean(given, tmp_path / name, steps=160)
+        train(config)
+        found.append(alignments(tmp_path / name / "run")[-1])
+    assert found[0] > 0.99 and found[1] < 0.7
 
 
 def contents(run_dir) -> dict:
@@ -186,7 +182,7 @@ def test_a_run_goes_on_to_the_bit_and_leaves_its_projector_out(features, tmp_pat
     convert.main(["export", "--run", whole.run_dir, "--output", str(tmp_path / "export")])
     assert "the projector of align.features, which only training needs, is left out" in capsys.readouterr().out
     for start in (whole.run_dir, str(tmp_path / "export")):
-        begun = tiny.config(tmp_path / f"from_{start[-5:]}", steps=1, ema_decays=(0.9,))
+        begun = tiny.config(tmp_path / f"from_{start[-5:]}", steps=2, ema_decays=(0.9,))
         begun = dataclasses.replace(begun, init_from=start, model=config.model)
         caplog.clear()
         train(begun)

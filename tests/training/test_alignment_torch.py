@@ -35,7 +35,7 @@ def test_gradients_of_projector_and_tokens_are_those_of_pytorch():
     y = torch.tensor(features.astype(np.float64))
     truth = torch.nn.functional.cosine_similarity(theirs(x), y, dim=-1).mean()
     truth.backward()
-    assert float(value) == pytest.approx(float(truth), abs=1e-6)
+    assert float(value) == pytest.approx(truth.item(), abs=1e-6)
     np.testing.assert_allclose(of_tokens, x.grad.numpy(), rtol=1e-4, atol=1e-7)
     for number, name in ((0, "fc1"), (2, "fc2"), (4, "fc3")):
         np.testing.assert_allclose(found[name]["kernel"], theirs[number].weight.grad.numpy().T, rtol=1e-4, atol=1e-7)
