@@ -1,7 +1,9 @@
 """Numbers of docs/recipes.md, on scikit-learn's digits: other classes by --init-from, and a GSPN from a DiT.
 
 python benchmarks/digits_recipes.py classes --seed 0     0-4, then 5-9 from it and from scratch: conditional accuracy
-python benchmarks/digits_recipes.py teacher --seed 0     a DiT, then a GSPN from it and from scratch: Frechet distance
+python benchmarks/digits_recipes.py teacher --seed 0     a DiT, then GSPNs from it: Frechet distance
+
+With --all also what these are told apart from: shorter runs from scratch, students without positions or features.
 
 Runs lie in --output (runs/recipes by default) and are gone on with. A line of JSON for each run that is scored: what it
 is, steps, images, conditional accuracy and Frechet distance (`metrics.digits.DigitsJudge`), the mean of `--sets` sets
