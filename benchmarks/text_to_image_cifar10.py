@@ -279,7 +279,8 @@ def write_losses(path: pathlib.Path, losses: dict[str, list[dict[str, float]]]) 
 
 def held_out(work: pathlib.Path) -> dict[str, Any]:
     """Losses on images that neither was trained on, at the same timesteps and noise: of the teacher, also told the
-    captions of other images, of the student, and of the student before it was trained."""
+    captions of other images or without its self-attentions, of the student, and of the student before it was
+    trained."""
     import jax
     import jax.numpy as jnp
 
@@ -304,13 +305,20 @@ def held_out(work: pathlib.Path) -> dict[str, Any]:
     @jax.jit
     def teacher(batch, times, noise):
         noised = task.noised(batch, times, noise, jnp.float32)
-        output = unet.apply(frozen, task.unet_config, noised.x, times, batch["context"], noised.added)
-        return mean_square(output, noised.target)
+
+        def loss(context, mixer=None):
+            output = unet.apply(frozen, task.unet_config, noised.x, times, context, noised.added, mixer=mixer)
+            return mean_square(output, noised.target)
+
+        context = batch["context"]
+        return {
+            "noise_of_teacher": loss(context),
+            "noise_of_teacher_told_others": loss(jnp.roll(context, 1, axis=0)),
+            "noise_without_self_attention": loss(context, lambda name, x: jnp.zeros_like(x)),
+        }
 
     losses = jax.jit(task.losses)
-    sums: dict[str, Any] = {"noise_of_teacher": 0.0, "noise_of_teacher_told_others": 0.0} | {
-        name: {} for name in layers
-    }
+    sums: dict[str, Any] = {"attention": {}} | {name: {} for name in layers}
     size = config.train.batch_size
     count = HELD_OUT // size
     with task.loader(task.source(), seed=0) as loader:
@@ -319,13 +327,12 @@ def held_out(work: pathlib.Path) -> dict[str, Any]:
             time_key, noise_key = jax.random.split(jax.random.fold_in(jax.random.key(1), number))
             times = jax.random.randint(time_key, (size,), 0, task.scheduler.timesteps)
             noise = jax.random.normal(noise_key, batch["image"].shape)
-            others = batch | {"context": jnp.roll(batch["context"], 1, axis=0)}
-            sums["noise_of_teacher"] += float(teacher(batch, times, noise)) / count
-            sums["noise_of_teacher_told_others"] += float(teacher(others, times, noise)) / count
-            for name, params in layers.items():
-                for term, value in losses(params, frozen, batch, times, noise).items():
+            found = {"attention": teacher(batch, times, noise)}
+            found |= {name: losses(params, frozen, batch, times, noise) for name, params in layers.items()}
+            for name, terms in found.items():
+                for term, value in terms.items():
                     sums[name][term] = sums[name].get(term, 0.0) + float(value) / count
-    return {"images": HELD_OUT} | sums
+    return {"images": HELD_OUT} | sums.pop("attention") | sums
 
 
 def _elsewhere(config: Any, folder: str, captions: str) -> Any:

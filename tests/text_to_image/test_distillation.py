@@ -251,7 +251,8 @@ def test_layers_of_an_sdxl_are_distilled_exported_and_drawn_with(tmp_path, caplo
         text_to_image.main([*flags.split(), "--model", str(folder), "--output", str(tmp_path / f"{folder.name}.png")])
         assert (said in caplog.text) == (folder == half)
     one, other = (np.asarray(Image.open(tmp_path / f"{name}.png"), int) for name in ("model", "half"))
-    assert one.shape == (16, 24, 3) and np.abs(one - other).max() <= 2
+    assert one.shape == (16, 24, 3) and one.std() > 20
+    assert np.abs(one - other).mean() < 1  # weights rounded to half precision; another model is tens of levels away
 
 
 def test_a_mistake_gets_one_sentence_before_anything_is_trained(prepared, tmp_path, capsys, monkeypatch):
