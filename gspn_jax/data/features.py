@@ -155,6 +155,8 @@ class Featured:
     def __init__(self, images: Source, features: FeatureSet):
         self.images, self.features = images, features
         self.class_names = images.class_names
+        self.metadata: Any = getattr(images, "metadata", None)
+        """Those of latents."""
         self.fingerprint = hash_of([images.fingerprint, features.fingerprint])
 
     def __len__(self) -> int:

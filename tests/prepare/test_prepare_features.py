@@ -182,8 +182,8 @@ def test_features_of_the_images_of_latents_are_told_from_others(tmp_path):
     metadata = LatentMetadata.read(latents)
     dataclasses.replace(metadata, images="abcd").write(latents)
     check()
-    one = Featured(make_source(config), features).fingerprint
-    assert one != make_source(config).fingerprint
+    one = Featured(make_source(config), features)
+    assert one.fingerprint != make_source(config).fingerprint and one.metadata.images == "abcd"
     dataclasses.replace(metadata, images="dcba").write(latents)
     with pytest.raises(ConfigError, match=r"\(20, fingerprint dcba\), found features of 20 with fingerprint abcd"):
         check()
