@@ -3,7 +3,8 @@
 python benchmarks/digits_recipes.py classes --seed 0     0-4, then 5-9 from it and from scratch: conditional accuracy
 python benchmarks/digits_recipes.py teacher --seed 0     a DiT, then GSPNs from it: Frechet distance
 
-With --all also what these are told apart from: shorter runs from scratch, students without positions or features, or by Muon.
+With --all also what these are told apart from: shorter runs from scratch, students without positions, without features,
+or by Muon.
 
 Runs lie in --output (runs/recipes by default) and are gone on with. A line of JSON for each run that is scored: what it
 is, steps, images, conditional accuracy and Frechet distance (`metrics.digits.DigitsJudge`), the mean of `--sets` sets
