@@ -3,7 +3,8 @@
 python benchmarks/digits_recipes.py classes --seed 0     0-4, then 5-9 from it and from scratch: conditional accuracy
 python benchmarks/digits_recipes.py teacher --seed 0     a DiT, then GSPNs from it: Frechet distance
 
-With --all also what these are told apart from: shorter runs from scratch, students without positions or features.
+With --all also what these are told apart from: shorter runs from scratch, students without positions, without features,
+or by Muon.
 
 Runs lie in --output (runs/recipes by default) and are gone on with. A line of JSON for each run that is scored: what it
 is, steps, images, conditional accuracy and Frechet distance (`metrics.digits.DigitsJudge`), the mean of `--sets` sets
@@ -71,9 +72,9 @@ def teacher(flags: argparse.Namespace) -> None:
     both = DistillConfig(teacher=theirs.run_dir, features=tuple(range(theirs.model.depth or 0)))
     learned = {"data": data, "steps": short, "distill": both}
     report(flags, "GSPN from a DiT", trained(flags, root / "gspn", model=placed, **learned))
-    report(flags, "GSPN from a DiT, Muon", trained(flags, root / "muon", model=placed, optimizer="muon", **learned))
     if not flags.all:
         return
+    report(flags, "GSPN from a DiT, Muon", trained(flags, root / "muon", model=placed, optimizer="muon", **learned))
     report(flags, "GSPN from a DiT, without its positions", trained(flags, root / "unplaced", model=gspn, **learned))
     learned["distill"] = DistillConfig(teacher=theirs.run_dir)
     report(flags, "GSPN from a DiT, predictions alone", trained(flags, root / "alone", model=placed, **learned))
