@@ -78,10 +78,10 @@ has what is in the rows above it.
 | the gradient of long skips read where it is | 232.4 | 184.9 | 33.8 |
 | kernels of our own for `chunk=2` and for depthwise convolutions | 210.1 | 169.3 | 21.7 |
 
-Since then, by the operator compiled alone for an H200 (2026-11-27): with `chunk=2` 648 us a block where it was 683,
-as XLA adds up what factors get once; in blocks of every chunk, of which there are two, 0.75 ms more, as XLA expands
-for the backward pass what a slower kernel did. Whole steps, and those of GSPN-T, S and B, whose lam and out_gate now
-take no kernel for the 1 they add, were not compiled again: the tables above are of before.
+Since then (2026-11-27), 169.3 became 170.0 ms on an H200: in blocks of every chunk, of which there are two, XLA
+expands for the backward pass what a slower kernel did, 0.75 ms more by bytes; with `chunk=2` XLA adds up what factors
+get once. Only GSPN-XL/2 with 64 images was compiled again; GSPN-T, S and B, whose lam and out_gate now take no kernel
+for the 1 they add, were not.
 
 These count bytes. The instructions of our kernels (docs/kernel.md), one a clock and scheduler at 1.7 GHz, take longer
 than their bytes on an H200 in three places: `chunk=2` forward 121 us in place of 27 and backward 230 in place of 212,
