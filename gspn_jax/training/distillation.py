@@ -58,11 +58,6 @@ class DistillationTask(DiffusionTask):
                 f"distill.teacher must be None with diffusion.objective={config.diffusion.objective!r}, which "
                 f"differentiates the denoiser by its times, found {config.distill.teacher!r}"
             )
-        if models.spans(config):
-            raise ConfigError(
-                "diffusion.objective must be one that evaluates the denoiser at given times to be distilled, found "
-                f"{config.diffusion.objective!r}"
-            )
 
     def given(self) -> Given | None:
         _ = self._teacher  # is found to fit first
