@@ -15,34 +15,21 @@ from gspn_jax.config.checks import (
     require_width,
     whole_number,
 )
+from gspn_jax.config.data import DataConfig, SourceName
+from gspn_jax.config.diffusion import DiffusionConfig, DiffusionForm, ObjectiveName, SamplerConfig, SamplerName
+from gspn_jax.config.evaluation import EvalConfig, MetricName
+from gspn_jax.config.model import Backend, Layout, MixerName, MlpName, ModelConfig, NormName, Remat
 from gspn_jax.config.run import Config, RunConfig
 from gspn_jax.config.saved import C, from_dict, task_of, to_dict
-from gspn_jax.config.sections import (
+from gspn_jax.config.teaching import AlignConfig, DistillConfig
+from gspn_jax.config.training import (
     CHANGEABLE,
-    AlignConfig,
-    Backend,
-    DataConfig,
-    DiffusionConfig,
-    DiffusionForm,
-    DistillConfig,
-    EvalConfig,
     GuardConfig,
-    Layout,
     LogConfig,
     MeshConfig,
-    MetricName,
-    MixerName,
-    MlpName,
-    ModelConfig,
-    NormName,
-    ObjectiveName,
     OptimizerConfig,
     Precision,
     ProfileConfig,
-    Remat,
-    SamplerConfig,
-    SamplerName,
-    SourceName,
     TrainConfig,
 )
 

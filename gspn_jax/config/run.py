@@ -6,21 +6,12 @@ from collections.abc import Callable
 from typing import Any, ClassVar
 
 from gspn_jax.config.checks import put_homes, require, require_no_nul
-from gspn_jax.config.sections import (
-    AlignConfig,
-    DataConfig,
-    DiffusionConfig,
-    DistillConfig,
-    EvalConfig,
-    GuardConfig,
-    LogConfig,
-    MeshConfig,
-    ModelConfig,
-    OptimizerConfig,
-    ProfileConfig,
-    SamplerConfig,
-    TrainConfig,
-)
+from gspn_jax.config.data import DataConfig
+from gspn_jax.config.diffusion import DiffusionConfig, SamplerConfig
+from gspn_jax.config.evaluation import EvalConfig
+from gspn_jax.config.model import ModelConfig
+from gspn_jax.config.teaching import AlignConfig, DistillConfig
+from gspn_jax.config.training import GuardConfig, LogConfig, MeshConfig, OptimizerConfig, ProfileConfig, TrainConfig
 from gspn_jax.tables import METRICS, OBJECTIVES, samplers_of
 
 Values = dict[str, Any]
