@@ -83,8 +83,19 @@ class Reference:
     def _has(self, part: str | None) -> bool:
         return part is None or self.images is not None or getattr(self, part) is not None
 
+    def _part_of(self, needed: str | None) -> str | None:
+        """The part of the file that gives what a metric needs."""
+        return needed if needed is None or getattr(self, needed) is not None else "images"
+
     def check(self, names: Sequence[str]) -> None:
         """Raises ConfigError, naming what the file lacks, unless all metrics `names` can be computed."""
+        for part in ("features", "images"):
+            used, found = [name for name in names if self._part_of(METRICS[name].needs) == part], getattr(self, part)
+            if used and found is not None and len(found) < FEWEST:
+                raise ConfigError(
+                    f"the reference {self.path} must be of {FEWEST} images or more for {_listed(used)}, found "
+                    f"{len(found)} in its {part}"
+                )
         lacking = [name for name in names if not self._has(METRICS[name].needs)]
         if lacking:
             parts = dict.fromkeys(METRICS[name].needs for name in lacking)
@@ -189,9 +200,6 @@ def read_reference(path: str | pathlib.Path, what: str = "the reference") -> Ref
         parts["features"] = features.astype(np.float32)
     if "arr_0" in found:
         parts["images"] = npz.StoredImages(path, what)
-    for name in ("features", "images"):
-        if name in parts and len(parts[name]) < FEWEST:
-            raise ConfigError(f"{what} must be of {FEWEST} images or more, found {len(parts[name])} in {path}")
     if not any(value is not None for name, value in parts.items() if name != "num_images"):
         raise ConfigError(
             f"{what} must have mu and sigma, ref_mu and ref_sigma, or images as arr_0, found "

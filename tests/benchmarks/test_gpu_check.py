@@ -49,6 +49,7 @@ def outcomes(out):
     return {name: rest[0] for name, *rest in lines}
 
 
+@pytest.mark.slow
 def test_steps_that_fail_do_not_stop_the_next(tmp_path):
     out = tmp_path / "out"
     done = check(out, "--rehearse", *(flag for step in STEPS for flag in ("--fail", step)))

@@ -212,6 +212,7 @@ def test_what_is_exported_comes_back_and_draws_the_same_images(folder, tmp_path)
     assert not (found[0] == found[1]).any() and not (found[0] == found[2]).any()
 
 
+@pytest.mark.slow
 def test_an_average_of_any_width_goes_out_and_comes_back(folder, tmp_path):
     """Made of four averages, random ones: the sum whose profile is nearest by numbers, not by the closed form."""
     widths, wanted = (0.05, 0.1), 0.07

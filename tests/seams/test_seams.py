@@ -124,7 +124,7 @@ def test_help_offers_the_lines_of_the_tables_as_they_are(capsys):
     assert "--model.mixer {None,attention,gspn,compressed_gspn," in shown and ",gated_linear_attention,roll}" in shown
     assert "--diffusion.objective {ddpm,flow,x_prediction,mean_flow,clean}" in shown
     assert "--data.source {digits,folder,records,tfds,latents,stripes}" in shown
-    assert "euler,heun,sde,mean_flow,small steps}" in shown and "precision,recall,clip,glare}" in shown
+    assert "euler,heun,sde,mean_flow,small steps}" in shown and "precision,recall,fd_dinov2,clip,glare}" in shown
     with pytest.raises(ConfigError, match=r"sampler.name must be one of \('small steps', 'euler', 'heun', 'sde', None"):
         Config("r", diffusion=DiffusionConfig(objective="clean"), sampler=SamplerConfig(name="ddpm"))
     with pytest.raises(ConfigError, match=r"mixer_options must be some of shift=INT .*, found 'shift=x'"):
