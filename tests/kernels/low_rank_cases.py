@@ -9,8 +9,8 @@ from gspn_jax.kernels import propagate_low_rank
 NAMES = ("x", "proxy", "gates", "lam", "out_gate", "merge", "skip")
 
 
-def arguments(batch, size, channels, rank, *, groups=None, skip=False, merge=(4,), dtype=jnp.bfloat16):
-    rng = np.random.default_rng(0)
+def arguments(batch, size, channels, rank, *, groups=None, skip=False, merge=(4,), dtype=jnp.bfloat16, seed=0):
+    rng = np.random.default_rng(seed)
     shapes = {
         "x": (batch, size, size, channels),
         "proxy": (batch, size, size, rank),

@@ -28,8 +28,8 @@ def few_rows(request, monkeypatch):
         yield
 
 
-def assert_same_as_the_scan_in_float32(arrays, *, races=True, **options):
-    """As near to it as the scan backend with the same bfloat16 inputs, whose error is 2e-3 to 1e-2 of the norm."""
+def errors(arrays, *, races=True, **options):
+    """Of the value and every gradient: (error of the kernel, error of the scan backend with the same inputs)."""
     size = arrays["x"].shape[1]
     plan = tiles.make_expanding_plan(size, size, arrays["x"].shape[3], device=devices.current())
     assert plan.images == tiles.ROWS // size
@@ -42,7 +42,16 @@ def assert_same_as_the_scan_in_float32(arrays, *, races=True, **options):
     assert found.keys() == expected.keys()
     for name, array in found.items():
         assert array.dtype == arrays["x" if name == "y" else name].dtype
-        assert error(array, expected[name]) < 1.5 * error(rounded[name], expected[name]), name
+    return {name: (error(found[name], expected[name]), error(rounded[name], expected[name])) for name in found}
+
+
+def assert_same_as_the_scan_in_float32(*draws, **options):
+    """As near to it as the scan backend with the same bfloat16 inputs, whose error is 2e-3 to 1e-2 of the norm; root
+    mean square over the draws, for that of a gradient of four numbers is chance: 2e-4 to 6e-3."""
+    found = [errors(arrays, **options) for arrays in draws]
+    for name in found[0]:
+        kernel, scan = np.sqrt(np.mean(np.square([each[name] for each in found]), axis=0))
+        assert kernel < 1.5 * scan, name
 
 
 @pytest.mark.slow
@@ -63,7 +72,8 @@ def test_other_maps_and_kinds(few_rows, case):
 @pytest.mark.slow
 def test_slabs_that_overlap(few_rows):
     """72 channels are two overlapping slabs of 64. They store the same values twice, which counts as a race."""
-    assert_same_as_the_scan_in_float32(arguments(2, 4, 72, 16), races=False)
+    draws = (arguments(2, 4, 72, 16, seed=seed) for seed in range(4))
+    assert_same_as_the_scan_in_float32(*draws, races=False)
 
 
 @pytest.mark.slow
