@@ -32,9 +32,8 @@ def run(monkeypatch, out, *arguments):
     return int(stopped.value.code), json.loads(out.read_text())["results"]
 
 
-@pytest.mark.parametrize(
-    "flags", [[], pytest.param(["--together"], marks=pytest.mark.slow)], ids=["one by one", "together"]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("flags", [[], ["--together"]], ids=["one by one", "together"])
 def test_a_model_that_fails_costs_no_other(tmp_path, monkeypatch, flags, capsys):
     good = "GSPN-S/2:hidden=64,depth=2"
     code, rows = run(monkeypatch, tmp_path / "out.json", "--models", "Nonsense/2", good, "--measure", "forward", *flags)

@@ -120,6 +120,7 @@ def test_weights_that_the_channels_of_a_block_share(channels, groups):
     assert_same_as_the_scan(arguments(1, 4, 4, channels, groups=groups, skip=True), chunk=3, races=channels != 72)
 
 
+@pytest.mark.slow
 def test_shared_weights_on_a_device_where_directions_do_not_meet_for_them(monkeypatch):
     def forward(job, plan, *rest, **options):
         plans.append((plan.joint, job.shared))
@@ -132,7 +133,8 @@ def test_shared_weights_on_a_device_where_directions_do_not_meet_for_them(monkey
     assert plans == [(False, True)]
 
 
-@pytest.mark.parametrize("slab", [pytest.param(0, marks=pytest.mark.slow), 1])
+@pytest.mark.slow
+@pytest.mark.parametrize("slab", [0, 1])
 def test_a_slab_that_overlaps_another_has_no_race_of_its_own(monkeypatch, slab):
     """Each of the two slabs of 72 channels alone: what is left of races is that both store the same values."""
     arrays = arguments(1, 4, 4, 72, dtype=jnp.bfloat16)

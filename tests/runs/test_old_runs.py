@@ -142,6 +142,7 @@ def test_a_config_of_a_later_version_gets_a_sentence(tmp_path):
         checkpoints.read_config(tmp_path)
 
 
+@pytest.mark.slow
 def test_the_backend_is_no_part_of_a_checkpoint(tmp_path):
     config = tiny.config(tmp_path, gspn=True)
     with_backend = dataclasses.replace(config, model=dataclasses.replace(config.model, backend="scan"))

@@ -217,6 +217,7 @@ def run_script(script, *arguments, before=()):
     )
 
 
+@pytest.mark.slow
 def test_a_disk_that_cannot_be_written_stops_the_run_with_a_sentence(run_dir):
     process = run_script(UNWRITABLE, run_dir)
     output, errors = process.communicate(timeout=100)

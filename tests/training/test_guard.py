@@ -144,6 +144,7 @@ def test_a_spike_sends_the_run_back_and_on_with_other_data(tmp_path, spoiled, ca
     assert json.loads((tmp_path / "run" / RECORD).read_text()) == dataclasses.asdict(Record(20, None, None))
 
 
+@pytest.mark.slow
 def test_a_spike_that_comes_back_stops_the_run(tmp_path, spoiled):
     spoiled(set(range(24, 100)), high)
     with pytest.raises(DivergedError, match=r"again after 1 rollbacks.*checkpoint of step 20 is kept"):

@@ -75,11 +75,10 @@ def test_sigterm_saves_and_the_same_command_goes_on(tmp_path, uninterrupted):
     assert_same_run(run_dir, uninterrupted)
 
 
-@pytest.mark.parametrize("times", [1, pytest.param(2, marks=pytest.mark.slow)])
-def test_two_processes_are_one_run(tmp_path, uninterrupted, times):
-    """Through preemptions; one process alone, of one device, ends what two began."""
+def test_two_processes_are_one_run(tmp_path, uninterrupted):
+    """Through a preemption; one process alone, of one device, ends what two began."""
     run_dir = tmp_path / "run"
-    preempt(run_dir, 2, 5, hosts=[1, 0, 1], times=times)
+    preempt(run_dir, 2, 5, hosts=[1, 0, 1], times=2)
     finish(run_dir)
     assert_same_run_but_for_rounding(run_dir, uninterrupted)
 
@@ -117,6 +116,7 @@ def test_a_run_leaves_metrics_events_grids_and_its_config(tmp_path):
     assert checkpoints.read_config(tmp_path / "run") == (6, config)
 
 
+@pytest.mark.slow
 def test_chosen_steps_are_traced(tmp_path):
     for steps, said in (("3:2", "1 <= FIRST <= LAST, found '3:2'"), ("0:1", "found '0:1'"), ("x", "found 'x'")):
         with pytest.raises(ConfigError, match=said):

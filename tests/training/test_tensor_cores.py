@@ -56,6 +56,7 @@ def test_a_run_goes_on_with_or_without_padding(mesh_shape, first, tmp_path, monk
     np.testing.assert_allclose(begun + ended, losses, rtol=2e-5)
 
 
+@pytest.mark.slow
 def test_samples_are_the_same_when_weights_are_cast_once(tmp_path, monkeypatch):
     """Bit for bit: what blocks would cast at every evaluation is cast before the first."""
     config = make_config(tmp_path)

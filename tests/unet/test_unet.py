@@ -67,6 +67,7 @@ def test_dilated_convolutions_see_as_far_in_a_larger_map():
     assert relative_error(found[0], truth.transpose(1, 2, 0)) < TOLERANCE
 
 
+@pytest.mark.slow
 def test_pieces_and_skips_on_the_host_change_memory_alone():
     params = from_state_dict(random_state_dict(CONVOLUTIONS), CONVOLUTIONS)
     x, context, _ = random_inputs(CONVOLUTIONS, 5, 8)
