@@ -117,7 +117,7 @@ class Results:
 
     @property
     def rows(self) -> dict[str, dict[str, Any]]:
-        """What is there by now, from other processes too."""
+        """Results that are there by now, from other processes too."""
         return json.loads(self.path.read_text()) if self.path.exists() else {}
 
     def add(self, key: str, result: dict[str, Any]) -> None:

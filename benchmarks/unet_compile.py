@@ -172,7 +172,7 @@ def compiled(config: Any, size: tuple[int, int], mixer: str, pieces: int) -> tup
 
 
 def about(size: Sequence[int], mixer: str, pieces: int) -> dict[str, Any]:
-    """What a result is of."""
+    """Notes that go with a result: size, mixer, pieces, date and versions."""
     from benchmarks import gpu_compile
 
     versions, date = gpu_compile.versions(), datetime.date.today().isoformat()
@@ -192,7 +192,7 @@ def without_block(latents: tuple[int, int], level: int, pieces: int) -> dict[str
 
 
 def of_block(size: tuple[int, int], mixer: str, level: int, pieces: int) -> dict[str, Any]:
-    """What one block of a level adds to a network."""
+    """Results of one block of a level: what it adds to the network of that level without one."""
     latents = (size[0] // 8 // 2**level, size[1] // 8 // 2**level)
     without = without_block(latents, level, pieces)
     found, _ = compiled(one_level(level, 1), latents, mixer, pieces)

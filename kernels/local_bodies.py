@@ -114,8 +114,8 @@ def rows_of(index: Array, offset: Any = 0) -> Any:
 
 
 def exchanged_channels(tiles: int) -> int:
-    """Of a row of `Shared.exchanged` with an even number of tiles: as a warp reads or writes 8 rows at a time, 32 bytes
-    of each, rows must not start in the same banks."""
+    """Channels of a row of `Shared.exchanged` with an even number of tiles: a warp reads or writes 8 rows at a time, 32
+    bytes of each, so that rows must not start in the same banks."""
     return tiles * SLAB + 8
 
 

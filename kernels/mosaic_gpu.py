@@ -205,7 +205,7 @@ def _run_low_rank(
 def _pull_back_by_xla(
     job: Job, plan: tiles.Plan, arrays: tuple[Array, ...], states: tuple[Array, ...], cotangent: Float[Array, "B H W C"]
 ) -> tuple[Array, ...]:
-    """What x, proxy, up and merge get from the plain kernel, with terms that XLA expands."""
+    """Gradients of x, proxy, up and merge by the plain kernel, with terms that XLA expands."""
     x, proxy, up, merge = arrays
 
     def expand(proxy: Float[Array, "B H W d"], up: Float[Array, "4 N C d"]) -> tuple[Array | None, ...]:

@@ -51,7 +51,7 @@ gc.set_threshold(20_000, 20)  # tracing makes many objects that stay; by default
 
 @pytest.fixture(autouse=True, scope="module")
 def objects_of_earlier_files():
-    """What earlier files have left, which the garbage collector need not look at again."""
+    """Objects that earlier files have left are not looked at again by the garbage collector."""
     gc.collect()
     gc.freeze()
 

@@ -5,7 +5,18 @@ import pathlib
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 
 FOUNDATION = (
-    *("config", "control_groups", "extras", "files", "machine", "pixels", "small_files", "state_dict", "tables"),
+    *(
+        "bicubic",
+        "config",
+        "control_groups",
+        "extras",
+        "files",
+        "machine",
+        "pixels",
+        "small_files",
+        "state_dict",
+        "tables",
+    ),
     "tensor_files",
 )
 """Modules that everything may import, and that import nothing of the project but one another."""

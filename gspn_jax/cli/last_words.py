@@ -50,7 +50,7 @@ def tell(code: int, text: str) -> Words:
     try:
         client.key_value_set(KEY, json.dumps(own))  # fails where there are words already, or nobody who would keep them
         return own
-    except Exception:
+    except Exception:  # whatever it is must not hide why this host ends
         return heard() or own
 
 
@@ -83,7 +83,7 @@ def leave(seconds: float) -> None:
         while time.monotonic() < end and len(client.key_value_dir_get(LEFT)) < jax.process_count() - 1:
             time.sleep(0.1)
         time.sleep(0.2)  # for the answer to the last of them
-    except Exception:
+    except Exception:  # the service is gone, and with it whom to wait for
         return
 
 

@@ -3,9 +3,8 @@
 import os
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from typing import Any
-from unittest import mock
 
 OPEN = "/proc/self/fd"
 ENDING = ("_exit", "abort", "execv", "execve")
@@ -27,8 +26,7 @@ def held() -> Iterator[None]:
     """
     before, place = _open(), _place()
 
-    def instead(name: str, do: Callable[..., Any]) -> Callable[..., Any]:
-        original = getattr(os, name)
+    def instead(original: Callable[..., Any], do: Callable[..., Any]) -> Callable[..., Any]:
         return lambda *arguments: (do if _place() == place else original)(*arguments)
 
     def refuse(name: str) -> Callable[..., Any]:
@@ -44,10 +42,14 @@ def held() -> Iterator[None]:
                     os.close(number)
 
     functions = {name: refuse(name) for name in ENDING} | {"closerange": close_range}
-    with ExitStack() as stack:
+    originals = {name: getattr(os, name) for name in functions}
+    try:
         for name, do in functions.items():
-            stack.enter_context(mock.patch.object(os, name, instead(name, do)))
+            setattr(os, name, instead(originals[name], do))
         yield
+    finally:
+        for name, original in originals.items():
+            setattr(os, name, original)
 
 
 def _place() -> tuple[int, int]:

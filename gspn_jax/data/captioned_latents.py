@@ -18,7 +18,7 @@ from gspn_jax.data.decoding import DataError
 from gspn_jax.data.latents import LatentBatches
 from gspn_jax.data.loader import Loader
 from gspn_jax.data.record_files import RecordFiles, Shard
-from gspn_jax.data.set_metadata import METADATA, SetMetadata, read_versioned
+from gspn_jax.data.set_metadata import SetMetadata, find, read_versioned
 from gspn_jax.data.source import hash_of
 from gspn_jax.data.thread_loader import ThreadLoader
 from gspn_jax.small_files import DamagedFile, typed
@@ -64,12 +64,7 @@ class CaptionMetadata(SetMetadata):
     @classmethod
     def read(cls, folder: pathlib.Path) -> "CaptionMetadata":
         """Raises ConfigError unless `folder` holds metadata of this version whose counts agree with each other."""
-        path = folder / METADATA
-        if not path.is_file():
-            raise ConfigError(
-                "data.path must be a folder written by `python -m gspn_jax.prepare captions`, found no "
-                f"{METADATA} in {str(folder)!r}"
-            )
+        path = find(folder, "data.path", "captions")
         try:
             about = read_versioned(path, cls.FORMAT, VERSION, {"count": int})
             metadata = typed(about, cls, path.name)

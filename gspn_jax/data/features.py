@@ -18,7 +18,7 @@ from gspn_jax.config import ConfigError, DataConfig
 from gspn_jax.data import record_files
 from gspn_jax.data.decoding import DataError
 from gspn_jax.data.record_files import RecordFiles, Shard
-from gspn_jax.data.set_metadata import METADATA, SetMetadata, read_versioned
+from gspn_jax.data.set_metadata import SetMetadata, find, read_versioned
 from gspn_jax.data.source import Source, hash_of
 from gspn_jax.small_files import DamagedFile, typed
 
@@ -59,12 +59,7 @@ class FeatureMetadata(SetMetadata):
     @classmethod
     def read(cls, folder: pathlib.Path, field: str = "align.features") -> "FeatureMetadata":
         """Raises ConfigError, which speaks of `field`, unless `folder` holds metadata of this version."""
-        path = folder / METADATA
-        if not path.is_file():
-            raise ConfigError(
-                f"{field} must be a folder written by `python -m gspn_jax.prepare features`, found no {METADATA} in "
-                f"{str(folder)!r}"
-            )
+        path = find(folder, field, "features")
         try:
             about = read_versioned(path, cls.FORMAT, VERSION, {"count": int})
             metadata = typed(about, cls, path.name)

@@ -21,7 +21,7 @@ from gspn_jax.data import record_files
 from gspn_jax.data.decoding import DataError
 from gspn_jax.data.image_batches import beside
 from gspn_jax.data.record_files import RecordFiles, Shard
-from gspn_jax.data.set_metadata import METADATA, SetMetadata
+from gspn_jax.data.set_metadata import SetMetadata, find
 from gspn_jax.data.source import Views, hash_of
 from gspn_jax.small_files import DamagedFile, read_as, typed
 
@@ -73,12 +73,7 @@ class LatentMetadata(SetMetadata):
     @classmethod
     def read(cls, folder: pathlib.Path) -> "LatentMetadata":
         """Raises ConfigError unless `folder` holds metadata of this version whose counts agree with each other."""
-        path = folder / METADATA
-        if not path.is_file():
-            raise ConfigError(
-                f"data.path must be a folder of latents written by `python -m gspn_jax.prepare latents`, "
-                f"found no {METADATA} in {str(folder)!r}"
-            )
+        path = find(folder, "data.path", "latents", "of latents ")
         try:
             about = read_as(path, {"version": int, "count": int})
             if about["version"] != FORMAT_VERSION:

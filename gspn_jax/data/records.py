@@ -17,7 +17,7 @@ from PIL import Image
 
 from gspn_jax.config import ConfigError
 from gspn_jax.data.decoding import fit_image
-from gspn_jax.data.set_metadata import METADATA, SetMetadata, read_versioned
+from gspn_jax.data.set_metadata import METADATA, SetMetadata, find, read_versioned
 from gspn_jax.data.source import hash_of
 from gspn_jax.files import replacing, sha256_of
 from gspn_jax.small_files import DamagedFile, is_within, typed
@@ -54,12 +54,7 @@ class RecordMetadata(SetMetadata):
     @classmethod
     def read(cls, folder: pathlib.Path) -> "RecordMetadata":
         """Raises ConfigError unless `folder` holds the metadata of a set of this version."""
-        path = folder / METADATA
-        if not path.is_file():
-            raise ConfigError(
-                "data.path must be a folder of records written by `python -m gspn_jax.prepare images`, found no "
-                f"{METADATA} in {str(folder)!r}"
-            )
+        path = find(folder, "data.path", "images", "of records ")
         try:
             about = read_versioned(path, cls.FORMAT, VERSION, {})
             metadata = typed(about, cls, path.name)

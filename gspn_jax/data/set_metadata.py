@@ -31,6 +31,17 @@ class SetMetadata:
             temporary.write_text(text + "\n")
 
 
+def find(folder: pathlib.Path, field: str, command: str, what: str = "") -> pathlib.Path:
+    """The file in `folder`. Raises ConfigError, which speaks of `field`, unless `prepare COMMAND` wrote one there."""
+    path = folder / METADATA
+    if not path.is_file():
+        raise ConfigError(
+            f"{field} must be a folder {what}written by `python -m gspn_jax.prepare {command}`, found no {METADATA} in "
+            f"{str(folder)!r}"
+        )
+    return path
+
+
 def read_versioned(path: pathlib.Path, form: str, version: int, besides: Mapping[str, Any]) -> dict[str, Any]:
     """Contents of `path` with the types of `besides`. Raises DamagedFile for what is no such JSON, and ConfigError for
     another format or version."""

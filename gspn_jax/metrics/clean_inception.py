@@ -5,11 +5,11 @@ clean:FILE` names; its statistics compare with one another, and not with those o
 import hashlib
 from collections.abc import Mapping
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float32, UInt8
 
+from gspn_jax import bicubic
 from gspn_jax.metrics import inception
 from gspn_jax.metrics.inception import from_state_dict, network, read, require
 
@@ -17,11 +17,11 @@ __all__ = ["digest", "from_state_dict", "network", "read", "require", "resize"]
 
 
 def resize(images: UInt8[Array, "N H W 3"]) -> Float32[Array, "N 299 299 3"]:
-    """0..255 images as the network takes them: Keys' cubic with a = -1/2, widened where it reduces; (x - 128) / 128."""
+    """0..255 images as the network takes them: scaled, then (x - 128) / 128."""
     if images.ndim != 4 or images.shape[3] != 3 or images.dtype != jnp.uint8:
         raise ValueError(f"images must be uint8 [N, H, W, 3], found {images.dtype} {list(images.shape)}")
-    shape = (len(images), inception.SIZE, inception.SIZE, 3)
-    scaled = jax.image.resize(images.astype(jnp.float32), shape, "cubic", antialias=True)
+    rows, columns = (bicubic.pillow(side, inception.SIZE) for side in images.shape[1:3])
+    scaled = bicubic.resize(images.astype(jnp.float32), rows, columns)
     return (scaled - 128) * 0.0078125
 
 

@@ -54,6 +54,22 @@ class Weights:
     params: Mapping[str, Any]
 
 
+def choose(name: str, path: str | None, where: str) -> tuple[FeatureNetwork, str]:
+    """(the network of a line of `FEATURE_NETWORKS` for the weights in `path`, `path`). Raises ConfigError, which speaks
+    of `where`, WeightsError or OSError."""
+    network = FEATURE_NETWORKS[name]
+    path = network.require(path, where)
+    configured = getattr(network, "configured", None)
+    return configured(path) if configured else network, path
+
+
+def read_network(name: str, path: str | None, where: str) -> Weights:
+    """That network with its weights. Raises as `choose`."""
+    network, path = choose(name, path, where)
+    tensors = network.read(path)
+    return Weights(network, path, network.digest(tensors), network.from_state_dict(tensors))
+
+
 def networks_of(metrics: Iterable[str]) -> tuple[str, ...]:
     """The networks whose features these metrics need."""
     return tuple(dict.fromkeys(METRICS[name].network for name in metrics))
@@ -75,11 +91,6 @@ def read_networks(
         files[name] = os.path.expanduser(file)
     found = {}
     for name in networks_of(metrics):
-        network = FEATURE_NETWORKS[name]
         where = f"{flag}inception" if name == "inception" else f"{flag}networks {name}=FILE"
-        path = network.require(files.get(name), where)
-        if configured := getattr(network, "configured", None):
-            network = configured(path)
-        tensors = network.read(path)
-        found[name] = Weights(network, path, network.digest(tensors), network.from_state_dict(tensors))
+        found[name] = read_network(name, files.get(name), where)
     return found

@@ -62,7 +62,8 @@ def prepare_captions(arguments: Captions) -> None:
 
     Raises ConfigError, WeightsError or DataError with one sentence for what cannot be used; OSError for a full disk.
     """
-    from gspn_jax.data.captioned_latents import METADATA, CaptionMetadata, record_type
+    from gspn_jax.data.captioned_latents import CaptionMetadata, record_type
+    from gspn_jax.data.set_metadata import METADATA
     from gspn_jax.text_to_image.folder import encoder_hashes, load_encoders
 
     # --- what can be wrong is found first

@@ -83,7 +83,8 @@ def prepare_features(arguments: Features) -> None:
     """
     import jax
 
-    from gspn_jax.data.features import METADATA, FeatureMetadata
+    from gspn_jax.data.features import FeatureMetadata
+    from gspn_jax.data.set_metadata import METADATA
     from gspn_jax.metrics.extractor import Extractor
 
     # --- what can be wrong is found first
@@ -130,13 +131,12 @@ def prepare_features(arguments: Features) -> None:
 
 def _network(arguments: Features) -> tuple[Any, Any, str]:
     """(network of tokens, its parameters, their digest). Raises ConfigError or WeightsError for what cannot be used."""
+    from gspn_jax.metrics.networks import choose
+
     if arguments.network not in FEATURE_NETWORKS:
         known = ", ".join(map(repr, FEATURE_NETWORKS))
         raise ConfigError(f"--network must be one of {known}, found {arguments.network!r}")
-    network = FEATURE_NETWORKS[arguments.network]
-    path = network.require(arguments.weights, "--weights")
-    if configured := getattr(network, "configured", None):
-        network = configured(path)
+    network, path = choose(arguments.network, arguments.weights, "--weights")
     if not hasattr(network, "tokens"):
         raise ConfigError(f"--network must be one that has features of tokens, found {arguments.network!r}")
     tensors = network.read(path)

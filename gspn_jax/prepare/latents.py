@@ -60,7 +60,8 @@ def prepare_latents(arguments: Latents) -> None:
     Raises ConfigError, WeightsError or DataError with one sentence for what cannot be used; OSError for a full disk.
     """
     from gspn_jax import autoencoder
-    from gspn_jax.data.latents import METADATA, LatentMetadata, record_type
+    from gspn_jax.data.latents import LatentMetadata, record_type
+    from gspn_jax.data.set_metadata import METADATA
 
     # --- what can be wrong is found first
     vae_file = autoencoder.weights_file(arguments.vae)

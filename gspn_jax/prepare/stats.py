@@ -15,7 +15,7 @@ import re
 import shutil
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 from jaxtyping import Array, UInt8
@@ -28,6 +28,9 @@ from gspn_jax.data.source import Source
 from gspn_jax.files import claim_new, replacing, sha256_of
 from gspn_jax.prepare.images import ImageFlags
 from gspn_jax.small_files import DamagedFile, parse, typed
+
+if TYPE_CHECKING:
+    from gspn_jax.metrics.networks import Weights
 
 log = logging.getLogger(__name__)
 
@@ -163,6 +166,7 @@ def _prepare(arguments: Stats, output: pathlib.Path) -> None:
     import jax
     from tqdm import tqdm
 
+    from gspn_jax.metrics.extractor import Extractor
     from gspn_jax.metrics.reference import Reference
     from gspn_jax.parallel.agreement import meet
     from gspn_jax.prepare.hosts import wait_until
@@ -178,22 +182,23 @@ def _prepare(arguments: Stats, output: pathlib.Path) -> None:
         raise ConfigError(
             f"the statistics need {needed / 1e9:.1f} GB in {output.parent}, found {free / 1e9:.1f} GB free"
         )
-    extractors = {name: one.extractor(arguments.batch_size) for name, one in networks.items()}
+    extractors = {
+        name: Extractor(one.params, batch_size=arguments.batch_size, network=one.network)
+        for name, one in networks.items()
+    }
     batch_size = next(iter(extractors.values())).batch_size
     parts_kept = [part for name in networks for part in _PARTS[name]]
     digests = {f"{name}_sha256": one.digest for name, one in networks.items()}
-    settings = (
-        digests
-        | {
-            "images": images.fingerprint,
-            "image_size": list(images.side),
-            "keep": len(chosen),
-            "bad_images": arguments.bad_images,
-            "batch_size": batch_size,
-            "save_every": arguments.save_every,
-        }
-        | ({"fit": arguments.fit} if arguments.fit != "adm" else {})
-    )  # as states from before there was a choice
+    settings = digests | {
+        "images": images.fingerprint,
+        "image_size": list(images.side),
+        "keep": len(chosen),
+        "bad_images": arguments.bad_images,
+        "batch_size": batch_size,
+        "save_every": arguments.save_every,
+    }
+    if arguments.fit != "adm":  # states from before there was a choice say nothing of it
+        settings["fit"] = arguments.fit
     same_hosts.check_values(settings | {"output": arguments.output})
 
     # --- this host's parts that are not there yet
@@ -258,36 +263,15 @@ def _prepare(arguments: Stats, output: pathlib.Path) -> None:
     )
 
 
-@dataclasses.dataclass(frozen=True)
-class _Network:
-    """A feature network with its weights' digest."""
-
-    digest: str
-    params: Mapping[str, Any]
-    network: Any
-
-    def extractor(self, batch_size: int) -> Any:
-        from gspn_jax.metrics.extractor import Extractor
-
-        others = {} if self.network is None else {"network": self.network}
-        return Extractor(self.params, batch_size=batch_size, **others)
-
-
-def _networks(arguments: Stats) -> dict[str, _Network]:
+def _networks(arguments: Stats) -> "dict[str, Weights]":
     """The networks that are asked for, by name. Raises ConfigError, WeightsError or OSError."""
-    from gspn_jax.metrics import inception
-    from gspn_jax.tables import FEATURE_NETWORKS
+    from gspn_jax.metrics.networks import read_network
 
     found = {}
     if arguments.inception or not arguments.dinov2:
-        own = inception.configured(path := inception.require(arguments.inception, "--inception"))
-        weights = own.read(path)
-        network = None if own is inception else own
-        found["inception"] = _Network(own.digest(weights), own.from_state_dict(weights), network)
+        found["inception"] = read_network("inception", arguments.inception, "--inception")
     if arguments.dinov2:
-        line = FEATURE_NETWORKS["dinov2"]
-        network = line.configured(line.require(arguments.dinov2, "--dinov2"))
-        found["dinov2"] = _Network(network.digest(network.params), network.params, network)
+        found["dinov2"] = read_network("dinov2", arguments.dinov2, "--dinov2")
     return found
 
 

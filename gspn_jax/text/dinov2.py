@@ -18,10 +18,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float32, UInt8
 
+from gspn_jax import bicubic
 from gspn_jax.config import ConfigError
 from gspn_jax.state_dict import WeightsError, layer_numbers, read_state_dict
 from gspn_jax.tensor_files import arrange, errors_name, open_folder, read_json
-from gspn_jax.text import bicubic, layers
+from gspn_jax.text import layers
 from gspn_jax.text.layers import ACTIVATIONS, HIGHEST, Params
 
 MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

@@ -12,9 +12,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, UInt8
 
+from gspn_jax.bicubic import resize_levels
 from gspn_jax.config import ConfigError
 from gspn_jax.text import layers
-from gspn_jax.text.bicubic import resize_levels
 from gspn_jax.text.layers import ACTIVATIONS, HIGHEST, Params, layer_shapes, with_biases
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)

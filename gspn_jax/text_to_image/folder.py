@@ -71,19 +71,15 @@ class Encoders(NamedTuple):
 def load_encoders(folder: str | pathlib.Path) -> Encoders:
     """Reads the text towers, tokenizers and the VAE of a folder. Raises as `load_folder`."""
     folder = pathlib.Path(folder)
-    towers, _ = load_texts(folder)
-    index, _ = _check_parts(folder)
-    return Encoders(towers, *_read_autoencoder(folder, index)[:2])
+    index, texts = _check_parts(folder)
+    return Encoders(_read_texts(folder, texts), *_read_autoencoder(folder, index)[:2])
 
 
 def load_texts(folder: str | pathlib.Path) -> tuple[tuple[TextPart, ...], bool]:
     """Reads the text towers of a folder, and whether zeros stand for an empty prompt. Raises as `load_folder`."""
     folder = pathlib.Path(folder)
     index, texts = _check_parts(folder)
-    towers = tuple(_read_text(folder, *pair, np.float32) for pair in texts)
-    with errors_name(folder):
-        _check_tokenizers(towers)
-    return towers, _empty_is_zero(index, len(texts))
+    return _read_texts(folder, texts), _empty_is_zero(index, len(texts))
 
 
 def encoder_hashes(folder: str | pathlib.Path) -> dict[str, str]:
@@ -156,6 +152,13 @@ def _check_parts(folder: pathlib.Path) -> tuple[dict[str, Any], list[tuple[str, 
 
 def _empty_is_zero(index: Mapping[str, Any], towers: int) -> bool:
     return bool(index.get("force_zeros_for_empty_prompt", towers == 2))
+
+
+def _read_texts(folder: pathlib.Path, texts: Sequence[tuple[str, str]]) -> tuple[TextPart, ...]:
+    towers = tuple(_read_text(folder, *pair, np.float32) for pair in texts)
+    with errors_name(folder):
+        _check_tokenizers(towers)
+    return towers
 
 
 def _read_text(folder: pathlib.Path, encoder: str, words: str, dtype: DTypeLike | None) -> TextPart:

@@ -13,7 +13,8 @@ import pytest
 
 from gspn_jax.config import ConfigError, DataConfig
 from gspn_jax.data import DataError, make_loader, make_source, record_files
-from gspn_jax.data.latents import METADATA, LatentMetadata, shard_name, write_shard, write_synthetic
+from gspn_jax.data.latents import LatentMetadata, shard_name, write_shard, write_synthetic
+from gspn_jax.data.set_metadata import METADATA
 from gspn_jax.data.source import hash_of
 from gspn_jax.files import replacing
 

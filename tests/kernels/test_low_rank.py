@@ -29,7 +29,7 @@ def few_rows(request, monkeypatch):
 
 
 def errors(arrays, *, races=True, **options):
-    """Of the value and every gradient: (error of the kernel, error of the scan backend with the same inputs)."""
+    """(error of the kernel, error of the scan backend with the same inputs) of the value and every gradient."""
     size = arrays["x"].shape[1]
     plan = tiles.make_expanding_plan(size, size, arrays["x"].shape[3], device=devices.current())
     assert plan.images == tiles.ROWS // size

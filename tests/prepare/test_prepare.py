@@ -22,7 +22,8 @@ from gspn_jax.autoencoder import LATENT_SCALE
 from gspn_jax.config import DataConfig
 from gspn_jax.data import make_source
 from gspn_jax.data.folder import FolderSource
-from gspn_jax.data.latents import METADATA, LatentSource
+from gspn_jax.data.latents import LatentSource
+from gspn_jax.data.set_metadata import METADATA
 from tests.autoencoder import numpy_vae
 from tests.quick_compile import QUICK_COMPILE
 

@@ -11,9 +11,10 @@ from PIL import Image
 
 from gspn_jax import prepare
 from gspn_jax.config import ConfigError
-from gspn_jax.data.captioned_latents import METADATA, CaptionedLatents, CaptionMetadata, make_loader
+from gspn_jax.data.captioned_latents import CaptionedLatents, CaptionMetadata, make_loader
 from gspn_jax.data.captions import open_folder, open_tars
 from gspn_jax.data.decoding import DataError, corner_of, fit_image
+from gspn_jax.data.set_metadata import METADATA
 from gspn_jax.files import sha256_of
 from gspn_jax.prepare import captions as prepare_captions
 from gspn_jax.prepare import shards

@@ -14,9 +14,10 @@ from gspn_jax import prepare
 from gspn_jax.config import ConfigError, DataConfig
 from gspn_jax.data import DataError, make_loader, make_source
 from gspn_jax.data.digits import DigitsSource
-from gspn_jax.data.features import METADATA, Featured, FeatureSet
+from gspn_jax.data.features import Featured, FeatureSet
 from gspn_jax.data.folder import FolderSource
 from gspn_jax.data.latents import LatentMetadata, LatentSource, write_synthetic
+from gspn_jax.data.set_metadata import METADATA
 from gspn_jax.prepare import shards
 from gspn_jax.tables import FEATURE_NETWORKS
 from tests.prepare.toy_network import TOY

@@ -22,7 +22,7 @@ SIDE, COUNT = 12, 11
 class SmallExtractor:
     """In place of Inception: few features of an image, its random projections, and NaN where a batch is padded."""
 
-    def __init__(self, params, *, batch_size):
+    def __init__(self, params, *, batch_size, network=inception):
         self.batch_size = batch_size
 
     def __call__(self, images):

@@ -28,7 +28,7 @@ def test_values_and_gradients_are_those_of_float64(case):
     "policy", [emulation.Policy.LATE_COPIES, pytest.param(emulation.Policy.EARLY_COPIES, marks=pytest.mark.slow)]
 )
 def test_a_block_with_chunk_2_walks_over_several_images(policy):
-    """Where each has one, as in the cases above, nothing of an image is overwritten by the copies of another."""
+    """Copies of the next image overwrite nothing of this one; in the cases above each block has one image."""
     expanding = devices.Expanding(multiprocessors=1)
     with toolchain.for_device(dataclasses.replace(devices.DEVICES[devices.DEFAULT], expanding=expanding)):
         outcome = cases.run(cases.Case(5, 16, 16, 16, rank=24, chunk=2), policy=policy)

@@ -9,12 +9,11 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from gspn_jax import evaluate, prepare
+from gspn_jax import bicubic, evaluate, prepare
 from gspn_jax.config import ConfigError
 from gspn_jax.metrics.frechet import frechet_distance
 from gspn_jax.metrics.reference import read_reference
 from gspn_jax.state_dict import WeightsError
-from gspn_jax.text import bicubic
 from gspn_jax.text.dinov2 import Dinov2Config, load_dinov2, require
 from tests.text import tiny_dinov2
 from tests.text.tiny_dinov2 import CONFIG

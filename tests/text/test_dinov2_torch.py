@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from gspn_jax.text import bicubic
+from gspn_jax import bicubic
 from gspn_jax.text.dinov2 import DEVIATION, MEAN, Dinov2Config, encode, expected_shapes, load_dinov2
 from tests.text import tiny_dinov2
 from tests.text.tiny_dinov2 import CONFIG

@@ -16,7 +16,7 @@ from safetensors.numpy import load_file, save_file
 
 from gspn_jax import cli, doctor, text_to_image, unet
 from gspn_jax.config import ConfigError, MeshConfig
-from gspn_jax.data.captioned_latents import METADATA
+from gspn_jax.data.set_metadata import METADATA
 from gspn_jax.diffusion.scheduler_config import SchedulerConfig, alphas_cumprod
 from gspn_jax.parallel import sharding
 from gspn_jax.runs import checkpoints

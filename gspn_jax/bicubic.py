@@ -8,8 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float32, Float64
 
-from gspn_jax.text.layers import HIGHEST
-
 _PILLOW, _TORCH = -0.5, -0.75
 """The parameter of Keys' cubic: Pillow's, which PyTorch has too where it antialiases, and PyTorch's where not."""
 
@@ -28,7 +26,7 @@ def resize(x: Float[Array, "B H W C"], rows: Float64[np.ndarray, "h H"], columns
 
 
 def _along(x: jax.Array, axis: int, weights: Float64[np.ndarray, "scaled size"]) -> jax.Array:
-    product = jnp.tensordot(x, jnp.asarray(weights, x.dtype), axes=[[axis], [1]], precision=HIGHEST)
+    product = jnp.tensordot(x, jnp.asarray(weights, x.dtype), axes=[[axis], [1]], precision=jax.lax.Precision.HIGHEST)
     return jnp.moveaxis(product, -1, axis)
 
 
