@@ -64,7 +64,7 @@ def choose(name: str, path: str | None, where: str) -> tuple[FeatureNetwork, str
 
 
 def read_network(name: str, path: str | None, where: str) -> Weights:
-    """That network with its weights. Raises as `choose`."""
+    """A network with its weights. Raises as `choose`."""
     network, path = choose(name, path, where)
     tensors = network.read(path)
     return Weights(network, path, network.digest(tensors), network.from_state_dict(tensors))
