@@ -31,7 +31,7 @@ The whole loop of the config's sampler, without guidance, divided by its evaluat
 
 ## Where the time goes
 Bounds on one H200 in ms of a step, or of an evaluation. "Outside of blocks" is AdamW and the averages, embeddings and
-the last layer; "zero-filling" is of the stacks that JAX's loops write their saved values to.
+the last layer.
 
 | kind of work | {columns} |
 |---|{rule}|
@@ -45,8 +45,7 @@ erasing, mixing, AdamW and one average, inference up to the class. Bounds as abo
 |---|---|---|---|---|---|---|---|
 {classifiers}
 
-Where the time goes, ms on one H200. Stages of a single block are not loops, and "outside of blocks" has what of them is
-neither a product, a convolution nor a scan, beside stem, downsampling, head, augmentation and AdamW.
+Where the time goes, ms on one H200; "outside of blocks" has stem, downsampling, head, augmentation and AdamW.
 
 | kind of work | {classifier_columns} |
 |---|{classifier_rule}|
@@ -55,8 +54,7 @@ neither a product, a convolution nor a scan, beside stem, downsampling, head, au
 ## What GPUs send one another
 By the compiled programs of 8 GPUs; GB sent by one of them in a step, by a ring. The bounds above have their bytes in
 memory, not their way over the links. An asynchronous exchange costs only what it takes longer than the kernels that are
-scheduled beside it, and the last column bounds these: by these schedules little is hidden. Options of XLA that schedule
-otherwise were not tried.
+scheduled beside it, and the last column bounds these: Options of XLA that schedule otherwise were not tried.
 
 | preset | data x fsdp | batch | remat | kind | a step | GB sent | of which asynchronous | kernels beside them, ms |
 |---|---|---|---|---|---|---|---|---|
@@ -65,8 +63,8 @@ otherwise were not tried.
 {history}"""
 
 HISTORY = """## What was changed by it
-One step of GSPN-XL/2 with 64 images, whole programs compiled one after the other (2026-11-26, JAX 0.12.0.1). Each row
-has what is in the rows above it.
+One step of GSPN-XL/2 with 64 images, whole programs compiled one after the other (2026-11-26 and 27, JAX 0.12.0.1).
+Each row has what is in the rows above it.
 
 | | H100 ms | H200 ms | temporary GB |
 |---|---|---|---|
@@ -78,39 +76,40 @@ has what is in the rows above it.
 | the gradient of long skips read where it is | 232.4 | 184.9 | 33.8 |
 | kernels of our own for `chunk=2` and for depthwise convolutions | 210.1 | 169.3 | 21.7 |
 
-Since then (2026-11-27), 169.3 became 170.0 ms on an H200: in blocks of every chunk, of which there are two, XLA
-expands for the backward pass what a slower kernel did, 0.75 ms more by bytes; with `chunk=2` XLA adds up what factors
-get once. Only GSPN-XL/2 with 64 images was compiled again; GSPN-T, S and B, whose lam and out_gate now take no kernel
-for the 1 they add, were not.
+| the blocks of every chunk go back by XLA's terms (0.75 ms), factors get their sums once | 211.0 | 170.0 | 21.9 |
+| no loop over blocks (`gspn_jax.models.stack`) | 185.4 | 152.1 | 20.0 |
+| the layer norm's derivative by its result | 182.3 | 150.0 | 20.0 |
 
 These count bytes. The instructions of our kernels (docs/kernel.md), one a clock and scheduler at 1.7 GHz, take longer
 than their bytes on an H200 in three places: `chunk=2` forward 121 us in place of 27 and backward 230 in place of 212,
-and the 7x7 convolution 165 in place of 74 for its three passes. That would add 11 ms to the step.
+and the 7x7 convolution 165 in place of 74 for its three passes. That would add 11 ms to the step: 161 ms.
 
 An evaluation of GSPN-L/2 with 64 images: 47.1 ms on H100 and 37.5 on H200 as it was; 35.9 and 29.7 with convolutions in
 bfloat16, proxies of 75 computed as 96 and tokens row by row; 34.8 and 28.9 with weights cast once for all evaluations
 and the join as two products; 33.5 and 28.0 with long skips and weights read where they are; 25.8 and 22.6 with the two
-kernels.
+kernels; 24.5 and 21.7 without a loop.
+
+- **No loop over blocks**: a loop stacks what the backward pass needs, in arrays that it first fills with zeros, and
+  takes it out again, 14 ms a step. Without one each value stays where it was computed, and norms join what is before
+  them. All blocks of one chunk are one function, traced and lowered once: lowering GSPN-XL/2's step took 26 s in place
+  of 136, compiling it 86 s in place of 85 (a CPU of two cores). Gradients of weights are put side by side at the end,
+  and over fsdp gathers and sums have the kernels of other blocks beside them (below). What `remat` computes again must
+  be kept apart from what was computed before by barriers.
+- **The layer norm's derivative**: with y the result, s one over the deviation, x gets s (g - mean(g) - y mean(g y)),
+  two sums in one pass where the operations' own derivative makes three in two; `remat names` keeps mean and s.
 
 - **Convolutions**: one that widens bfloat16 to float32 has XLA:GPU read its arguments in float32 as well.
 - **Named values** (`gspn_jax.models.remat`): products after their bias, the 7x7 convolution, the result and the states
   of the scans. The kernel writes its states to where they are kept, without a copy.
-- **Weights cast for all blocks at once**, not block by block in each pass: slices of the local and global blocks are
-  part of the cast, and products write gradients of weights to where they are kept, in their own type, bfloat16.
+- **Weights cast for all blocks at once**, not block by block in each pass; their gradients are kept in the type of the
+  products, bfloat16.
 - **Widths** (`gspn_jax.models.width`): cuBLAS copies a matrix whose rows are no multiple of 16 bytes. 1500 channels are
   computed as 1536 and proxies of 93 as 96; the cast pads them, nothing is stored so. A mask in the layer norm would be
-  kept by the loop, as large as the tokens and in float32, and read by each norm: the sums are corrected instead.
+  kept, as large as the tokens and in float32, and read by each norm: the sums are corrected instead.
 - **The join**: cuBLAS adds the second product to the first. Without a barrier XLA computes the gradients of both as one
   product, and puts their arguments together for it.
-- **Long skips**: XLA:GPU takes rows out of their gradient in place or, over fsdp, in a copy of the whole, 19 ms a step.
-  Nothing is taken out of it any more.
 
 Left out:
-- Long skips of the local and the global blocks in stacks of their own: 1.4 ms less of slices and sums, by the bounds,
-  for a third more kernels to compile. Read in place they cost more in training, where their gradients are added
-  up whole; in sampling they are read so.
-- The zeros that JAX's loops write to a stack before they fill it, 8 ms. `jax.lax.empty` would avoid them; JAX's own
-  loops do not use it yet, for faults that its authors name.
 - The 7x7 convolution computed again and not kept: 0.7 ms less by its bytes, but it is not as fast as the memory.
 - 1504 channels in place of 1536: 2 % fewer bytes in the bound, but rows that are no whole lines of 128 bytes.
 """

@@ -16,6 +16,8 @@ EFFICIENCY = 0.85
 """The part of it that a copy reaches."""
 PRODUCTS = 700e12
 """Operations a second of large bfloat16 products."""
+BLOCK = "jit(block)"
+"""In JAX's names of operations: a block that the program has outside of loops (`gspn_jax.models.stack`)."""
 COLLECTIVES = (
     "all-reduce",
     "all-gather",
@@ -50,7 +52,7 @@ def kernels(program: Program) -> list[Kernel]:
     for loop, computation, times in program.runs():
         for instruction in program.kernels(computation):
             read, written = program.traffic(computation, instruction)
-            kind = _kind(program, instruction, outside=loop == "entry")
+            kind = _kind(program, instruction, outside=loop == "entry" and BLOCK not in instruction.source)
             operations = program.operations(computation, instruction)
             found.append(Kernel(loop, times, instruction, kind, read, written, operations))
     return found
@@ -78,7 +80,7 @@ def _library(program: Program, kernel: Instruction) -> str | None:
 
 
 def _kind(program: Program, kernel: Instruction, *, outside: bool) -> str:
-    """`outside` of all loops: the optimizer, the embeddings and the last layer, the filling of what loops stack."""
+    """`outside` of all blocks: the optimizer, the embeddings and the last layer, the filling of what loops stack."""
     library = _library(program, kernel)
     if library:
         return library
@@ -90,7 +92,7 @@ def _kind(program: Program, kernel: Instruction, *, outside: bool) -> str:
         return "around convolutions"
     if any(file.startswith("gspn_jax/kernels/") for file, _ in where):
         return "around scans"
-    if any(function.endswith(("layer_norm", "modulate")) for _, function in where[:2]):
+    if any(file == "gspn_jax/models/norms.py" or function.endswith("modulate") for file, function in where[:2]):
         return "norms"
     opcodes = {part.opcode for part in program.inside(kernel)}
     if "dynamic-update-slice" in opcodes:

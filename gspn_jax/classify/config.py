@@ -44,6 +44,8 @@ class ClassifierConfig:
     """Starts from the released code's initialisation, and has its skip term."""
     remat: Remat = "none"
     """Values that the backward pass computes again, as in `config.ModelConfig`."""
+    unroll: bool | None = None
+    """Compiles every block, in place of loops over blocks, as in `config.ModelConfig`."""
 
     def __post_init__(self) -> None:
         check_numbers(self, "model")
@@ -154,7 +156,7 @@ class ClassifyConfig(RunConfig):
 
     TASK = "classification"
     FIXED = (*RunConfig.FIXED, "augment")
-    FREE = ("model.remat", "data.path", "data.workers", "data.bad_images")
+    FREE = ("model.remat", "model.unroll", "data.path", "data.workers", "data.bad_images")
     SHAPES = ("data.channels", "data.num_classes")
 
     def __post_init__(self) -> None:

@@ -24,7 +24,7 @@ def resolve(config: ClassifyConfig) -> Hierarchy:
     try:
         return preset(
             model.preset, skip=model.skip, released=model.released, groups=model.groups, drop_path=model.drop_path,
-            mixer=model.mixer, remat=model.remat,
+            mixer=model.mixer, remat=model.remat, unroll=model.unroll,
         )  # fmt: skip
     except ValueError as error:
         raise ConfigError(f"model: {error}") from error

@@ -111,10 +111,10 @@ class Config(RunConfig):
     TASK = "diffusion"
     VERSION = 2
     MIGRATIONS = {1: _from_version_1}  # noqa: RUF012 (declared in RunConfig)
-    MACHINE = ("model.backend",)
+    MACHINE = ("model.backend", "model.unroll")
     FIXED = (*RunConfig.FIXED, "diffusion", "distill", "align")
     MOVABLE = ("align.features",)
-    FREE = ("model.remat", "data.path", "data.workers", "data.bad_images", "data.in_memory")
+    FREE = ("model.remat", "model.unroll", "data.path", "data.workers", "data.bad_images", "data.in_memory")
     SHAPES = ("data.channels", "data.num_classes")
 
     def __post_init__(self) -> None:

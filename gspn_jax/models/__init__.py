@@ -85,7 +85,7 @@ def apply(
 def prepared(config: Config, params: Params) -> Params:
     """Parameters for a program that evaluates the denoiser many times: what blocks cast, they find cast.
 
-    Of those that are split over devices (`blocks.Machine.runner`) a block still has more to do.
+    Of those that are split over devices (`stack.Machine.runner`) a block still has more to do.
     """
     arch, shapes = resolve(config.model), abstract(config)[1]["trunk"]
     trunk = {

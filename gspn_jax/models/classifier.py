@@ -49,7 +49,7 @@ test."""
 
 def preset(
     name: str, *, skip: bool = False, released: bool = False, groups: int | None = None,
-    drop_path: float | None = None, mixer: str = "gspn", remat: Remat = "none",
+    drop_path: float | None = None, mixer: str = "gspn", remat: Remat = "none", unroll: bool | None = None,
 ) -> Hierarchy:  # fmt: skip
     """The hierarchy of a name in PRESETS, or "GSPN-mini", with choices of `ScanOptions` for all of its blocks.
 
@@ -73,9 +73,8 @@ def preset(
         return dataclasses.replace(of_scans, skip=skip or released, released=released, groups=groups)
 
     stages = tuple(dataclasses.replace(stage, mixer=options(stage.mixer)) for stage in hierarchy.stages)
-    return dataclasses.replace(
-        hierarchy, stages=stages, drop_path=hierarchy.drop_path if drop_path is None else drop_path, remat=remat
-    )
+    drop_path = hierarchy.drop_path if drop_path is None else drop_path
+    return dataclasses.replace(hierarchy, stages=stages, drop_path=drop_path, remat=remat, unroll=unroll)
 
 
 class Head(nnx.Module):

@@ -14,22 +14,11 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Key, PyTree
 
 from gspn_jax.models.attention import forward_mode
-from gspn_jax.models.blocks import (
-    ZEROS,
-    DiTBlock,
-    DropPath,
-    GSPNBlock,
-    Modulation,
-    forward_only,
-    modulate,
-    norm_of,
-    prepared,
-    run_stack,
-    tensor_cores,
-)
+from gspn_jax.models.blocks import ZEROS, DiTBlock, DropPath, GSPNBlock, Modulation, modulate, norm_of, prepared
 from gspn_jax.models.embeddings import PatchEmbed, TimestepEmbed, sincos_positions, unpatchify
 from gspn_jax.models.parameters import stack
 from gspn_jax.models.presets import Architecture
+from gspn_jax.models.stack import forward_only, run_stack, tensor_cores
 from gspn_jax.models.width import pad_tokens, widths
 
 
@@ -58,6 +47,7 @@ class DiTTrunk(nnx.Module):
             condition,
             chunks=self.arch.chunks,
             remat=remat,
+            unroll=self.arch.unroll,
             drop_path=drop_path,
             prepare=functools.partial(prepared, arch=self.arch, dtype=self.dtype),
             features=features,
@@ -100,6 +90,7 @@ class GSPNTrunk(nnx.Module):
             x,
             chunks=arch.chunks[: half + 1],
             remat=arch.remat,
+            unroll=arch.unroll,
             drop_path=drop_in,
             keep=True,
             prepare=prepare,
@@ -110,6 +101,7 @@ class GSPNTrunk(nnx.Module):
             x,
             chunks=arch.chunks[half + 1 :],
             remat=arch.remat,
+            unroll=arch.unroll,
             drop_path=drop_out,
             long_skips=kept,
             prepare=prepare,

@@ -11,11 +11,13 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Key
 
 from gspn_jax.config import Remat
-from gspn_jax.models.blocks import MLP_RATIO, DropPath, run_stack
+from gspn_jax.models.blocks import MLP_RATIO
+from gspn_jax.models.drop_path import DropPath
 from gspn_jax.models.embeddings import NORMAL
 from gspn_jax.models.parameters import cast, logical, stack
 from gspn_jax.models.remat import named
 from gspn_jax.models.scan_mixer import CONVOLUTION, LayerNorm
+from gspn_jax.models.stack import run_stack
 
 KERNEL = 3
 STRIDE = 2
@@ -51,6 +53,7 @@ class Hierarchy:
     stages: tuple[Stage, ...]
     drop_path: float = 0.0
     remat: Remat = "none"
+    unroll: bool | None = None
 
     def __post_init__(self):
         if not self.stages or not all(stage.chunks for stage in self.stages):
@@ -148,8 +151,8 @@ class Block(nnx.Module):
 class StageOfBlocks(nnx.Module):
     """Change of the map to the stage's size and width, then its blocks, in one scan a stretch of equal chunks."""
 
-    def __init__(self, stage: Stage, inputs: int, *, number: int, remat: Remat, dtype: DTypeLike, rngs: nnx.Rngs):
-        self.chunks, self.remat, self.dtype = stage.chunks, remat, dtype
+    def __init__(self, stage: Stage, inputs: int, *, number: int, within: Hierarchy, dtype: DTypeLike, rngs: nnx.Rngs):
+        self.chunks, self.remat, self.unroll, self.dtype = stage.chunks, within.remat, within.unroll, dtype
         self.down = (Stem if number == 1 else Downsample)(inputs, stage.width, dtype=dtype, rngs=rngs)
         self.blocks = stack(lambda rngs: Block(stage, dtype=dtype, rngs=rngs), len(stage.chunks), rngs)
 
@@ -159,6 +162,7 @@ class StageOfBlocks(nnx.Module):
             self.down(x),
             chunks=self.chunks,
             remat=self.remat,
+            unroll=self.unroll,
             drop_path=drop_path,
             prepare=functools.partial(cast, dtype=self.dtype),
         )
@@ -175,7 +179,7 @@ class Backbone(nnx.Module):
             setattr(
                 self,
                 f"stage{number}",
-                StageOfBlocks(stage, inputs, number=number, remat=hierarchy.remat, dtype=dtype, rngs=rngs),
+                StageOfBlocks(stage, inputs, number=number, within=hierarchy, dtype=dtype, rngs=rngs),
             )
 
     def __call__(

@@ -1,10 +1,15 @@
-"""RMS norm with a learned scale, of tokens and of the queries and keys of attention."""
+"""Norms: the layer norm of tokens, and RMS norm, of tokens and of the queries and keys of attention."""
 
+import functools
+
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
 from gspn_jax.models.parameters import logical
+from gspn_jax.models.remat import named
+from gspn_jax.models.stack import tensor_cores
 
 EPSILON = 1e-6
 
@@ -18,3 +23,40 @@ class RMSNorm(nnx.RMSNorm):
 
     def __call__(self, x: Float[Array, "*axes D"]) -> Float[Array, "*axes D"]:
         return super().__call__(x.astype(jnp.float32))
+
+
+def layer_norm(x: Float[Array, "B H W D"], width: int | None = None) -> Float[Array, "B H W D"]:
+    """Zero mean and unit variance over D, without scale or bias, computed and returned in float32.
+
+    With `width` over the first so many channels; the others must be zero, and come out as anything.
+    """
+    x = x.astype(jnp.float32)
+    if tensor_cores() or width not in (None, x.shape[-1]):
+        return _normalised(x, width or x.shape[-1])
+    x = x - x.mean(-1, keepdims=True)
+    return x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + EPSILON)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
+def _normalised(x: Float[Array, "B H W D"], width: int) -> Float[Array, "B H W D"]:
+    return _centred(x, width)[0]
+
+
+@_normalised.defjvp
+def _normalised_jvp(width, primals, tangents):
+    """The derivative by the result: its transpose makes both of its sums in one pass, where that of the operations
+    makes three; mean and scale are kept."""
+    y, scale = _centred(primals[0], width)
+    (x,) = tangents
+    mean = x.sum(-1, keepdims=True) / width
+    along = (x * y).sum(-1, keepdims=True) / width
+    return y, scale * (x - mean - y * along)
+
+
+def _centred(x: Float[Array, "B H W D"], width: int) -> tuple[Float[Array, "B H W D"], Float[Array, "B H W 1"]]:
+    """(x without its mean, over its deviation; one over its deviation)."""
+    mean = named(x.sum(-1, keepdims=True) / width, "norm")
+    x = x - mean  # a mask would be kept, as large as x, for all blocks: what was added is taken off the sum instead
+    variance = (jnp.square(x).sum(-1, keepdims=True) - (x.shape[-1] - width) * jnp.square(mean)) / width
+    scale = named(jax.lax.rsqrt(variance + EPSILON), "norm")
+    return x * scale, scale

@@ -80,6 +80,7 @@ class Architecture:
     drop_path: float
     learn_sigma: bool | None
     remat: Remat
+    unroll: bool | None
     mlp: MlpName
     norm: NormName
     positions: bool
@@ -127,7 +128,7 @@ def resolve(model: ModelConfig) -> Architecture:
     return Architecture(
         layout=layout, mixer=model.mixer, options=mixer.of(model), hidden=hidden, depth=depth, patch=model.patch,
         chunks=_chunks(model.chunk, layout, _blocks(layout, depth)), drop_path=model.drop_path,
-        learn_sigma=model.learn_sigma, remat=model.remat, mlp=model.mlp, norm=model.norm,
+        learn_sigma=model.learn_sigma, remat=model.remat, unroll=model.unroll, mlp=model.mlp, norm=model.norm,
         positions=positions, bottleneck=model.bottleneck,
     )  # fmt: skip
 

@@ -9,9 +9,9 @@ from jaxtyping import Array, Shaped
 from gspn_jax.config import Remat
 from gspn_jax.kernels import SCAN_STATES
 
-NAMES = ("in_proj", "conv7", "proxy", SCAN_STATES, "scan", "out_proj", "join", "fc1")
-"""Values that "names" keeps: products after their bias, the 7x7 convolution, and the result and the states of the
-scans."""
+NAMES = ("norm", "in_proj", "conv7", "proxy", SCAN_STATES, "scan", "out_proj", "join", "fc1")
+"""Values that "names" keeps: means and scales of norms, products after their bias, the 7x7 convolution, and the result
+and the states of the scans."""
 
 
 def named(value: Shaped[Array, "*axes"], name: str) -> Shaped[Array, "*axes"]:
@@ -19,8 +19,11 @@ def named(value: Shaped[Array, "*axes"], name: str) -> Shaped[Array, "*axes"]:
     return checkpoint_name(value, name)
 
 
-def checkpointed(step: Callable, remat: Remat) -> Callable:
-    """`step`, whose backward pass computes again what `remat` does not keep; "none" keeps everything."""
+def checkpointed(step: Callable, remat: Remat, *, prevent_cse: bool) -> Callable:
+    """`step`, whose backward pass computes again what `remat` does not keep; "none" keeps everything.
+
+    `prevent_cse`: where the compiler sees both passes and would take the second computation for the first.
+    """
     policies = jax.checkpoint_policies
     if remat == "none":
         return step
@@ -30,4 +33,4 @@ def checkpointed(step: Callable, remat: Remat) -> Callable:
         "names": policies.save_only_these_names(*NAMES),
         "full": None,
     }[remat]
-    return jax.checkpoint(step, policy=policy, prevent_cse=False)
+    return jax.checkpoint(step, policy=policy, prevent_cse=prevent_cse)

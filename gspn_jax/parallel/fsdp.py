@@ -18,7 +18,7 @@ from jaxtyping import Array
 
 from gspn_jax import kernels
 from gspn_jax.kernels.derivatives import linear_call
-from gspn_jax.models import blocks
+from gspn_jax.models import stack
 from gspn_jax.parallel import sharding
 
 
@@ -26,13 +26,12 @@ from gspn_jax.parallel import sharding
 def sharded_blocks(mesh: Mesh, compute: DTypeLike, *, forward_only: bool = False) -> Iterator[None]:
     """Inside, blocks that compute in the type `compute` are traced for what each device has: images over "data" and
     "fsdp", channels over "tensor"."""
-    tensor_cores = uses_tensor_cores(mesh)
+    machine = stack.Machine(tensor_cores=uses_tensor_cores(mesh), forward_only=forward_only, unrolls=unrolls(mesh))
     if mesh.shape["fsdp"] == 1:
-        machine = blocks.Machine(tensor_cores=tensor_cores, forward_only=forward_only)
-        with blocks.run_blocks_on(machine), kernels.sharded(mesh, batch=sharding.BATCH_AXES, channels=("tensor",)):
+        with stack.run_blocks_on(machine), kernels.sharded(mesh, batch=sharding.BATCH_AXES, channels=("tensor",)):
             yield
         return
-    with blocks.run_blocks_on(blocks.Machine(_runner(mesh, compute), tensor_cores, forward_only)):
+    with stack.run_blocks_on(machine._replace(runner=_runner(mesh, compute))):
         yield
 
 
@@ -40,6 +39,12 @@ def uses_tensor_cores(mesh: Mesh) -> bool:
     """Tells whether blocks are laid out for tensor cores: on GPUs, unless "tensor" splits channels, which padding would
     move from one device to another."""
     return mesh.devices.flat[0].platform == "gpu" and mesh.shape["tensor"] == 1
+
+
+def unrolls(mesh: Mesh) -> bool:
+    """Tells whether programs have every block of a stack in place of a loop, where a config does not say: on GPUs,
+    whose compiler takes no longer for it (docs/performance.md)."""
+    return mesh.devices.flat[0].platform == "gpu"
 
 
 def outside_blocks(shapes: Any, mesh: Mesh, params: Any) -> Any:
@@ -90,7 +95,7 @@ def placed(make: Callable[[], Any], shapes: Any, mesh: Mesh) -> Any:
 
 @functools.cache  # one object, so that nothing is traced twice for it
 def _runner(mesh: Mesh, compute: DTypeLike):
-    """For `blocks.Machine`."""
+    """For `stack.Machine`."""
     by_image = PartitionSpec(sharding.BATCH_AXES)
     manual = set(sharding.BATCH_AXES if mesh.shape["tensor"] > 1 else sharding.AXES)
 

@@ -1,5 +1,7 @@
 """A training step for GPUs, lowered on a machine that has none: the kernel is in it, on every kind of mesh."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
@@ -16,6 +18,7 @@ from gspn_jax.training.step import make_step
 @pytest.mark.parametrize("mesh_shape", [(2, 1, 1), (1, 2, 1), (1, 1, 2)], ids=str)
 def test_the_step_has_the_kernel_that_expands_the_proxy(mesh_shape, monkeypatch):
     monkeypatch.setattr(fsdp, "uses_tensor_cores", lambda mesh: mesh.shape["tensor"] == 1)
+    monkeypatch.setattr(fsdp, "unrolls", lambda mesh: True)
     config = Config(
         "unused",
         mesh=MeshConfig(*mesh_shape),
@@ -29,7 +32,9 @@ def test_the_step_has_the_kernel_that_expands_the_proxy(mesh_shape, monkeypatch)
         "image": jax.ShapeDtypeStruct((16, 32, 32, 4), np.float32, sharding=rows),
         "label": jax.ShapeDtypeStruct((16,), np.int32, sharding=rows),
     }
-    with devices.for_device("9.0"):
+    expanding = devices.Expanding(backward_on_chip=True)
+    on_chip = dataclasses.replace(devices.DEVICES["9.0"], expanding=expanding)
+    with devices.for_device(on_chip):
         step = make_step(DiffusionTask(config), mesh).trace(abstract_state(DiffusionTask(config), mesh), batch)
         text = step.lower(lowering_platforms=("cuda",)).as_text()
     calls = [line for line in text.splitlines() if "custom_call @mosaic_gpu" in line]
