@@ -9,7 +9,7 @@ from benchmarks import gpu_compile_report, hlo, roofline
 HLO = """HloModule jit_step, is_scheduled=true
 
 FileNames
-1 "/elsewhere/gspn_jax/models/blocks.py"
+1 "/elsewhere/gspn_jax/models/norms.py"
 
 FunctionNames
 1 "layer_norm"
@@ -62,7 +62,9 @@ ENTRY %main (a: f32[10,100], x: bf16[64,32]) -> bf16[10,100] {
   %state = (s32[], f32[10,100]{1,0}, bf16[10,100]{1,0}, bf16[64,32]{1,0}) tuple(%zero, %a, %stack, %x)
   %loop = (s32[], f32[10,100]{1,0}, bf16[10,100]{1,0}, bf16[64,32]{1,0}) while(%state), condition=%cond, body=%body, \
 backend_config={"known_trip_count":{"n":"10"}}
-  ROOT %result = bf16[10,100]{1,0} get-tuple-element(%loop), index=2
+  %rows = bf16[10,100]{1,0} get-tuple-element(%loop), index=2
+  %inside = bf16[10,100]{1,0} negate(%rows), metadata={op_name="jit(step)/jvp(jit(block))/neg"}
+  ROOT %after = bf16[10,100]{1,0} negate(%inside), metadata={op_name="jit(step)/neg"}
 }
 """
 
@@ -76,6 +78,8 @@ def test_bytes_operations_and_turns_are_those_counted_by_hand():
         "product": 10,
         "done": 10,
         "write": 10,
+        "inside": 1,
+        "after": 1,
     }
     assert (found["slice"].read, found["slice"].written) == (400 + 4, 200)  # one row of ten, and its number
     assert (found["write"].read, found["write"].written) == (200 + 4, 200)  # in place
@@ -83,6 +87,7 @@ def test_bytes_operations_and_turns_are_those_counted_by_hand():
     assert (found["product"].read, found["product"].written) == (2 * 2 * 64 * 32, 2 * 64 * 64)  # without workspace
     assert found["stack"].kind == "zero-filling" and found["write"].kind == "stacking"
     assert found["slice"].kind == "norms" and found["product"].kind == "products"
+    assert found["inside"].kind == "elementwise" and found["after"].kind == "outside of blocks"
     assert found["slice"].seconds("h200") == pytest.approx(604 / (4.8e12 * 0.85))
 
 
