@@ -166,7 +166,7 @@ def _refusal(case: Case) -> str | None:
         return reason and f"{reason}: XLA convolves"
     if reason := mosaic_gpu.refuses(x, 1 if case.operator == "line_scan" else 4):
         return f"{reason}: 'scan' runs"
-    if case.operator == "propagate_low_rank" and (reason := mosaic_gpu.refuses_low_rank(x, others[0], 5)):
+    if case.operator == "propagate_low_rank" and (reason := mosaic_gpu.refuses_low_rank(x, others[0], 5, case.chunk)):
         return f"{reason}: XLA expands the proxy, and the plain kernel scans"
     return None
 

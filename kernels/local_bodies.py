@@ -10,12 +10,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float
 
-from gspn_jax.kernels import bodies, compat
+from gspn_jax.kernels import bodies, compat, local_pieces
+from gspn_jax.kernels.local_pieces import CLASSES, PIXELS, Cut
 from gspn_jax.kernels.terms import LAM, OUT_GATE, SKIP, Job
 
-CLASSES = 4
-PIXELS = 64
-"""Of a class: the rows of the tensor cores' instruction."""
 SLAB = 16
 """Channels of a block."""
 LOGITS = 3
@@ -31,13 +29,15 @@ class Given(NamedTuple):
     x: Any
     """[B H / 2, 2, W / 2, 2, C]: rows and columns by parity"""
     proxy: Any
-    """[B, 4 classes, 64 pixels, d]"""
+    """[pieces, 4 classes, 64 pixels, d]"""
     up: Any
     """[slabs, 4 directions, kinds * SLAB, d]"""
     merge: Any
     """[4, C] float32"""
     cotangent: Any = None
     """Of y, as x; None forward."""
+    beyond: Any = None
+    """[grids, pieces, 64 pixels, C]: `local_pieces.beyond`; None for maps of one piece."""
 
 
 class Shared(NamedTuple):
@@ -52,10 +52,43 @@ class Shared(NamedTuple):
     exchanged: Any
     """[pixels of all classes, `exchanged_channels`] float32, SLAB of each tile: h of pixels on first lines, forward for
     either axis, backward for one and then what they get back from their three neighbours on second lines"""
+    beyond: Any
+    """[grids * 64 pixels and a margin, SLAB]: of `Given.beyond`; None for maps of one piece"""
     up_arrived: Any
     proxy_arrived: Any
     pixels_arrived: Any
+    beyond_arrived: Any
     meeting: Any
+
+
+class Rows(NamedTuple):
+    """Where the pixels of classes are in `Shared.exchanged`, so that those one step beyond a piece are zero, or there."""
+
+    ends: int
+    """Rows of zeros before the first class and after the last one: a step along a column, at least."""
+    between: int
+    """Rows of zeros between classes; none where those beyond a piece are read elsewhere."""
+
+    @property
+    def count(self) -> int:
+        return 2 * self.ends + CLASSES * PIXELS + (CLASSES - 1) * self.between
+
+    def of(self, index: Array, offset: Any = 0) -> Any:
+        """Rows of a class, moved by so many pixels."""
+        return pl.ds(self.ends + index * (PIXELS + self.between) + offset, PIXELS)
+
+
+STEP = 8
+"""Rows of a step along a column, at most."""
+
+
+def rows_of(cut: Cut) -> Rows:
+    """Rows for the pieces of a map."""
+    return Rows(ends=STEP, between=0 if cut.axes else STEP)
+
+
+MARGIN = STEP
+"""Rows before and after the grids of `Shared.beyond`, which are read shifted."""
 
 
 class Lines(NamedTuple):
@@ -71,6 +104,11 @@ class Lines(NamedTuple):
     """Pixels of a class from one to the next along a line."""
     size: tuple[int, int]
     """Height and width of the grid of the class."""
+    rows: Rows
+    before: Any
+    """Pixels of the class on a line before the piece."""
+    length: Any
+    """Of a line of the map, in pixels of the class."""
 
     @property
     def first_direction(self) -> Array:
@@ -88,29 +126,31 @@ class Lines(NamedTuple):
 
     def neighbours(self) -> tuple[Array, Array]:
         """Masks of the pixels that have a left and a right neighbour."""
-        height, width = self.size
-        pixel = compat.iota((PIXELS, SLAB), 0, LAYOUT)
-        rows = jnp.broadcast_to(self.axis == 0, pixel.shape)
-        along = jnp.where(rows, lax.rem(pixel, width), lax.div(pixel, width)) + self.along
+        along = self._along() + self.before
+        return along > 0, along < self.length
+
+    def inside(self) -> tuple[Array, Array]:
+        """Masks of the pixels whose left and right neighbours, if they have any, are in the piece."""
+        along, (height, width) = self._along(), self.size
         return along > 0, along < jnp.where(self.axis == 0, width, height)
 
-    def read(self, ref: Any, tile: Any, neighbour: int) -> Float[Array, "64 SLAB"]:
+    def _along(self) -> Array:
+        """Positions along a line, rounded down for left neighbours and up for right ones."""
+        _, width = self.size
+        pixel = compat.iota((PIXELS, SLAB), 0, LAYOUT)
+        rows = jnp.broadcast_to(self.axis == 0, pixel.shape)
+        return jnp.where(rows, lax.rem(pixel, width), lax.div(pixel, width)) + self.along
+
+    def read(self, ref: Any, tile: Any, neighbour: int, beyond: Array | None = None) -> Float[Array, "64 SLAB"]:
         """Reads a tile of `Shared.exchanged` at the left (0), same (1) or right (2) positions on the other line of each
-        pair. Beyond the end of a line that is a pixel of another line, or zero."""
+        pair. Beyond the end of a line that is `beyond`, or else a pixel of another line, or zero."""
         along = self.along if neighbour == 1 else 1 - self.along
         offset = (self.along - 1, 0, self.along)[neighbour]
-        return compat.load(ref, (rows_of(self.other(along), offset * self.stride), tile_at(tile)), LAYOUT)
-
-
-HALO = 8
-"""Rows of zeros before and after those of a class, for neighbours beyond the map: a step along a column, at most."""
-ROWS = HALO + CLASSES * (PIXELS + HALO)
-"""Of the pixels of all classes in `Shared.exchanged`."""
-
-
-def rows_of(index: Array, offset: Any = 0) -> Any:
-    """Rows of a class among those of all classes, moved by so many pixels."""
-    return pl.ds(HALO + index * (PIXELS + HALO) + offset, PIXELS)
+        rows = self.rows.of(self.other(along), offset * self.stride)
+        value = compat.load(ref, (rows, tile_at(tile)), LAYOUT)
+        if neighbour == 1 or beyond is None:
+            return value
+        return jnp.where(self.inside()[neighbour // 2], value, beyond)
 
 
 def exchanged_channels(tiles: int) -> int:
@@ -134,6 +174,9 @@ class Class(NamedTuple):
     index: Array
     start: Array
     """First channel."""
+    cut: Cut
+    piece: Any = None
+    """Which one it is at, of all maps."""
 
     @property
     def size(self) -> tuple[int, int]:
@@ -144,12 +187,65 @@ class Class(NamedTuple):
         """The same; what is computed from its index is not kept in registers from before, which would spill."""
         return self._replace(index=lax.axis_index("warpgroup"))
 
+    @property
+    def rows(self) -> Rows:
+        return rows_of(self.cut)
+
     def lines(self, axis: Array) -> Lines:
         row, column = lax.div(self.index, 2), lax.rem(self.index, 2)
         rows = axis == 0
         stride = jnp.where(rows, 1, self.size[1])
         second, along = jnp.where(rows, row, column), jnp.where(rows, column, row)
-        return Lines(axis=axis, second=second, along=along, stride=stride, size=self.size)
+        before_row, before_column = self._before()
+        height, width = (size // 2 for size in self.cut.size)
+        return Lines(
+            axis=axis,
+            second=second,
+            along=along,
+            stride=stride,
+            size=self.size,
+            rows=self.rows,
+            before=jnp.where(rows, before_column, before_row),
+            length=jnp.where(rows, width, height),
+        )
+
+    def _before(self) -> tuple[Any, Any]:
+        """Rows and columns of the class in the map before the piece."""
+        (down, across), (height, width) = self.cut.counts, self.size
+        row = lax.rem(lax.div(self.piece, jnp.int32(across)), jnp.int32(down)) * height if down > 1 else 0
+        return row, lax.rem(self.piece, jnp.int32(across)) * width if across > 1 else 0
+
+    def read_beyond(self, lines: Lines, kind: int) -> Float[Array, "64 SLAB"] | None:
+        """Reads h (kind 0) or what is handed back (1) of pixels beyond the piece, so that each is where `Lines.read` has
+        need of it."""
+        if lines.axis not in self.cut.axes:
+            return None
+        first = MARGIN + self._grid(kind, lines.axis) * PIXELS
+        rows = pl.ds(first + (lines.second - lines.along) * lines.stride, PIXELS)
+        return compat.load(self.shared.beyond, (rows, slice(None)), LAYOUT).astype(jnp.float32)
+
+    def send_for_beyond(self, piece: Array, axis: int) -> None:
+        """Those of an axis; all classes must have met since they read those of the piece before."""
+        for kind in self._kinds_beyond(axis):
+            grid = self._grid(kind, axis)
+
+            @pl.when(self.index == kind)
+            def _(grid=grid):
+                plgpu.copy_gmem_to_smem(
+                    self.given.beyond.at[grid, piece, :, pl.ds(self.start, SLAB)],
+                    self.shared.beyond.at[pl.ds(MARGIN + grid * PIXELS, PIXELS)],
+                    self.shared.beyond_arrived.at[grid],
+                )
+
+    def await_beyond(self, axis: int) -> None:
+        for kind in self._kinds_beyond(axis):
+            plgpu.barrier_wait(self.shared.beyond_arrived.at[self._grid(kind, axis)])
+
+    def _kinds_beyond(self, axis: int) -> range:
+        return range(len(self._sources()) if axis in self.cut.axes else 0)
+
+    def _grid(self, kind: int, axis: int) -> int:
+        return kind * len(self.cut.axes) + self.cut.axes.index(axis)
 
     def send_for_factors(self) -> None:
         """Each class has one direction's."""
@@ -163,9 +259,9 @@ class Class(NamedTuple):
         for direction in range(CLASSES):
             plgpu.barrier_wait(self.shared.up_arrived.at[direction])
 
-    def send_for_proxy(self, image: Array, slot: Array) -> None:
+    def send_for_proxy(self, piece: Array, slot: Array) -> None:
         plgpu.copy_gmem_to_smem(
-            self.given.proxy.at[image, self.index],
+            self.given.proxy.at[piece, self.index],
             self.shared.proxy.at[slot, self.index],
             self.shared.proxy_arrived.at[slot * CLASSES + self.index],
         )
@@ -173,10 +269,10 @@ class Class(NamedTuple):
     def await_proxy(self, slot: Array) -> None:
         plgpu.barrier_wait(self.shared.proxy_arrived.at[slot * CLASSES + self.index])
 
-    def send_for_pixels(self, image: Array, slot: Array) -> None:
+    def send_for_pixels(self, piece: Array, slot: Array) -> None:
         for n, source in enumerate(self._sources()):
             plgpu.copy_gmem_to_smem(
-                source.at[self.place(image)],
+                source.at[self.place(piece)],
                 self.shared.pixels.at[slot, n, self.index],
                 self.shared.pixels_arrived.at[self._pixels(slot, n)],
             )
@@ -193,18 +289,22 @@ class Class(NamedTuple):
     def _pixels(self, slot: Array, n: int) -> Array:
         return (slot * len(self._sources()) + n) * CLASSES + self.index
 
-    def place(self, image: Array) -> tuple:
+    def place(self, piece: Array) -> tuple:
         """Index of this class in [B H / 2, 2, W / 2, 2, C]."""
-        height, _ = self.size
+        (height, width), across = self.size, self.cut.counts[1]
+        columns = slice(None)
+        if across > 1:
+            piece, column = lax.div(piece, jnp.int32(across)), lax.rem(piece, jnp.int32(across))
+            columns = pl.ds(column * width, width)
         return (
-            pl.ds(image * height, height),
+            pl.ds(piece * height, height),
             lax.div(self.index, 2),
-            slice(None),
+            columns,
             lax.rem(self.index, 2),
             pl.ds(self.start, SLAB),
         )
 
-    def store(self, output: Any, image: Array, slot: Array, tile: Float[Array, "64 SLAB"]) -> None:
+    def store(self, output: Any, slot: Array, tile: Float[Array, "64 SLAB"]) -> None:
         """Stores a tile by way of shared memory, in the place of x, where threads exchange it for 16 bytes of a pixel
         each."""
         self, (height, width) = self.asked_again(), self.size
@@ -212,7 +312,7 @@ class Class(NamedTuple):
         compat.store_reshaped(staged, tile.astype(output.dtype))
         compat.warpgroup_barrier()
         whole = (slice(None),) * 3
-        compat.store(output, self.place(image), compat.load(staged, whole, _pixel_layout(height, width)))
+        compat.store(output, self.place(self.piece), compat.load(staged, whole, _pixel_layout(height, width)))
 
     def expand(self, slot: Array, *wanted: tuple[Array, slice], meanwhile: Callable = tuple) -> tuple[list, Any]:
         """Terms of each direction and kinds that are wanted, and the value of `meanwhile`, which runs beside products.
@@ -240,12 +340,16 @@ class Class(NamedTuple):
         factors = compat.load(self.given.merge, (direction, pl.ds(self.start, SLAB)), LAYOUT.reduce(0))
         return lax.broadcast_in_dim(factors, (PIXELS, SLAB), (1,))
 
-    def clear(self, ref: Any) -> None:
-        """Zeroes this class's part of `Shared.exchanged`, and what lies beside it."""
-        zeros = compat.zeros((PIXELS, SLAB), LAYOUT)
-        for offset in (-HALO, HALO):
+    def clear(self) -> None:
+        """Zeroes this class's part of `Shared.exchanged`, what lies beside it, and the margins of `Shared.beyond`."""
+        ref, zeros = self.shared.exchanged, compat.zeros((PIXELS, SLAB), LAYOUT)
+        if self.cut.axes:
+            ends = jnp.where(self.index == 0, 0, self.shared.beyond.shape[0] - PIXELS)
+            pl.when(self.index < 2)(lambda: _fill(self.shared.beyond, pl.ds(ends, PIXELS), zeros))
+            plgpu.commit_smem()
+        for offset in (-self.rows.ends, self.rows.ends):
             for n in range(ref.shape[1] // SLAB):
-                ref[rows_of(self.index, offset), tile_at(n)] = zeros
+                ref[self.rows.of(self.index, offset), tile_at(n)] = zeros
             self.meet()  # others store to some of it once more
 
     def meet(self) -> None:
@@ -257,50 +361,61 @@ class Class(NamedTuple):
         return [array for array in (self.given.x, self.given.cotangent) if array is not None]
 
 
+def _fill(ref: Any, rows: Any, value: Array) -> None:
+    ref[rows, :] = value.astype(ref.dtype)
+
+
 def _pixel_layout(height: int, width: int) -> object:
     """Spreads [height, width, SLAB] over a warpgroup: a thread takes 8 channels, a warp a quarter of the rows."""
     tiling = plgpu.Tiling(((height, width, SLAB), (height // 4, width, SLAB), (8,)))
     return plgpu.Layout.TILED(tiling, warp_dims=(-7,), lane_dims=(-4, -3, -2), vector_dim=-1)
 
 
-def _walk(job: Job, given: Given, shared: Shared, images: int, visit: Any) -> None:
-    """Calls visit(here, image, proxy_slot, slot, follow) for each image of this block, whose pixels are in `slot`, and
-    visit calls follow() once its last product of the image is made."""
+def _walk(job: Job, given: Given, shared: Shared, cut: Cut, pieces: int, visit: Any) -> None:
+    """Calls visit(here, proxy_slot, slot, follow, after_meeting) for each piece of this block, whose pixels are in
+    `slot`, and visit calls follow() once its last product of the piece is made, and after_meeting(axis) after the first
+    meeting of an axis."""
     slab, split, index = (lax.axis_index(name) for name in ("slab", "split", "warpgroup"))
     start = pl.multiple_of(lax.min(slab * SLAB, given.x.shape[-1] - SLAB), 8)
-    here = Class(job, given, shared, index, start)
+    here = Class(job, given, shared, index, start, cut)
     proxies = shared.proxy.shape[0]
 
-    def image_at(n: Any) -> Array:
-        """Past the last image that one comes again, so that every wait has its arrival."""
-        return split * images + lax.min(jnp.int32(n), images - 1)
+    def piece_at(n: Any) -> Array:
+        """Past the last piece that one comes again, so that every wait has its arrival."""
+        return split * pieces + lax.min(jnp.int32(n), pieces - 1)
 
     here.send_for_factors()
     for n in range(proxies):
-        here.send_for_proxy(image_at(n), jnp.int32(n))
-    here.send_for_pixels(image_at(0), jnp.int32(0))
-    here.clear(shared.exchanged)
+        here.send_for_proxy(piece_at(n), jnp.int32(n))
+    here.send_for_pixels(piece_at(0), jnp.int32(0))
+    here.clear()
+    here.send_for_beyond(piece_at(0), 0)
     here.await_factors()
     begun = here
 
-    @pl.loop(0, images)
+    @pl.loop(0, pieces)
     def _(n):
-        here = begun.asked_again()
+        here = begun.asked_again()._replace(piece=piece_at(n))
         proxy_slot, slot = lax.rem(n, jnp.int32(proxies)), lax.rem(n, jnp.int32(2))
-        plgpu.commit_smem()  # all threads have read the image that the next copy overwrites
-        here.send_for_pixels(image_at(n + 1), 1 - slot)
+        plgpu.commit_smem()  # all threads have read the piece that the next copy overwrites
+        here.send_for_pixels(piece_at(n + 1), 1 - slot)
         here.await_pixels(slot)
         here.await_proxy(proxy_slot)
 
         def follow():
             compat.warpgroup_barrier()
-            here.send_for_proxy(image_at(n + proxies), proxy_slot)
+            here.send_for_proxy(piece_at(n + proxies), proxy_slot)
 
-        visit(here, image_at(n), proxy_slot, slot, follow)
+        def after_meeting(axis: int):
+            """All classes are done with what is beyond the other axis: of the piece before, or of this one."""
+            here.send_for_beyond(piece_at(n + axis), 1 - axis)
+
+        visit(here, proxy_slot, slot, follow, after_meeting)
 
     for n in range(proxies):  # no copy may outlive the block
-        here.await_proxy(jnp.int32((images + n) % proxies))
-    here.await_pixels(jnp.int32(images % 2))
+        here.await_proxy(jnp.int32((pieces + n) % proxies))
+    here.await_pixels(jnp.int32(pieces % 2))
+    here.await_beyond(0)
 
 
 def _weights(logits: list[Array], has_left: Array, has_right: Array) -> tuple[list[Array], Array]:
@@ -319,10 +434,10 @@ FIRST, WEIGHTS, SECOND = slice(LAM, None), slice(0, LAM), slice(LAM, None)
 are made while the weights are computed from the part before."""
 
 
-def local_forward(given: Given, outputs: Any, shared: Shared, *, job: Job, images: int):
+def local_forward(given: Given, outputs: Any, shared: Shared, *, job: Job, cut: Cut, pieces: int):
     states = shared.exchanged
 
-    def visit(here: Class, image: Array, proxy_slot: Array, slot: Array, follow: Any) -> None:
+    def visit(here: Class, proxy_slot: Array, slot: Array, follow: Any, after_meeting: Any) -> None:
         def add(y: Array, x: Array, state: Array, out_gate: Array, skip: list[Array], direction: Array) -> Array:
             term = out_gate * state + skip[0] * x if skip else out_gate * state
             return y + term * here.merge(direction)
@@ -333,23 +448,32 @@ def local_forward(given: Given, outputs: Any, shared: Shared, *, job: Job, image
                 proxy_slot, (lines.first_direction, FIRST), (lines.second_direction, WEIGHTS)
             )
             state = lam * x
-            states[rows_of(here.index), tile_at(axis)] = state
+            states[here.rows.of(here.index), tile_at(axis)] = state
             y = add(y, x, state, others[0], others[1:], lines.first_direction)
             here.meet()
+            if cut.axes:
+                after_meeting(axis)
+                here.await_beyond(axis)
 
             def carry(lines=lines, logits=logits) -> Array:
                 weights, _ = _weights(logits, *lines.neighbours())
-                return sum(weight * lines.read(states, axis, n) for n, weight in enumerate(weights))
+                beyond = here.read_beyond(lines, 0)
+                return sum(weight * lines.read(states, axis, n, beyond) for n, weight in enumerate(weights))
 
             ((lam, *others),), state = here.expand(proxy_slot, (lines.second_direction, SECOND), meanwhile=carry)
             pl.when(axis == AXES - 1)(follow)
             x = here.read_pixels(slot, 0)
             return add(y, x, state + lam * x, others[0], others[1:], lines.second_direction)
 
-        y = lax.fori_loop(0, AXES, visit_axis, compat.zeros((PIXELS, SLAB), LAYOUT))
-        here.store(outputs[0], image, slot, y)
+        y = compat.zeros((PIXELS, SLAB), LAYOUT)
+        if cut.axes:
+            for axis in range(AXES):
+                y = visit_axis(axis, y)
+        else:
+            y = lax.fori_loop(0, AXES, visit_axis, y)
+        here.store(outputs[0], slot, y)
 
-    _walk(job, given, shared, images, visit)
+    _walk(job, given, shared, cut, pieces, visit)
 
 
 class Cotangents(NamedTuple):
@@ -358,7 +482,7 @@ class Cotangents(NamedTuple):
     x: Any
     """As x"""
     terms: Any
-    """[4 classes, B, 64 pixels, pairs, C] uint32, each two bfloat16 in the order of `pairs`, so that a thread's two
+    """[4 classes, pieces, 64 pixels, pairs, C] uint32, each two bfloat16 in the order of `pairs`, so that a thread's two
     channels are 8 bytes and those of a slab a whole sector; out_gate and skip without the factor `merge`"""
 
 
@@ -386,15 +510,15 @@ def _words(low: Float[Array, "64 SLAB"], high: Float[Array, "64 SLAB"]) -> Array
     return bits[0] | (bits[1] << 16)
 
 
-def local_backward(given: Given, outputs: Cotangents, shared: Shared, *, job: Job, images: int):
+def local_backward(given: Given, outputs: Cotangents, shared: Shared, *, job: Job, cut: Cut, pieces: int):
     """Pixels on first lines need what second lines hand back, and those need h of first lines: three phases an axis."""
     exchanged, of_axis = shared.exchanged, len(pairs(job)) // AXES
 
-    def visit(here: Class, image: Array, proxy_slot: Array, slot: Array, follow: Any) -> None:
-        mine, read = rows_of(here.index), functools.partial(here.read_pixels, slot)
+    def visit(here: Class, proxy_slot: Array, slot: Array, follow: Any, after_meeting: Any) -> None:
+        mine, read = here.rows.of(here.index), functools.partial(here.read_pixels, slot)
 
         def write(pair: int, low: Array, high: Array) -> None:
-            at = (here.index, image, slice(None), pair, pl.ds(here.start, SLAB))
+            at = (here.index, here.piece, slice(None), pair, pl.ds(here.start, SLAB))
             compat.store(outputs.terms, at, _words(low, high))
 
         def visit_axis(axis: int, by_x: Array, by_lam_before: Array | None) -> tuple[Array, Array]:
@@ -415,10 +539,17 @@ def local_backward(given: Given, outputs: Cotangents, shared: Shared, *, job: Jo
                 by_x = by_x + scaled * skip[0]
             direct, first_lam = scaled * out_gate, lam
             here.meet()
+            after_meeting(axis)
+            here.await_beyond(axis)
 
             def carry(lines=lines, logits=logits) -> tuple[list[Array], Array, Array]:
                 weights, sigmoids = _weights(logits, *lines.neighbours())
-                return weights, sigmoids, sum(weight * lines.read(exchanged, 0, n) for n, weight in enumerate(weights))
+                beyond = here.read_beyond(lines, 0)
+                return (
+                    weights,
+                    sigmoids,
+                    sum(weight * lines.read(exchanged, 0, n, beyond) for n, weight in enumerate(weights)),
+                )
 
             ((lam, out_gate, *skip),), (weights, sigmoids, carried) = here.expand(
                 proxy_slot, (lines.second_direction, SECOND), meanwhile=carry
@@ -433,10 +564,12 @@ def local_backward(given: Given, outputs: Cotangents, shared: Shared, *, job: Jo
             write(pair + 2, adjoint * x, gy * (carried + lam * x))
             by_x = by_x + adjoint * lam
 
+            beyond = here.read_beyond(lines, 0)
+
             def by_logit(n: int, weight: Array) -> Array:
                 passed = weight * adjoint
                 exchanged[mine, tile_at(1 + n)] = passed
-                return passed * (1.0 - weight * sigmoids) * (lines.read(exchanged, 0, n) - carried)
+                return passed * (1.0 - weight * sigmoids) * (lines.read(exchanged, 0, n, beyond) - carried)
 
             left, center, right = map(by_logit, range(LOGITS), weights)
             write(pair + 1, left, center)
@@ -445,15 +578,16 @@ def local_backward(given: Given, outputs: Cotangents, shared: Shared, *, job: Jo
             else:
                 right = right.astype(jnp.bfloat16)
             here.meet()
+            beyond = here.read_beyond(lines, 1)
 
             # the left neighbour of a pixel on the second line has that pixel to its right
-            adjoint = direct + sum(lines.read(exchanged, 3 - n, n) for n in range(LOGITS))
+            adjoint = direct + sum(lines.read(exchanged, 3 - n, n, beyond) for n in range(LOGITS))
             by_lam = (adjoint * read(0)).astype(jnp.bfloat16)
             if axis == 1:
                 write(pair, by_lam, right)
             return by_x + adjoint * first_lam, by_lam
 
         by_x, _ = visit_axis(1, *visit_axis(0, compat.zeros((PIXELS, SLAB), LAYOUT), None))
-        here.store(outputs.x, image, slot, by_x)
+        here.store(outputs.x, slot, by_x)
 
-    _walk(job, given, shared, images, visit)
+    _walk(job, given, shared, cut, pieces, visit)

@@ -24,6 +24,15 @@ def few_blocks():
         yield
 
 
+def of_size(batch, height, width, **options):
+    """Arguments for a map that need not be square."""
+    row = arguments(batch, height * width, 16, 16, **options)
+    return {
+        name: array[:, :1].reshape(batch, height, width, -1) if name in ("x", "proxy") else array
+        for name, array in row.items()
+    }
+
+
 def by_kernel(arrays):
     """As `value_and_gradients`, without the checks of the public operator, which wants 64 channels."""
     cotangent = jnp.asarray(np.random.default_rng(1).normal(size=arrays["x"].shape), arrays["x"].dtype)
@@ -80,6 +89,11 @@ def test_a_map_that_is_not_square():
     assert_same_as_the_scan_in_float32(
         {name: array.reshape(1, 32, 8, -1) if name in ("x", "proxy") else array for name, array in square.items()}
     )
+
+
+@pytest.mark.parametrize("size", [(32, 32), (64, 64), (16, 32), (28, 28), (14, 14), (30, 18)], ids=str)
+def test_maps_of_several_pieces(few_blocks, size):
+    assert_same_as_the_scan_in_float32(of_size(1, *size))
 
 
 @pytest.mark.skipif(not compat.RESHAPES_REFERENCES, reason="JAX 0.10 runs the kernel of every chunk")
