@@ -141,20 +141,19 @@ def _shared(cut: Cut, given: Given) -> Shared:
         proxy=expansion.swizzled((slots, CLASSES, PIXELS, rank), given.x.dtype),
         pixels=plgpu.SMEM((2, pixels, CLASSES, *cut.grid, SLAB), given.x.dtype),
         exchanged=launch.row_major((rows_of(cut).count, exchanged_channels(1 + LOGITS if backward else AXES))),
-        beyond=_beyond(given),
+        beyond=_beyond(given, 1 if backward else 2),
         up_arrived=plgpu.Barrier(num_barriers=CLASSES),
         proxy_arrived=plgpu.Barrier(num_barriers=slots * CLASSES),
-        pixels_arrived=plgpu.Barrier(num_barriers=2 * pixels * CLASSES),
-        beyond_arrived=plgpu.Barrier(num_barriers=given.beyond.shape[0]) if cut.axes else (),
+        pixels_arrived=plgpu.Barrier(num_arrivals=pixels + bool(cut.axes), num_barriers=2 * CLASSES),
         meeting=plgpu.Barrier(num_arrivals=CLASSES),
     )
 
 
-def _beyond(given: Given) -> Any:
+def _beyond(given: Given, slots: int) -> Any:
     """Rows may start anywhere: see `launch.row_major`."""
     if given.beyond is None:
         return ()
-    shape = (2 * MARGIN + given.beyond.shape[0] * PIXELS, SLAB)
+    shape = (MARGIN + slots * (given.beyond.shape[1] + MARGIN), SLAB)
     return plgpu.SMEM(shape, given.x.dtype, transforms=(plgpu.TilingTransform((SLAB,)),))
 
 
@@ -224,8 +223,8 @@ def _shared_bytes(cut: Cut, kinds: int, rank: int, *, backward: bool) -> int:
     rank += -rank % expansion.QUANTUM
     slots, exchanged, tiles_of_class = (1, 1 + LOGITS, 4) if backward else (2, AXES, 2)
     operands = 2 * rank * CLASSES * (kinds * SLAB + slots * PIXELS)
-    grids = (2 if backward else 1) * len(cut.axes)
-    beyond = 2 * SLAB * (2 * MARGIN + grids * PIXELS) if grids else 0
+    grids = 2 * len(cut.axes)  # in two slots forward, of two kinds backward
+    beyond = 2 * SLAB * (3 * MARGIN + grids * PIXELS) if grids else 0
     return (
         operands
         + beyond

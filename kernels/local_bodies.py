@@ -37,7 +37,7 @@ class Given(NamedTuple):
     cotangent: Any = None
     """Of y, as x; None forward."""
     beyond: Any = None
-    """[grids, pieces, 64 pixels, C]: `local_pieces.beyond`; None for maps of one piece."""
+    """[pieces, grids * 64 pixels, C]: `local_pieces.beyond`; None for maps of one piece."""
 
 
 class Shared(NamedTuple):
@@ -53,11 +53,10 @@ class Shared(NamedTuple):
     """[pixels of all classes, `exchanged_channels`] float32, SLAB of each tile: h of pixels on first lines, forward for
     either axis, backward for one and then what they get back from their three neighbours on second lines"""
     beyond: Any
-    """[grids * 64 pixels and a margin, SLAB]: of `Given.beyond`; None for maps of one piece"""
+    """[2 slots forward, 1 backward, of as many pixels, and a margin, SLAB]: of `Given.beyond`; None for maps of one piece"""
     up_arrived: Any
     proxy_arrived: Any
     pixels_arrived: Any
-    beyond_arrived: Any
     meeting: Any
 
 
@@ -141,7 +140,7 @@ class Lines(NamedTuple):
         rows = jnp.broadcast_to(self.axis == 0, pixel.shape)
         return jnp.where(rows, lax.rem(pixel, width), lax.div(pixel, width)) + self.along
 
-    def read(self, ref: Any, tile: Any, neighbour: int, beyond: Array | None = None) -> Float[Array, "64 SLAB"]:
+    def read(self, ref: Any, tile: Any, neighbour: int, beyond: Any = None) -> Float[Array, "64 SLAB"]:
         """Reads a tile of `Shared.exchanged` at the left (0), same (1) or right (2) positions on the other line of each
         pair. Beyond the end of a line that is `beyond`, or else a pixel of another line, or zero."""
         along = self.along if neighbour == 1 else 1 - self.along
@@ -215,37 +214,25 @@ class Class(NamedTuple):
         row = lax.rem(lax.div(self.piece, jnp.int32(across)), jnp.int32(down)) * height if down > 1 else 0
         return row, lax.rem(self.piece, jnp.int32(across)) * width if across > 1 else 0
 
-    def read_beyond(self, lines: Lines, kind: int) -> Float[Array, "64 SLAB"] | None:
-        """Reads h (kind 0) or what is handed back (1) of pixels beyond the piece, so that each is where `Lines.read` has
-        need of it."""
-        if lines.axis not in self.cut.axes:
-            return None
-        first = MARGIN + self._grid(kind, lines.axis) * PIXELS
-        rows = pl.ds(first + (lines.second - lines.along) * lines.stride, PIXELS)
-        return compat.load(self.shared.beyond, (rows, slice(None)), LAYOUT).astype(jnp.float32)
+    def send_for_beyond(self, piece: Array, slot: Array) -> None:
+        """A quarter for all classes, which are done with the slot; it arrives with the pixels."""
+        if self.given.beyond is None:
+            return
+        count = self.given.beyond.shape[1] // CLASSES
+        plgpu.copy_gmem_to_smem(
+            self.given.beyond.at[piece, pl.ds(self.index * count, count), pl.ds(self.start, SLAB)],
+            self.shared.beyond.at[pl.ds(self._beyond(slot) + self.index * count, count)],
+            self.shared.pixels_arrived.at[slot * CLASSES + self.index],
+        )
 
-    def send_for_beyond(self, piece: Array, axis: int) -> None:
-        """Those of an axis; all classes must have met since they read those of the piece before."""
-        for kind in self._kinds_beyond(axis):
-            grid = self._grid(kind, axis)
+    def read_beyond(self, lines: Lines, slot: Array, grid: Any) -> Float[Array, "64 SLAB"]:
+        """Reads a grid of `local_pieces.beyond` so that each pixel is where `Lines.read` has need of it."""
+        first = self._beyond(slot) + grid * PIXELS + (lines.second - lines.along) * lines.stride
+        return compat.load(self.shared.beyond, (pl.ds(first, PIXELS), slice(None)), LAYOUT).astype(jnp.float32)
 
-            @pl.when(self.index == kind)
-            def _(grid=grid):
-                plgpu.copy_gmem_to_smem(
-                    self.given.beyond.at[grid, piece, :, pl.ds(self.start, SLAB)],
-                    self.shared.beyond.at[pl.ds(MARGIN + grid * PIXELS, PIXELS)],
-                    self.shared.beyond_arrived.at[grid],
-                )
-
-    def await_beyond(self, axis: int) -> None:
-        for kind in self._kinds_beyond(axis):
-            plgpu.barrier_wait(self.shared.beyond_arrived.at[self._grid(kind, axis)])
-
-    def _kinds_beyond(self, axis: int) -> range:
-        return range(len(self._sources()) if axis in self.cut.axes else 0)
-
-    def _grid(self, kind: int, axis: int) -> int:
-        return kind * len(self.cut.axes) + self.cut.axes.index(axis)
+    def _beyond(self, slot: Array) -> Any:
+        rows = self.given.beyond.shape[1]
+        return MARGIN + slot * (rows + MARGIN) if self.shared.beyond.shape[0] > 2 * MARGIN + rows else MARGIN
 
     def send_for_factors(self) -> None:
         """Each class has one direction's."""
@@ -274,20 +261,17 @@ class Class(NamedTuple):
             plgpu.copy_gmem_to_smem(
                 source.at[self.place(piece)],
                 self.shared.pixels.at[slot, n, self.index],
-                self.shared.pixels_arrived.at[self._pixels(slot, n)],
+                self.shared.pixels_arrived.at[slot * CLASSES + self.index],
             )
 
     def await_pixels(self, slot: Array) -> None:
-        for n, _ in enumerate(self._sources()):
-            plgpu.barrier_wait(self.shared.pixels_arrived.at[self._pixels(slot, n)])
+        """Those of this class, and its quarter of what is beyond the piece."""
+        plgpu.barrier_wait(self.shared.pixels_arrived.at[slot * CLASSES + self.index])
 
     def read_pixels(self, slot: Array, n: int) -> Float[Array, "64 SLAB"]:
         """Reads x (n = 0) or the cotangent of y (1)."""
         tile = compat.load_reshaped(self.shared.pixels.at[slot, n, self.index], (PIXELS, SLAB), LAYOUT)
         return tile.astype(jnp.float32)
-
-    def _pixels(self, slot: Array, n: int) -> Array:
-        return (slot * len(self._sources()) + n) * CLASSES + self.index
 
     def place(self, piece: Array) -> tuple:
         """Index of this class in [B H / 2, 2, W / 2, 2, C]."""
@@ -344,9 +328,8 @@ class Class(NamedTuple):
         """Zeroes this class's part of `Shared.exchanged`, what lies beside it, and the margins of `Shared.beyond`."""
         ref, zeros = self.shared.exchanged, compat.zeros((PIXELS, SLAB), LAYOUT)
         if self.cut.axes:
-            ends = jnp.where(self.index == 0, 0, self.shared.beyond.shape[0] - PIXELS)
-            pl.when(self.index < 2)(lambda: _fill(self.shared.beyond, pl.ds(ends, PIXELS), zeros))
-            plgpu.commit_smem()
+            pl.when(self.index == 0)(functools.partial(_zero, self.shared.beyond))
+            plgpu.commit_smem()  # copies overwrite most of it
         for offset in (-self.rows.ends, self.rows.ends):
             for n in range(ref.shape[1] // SLAB):
                 ref[self.rows.of(self.index, offset), tile_at(n)] = zeros
@@ -361,8 +344,11 @@ class Class(NamedTuple):
         return [array for array in (self.given.x, self.given.cotangent) if array is not None]
 
 
-def _fill(ref: Any, rows: Any, value: Array) -> None:
-    ref[rows, :] = value.astype(ref.dtype)
+def _zero(ref: Any) -> None:
+    """A buffer [PIXELS or more, SLAB]."""
+    last = ref.shape[0] - PIXELS
+    for start in (*range(0, last, PIXELS), last):
+        ref[pl.ds(start, PIXELS), :] = compat.zeros((PIXELS, SLAB), LAYOUT).astype(ref.dtype)
 
 
 def _pixel_layout(height: int, width: int) -> object:
@@ -372,9 +358,9 @@ def _pixel_layout(height: int, width: int) -> object:
 
 
 def _walk(job: Job, given: Given, shared: Shared, cut: Cut, pieces: int, visit: Any) -> None:
-    """Calls visit(here, proxy_slot, slot, follow, after_meeting) for each piece of this block, whose pixels are in
-    `slot`, and visit calls follow() once its last product of the piece is made, and after_meeting(axis) after the first
-    meeting of an axis."""
+    """Calls visit(here, proxy_slot, slot, follow, follow_beyond) for each piece of this block, whose pixels are in
+    `slot`. Visit calls follow() once its last product of the piece is made, and follow_beyond() once all classes have
+    read what is beyond the piece where there is one slot for it, beyond the piece before where there are two."""
     slab, split, index = (lax.axis_index(name) for name in ("slab", "split", "warpgroup"))
     start = pl.multiple_of(lax.min(slab * SLAB, given.x.shape[-1] - SLAB), 8)
     here = Class(job, given, shared, index, start, cut)
@@ -389,7 +375,7 @@ def _walk(job: Job, given: Given, shared: Shared, cut: Cut, pieces: int, visit: 
         here.send_for_proxy(piece_at(n), jnp.int32(n))
     here.send_for_pixels(piece_at(0), jnp.int32(0))
     here.clear()
-    here.send_for_beyond(piece_at(0), 0)
+    here.send_for_beyond(piece_at(0), jnp.int32(0))
     here.await_factors()
     begun = here
 
@@ -406,16 +392,14 @@ def _walk(job: Job, given: Given, shared: Shared, cut: Cut, pieces: int, visit: 
             compat.warpgroup_barrier()
             here.send_for_proxy(piece_at(n + proxies), proxy_slot)
 
-        def after_meeting(axis: int):
-            """All classes are done with what is beyond the other axis: of the piece before, or of this one."""
-            here.send_for_beyond(piece_at(n + axis), 1 - axis)
+        def follow_beyond():
+            here.send_for_beyond(piece_at(n + 1), 1 - slot)
 
-        visit(here, proxy_slot, slot, follow, after_meeting)
+        visit(here, proxy_slot, slot, follow, follow_beyond)
 
     for n in range(proxies):  # no copy may outlive the block
         here.await_proxy(jnp.int32((pieces + n) % proxies))
     here.await_pixels(jnp.int32(pieces % 2))
-    here.await_beyond(0)
 
 
 def _weights(logits: list[Array], has_left: Array, has_right: Array) -> tuple[list[Array], Array]:
@@ -437,7 +421,7 @@ are made while the weights are computed from the part before."""
 def local_forward(given: Given, outputs: Any, shared: Shared, *, job: Job, cut: Cut, pieces: int):
     states = shared.exchanged
 
-    def visit(here: Class, proxy_slot: Array, slot: Array, follow: Any, after_meeting: Any) -> None:
+    def visit(here: Class, proxy_slot: Array, slot: Array, follow: Any, follow_beyond: Any) -> None:
         def add(y: Array, x: Array, state: Array, out_gate: Array, skip: list[Array], direction: Array) -> Array:
             term = out_gate * state + skip[0] * x if skip else out_gate * state
             return y + term * here.merge(direction)
@@ -451,26 +435,23 @@ def local_forward(given: Given, outputs: Any, shared: Shared, *, job: Job, cut: 
             states[here.rows.of(here.index), tile_at(axis)] = state
             y = add(y, x, state, others[0], others[1:], lines.first_direction)
             here.meet()
-            if cut.axes:
-                after_meeting(axis)
-                here.await_beyond(axis)
 
             def carry(lines=lines, logits=logits) -> Array:
                 weights, _ = _weights(logits, *lines.neighbours())
-                beyond = here.read_beyond(lines, 0)
+                beyond = here.read_beyond(lines, slot, axis if len(cut.axes) == AXES else 0) if cut.axes else None
                 return sum(weight * lines.read(states, axis, n, beyond) for n, weight in enumerate(weights))
 
             ((lam, *others),), state = here.expand(proxy_slot, (lines.second_direction, SECOND), meanwhile=carry)
-            pl.when(axis == AXES - 1)(follow)
+
+            @pl.when(axis == AXES - 1)
+            def _():
+                follow()
+                follow_beyond()
+
             x = here.read_pixels(slot, 0)
             return add(y, x, state + lam * x, others[0], others[1:], lines.second_direction)
 
-        y = compat.zeros((PIXELS, SLAB), LAYOUT)
-        if cut.axes:
-            for axis in range(AXES):
-                y = visit_axis(axis, y)
-        else:
-            y = lax.fori_loop(0, AXES, visit_axis, y)
+        y = lax.fori_loop(0, AXES, visit_axis, compat.zeros((PIXELS, SLAB), LAYOUT))
         here.store(outputs[0], slot, y)
 
     _walk(job, given, shared, cut, pieces, visit)
@@ -514,8 +495,14 @@ def local_backward(given: Given, outputs: Cotangents, shared: Shared, *, job: Jo
     """Pixels on first lines need what second lines hand back, and those need h of first lines: three phases an axis."""
     exchanged, of_axis = shared.exchanged, len(pairs(job)) // AXES
 
-    def visit(here: Class, proxy_slot: Array, slot: Array, follow: Any, after_meeting: Any) -> None:
+    def visit(here: Class, proxy_slot: Array, slot: Array, follow: Any, follow_beyond: Any) -> None:
         mine, read = here.rows.of(here.index), functools.partial(here.read_pixels, slot)
+
+        def read_beyond(lines: Lines, kind: int) -> Any:
+            """h (kind 0) or what is handed back (1) beyond the piece, none if that is the map."""
+            if lines.axis not in cut.axes:
+                return 0.0 if cut.axes else None
+            return here.read_beyond(lines, slot, kind * len(cut.axes) + cut.axes.index(lines.axis))
 
         def write(pair: int, low: Array, high: Array) -> None:
             at = (here.index, here.piece, slice(None), pair, pl.ds(here.start, SLAB))
@@ -539,18 +526,18 @@ def local_backward(given: Given, outputs: Cotangents, shared: Shared, *, job: Jo
                 by_x = by_x + scaled * skip[0]
             direct, first_lam = scaled * out_gate, lam
             here.meet()
-            after_meeting(axis)
-            here.await_beyond(axis)
 
             def carry(lines=lines, logits=logits) -> tuple[list[Array], Array, Array]:
                 weights, sigmoids = _weights(logits, *lines.neighbours())
-                beyond = here.read_beyond(lines, 0)
+                beyond = read_beyond(lines, 0)
                 return (
                     weights,
                     sigmoids,
                     sum(weight * lines.read(exchanged, 0, n, beyond) for n, weight in enumerate(weights)),
                 )
 
+            if axis == 1:  # kept there while registers are scarce
+                exchanged[mine, tile_at(1)] = by_x
             ((lam, out_gate, *skip),), (weights, sigmoids, carried) = here.expand(
                 proxy_slot, (lines.second_direction, SECOND), meanwhile=carry
             )
@@ -558,13 +545,15 @@ def local_backward(given: Given, outputs: Cotangents, shared: Shared, *, job: Jo
                 follow()
             x, gy = read(0), read(1)
             scaled = gy * here.merge(lines.second_direction)
-            if skip:
-                by_x = by_x + scaled * skip[0]
             adjoint = scaled * out_gate
             write(pair + 2, adjoint * x, gy * (carried + lam * x))
+            if axis == 1:
+                by_x = compat.load(exchanged, (mine, tile_at(1)), LAYOUT)
+            if skip:
+                by_x = by_x + scaled * skip[0]
             by_x = by_x + adjoint * lam
 
-            beyond = here.read_beyond(lines, 0)
+            beyond = read_beyond(lines, 0)
 
             def by_logit(n: int, weight: Array) -> Array:
                 passed = weight * adjoint
@@ -577,8 +566,10 @@ def local_backward(given: Given, outputs: Cotangents, shared: Shared, *, job: Jo
                 write(pair, read(1) * (first_lam * read(0)), right)
             else:
                 right = right.astype(jnp.bfloat16)
+            beyond = read_beyond(lines, 1)
             here.meet()
-            beyond = here.read_beyond(lines, 1)
+            if axis == 1:
+                follow_beyond()
 
             # the left neighbour of a pixel on the second line has that pixel to its right
             adjoint = direct + sum(lines.read(exchanged, 3 - n, n, beyond) for n in range(LOGITS))

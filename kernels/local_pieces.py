@@ -79,12 +79,8 @@ class Cut(NamedTuple):
 
 
 def choose(height: int, width: int) -> Cut:
-    """The pieces with the fewest pixels, and of these with the fewest beyond an edge."""
-
-    def cost(cut: Cut) -> tuple[float, int]:
-        return cut.filled, sum(cut.piece[axis] for axis in cut.axes)
-
-    return min((Cut((height, width), piece) for piece in PIECES), key=cost)
+    """The pieces with the fewest pixels, of these those that cut lines of fewer axes, and then the squarest."""
+    return min((Cut((height, width), piece) for piece in PIECES), key=lambda cut: (cut.filled, len(cut.axes)))
 
 
 def beyond(
@@ -94,12 +90,12 @@ def beyond(
     up: Float[Array, "4 N C d"],
     merge: Float[Array, "4 C"],
     cotangent: Float[Array, "B H W C"] | None = None,
-) -> Float[Array, "grids pieces 64 C"] | None:
+) -> Float[Array, "pieces rows C"] | None:
     """What pieces read of pixels just beyond their edges, or None for a single piece: h of first pixels and, with the
     cotangent of y, what second ones hand back; zero beyond the map.
 
-    A grid [64 pixels of a class, C] of each piece for each axis in `cut.axes`, all of h before what is handed back.
-    `Lines.read_beyond` shifts a grid so that its place falls on the edge. A class reads over one edge of either axis:
+    A grid [64 pixels of a class, C] of each piece for each axis in `cut.axes`, those of h before what is handed back.
+    `Class.read_beyond` shifts a grid so that its place falls on the edge. A class reads over one edge of either axis:
     where lines are rows over the left one if its columns are even. Those of even rows find what they read in the
     outmost column of the grid but one on the right, and in the outmost on the left; those of odd rows in the others.
     """
@@ -113,7 +109,7 @@ def beyond(
         for axis in cut.axes:
             edges = _strips(cut, axis, cotangent), _strips(cut, axis, proxy)
             grids.append(_grid(cut, axis, _handed_back(axis, *edges, up, merge)))
-    return jnp.stack(grids)
+    return jnp.concatenate(grids, axis=1)
 
 
 def _strips(cut: Cut, axis: int, array: Float[Array, "B H W n"]) -> Float[Array, "2 2 B across lines along n"]:
