@@ -22,7 +22,6 @@ from gspn_jax.kernels.derivatives import differentiable
 from gspn_jax.kernels.local_bodies import (
     AXES,
     LOGITS,
-    MARGIN,
     SLAB,
     Cotangents,
     Given,
@@ -31,7 +30,7 @@ from gspn_jax.kernels.local_bodies import (
     local_backward,
     local_forward,
     pairs,
-    rows_of,
+    exchanged_rows,
 )
 from gspn_jax.kernels.local_pieces import CLASSES, PIXELS, Cut
 from gspn_jax.kernels.terms import OUT_GATE, Job
@@ -140,8 +139,8 @@ def _shared(cut: Cut, given: Given) -> Shared:
         up=expansion.swizzled((CLASSES, rows, rank), given.x.dtype),
         proxy=expansion.swizzled((slots, CLASSES, PIXELS, rank), given.x.dtype),
         pixels=plgpu.SMEM((2, pixels, CLASSES, *cut.grid, SLAB), given.x.dtype),
-        exchanged=launch.row_major((rows_of(cut).count, exchanged_channels(1 + LOGITS if backward else AXES))),
-        beyond=_beyond(given, 1 if backward else 2),
+        exchanged=launch.row_major((exchanged_rows(cut), exchanged_channels(1 + LOGITS if backward else AXES))),
+        beyond=_beyond(cut, given, 1 if backward else 2),
         up_arrived=plgpu.Barrier(num_barriers=CLASSES),
         proxy_arrived=plgpu.Barrier(num_barriers=slots * CLASSES),
         pixels_arrived=plgpu.Barrier(num_arrivals=pixels + bool(cut.axes), num_barriers=2 * CLASSES),
@@ -149,11 +148,12 @@ def _shared(cut: Cut, given: Given) -> Shared:
     )
 
 
-def _beyond(given: Given, slots: int) -> Any:
+def _beyond(cut: Cut, given: Given, slots: int) -> Any:
     """Rows may start anywhere: see `launch.row_major`."""
     if given.beyond is None:
         return ()
-    shape = (MARGIN + slots * (given.beyond.shape[1] + MARGIN), SLAB)
+    margin = cut.grid[1]
+    shape = (margin + slots * (given.beyond.shape[1] + margin), SLAB)
     return plgpu.SMEM(shape, given.x.dtype, transforms=(plgpu.TilingTransform((SLAB,)),))
 
 
@@ -224,10 +224,10 @@ def _shared_bytes(cut: Cut, kinds: int, rank: int, *, backward: bool) -> int:
     slots, exchanged, tiles_of_class = (1, 1 + LOGITS, 4) if backward else (2, AXES, 2)
     operands = 2 * rank * CLASSES * (kinds * SLAB + slots * PIXELS)
     grids = 2 * len(cut.axes)  # in two slots forward, of two kinds backward
-    beyond = 2 * SLAB * (3 * MARGIN + grids * PIXELS) if grids else 0
+    beyond = 2 * SLAB * ((2 if backward else 3) * cut.grid[1] + grids * PIXELS) if grids else 0
     return (
         operands
         + beyond
-        + 4 * rows_of(cut).count * exchanged_channels(exchanged)
+        + 4 * exchanged_rows(cut) * exchanged_channels(exchanged)
         + 2 * tiles_of_class * CLASSES * PIXELS * SLAB
     )

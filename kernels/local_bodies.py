@@ -60,34 +60,20 @@ class Shared(NamedTuple):
     meeting: Any
 
 
-class Rows(NamedTuple):
-    """Where the pixels of classes are in `Shared.exchanged`, so that those one step beyond a piece are zero, or there."""
-
-    ends: int
-    """Rows of zeros before the first class and after the last one: a step along a column, at least."""
-    between: int
-    """Rows of zeros between classes; none where those beyond a piece are read elsewhere."""
-
-    @property
-    def count(self) -> int:
-        return 2 * self.ends + CLASSES * PIXELS + (CLASSES - 1) * self.between
-
-    def of(self, index: Array, offset: Any = 0) -> Any:
-        """Rows of a class, moved by so many pixels."""
-        return pl.ds(self.ends + index * (PIXELS + self.between) + offset, PIXELS)
+def rows_between(cut: Cut) -> int:
+    """Rows of zeros between classes in `Shared.exchanged`, a step along a column: for neighbours beyond the map. No class
+    is read before the first one, or behind the last. Where pieces are beside one another all is read from elsewhere."""
+    return 0 if cut.axes else cut.grid[1]
 
 
-STEP = 8
-"""Rows of a step along a column, at most."""
+def exchanged_rows(cut: Cut) -> int:
+    """Of all classes in `Shared.exchanged`."""
+    return CLASSES * PIXELS + (CLASSES - 1) * rows_between(cut)
 
 
-def rows_of(cut: Cut) -> Rows:
-    """Rows for the pieces of a map."""
-    return Rows(ends=STEP, between=0 if cut.axes else STEP)
-
-
-MARGIN = STEP
-"""Rows before and after the grids of `Shared.beyond`, which are read shifted."""
+def rows_of(cut: Cut, index: Any, offset: Any = 0) -> Any:
+    """Rows of a class among those of all classes, moved by so many pixels."""
+    return pl.ds(index * (PIXELS + rows_between(cut)) + offset, PIXELS)
 
 
 class Lines(NamedTuple):
@@ -101,9 +87,7 @@ class Lines(NamedTuple):
     """Parity of the position along a line."""
     stride: Array
     """Pixels of a class from one to the next along a line."""
-    size: tuple[int, int]
-    """Height and width of the grid of the class."""
-    rows: Rows
+    cut: Cut
     before: Any
     """Pixels of the class on a line before the piece."""
     length: Any
@@ -130,12 +114,12 @@ class Lines(NamedTuple):
 
     def inside(self) -> tuple[Array, Array]:
         """Masks of the pixels whose left and right neighbours, if they have any, are in the piece."""
-        along, (height, width) = self._along(), self.size
+        along, (height, width) = self._along(), self.cut.grid
         return along > 0, along < jnp.where(self.axis == 0, width, height)
 
     def _along(self) -> Array:
         """Positions along a line, rounded down for left neighbours and up for right ones."""
-        _, width = self.size
+        _, width = self.cut.grid
         pixel = compat.iota((PIXELS, SLAB), 0, LAYOUT)
         rows = jnp.broadcast_to(self.axis == 0, pixel.shape)
         return jnp.where(rows, lax.rem(pixel, width), lax.div(pixel, width)) + self.along
@@ -145,7 +129,7 @@ class Lines(NamedTuple):
         pair. Beyond the end of a line that is `beyond`, or else a pixel of another line, or zero."""
         along = self.along if neighbour == 1 else 1 - self.along
         offset = (self.along - 1, 0, self.along)[neighbour]
-        rows = self.rows.of(self.other(along), offset * self.stride)
+        rows = rows_of(self.cut, self.other(along), offset * self.stride)
         value = compat.load(ref, (rows, tile_at(tile)), LAYOUT)
         if neighbour == 1 or beyond is None:
             return value
@@ -177,23 +161,14 @@ class Class(NamedTuple):
     piece: Any = None
     """Which one it is at, of all maps."""
 
-    @property
-    def size(self) -> tuple[int, int]:
-        """Height and width of the grid of the class."""
-        return self.shared.pixels.shape[3:5]
-
     def asked_again(self) -> "Class":
         """The same; what is computed from its index is not kept in registers from before, which would spill."""
         return self._replace(index=lax.axis_index("warpgroup"))
 
-    @property
-    def rows(self) -> Rows:
-        return rows_of(self.cut)
-
     def lines(self, axis: Array) -> Lines:
         row, column = lax.div(self.index, 2), lax.rem(self.index, 2)
         rows = axis == 0
-        stride = jnp.where(rows, 1, self.size[1])
+        stride = jnp.where(rows, 1, self.cut.grid[1])
         second, along = jnp.where(rows, row, column), jnp.where(rows, column, row)
         before_row, before_column = self._before()
         height, width = (size // 2 for size in self.cut.size)
@@ -202,15 +177,14 @@ class Class(NamedTuple):
             second=second,
             along=along,
             stride=stride,
-            size=self.size,
-            rows=self.rows,
+            cut=self.cut,
             before=jnp.where(rows, before_column, before_row),
             length=jnp.where(rows, width, height),
         )
 
     def _before(self) -> tuple[Any, Any]:
         """Rows and columns of the class in the map before the piece."""
-        (down, across), (height, width) = self.cut.counts, self.size
+        (down, across), (height, width) = self.cut.counts, self.cut.grid
         row = lax.rem(lax.div(self.piece, jnp.int32(across)), jnp.int32(down)) * height if down > 1 else 0
         return row, lax.rem(self.piece, jnp.int32(across)) * width if across > 1 else 0
 
@@ -231,8 +205,8 @@ class Class(NamedTuple):
         return compat.load(self.shared.beyond, (pl.ds(first, PIXELS), slice(None)), LAYOUT).astype(jnp.float32)
 
     def _beyond(self, slot: Array) -> Any:
-        rows = self.given.beyond.shape[1]
-        return MARGIN + slot * (rows + MARGIN) if self.shared.beyond.shape[0] > 2 * MARGIN + rows else MARGIN
+        rows, margin = self.given.beyond.shape[1], self.cut.grid[1]
+        return margin + (slot * (rows + margin) if self.shared.beyond.shape[0] > 2 * margin + rows else 0)
 
     def send_for_factors(self) -> None:
         """Each class has one direction's."""
@@ -275,7 +249,7 @@ class Class(NamedTuple):
 
     def place(self, piece: Array) -> tuple:
         """Index of this class in [B H / 2, 2, W / 2, 2, C]."""
-        (height, width), across = self.size, self.cut.counts[1]
+        (height, width), across = self.cut.grid, self.cut.counts[1]
         columns = slice(None)
         if across > 1:
             piece, column = lax.div(piece, jnp.int32(across)), lax.rem(piece, jnp.int32(across))
@@ -291,12 +265,12 @@ class Class(NamedTuple):
     def store(self, output: Any, slot: Array, tile: Float[Array, "64 SLAB"]) -> None:
         """Stores a tile by way of shared memory, in the place of x, where threads exchange it for 16 bytes of a pixel
         each."""
-        self, (height, width) = self.asked_again(), self.size
+        self = self.asked_again()
         staged = self.shared.pixels.at[slot, 0, self.index]
         compat.store_reshaped(staged, tile.astype(output.dtype))
         compat.warpgroup_barrier()
         whole = (slice(None),) * 3
-        compat.store(output, self.place(self.piece), compat.load(staged, whole, _pixel_layout(height, width)))
+        compat.store(output, self.place(self.piece), compat.load(staged, whole, _pixel_layout(*self.cut.grid)))
 
     def expand(self, slot: Array, *wanted: tuple[Array, slice], meanwhile: Callable = tuple) -> tuple[list, Any]:
         """Terms of each direction and kinds that are wanted, and the value of `meanwhile`, which runs beside products.
@@ -325,15 +299,16 @@ class Class(NamedTuple):
         return lax.broadcast_in_dim(factors, (PIXELS, SLAB), (1,))
 
     def clear(self) -> None:
-        """Zeroes this class's part of `Shared.exchanged`, what lies beside it, and the margins of `Shared.beyond`."""
-        ref, zeros = self.shared.exchanged, compat.zeros((PIXELS, SLAB), LAYOUT)
-        if self.cut.axes:
-            pl.when(self.index == 0)(functools.partial(_zero, self.shared.beyond))
-            plgpu.commit_smem()  # copies overwrite most of it
-        for offset in (-self.rows.ends, self.rows.ends):
-            for n in range(ref.shape[1] // SLAB):
-                ref[self.rows.of(self.index, offset), tile_at(n)] = zeros
-            self.meet()  # others store to some of it once more
+        """Zeroes what is read of shared memory and never written: rows between classes, or margins of `beyond`."""
+        if not self.cut.axes:
+            gap = rows_of(self.cut, self.index, rows_between(self.cut))
+            pl.when(self.index < CLASSES - 1)(functools.partial(_zero, self.shared.exchanged, gap))
+            return
+        last = self.shared.beyond.shape[0] - PIXELS
+        for start in (*range(0, last, PIXELS), last):
+            pl.when(self.index == 0)(functools.partial(_zero, self.shared.beyond, pl.ds(start, PIXELS)))
+        plgpu.commit_smem()
+        self.meet()  # copies overwrite most of it
 
     def meet(self) -> None:
         """All classes are here: what one wrote before, all see afterwards."""
@@ -344,11 +319,10 @@ class Class(NamedTuple):
         return [array for array in (self.given.x, self.given.cotangent) if array is not None]
 
 
-def _zero(ref: Any) -> None:
-    """A buffer [PIXELS or more, SLAB]."""
-    last = ref.shape[0] - PIXELS
-    for start in (*range(0, last, PIXELS), last):
-        ref[pl.ds(start, PIXELS), :] = compat.zeros((PIXELS, SLAB), LAYOUT).astype(ref.dtype)
+def _zero(ref: Any, rows: Any) -> None:
+    zeros = compat.zeros((PIXELS, SLAB), LAYOUT).astype(ref.dtype)
+    for n in range(ref.shape[1] // SLAB):
+        ref[rows, tile_at(n)] = zeros
 
 
 def _pixel_layout(height: int, width: int) -> object:
@@ -432,7 +406,7 @@ def local_forward(given: Given, outputs: Any, shared: Shared, *, job: Job, cut: 
                 proxy_slot, (lines.first_direction, FIRST), (lines.second_direction, WEIGHTS)
             )
             state = lam * x
-            states[here.rows.of(here.index), tile_at(axis)] = state
+            states[rows_of(cut, here.index), tile_at(axis)] = state
             y = add(y, x, state, others[0], others[1:], lines.first_direction)
             here.meet()
 
@@ -496,7 +470,7 @@ def local_backward(given: Given, outputs: Cotangents, shared: Shared, *, job: Jo
     exchanged, of_axis = shared.exchanged, len(pairs(job)) // AXES
 
     def visit(here: Class, proxy_slot: Array, slot: Array, follow: Any, follow_beyond: Any) -> None:
-        mine, read = here.rows.of(here.index), functools.partial(here.read_pixels, slot)
+        mine, read = rows_of(cut, here.index), functools.partial(here.read_pixels, slot)
 
         def read_beyond(lines: Lines, kind: int) -> Any:
             """h (kind 0) or what is handed back (1) beyond the piece, none if that is the map."""

@@ -17,7 +17,7 @@ from gspn_jax.kernels.weights import LOGIT_FLOOR
 CLASSES = 4
 PIXELS = 64
 """Of a class: the rows of the tensor cores' instruction."""
-PIECES = (16, 16), (32, 8)
+PIECES = (16, 16), (8, 32), (32, 8)
 """Height and width of a piece: four classes of 64 pixels, and at least two columns and rows of a class an edge."""
 MOST_FILLED = 1.5
 """Pixels of pieces for each of the map, beyond which the kernels that XLA expands terms for move fewer bytes."""
