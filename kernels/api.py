@@ -28,7 +28,7 @@ class _Backend(NamedTuple):
     propagate_low_rank: Callable | None = None
     """None if XLA is to expand the proxy."""
     refuses_low_rank: Callable[[Array, Array, int, int | None], str | None] | None = None
-    """Why it cannot take x [B, H, W, C] with a proxy [B, H, W, d] of so many kinds of terms and that chunk, in words, or None."""
+    """Why it cannot take x [B, H, W, C], a proxy [B, H, W, d], this many kinds and a chunk, in words, or None."""
     expand: Callable = low_rank.expand
     """By XLA, what the backend does not expand by itself."""
     caveat: Callable[[], str | None] = lambda: None

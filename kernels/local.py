@@ -27,12 +27,12 @@ from gspn_jax.kernels.local_bodies import (
     Given,
     Shared,
     exchanged_channels,
+    exchanged_rows,
     local_backward,
     local_forward,
     pairs,
-    exchanged_rows,
 )
-from gspn_jax.kernels.local_pieces import CLASSES, PIXELS, Cut
+from gspn_jax.kernels.local_pieces import CLASSES, GRID, MOST_FILLED, PIXELS, Cut
 from gspn_jax.kernels.terms import OUT_GATE, Job
 from gspn_jax.kernels.weights import DIRECTIONS
 
@@ -51,12 +51,9 @@ def refuses(x: Float[Array, "B H W C"], proxy: Float[Array, "B H W d"], kinds: i
         return f"takes bfloat16, not {x.dtype}"
     if height % 2 or width % 2 or channels % 8 or channels < SLAB:
         return f"takes even numbers of lines and channels in eights from {SLAB}, not {list(x.shape[1:])}"
-    cut = local_pieces.choose(height, width)
-    if cut.filled > local_pieces.MOST_FILLED:
-        high, wide = cut.piece
-        return (
-            f"would fill a map of {height} x {width} up to {cut.filled:.1f} times its size, pieces of {high} x {wide}"
-        )
+    cut = Cut(height, width)
+    if cut.filled > MOST_FILLED:
+        return f"would fill up a map of {height} x {width} to {cut.filled:.1f} times its pixels, pieces of 16 x 16"
     needed = [_shared_bytes(cut, kinds, proxy.shape[-1], backward=backward) for backward in (False, True)]
     if max(needed) > device.shared_bytes:
         return f"has no room on chip for a proxy of {proxy.shape[-1]}"
@@ -78,22 +75,26 @@ def propagate(
 
 
 def _propagate_forward(job: Job, arrays: tuple[Array, ...]) -> Array:
-    cut = local_pieces.choose(*arrays[0].shape[1:3])
+    cut = Cut(*arrays[0].shape[1:3])
     given = _given(cut, *arrays)
     output = jax.ShapeDtypeStruct(given.x.shape, given.x.dtype)
     (y,) = _run(cut, functools.partial(local_forward, job=job), given, [output])
     return cut.restored(y)
 
 
-def _given(cut: Cut, x: Array, proxy: Array, up: Array, merge: Array, cotangent: Array | None = None) -> Given:
-    x, proxy, *cotangent = (cut.filled_up(array) for array in (x, proxy, cotangent) if array is not None)
+def _given(
+    cut: Cut, x: Array, proxy: Array, up: Array, merge: Array, cotangent: Float[Array, "B H W C"] | None = None
+) -> Given:
+    x, proxy = cut.filled_up(x), cut.filled_up(proxy)
+    if cotangent is not None:
+        cotangent = cut.filled_up(cotangent)
     return Given(
         x=_by_parity(x),
         proxy=cut.by_class(proxy),
         up=_by_slab(up, x.dtype),
         merge=merge,
-        cotangent=_by_parity(cotangent[0]) if cotangent else None,
-        beyond=local_pieces.beyond(cut, x, proxy, up, merge, *cotangent),
+        cotangent=None if cotangent is None else _by_parity(cotangent),
+        beyond=local_pieces.beyond(cut, x, proxy, up, merge, cotangent),
     )
 
 
@@ -138,28 +139,27 @@ def _shared(cut: Cut, given: Given) -> Shared:
     return Shared(
         up=expansion.swizzled((CLASSES, rows, rank), given.x.dtype),
         proxy=expansion.swizzled((slots, CLASSES, PIXELS, rank), given.x.dtype),
-        pixels=plgpu.SMEM((2, pixels, CLASSES, *cut.grid, SLAB), given.x.dtype),
+        pixels=plgpu.SMEM((2, pixels, CLASSES, GRID, GRID, SLAB), given.x.dtype),
         exchanged=launch.row_major((exchanged_rows(cut), exchanged_channels(1 + LOGITS if backward else AXES))),
-        beyond=_beyond(cut, given, 1 if backward else 2),
+        beyond=_beyond(given, 1 if backward else 2),
         up_arrived=plgpu.Barrier(num_barriers=CLASSES),
         proxy_arrived=plgpu.Barrier(num_barriers=slots * CLASSES),
-        pixels_arrived=plgpu.Barrier(num_arrivals=pixels + bool(cut.axes), num_barriers=2 * CLASSES),
+        pixels_arrived=plgpu.Barrier(num_arrivals=pixels + (not cut.single), num_barriers=2 * CLASSES),
         meeting=plgpu.Barrier(num_arrivals=CLASSES),
     )
 
 
-def _beyond(cut: Cut, given: Given, slots: int) -> Any:
+def _beyond(given: Given, slots: int) -> Any:
     """Rows may start anywhere: see `launch.row_major`."""
     if given.beyond is None:
         return ()
-    margin = cut.grid[1]
-    shape = (margin + slots * (given.beyond.shape[1] + margin), SLAB)
+    shape = (GRID + slots * (given.beyond.shape[1] + GRID), SLAB)
     return plgpu.SMEM(shape, given.x.dtype, transforms=(plgpu.TilingTransform((SLAB,)),))
 
 
 def _propagate_backward(job: Job, arrays: tuple[Array, ...], _: tuple, cotangent: Array) -> tuple[Array, ...]:
     x, proxy, up, merge = arrays
-    cut = local_pieces.choose(*x.shape[1:3])
+    cut = Cut(*x.shape[1:3])
     given = _given(cut, *arrays, cotangent.astype(x.dtype))
     pieces = given.proxy.shape[0]
     terms = (CLASSES, pieces, PIXELS, len(pairs(job)), x.shape[-1])
@@ -223,8 +223,8 @@ def _shared_bytes(cut: Cut, kinds: int, rank: int, *, backward: bool) -> int:
     rank += -rank % expansion.QUANTUM
     slots, exchanged, tiles_of_class = (1, 1 + LOGITS, 4) if backward else (2, AXES, 2)
     operands = 2 * rank * CLASSES * (kinds * SLAB + slots * PIXELS)
-    grids = 2 * len(cut.axes)  # in two slots forward, of two kinds backward
-    beyond = 2 * SLAB * ((2 if backward else 3) * cut.grid[1] + grids * PIXELS) if grids else 0
+    grids = 0 if cut.single else 2 * AXES  # in two slots forward, of two kinds backward
+    beyond = 2 * SLAB * ((2 if backward else 3) * GRID + grids * PIXELS) if grids else 0
     return (
         operands
         + beyond

@@ -10,8 +10,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float
 
-from gspn_jax.kernels import bodies, compat, local_pieces
-from gspn_jax.kernels.local_pieces import CLASSES, PIXELS, Cut
+from gspn_jax.kernels import bodies, compat
+from gspn_jax.kernels.local_pieces import CLASSES, GRID, PIXELS, Cut
 from gspn_jax.kernels.terms import LAM, OUT_GATE, SKIP, Job
 
 SLAB = 16
@@ -21,6 +21,15 @@ AXES = 2
 """Lines that are rows (down, up), and lines that are columns (right, left)."""
 LAYOUT = plgpu.Layout.WGMMA
 """How a tile [pixels of a class, channels] is spread over a warpgroup: as products leave it."""
+
+
+PIXEL_LAYOUT = plgpu.Layout.TILED(
+    plgpu.Tiling(((GRID, GRID, SLAB), (GRID // 4, GRID, SLAB), (8,))),
+    warp_dims=(-7,),
+    lane_dims=(-4, -3, -2),
+    vector_dim=-1,
+)
+"""How [GRID, GRID, SLAB] is spread to be stored: a thread takes 8 channels, a warp a quarter of the rows."""
 
 
 class Given(NamedTuple):
@@ -53,7 +62,7 @@ class Shared(NamedTuple):
     """[pixels of all classes, `exchanged_channels`] float32, SLAB of each tile: h of pixels on first lines, forward for
     either axis, backward for one and then what they get back from their three neighbours on second lines"""
     beyond: Any
-    """[2 slots forward, 1 backward, of as many pixels, and a margin, SLAB]: of `Given.beyond`; None for maps of one piece"""
+    """[rows, SLAB]: a margin, and of `Given.beyond` the rows of a piece, with a margin; forward these twice"""
     up_arrived: Any
     proxy_arrived: Any
     pixels_arrived: Any
@@ -61,9 +70,9 @@ class Shared(NamedTuple):
 
 
 def rows_between(cut: Cut) -> int:
-    """Rows of zeros between classes in `Shared.exchanged`, a step along a column: for neighbours beyond the map. No class
-    is read before the first one, or behind the last. Where pieces are beside one another all is read from elsewhere."""
-    return 0 if cut.axes else cut.grid[1]
+    """Rows of zeros between classes in `Shared.exchanged`, for neighbours beyond the map: a step along a column. Before
+    the first class and behind the last one nothing is read, and in maps of several pieces that is read elsewhere."""
+    return GRID if cut.single else 0
 
 
 def exchanged_rows(cut: Cut) -> int:
@@ -114,15 +123,14 @@ class Lines(NamedTuple):
 
     def inside(self) -> tuple[Array, Array]:
         """Masks of the pixels whose left and right neighbours, if they have any, are in the piece."""
-        along, (height, width) = self._along(), self.cut.grid
-        return along > 0, along < jnp.where(self.axis == 0, width, height)
+        along = self._along()
+        return along > 0, along < GRID
 
     def _along(self) -> Array:
         """Positions along a line, rounded down for left neighbours and up for right ones."""
-        _, width = self.cut.grid
         pixel = compat.iota((PIXELS, SLAB), 0, LAYOUT)
         rows = jnp.broadcast_to(self.axis == 0, pixel.shape)
-        return jnp.where(rows, lax.rem(pixel, width), lax.div(pixel, width)) + self.along
+        return jnp.where(rows, lax.rem(pixel, GRID), lax.div(pixel, GRID)) + self.along
 
     def read(self, ref: Any, tile: Any, neighbour: int, beyond: Any = None) -> Float[Array, "64 SLAB"]:
         """Reads a tile of `Shared.exchanged` at the left (0), same (1) or right (2) positions on the other line of each
@@ -168,10 +176,10 @@ class Class(NamedTuple):
     def lines(self, axis: Array) -> Lines:
         row, column = lax.div(self.index, 2), lax.rem(self.index, 2)
         rows = axis == 0
-        stride = jnp.where(rows, 1, self.cut.grid[1])
+        stride = jnp.where(rows, 1, GRID)
         second, along = jnp.where(rows, row, column), jnp.where(rows, column, row)
         before_row, before_column = self._before()
-        height, width = (size // 2 for size in self.cut.size)
+        height, width = self.cut.height // 2, self.cut.width // 2
         return Lines(
             axis=axis,
             second=second,
@@ -184,9 +192,9 @@ class Class(NamedTuple):
 
     def _before(self) -> tuple[Any, Any]:
         """Rows and columns of the class in the map before the piece."""
-        (down, across), (height, width) = self.cut.counts, self.cut.grid
-        row = lax.rem(lax.div(self.piece, jnp.int32(across)), jnp.int32(down)) * height if down > 1 else 0
-        return row, lax.rem(self.piece, jnp.int32(across)) * width if across > 1 else 0
+        down, across = self.cut.counts
+        row = lax.rem(lax.div(self.piece, jnp.int32(across)), jnp.int32(down)) * GRID if down > 1 else 0
+        return row, lax.rem(self.piece, jnp.int32(across)) * GRID if across > 1 else 0
 
     def send_for_beyond(self, piece: Array, slot: Array) -> None:
         """A quarter for all classes, which are done with the slot; it arrives with the pixels."""
@@ -199,14 +207,16 @@ class Class(NamedTuple):
             self.shared.pixels_arrived.at[slot * CLASSES + self.index],
         )
 
-    def read_beyond(self, lines: Lines, slot: Array, grid: Any) -> Float[Array, "64 SLAB"]:
+    def read_beyond(self, lines: Lines, slot: Array, grid: Any) -> Float[Array, "64 SLAB"] | None:
         """Reads a grid of `local_pieces.beyond` so that each pixel is where `Lines.read` has need of it."""
+        if self.given.beyond is None:
+            return None
         first = self._beyond(slot) + grid * PIXELS + (lines.second - lines.along) * lines.stride
         return compat.load(self.shared.beyond, (pl.ds(first, PIXELS), slice(None)), LAYOUT).astype(jnp.float32)
 
     def _beyond(self, slot: Array) -> Any:
-        rows, margin = self.given.beyond.shape[1], self.cut.grid[1]
-        return margin + (slot * (rows + margin) if self.shared.beyond.shape[0] > 2 * margin + rows else 0)
+        rows = self.given.beyond.shape[1]
+        return GRID + (slot * (rows + GRID) if self.shared.beyond.shape[0] > 2 * GRID + rows else 0)
 
     def send_for_factors(self) -> None:
         """Each class has one direction's."""
@@ -249,13 +259,12 @@ class Class(NamedTuple):
 
     def place(self, piece: Array) -> tuple:
         """Index of this class in [B H / 2, 2, W / 2, 2, C]."""
-        (height, width), across = self.cut.grid, self.cut.counts[1]
-        columns = slice(None)
+        across, columns = self.cut.counts[1], slice(None)
         if across > 1:
             piece, column = lax.div(piece, jnp.int32(across)), lax.rem(piece, jnp.int32(across))
-            columns = pl.ds(column * width, width)
+            columns = pl.ds(column * GRID, GRID)
         return (
-            pl.ds(piece * height, height),
+            pl.ds(piece * GRID, GRID),
             lax.div(self.index, 2),
             columns,
             lax.rem(self.index, 2),
@@ -270,7 +279,7 @@ class Class(NamedTuple):
         compat.store_reshaped(staged, tile.astype(output.dtype))
         compat.warpgroup_barrier()
         whole = (slice(None),) * 3
-        compat.store(output, self.place(self.piece), compat.load(staged, whole, _pixel_layout(*self.cut.grid)))
+        compat.store(output, self.place(self.piece), compat.load(staged, whole, PIXEL_LAYOUT))
 
     def expand(self, slot: Array, *wanted: tuple[Array, slice], meanwhile: Callable = tuple) -> tuple[list, Any]:
         """Terms of each direction and kinds that are wanted, and the value of `meanwhile`, which runs beside products.
@@ -300,12 +309,12 @@ class Class(NamedTuple):
 
     def clear(self) -> None:
         """Zeroes what is read of shared memory and never written: rows between classes, or margins of `beyond`."""
-        if not self.cut.axes:
-            gap = rows_of(self.cut, self.index, rows_between(self.cut))
+        if self.cut.single:
+            gap = rows_of(self.cut, self.index, GRID)
             pl.when(self.index < CLASSES - 1)(functools.partial(_zero, self.shared.exchanged, gap))
             return
-        last = self.shared.beyond.shape[0] - PIXELS
-        for start in (*range(0, last, PIXELS), last):
+        rows = self.shared.beyond.shape[0]
+        for start in (*range(0, rows - GRID, GRID + self.given.beyond.shape[1]), rows - PIXELS):
             pl.when(self.index == 0)(functools.partial(_zero, self.shared.beyond, pl.ds(start, PIXELS)))
         plgpu.commit_smem()
         self.meet()  # copies overwrite most of it
@@ -323,12 +332,6 @@ def _zero(ref: Any, rows: Any) -> None:
     zeros = compat.zeros((PIXELS, SLAB), LAYOUT).astype(ref.dtype)
     for n in range(ref.shape[1] // SLAB):
         ref[rows, tile_at(n)] = zeros
-
-
-def _pixel_layout(height: int, width: int) -> object:
-    """Spreads [height, width, SLAB] over a warpgroup: a thread takes 8 channels, a warp a quarter of the rows."""
-    tiling = plgpu.Tiling(((height, width, SLAB), (height // 4, width, SLAB), (8,)))
-    return plgpu.Layout.TILED(tiling, warp_dims=(-7,), lane_dims=(-4, -3, -2), vector_dim=-1)
 
 
 def _walk(job: Job, given: Given, shared: Shared, cut: Cut, pieces: int, visit: Any) -> None:
@@ -412,7 +415,7 @@ def local_forward(given: Given, outputs: Any, shared: Shared, *, job: Job, cut: 
 
             def carry(lines=lines, logits=logits) -> Array:
                 weights, _ = _weights(logits, *lines.neighbours())
-                beyond = here.read_beyond(lines, slot, axis if len(cut.axes) == AXES else 0) if cut.axes else None
+                beyond = here.read_beyond(lines, slot, axis)
                 return sum(weight * lines.read(states, axis, n, beyond) for n, weight in enumerate(weights))
 
             ((lam, *others),), state = here.expand(proxy_slot, (lines.second_direction, SECOND), meanwhile=carry)
@@ -437,8 +440,8 @@ class Cotangents(NamedTuple):
     x: Any
     """As x"""
     terms: Any
-    """[4 classes, pieces, 64 pixels, pairs, C] uint32, each two bfloat16 in the order of `pairs`, so that a thread's two
-    channels are 8 bytes and those of a slab a whole sector; out_gate and skip without the factor `merge`"""
+    """[4 classes, pieces, 64 pixels, pairs, C] uint32, each two bfloat16 in the order of `pairs`, so that two channels
+    of a thread are 8 bytes and those of a slab a whole sector; out_gate and skip without the factor `merge`"""
 
 
 def pairs(job: Job) -> list[tuple[tuple[int, bool, int], tuple[int, bool, int]]]:
@@ -472,12 +475,6 @@ def local_backward(given: Given, outputs: Cotangents, shared: Shared, *, job: Jo
     def visit(here: Class, proxy_slot: Array, slot: Array, follow: Any, follow_beyond: Any) -> None:
         mine, read = rows_of(cut, here.index), functools.partial(here.read_pixels, slot)
 
-        def read_beyond(lines: Lines, kind: int) -> Any:
-            """h (kind 0) or what is handed back (1) beyond the piece, none if that is the map."""
-            if lines.axis not in cut.axes:
-                return 0.0 if cut.axes else None
-            return here.read_beyond(lines, slot, kind * len(cut.axes) + cut.axes.index(lines.axis))
-
         def write(pair: int, low: Array, high: Array) -> None:
             at = (here.index, here.piece, slice(None), pair, pl.ds(here.start, SLAB))
             compat.store(outputs.terms, at, _words(low, high))
@@ -503,7 +500,7 @@ def local_backward(given: Given, outputs: Cotangents, shared: Shared, *, job: Jo
 
             def carry(lines=lines, logits=logits) -> tuple[list[Array], Array, Array]:
                 weights, sigmoids = _weights(logits, *lines.neighbours())
-                beyond = read_beyond(lines, 0)
+                beyond = here.read_beyond(lines, slot, axis)
                 return (
                     weights,
                     sigmoids,
@@ -527,7 +524,7 @@ def local_backward(given: Given, outputs: Cotangents, shared: Shared, *, job: Jo
                 by_x = by_x + scaled * skip[0]
             by_x = by_x + adjoint * lam
 
-            beyond = read_beyond(lines, 0)
+            beyond = here.read_beyond(lines, slot, axis)
 
             def by_logit(n: int, weight: Array) -> Array:
                 passed = weight * adjoint
@@ -540,7 +537,7 @@ def local_backward(given: Given, outputs: Cotangents, shared: Shared, *, job: Jo
                 write(pair, read(1) * (first_lam * read(0)), right)
             else:
                 right = right.astype(jnp.bfloat16)
-            beyond = read_beyond(lines, 1)
+            beyond = here.read_beyond(lines, slot, AXES + axis)
             here.meet()
             if axis == 1:
                 follow_beyond()

@@ -15,72 +15,62 @@ from gspn_jax.kernels.terms import LAM, OUT_GATE
 from gspn_jax.kernels.weights import LOGIT_FLOOR
 
 CLASSES = 4
-PIXELS = 64
-"""Of a class: the rows of the tensor cores' instruction."""
-PIECES = (16, 16), (8, 32), (32, 8)
-"""Height and width of a piece: four classes of 64 pixels, and at least two columns and rows of a class an edge."""
+AXES = 0, 1
+"""Lines that are rows (down, up), and lines that are columns (right, left)."""
+SIDE = 16
+"""Of a piece, in pixels."""
+GRID = SIDE // 2
+"""Rows and columns of a class in a piece."""
+PIXELS = GRID**2
+"""Of a class: 64, the rows of the tensor cores' instruction."""
 MOST_FILLED = 1.5
 """Pixels of pieces for each of the map, beyond which the kernels that XLA expands terms for move fewer bytes."""
 
 
 class Cut(NamedTuple):
-    """Pieces of a map, which fills the last ones with zeros where it does not reach their ends."""
+    """How a map is cut into pieces of SIDE x SIDE pixels; zeros fill up the last ones."""
 
-    size: tuple[int, int]
-    """Height and width of the map."""
-    piece: tuple[int, int]
-    """Height and width of a piece."""
+    height: int
+    width: int
 
     @property
     def counts(self) -> tuple[int, int]:
         """Pieces from top to bottom and from left to right."""
-        return tuple(-(-size // piece) for size, piece in zip(self.size, self.piece, strict=True))
+        return -(-self.height // SIDE), -(-self.width // SIDE)
 
     @property
-    def grid(self) -> tuple[int, int]:
-        """Height and width of a class in a piece."""
-        return self.piece[0] // 2, self.piece[1] // 2
-
-    @property
-    def axes(self) -> tuple[int, ...]:
-        """Axes whose lines are cut: 0 for those that are rows, 1 for columns."""
-        return tuple(axis for axis in (0, 1) if self.counts[1 - axis] > 1)
+    def single(self) -> bool:
+        """Whether one piece has all of the map."""
+        return self.counts == (1, 1)
 
     @property
     def filled(self) -> float:
         """Pixels of all pieces for each of the map."""
-        height, width = self._whole()
-        return height * width / (self.size[0] * self.size[1])
-
-    def _whole(self) -> tuple[int, int]:
-        return tuple(count * piece for count, piece in zip(self.counts, self.piece, strict=True))
+        down, across = self.counts
+        return down * across * SIDE**2 / (self.height * self.width)
 
     def filled_up(self, array: Float[Array, "B H W n"]) -> Float[Array, "B pieces_high pieces_wide n"]:
         """Zeros in what pieces have and the map has not."""
-        more = [(0, whole - size) for whole, size in zip(self._whole(), self.size, strict=True)]
+        more = (0, -self.height % SIDE), (0, -self.width % SIDE)
         return jnp.pad(array, ((0, 0), *more, (0, 0))) if self.filled > 1 else array
 
     def restored(self, array: Float[Array, "..."]) -> Float[Array, "B H W C"]:
         """The map of an array that was filled up, of whatever shape."""
-        height, width = self.size
-        return array.reshape(-1, *self._whole(), array.shape[-1])[:, :height, :width]
+        down, across = self.counts
+        filled_up = array.reshape(-1, down * SIDE, across * SIDE, array.shape[-1])
+        return filled_up[:, : self.height, : self.width]
 
     def by_class(self, array: Float[Array, "B pieces_high pieces_wide n"]) -> Float[Array, "pieces 4 64 n"]:
         """Pixels by piece and class."""
-        (down, across), (height, width), n = self.counts, self.grid, array.shape[-1]
-        parities = array.reshape(-1, down, height, 2, across, width, 2, n).transpose(0, 1, 4, 3, 6, 2, 5, 7)
+        (down, across), n = self.counts, array.shape[-1]
+        parities = array.reshape(-1, down, GRID, 2, across, GRID, 2, n).transpose(0, 1, 4, 3, 6, 2, 5, 7)
         return parities.reshape(-1, CLASSES, PIXELS, n)
 
     def from_classes(self, array: Float[Array, "4 pixels n"]) -> Float[Array, "B H W n"]:
         """The other way round, for classes before pieces."""
-        (down, across), (height, width), n = self.counts, self.grid, array.shape[-1]
-        parities = array.reshape(2, 2, -1, down, across, height, width, n).transpose(2, 3, 5, 0, 4, 6, 1, 7)
+        (down, across), n = self.counts, array.shape[-1]
+        parities = array.reshape(2, 2, -1, down, across, GRID, GRID, n).transpose(2, 3, 5, 0, 4, 6, 1, 7)
         return self.restored(parities.reshape(-1, n))
-
-
-def choose(height: int, width: int) -> Cut:
-    """The pieces with the fewest pixels, of these those that cut lines of fewer axes, and then the squarest."""
-    return min((Cut((height, width), piece) for piece in PIECES), key=lambda cut: (cut.filled, len(cut.axes)))
 
 
 def beyond(
@@ -94,44 +84,38 @@ def beyond(
     """What pieces read of pixels just beyond their edges, or None for a single piece: h of first pixels and, with the
     cotangent of y, what second ones hand back; zero beyond the map.
 
-    A grid [64 pixels of a class, C] of each piece for each axis in `cut.axes`, those of h before what is handed back.
+    A grid [64 pixels of a class, C] of each piece for either axis, those of h before those of what is handed back.
     `Class.read_beyond` shifts a grid so that its place falls on the edge. A class reads over one edge of either axis:
     where lines are rows over the left one if its columns are even. Those of even rows find what they read in the
     outmost column of the grid but one on the right, and in the outmost on the left; those of odd rows in the others.
     """
-    if not cut.axes:
+    if cut.single:
         return None
-    grids = []
-    for axis in cut.axes:
-        edges = _strips(cut, axis, x), _strips(cut, axis, proxy)
-        grids.append(_grid(cut, axis, _states(axis, *edges, up)))
+    proxies = [_strips(axis, proxy) for axis in AXES]
+    found = [_states(axis, _strips(axis, x), proxies[axis], up) for axis in AXES]
+    grids = [_grid(axis, found[axis]) for axis in AXES]
     if cotangent is not None:
-        for axis in cut.axes:
-            edges = _strips(cut, axis, cotangent), _strips(cut, axis, proxy)
-            grids.append(_grid(cut, axis, _handed_back(axis, *edges, up, merge)))
+        found = [_handed_back(axis, _strips(axis, cotangent), proxies[axis], up, merge) for axis in AXES]
+        grids += [_grid(axis, found[axis]) for axis in AXES]
     return jnp.concatenate(grids, axis=1)
 
 
-def _strips(cut: Cut, axis: int, array: Float[Array, "B H W n"]) -> Float[Array, "2 2 B across lines along n"]:
+def _strips(axis: int, array: Float[Array, "B H W n"]) -> Float[Array, "2 2 B across lines along n"]:
     """Pixels just beyond the edges that lines of `axis` cross, by the parity of their line, before and after the piece,
     by piece across lines, by line and by piece along them."""
     along = 2 - axis
-    size, count = cut.piece[1 - axis], cut.counts[1 - axis]
-
-    def every(first: int) -> Array:
-        return lax.slice_in_dim(array, first, first + (count - 2) * size + 1, size, along)
 
     def filled(strip: Array, before: int) -> Array:
         ends = [(0, 0)] * 4
         ends[along] = before, 1 - before
         return jnp.pad(strip, ends)
 
-    strips = jnp.stack([filled(every(size - 1), 1), filled(every(size), 0)])
+    lead = (slice(None),) * along
+    strips = jnp.stack([filled(array[*lead, SIDE - 1 : -1 : SIDE], 1), filled(array[*lead, SIDE::SIDE], 0)])
     if axis == 1:
         strips = strips.swapaxes(2, 3)
     sides, batch, lines, count, n = strips.shape
-    height = cut.grid[axis]
-    by_line = strips.reshape(sides, batch, lines // (2 * height), height, 2, count, n)
+    by_line = strips.reshape(sides, batch, lines // SIDE, GRID, 2, count, n)
     return by_line.transpose(4, 0, 1, 2, 3, 5, 6)
 
 
@@ -165,13 +149,13 @@ def _handed_back(
     return (towards / (left + center + right) * adjoint).astype(cotangent.dtype)
 
 
-def _grid(cut: Cut, axis: int, strips: Float[Array, "2 2 B across lines along C"]) -> Float[Array, "pieces 64 C"]:
+def _grid(axis: int, strips: Float[Array, "2 2 B across lines along C"]) -> Float[Array, "pieces 64 C"]:
     """Lines of one parity are read by those of the other one."""
     read_by = strips[::-1]
     place = read_by.transpose(2, 3, 5, 4, 1, 0, 6) if axis == 0 else read_by.transpose(2, 5, 3, 1, 0, 4, 6)
     sides = 4 if axis == 0 else 3
     before, after = (lax.index_in_dim(place, side, sides, keepdims=False) for side in (0, 1))
-    shape = [*before.shape[:3], *cut.grid, before.shape[-1]]
+    shape = [*before.shape[:3], GRID, GRID, before.shape[-1]]
     shape[sides] -= 4
     grid = jnp.concatenate([before, jnp.zeros(shape, before.dtype), after], sides)
     return grid.reshape(-1, PIXELS, before.shape[-1])
