@@ -128,6 +128,7 @@ CASES = [
         Case("propagate", 32, 32, 1152, dtype, groups=1),
         Case("propagate_low_rank", 16, 16, 1500, dtype, rank=93),
         Case("propagate_low_rank", 16, 16, 1536, dtype, rank=93, chunk=2),
+        Case("propagate_low_rank", 32, 32, 1200, dtype, rank=75, chunk=2),
         Case("depthwise_conv", 16, 16, 1536, dtype, side=7),
         Case("depthwise_conv", 32, 32, 1200, dtype, side=7),
         Case("depthwise_conv", 16, 16, 1536, dtype, side=3),

@@ -150,11 +150,11 @@ def _shared(cut: Cut, given: Given) -> Shared:
 
 
 def _beyond(given: Given, slots: int) -> Any:
-    """Rows may start anywhere: see `launch.row_major`."""
+    """Rows may start anywhere, and slabs at any eighth channel: see `launch.row_major`."""
     if given.beyond is None:
         return ()
     shape = (GRID + slots * (given.beyond.shape[1] + GRID), SLAB)
-    return plgpu.SMEM(shape, given.x.dtype, transforms=(plgpu.TilingTransform((SLAB,)),))
+    return plgpu.SMEM(shape, given.x.dtype, transforms=(plgpu.TilingTransform((8,)),))
 
 
 def _propagate_backward(job: Job, arrays: tuple[Array, ...], _: tuple, cotangent: Array) -> tuple[Array, ...]:
