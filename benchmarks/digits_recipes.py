@@ -29,7 +29,7 @@ PER_CLASS = 100
 SIZE = {"hidden": 64, "depth": 4}
 EMA = 0.95
 QUARTER, FIFTH = 4, 5
-BASE = 2
+BASE = 4
 """Steps of a model that others begin with, over those of training from scratch."""
 LEARNING_RATE = 5e-3
 """Learning rate of all runs: of the whole length and of a part of it."""

@@ -4,6 +4,7 @@ A plan is made of shapes alone, before anything is read: a table with a line for
 """
 
 import logging
+import math
 import pathlib
 import re
 from collections.abc import Sequence
@@ -105,14 +106,16 @@ def begin(task: Task, given: Given, lines: Sequence[Line], mesh: Mesh) -> Any:
 def _with_rows(
     fresh: Float[Array, "K D"], theirs: Float[Array, "stored_K stored_D"], count: int, there: Sequence[int | None]
 ) -> Float[Array, "K D"]:
-    """Rows of `theirs` that go on; the others are those of `fresh`, moved to the mean and the spread of all rows there.
+    """Rows of `theirs` that go on; the others are those of `fresh`, moved to the mean of all rows there and widened.
 
-    A network that was trained heeds rows as large as those that it knows.
+    n rows differ in n - 1 directions at most, which are those that the network has learned to heed. New rows go in every
+    direction, with the spread of those there times sqrt(D / (n - 1)), so that they reach as far in these directions.
     """
     index = jnp.array([0 if row is None else row for row in there])
     known = jnp.array([row is not None for row in there])
     rows = theirs[:count, : fresh.shape[1]]
-    alike = rows.mean(0) + rows.std(0) * (fresh - fresh.mean()) / fresh.std()
+    wider = math.sqrt(max(1.0, rows.shape[1] / max(1, count - 1)))
+    alike = rows.mean(0) + wider * rows.std(0) * (fresh - fresh.mean()) / fresh.std()
     return jnp.where(known[:, None], rows[index], alike)
 
 
