@@ -108,7 +108,7 @@ def _with_rows(
 ) -> Float[Array, "K D"]:
     """Rows of `theirs` that go on; the others are those of `fresh`, moved to the mean of all rows there and widened.
 
-    n rows differ in n - 1 directions at most, which are those that the network has learned to heed. New rows go in every
+    n rows differ in n - 1 directions at most, and those are what the network has learned to heed. New rows go in every
     direction, with the spread of those there times sqrt(D / (n - 1)), so that they reach as far in these directions.
     """
     index = jnp.array([0 if row is None else row for row in there])
