@@ -140,11 +140,11 @@ def timed(flags: argparse.Namespace) -> None:
     from gspn_jax.parallel import sharding
 
     where = jax.default_backend()
-    base, results = (CPU if where == "cpu" else GPU), Results(f"time_{where}")
+    base, results, start = (CPU if where == "cpu" else GPU), Results(f"time_{where}"), time.monotonic()
     with tempfile.NamedTemporaryFile() as lock:
         timing = train_step.Timing(flags.repeats, lock.name, False)
         for tokens, what, name in programs(flags):
-            if key(name, tokens, what) in results.rows:
+            if key(name, tokens, what) in results.rows or time.monotonic() - start > flags.limit:
                 continue
             model = matched(ROWS[name], base)
             batch = BATCH[where] // tokens
@@ -153,7 +153,7 @@ def timed(flags: argparse.Namespace) -> None:
             found = train_step.MEASURES[what](config, sharding.make_mesh(config.mesh), timing)
             device = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
             about = {"device": device, "batch": batch, "parameters": models.count_parameters(config)}
-            results.add(key(name, tokens, what), about | found)
+            results.add(key(name, tokens, what), about | found | {"load": os.getloadavg()[0]})
             jax.clear_caches()
 
 
@@ -302,21 +302,21 @@ def rendered(flags: argparse.Namespace) -> None:
 
 
 def costs(results: dict[str, dict], kind: str) -> Iterable[str]:
-    """Lines of a table: images/s and memory by tokens."""
+    """Lines of a table: images/s of a step or an evaluation, and memory, by tokens."""
     yield "| mixer | parameters | " + " | ".join(f"{tokens:,} tokens: images/s, GB" for tokens in TOKENS) + " |"
     yield "|---|---|" + "---|" * len(TOKENS)
-    rate = {"training": "images_per_second", "sampling": "sampled_images_per_second"}[kind]
     for name in ROWS:
         found = [results.get(key(name, tokens, kind)) for tokens in TOKENS]
         if any(found):
             parameters = next(row["parameters"] for row in found if row)
-            cells = [cell(row, rate) if row else "" for row in found]
+            cells = [cell(row) if row else "" for row in found]
             yield f"| {name} | {parameters / 1e6:.2f}M | {' | '.join(cells)} |"
 
 
-def cell(row: dict[str, Any], rate: str) -> str:
+def cell(row: dict[str, Any]) -> str:
+    milliseconds = next(row[name] for name in ("ms", "train_ms", "evaluation_ms") if name in row)
     memory = row["temporary_gb"] if "temporary_gb" in row else (row.get("compiled_bytes") or 0) / 1e9
-    return f"{row.get(rate, row.get('images_per_second')):,.0f}" + (f", {memory:.1f}" if memory else "")
+    return f"{1e3 * row['batch'] / milliseconds:,.0f}" + (f", {memory:.1f}" if memory else "")
 
 
 def scores(results: dict[str, dict]) -> Iterable[str]:
