@@ -3,8 +3,8 @@
 With chunk=2 nothing is scanned. In each direction lines come in pairs: on the first line h = lam x, on the second each
 pixel adds lam x to the weighted sum of three pixels of the first. So the pixels of a map fall into four classes by the
 parities of row and column, each a grid of its own, and each class is first in two directions and second in the two
-others. A block has one warpgroup for each class, keeps a slab of channels with its factors, and walks over images.
-The programs are in `local_bodies`; docs/kernel.md has the picture.
+others. A block has one warpgroup for each class, keeps a slab of channels with its factors, and walks over images of
+16 x 16 or pieces of larger ones (`local_pieces`). The programs are in `local_bodies`; docs/kernel.md has the picture.
 """
 
 import functools
