@@ -45,7 +45,7 @@ class ClassifierConfig:
     remat: Remat = "none"
     """Values that the backward pass computes again, as in `config.ModelConfig`."""
     unroll: bool | None = None
-    """Compiles every block, in place of loops over blocks, as in `config.ModelConfig`."""
+    """Trains with a program that has every block, in place of loops over blocks, as in `config.ModelConfig`."""
 
     def __post_init__(self) -> None:
         check_numbers(self, "model")

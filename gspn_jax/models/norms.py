@@ -55,8 +55,12 @@ def _normalised_jvp(width, primals, tangents):
 
 def _centred(x: Float[Array, "B H W D"], width: int) -> tuple[Float[Array, "B H W D"], Float[Array, "B H W 1"]]:
     """(x without its mean, over its deviation; one over its deviation)."""
+    added = x.shape[-1] - width
     mean = named(x.sum(-1, keepdims=True) / width, "norm")
-    x = x - mean  # a mask would be kept, as large as x, for all blocks: what was added is taken off the sum instead
-    variance = (jnp.square(x).sum(-1, keepdims=True) - (x.shape[-1] - width) * jnp.square(mean)) / width
+    x = x - mean
+    squares = jnp.square(x).sum(-1, keepdims=True)
+    if added:  # a mask would be kept, as large as x: what was added is taken off the sum instead
+        squares = squares - added * jnp.square(mean)
+    variance = squares / width
     scale = named(jax.lax.rsqrt(variance + EPSILON), "norm")
     return x * scale, scale
