@@ -56,6 +56,7 @@ class Row(NamedTuple):
 ROWS = {
     "attention": Row("attention", {}),
     "GSPN": Row("gspn", {}, "proxy_ratio", local=True),
+    "GSPN, all scans local": Row("gspn", {"chunk": 2}, "proxy_ratio"),
     "GSPN as released": Row("released_gspn", {"chunk": 2}, "proxy_ratio"),
     "GSPN, shared weights": Row("gspn", {"groups": 1}, "expansion", local=True),
     "compressed GSPN": Row("compressed_gspn", {}, "expansion", local=True),

@@ -1,4 +1,4 @@
-"""How a stack of blocks runs: in a loop, or one block after another in the program; and the machine it runs on."""
+"""Runs of a stack of blocks: in a loop, or one block after another in the program; and the machine that it runs on."""
 
 import contextlib
 import functools

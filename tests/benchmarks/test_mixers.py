@@ -83,6 +83,10 @@ def test_tables_say_how_many_seeds_and_leave_out_what_is_not_there():
     lines = list(mixers.scores(rows | {"attention, seed 0": run}))
     assert lines[2] == "| attention | 1,000 | 1 | 0.500 (0.500) | 0.900 (0.900) |"
     assert lines[3].startswith("| GSPN | 1,000 | 3 | 0.600 +- 0.100 (0.500, 0.600, 0.700) |") and len(lines) == 4
-    cost = {"parameters": 2_000_000, "images_per_second": 1234.5, "temporary_gb": 3.21}
-    (line,) = list(mixers.costs({mixers.key("GSPN", 1024, "training"): cost}, "training"))[2:]
-    assert line == "| GSPN | 2.00M |  | 1,234, 3.2 |  |"
+    compiled = {"parameters": 2_000_000, "batch": 16, "ms": 12.8, "temporary_gb": 3.21}
+    (line,) = list(mixers.costs({mixers.key("GSPN", 1024, "training"): compiled}, "training"))[2:]
+    assert line == "| GSPN | 2.00M |  | 1,250, 3.2 |  |"
+    # an image of a sampler takes four evaluations, and the table has images an evaluation
+    timed = {"parameters": 2_000_000, "batch": 16, "evaluation_ms": 8.0, "sampled_images_per_second": 500.0}
+    (line,) = list(mixers.costs({mixers.key("GSPN", 256, "sampling"): timed}, "sampling"))[2:]
+    assert line == "| GSPN | 2.00M | 2,000 |  |  |"
