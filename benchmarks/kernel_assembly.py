@@ -128,6 +128,7 @@ CASES = [
         Case("propagate", 32, 32, 1152, dtype, groups=1),
         Case("propagate_low_rank", 16, 16, 1500, dtype, rank=93),
         Case("propagate_low_rank", 16, 16, 1536, dtype, rank=93, chunk=2),
+        Case("propagate_low_rank", 32, 32, 1200, dtype, rank=75, chunk=2),
         Case("depthwise_conv", 16, 16, 1536, dtype, side=7),
         Case("depthwise_conv", 32, 32, 1200, dtype, side=7),
         Case("depthwise_conv", 16, 16, 1536, dtype, side=3),
@@ -166,7 +167,7 @@ def _refusal(case: Case) -> str | None:
         return reason and f"{reason}: XLA convolves"
     if reason := mosaic_gpu.refuses(x, 1 if case.operator == "line_scan" else 4):
         return f"{reason}: 'scan' runs"
-    if case.operator == "propagate_low_rank" and (reason := mosaic_gpu.refuses_low_rank(x, others[0], 5)):
+    if case.operator == "propagate_low_rank" and (reason := mosaic_gpu.refuses_low_rank(x, others[0], 5, case.chunk)):
         return f"{reason}: XLA expands the proxy, and the plain kernel scans"
     return None
 

@@ -27,8 +27,8 @@ class _Backend(NamedTuple):
     """Why it cannot take x [B, H, W, C] in that many directions, in words, or None."""
     propagate_low_rank: Callable | None = None
     """None if XLA is to expand the proxy."""
-    refuses_low_rank: Callable[[Array, Array, int], str | None] | None = None
-    """Why it cannot take x [B, H, W, C] with a proxy [B, H, W, d] of so many kinds of terms, in words, or None."""
+    refuses_low_rank: Callable[[Array, Array, int, int | None], str | None] | None = None
+    """Why it cannot take x [B, H, W, C], a proxy [B, H, W, d], this many kinds and a chunk, in words, or None."""
     expand: Callable = low_rank.expand
     """By XLA, what the backend does not expand by itself."""
     caveat: Callable[[], str | None] = lambda: None
@@ -168,8 +168,8 @@ def propagate_low_rank(
         propagate(x, proxy gates, 1 + proxy lam, 1 + proxy out_gate, merge, skip=proxy skip)
 
     The "mosaic_gpu" backend expands bfloat16 proxies by itself, on tensor cores: neither the terms, 20 times as wide as
-    x, nor their cotangents are ever in device memory. It takes square maps of 16, 32 or 64; elsewhere, and on other
-    backends, XLA expands. Products have the dtype of `x`.
+    x, nor their cotangents are ever in device memory. It takes square maps of 16, 32 or 64, with chunk=2 all with even
+    sides; elsewhere, and on other backends, XLA expands. Products have the dtype of `x`.
 
     The rest is that of `propagate`, the errors included. Source: GSPN, arXiv 2501.12381, section 4.
     """
@@ -191,7 +191,7 @@ def propagate_low_rank(
     with split_by(shards):
         chosen = _choose(backend, x, len(DIRECTIONS))
         if chosen.propagate_low_rank is not None:
-            reason = chosen.refuses_low_rank(x, proxy, 5 if skip is None else 6)
+            reason = chosen.refuses_low_rank(x, proxy, 5 if skip is None else 6, chunk)
             if reason is None:
                 return chosen.propagate_low_rank(x, proxy, gates, lam, out_gate, merge, skip, chunk)
             _log_expansion(reason)

@@ -3,8 +3,8 @@
 With chunk=2 nothing is scanned. In each direction lines come in pairs: on the first line h = lam x, on the second each
 pixel adds lam x to the weighted sum of three pixels of the first. So the pixels of a map fall into four classes by the
 parities of row and column, each a grid of its own, and each class is first in two directions and second in the two
-others. A block has one warpgroup for each class, keeps a slab of channels with its factors, and walks over images.
-The programs are in `local_bodies`; docs/kernel.md has the picture.
+others. A block has one warpgroup for each class, keeps a slab of channels with its factors, and walks over images of
+16 x 16 or pieces of larger ones (`local_pieces`). The programs are in `local_bodies`; docs/kernel.md has the picture.
 """
 
 import functools
@@ -17,23 +17,22 @@ from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float
 
-from gspn_jax.kernels import compat, devices, expansion, launch
+from gspn_jax.kernels import compat, devices, expansion, launch, local_pieces
 from gspn_jax.kernels.derivatives import differentiable
 from gspn_jax.kernels.local_bodies import (
     AXES,
-    CLASSES,
     LOGITS,
-    PIXELS,
-    ROWS,
     SLAB,
     Cotangents,
     Given,
     Shared,
     exchanged_channels,
+    exchanged_rows,
     local_backward,
     local_forward,
     pairs,
 )
+from gspn_jax.kernels.local_pieces import CLASSES, GRID, MOST_FILLED, PIXELS, Cut
 from gspn_jax.kernels.terms import OUT_GATE, Job
 from gspn_jax.kernels.weights import DIRECTIONS
 
@@ -50,9 +49,12 @@ def refuses(x: Float[Array, "B H W C"], proxy: Float[Array, "B H W d"], kinds: i
         return f"needs JAX 0.11 or newer, and this is {jax.__version__}"
     if x.dtype != jnp.bfloat16:
         return f"takes bfloat16, not {x.dtype}"
-    if (height, width) not in ((16, 16), (32, 8)) or channels % 8 or channels < SLAB:
-        return f"takes maps of 16 x 16 or 32 x 8 and channels in eights from {SLAB}, not {list(x.shape[1:])}"
-    needed = [_shared_bytes(kinds, proxy.shape[-1], backward=backward) for backward in (False, True)]
+    if height % 2 or width % 2 or channels % 8 or channels < SLAB:
+        return f"takes even numbers of lines and channels in eights from {SLAB}, not {list(x.shape[1:])}"
+    cut = Cut(height, width)
+    if cut.filled > MOST_FILLED:
+        return f"would fill up a map of {height} x {width} to {cut.filled:.1f} times its pixels, pieces of 16 x 16"
+    needed = [_shared_bytes(cut, kinds, proxy.shape[-1], backward=backward) for backward in (False, True)]
     if max(needed) > device.shared_bytes:
         return f"has no room on chip for a proxy of {proxy.shape[-1]}"
     return None
@@ -73,27 +75,33 @@ def propagate(
 
 
 def _propagate_forward(job: Job, arrays: tuple[Array, ...]) -> Array:
-    x, proxy, up, merge = arrays
-    given = _given(x, proxy, up, merge)
-    output = jax.ShapeDtypeStruct(given.x.shape, x.dtype)
-    (y,) = _run(functools.partial(local_forward, job=job), given, [output])
-    return y.reshape(x.shape)
+    cut = Cut(*arrays[0].shape[1:3])
+    given = _given(cut, *arrays)
+    output = jax.ShapeDtypeStruct(given.x.shape, given.x.dtype)
+    (y,) = _run(cut, functools.partial(local_forward, job=job), given, [output])
+    return cut.restored(y)
 
 
-def _given(x: Array, proxy: Array, up: Array, merge: Array) -> Given:
-    return Given(_by_parity(x), _by_class(proxy), _by_slab(up, x.dtype), merge)
+def _given(
+    cut: Cut, x: Array, proxy: Array, up: Array, merge: Array, cotangent: Float[Array, "B H W C"] | None = None
+) -> Given:
+    x, proxy = cut.filled_up(x), cut.filled_up(proxy)
+    if cotangent is not None:
+        cotangent = cut.filled_up(cotangent)
+    return Given(
+        x=_by_parity(x),
+        proxy=cut.by_class(proxy),
+        up=_by_slab(up, x.dtype),
+        merge=merge,
+        cotangent=None if cotangent is None else _by_parity(cotangent),
+        beyond=local_pieces.beyond(cut, x, proxy, up, merge, cotangent),
+    )
 
 
 def _by_parity(x: Float[Array, "B H W C"]) -> Array:
     """[B H / 2, 2, W / 2, 2, C], as it lies: a copy to the chip has five axes at most."""
     batch, height, width, channels = x.shape
     return x.reshape(batch * height // 2, 2, width // 2, 2, channels)
-
-
-def _by_class(proxy: Float[Array, "B H W d"]) -> Float[Array, "B 4 64 d"]:
-    batch, height, width, rank = proxy.shape
-    parities = proxy.reshape(batch, height // 2, 2, width // 2, 2, rank).transpose(0, 2, 4, 1, 3, 5)
-    return parities.reshape(batch, CLASSES, PIXELS, rank)
 
 
 def _by_slab(up: Float[Array, "4 N C d"], dtype: Any) -> Float[Array, "slabs 4 rows d"]:
@@ -105,49 +113,59 @@ def _by_slab(up: Float[Array, "4 N C d"], dtype: Any) -> Float[Array, "slabs 4 r
     return found.transpose(2, 0, 1, 3, 4).reshape(slabs, directions, kinds * SLAB, rank)
 
 
-def _run(body: Any, given: Given, outputs: list[Any]) -> list[Array]:
-    batch, slabs = given.proxy.shape[0], given.up.shape[0]
-    splits = _splits(batch, slabs)
-    shared = _shared(given)
-    body = functools.partial(body, images=batch // splits)
+def _run(cut: Cut, body: Any, given: Given, outputs: list[Any]) -> list[Array]:
+    pieces, slabs = given.proxy.shape[0], given.up.shape[0]
+    splits = _splits(pieces, slabs)
+    shared = _shared(cut, given)
+    body = functools.partial(body, cut=cut, pieces=pieces // splits)
     return launch.run(body, {"split": splits, "slab": slabs}, CLASSES, given, outputs, shared)
 
 
-def _splits(batch: int, slabs: int) -> int:
-    """The number of blocks that share the images of a slab: their last round should leave few multiprocessors idle."""
+def _splits(pieces: int, slabs: int) -> int:
+    """The number of blocks that share the pieces of a slab: their last round should leave few multiprocessors idle."""
     multiprocessors = devices.current().expanding.multiprocessors
 
-    def time(splits: int) -> int:  # in images, and about one more for the factors
-        return math.ceil(splits * slabs / multiprocessors) * (batch // splits + 1)
+    def time(splits: int) -> int:  # in pieces, and about one more for the factors
+        return math.ceil(splits * slabs / multiprocessors) * (pieces // splits + 1)
 
-    return min((n for n in range(1, batch + 1) if batch % n == 0), key=time)
+    return min((n for n in range(1, pieces + 1) if pieces % n == 0), key=time)
 
 
-def _shared(given: Given) -> Shared:
+def _shared(cut: Cut, given: Given) -> Shared:
     _, _, rows, rank = given.up.shape
     backward = given.cotangent is not None
-    height, width = given.proxy.shape[2] // given.x.shape[2], given.x.shape[2]
     pixels = 2 if backward else 1
     slots = 1 if backward else 2
     return Shared(
         up=expansion.swizzled((CLASSES, rows, rank), given.x.dtype),
         proxy=expansion.swizzled((slots, CLASSES, PIXELS, rank), given.x.dtype),
-        pixels=plgpu.SMEM((2, pixels, CLASSES, height, width, SLAB), given.x.dtype),
-        exchanged=launch.row_major((ROWS, exchanged_channels(1 + LOGITS if backward else AXES))),
+        pixels=plgpu.SMEM((2, pixels, CLASSES, GRID, GRID, SLAB), given.x.dtype),
+        exchanged=launch.row_major((exchanged_rows(cut), exchanged_channels(1 + LOGITS if backward else AXES))),
+        beyond=_beyond(given, 1 if backward else 2),
         up_arrived=plgpu.Barrier(num_barriers=CLASSES),
         proxy_arrived=plgpu.Barrier(num_barriers=slots * CLASSES),
-        pixels_arrived=plgpu.Barrier(num_barriers=2 * pixels * CLASSES),
+        pixels_arrived=plgpu.Barrier(num_arrivals=pixels + (not cut.single), num_barriers=2 * CLASSES),
         meeting=plgpu.Barrier(num_arrivals=CLASSES),
     )
 
 
+def _beyond(given: Given, slots: int) -> Any:
+    """Rows may start anywhere, and slabs at any eighth channel: see `launch.row_major`."""
+    if given.beyond is None:
+        return ()
+    shape = (GRID + slots * (given.beyond.shape[1] + GRID), SLAB)
+    return plgpu.SMEM(shape, given.x.dtype, transforms=(plgpu.TilingTransform((8,)),))
+
+
 def _propagate_backward(job: Job, arrays: tuple[Array, ...], _: tuple, cotangent: Array) -> tuple[Array, ...]:
     x, proxy, up, merge = arrays
-    given = _given(x, proxy, up, merge)._replace(cotangent=_by_parity(cotangent.astype(x.dtype)))
-    terms = (CLASSES, x.shape[0], PIXELS, len(pairs(job)), x.shape[-1])
+    cut = Cut(*x.shape[1:3])
+    given = _given(cut, *arrays, cotangent.astype(x.dtype))
+    pieces = given.proxy.shape[0]
+    terms = (CLASSES, pieces, PIXELS, len(pairs(job)), x.shape[-1])
     outputs = Cotangents(jax.ShapeDtypeStruct(given.x.shape, x.dtype), jax.ShapeDtypeStruct(terms, jnp.uint32))
-    by = _run(functools.partial(local_backward, job=job), given, outputs)
-    terms = lax.bitcast_convert_type(by.terms, x.dtype).reshape(CLASSES, x.shape[0] * PIXELS, -1)
+    by = _run(cut, functools.partial(local_backward, job=job), given, outputs)
+    terms = lax.bitcast_convert_type(by.terms, x.dtype).reshape(CLASSES, pieces * PIXELS, -1)
     by_up, gy_h = _by_up(job, given.proxy, terms)
     # the kernel leaves `merge` out of what out_gate and skip get: it is a factor of the sums, and gets them
     after = slice(OUT_GATE, None)
@@ -155,8 +173,8 @@ def _propagate_backward(job: Job, arrays: tuple[Array, ...], _: tuple, cotangent
     by_merge = gy_h + (by_up[:, after] * used).sum((1, 3))
     by_up = by_up.at[:, after].multiply(merge[:, None, :, None])
     scaled = up.at[:, after].multiply(merge[:, None, :, None]).astype(x.dtype)
-    by_proxy = _by_proxy(job, scaled, terms, proxy.shape).astype(proxy.dtype)
-    return by.x.reshape(x.shape), by_proxy, by_up, by_merge
+    by_proxy = cut.from_classes(_by_proxy(job, scaled, terms)).astype(proxy.dtype)
+    return cut.restored(by.x), by_proxy, by_up, by_merge
 
 
 def _terms_of_classes(job: Job) -> list[list[list[tuple[int, int]]]]:
@@ -168,23 +186,20 @@ def _terms_of_classes(job: Job) -> list[list[list[tuple[int, int]]]]:
 
 
 def _by_proxy(
-    job: Job, up: Float[Array, "4 N C d"], terms: Float[Array, "4 pixels terms"], shape: tuple[int, ...]
-) -> Float[Array, "B H W d"]:
+    job: Job, up: Float[Array, "4 N C d"], terms: Float[Array, "4 pixels terms"]
+) -> Float[Array, "4 pixels d"]:
     """Sums over terms and channels of cotangents and factors."""
-    batch, height, width, rank = shape
     factors = jnp.stack(
         [
             jnp.stack([jnp.stack([up[place] for place in pair], axis=1) for pair in of_class])
             for of_class in _terms_of_classes(job)
         ]
-    ).reshape(CLASSES, -1, rank)
-    found = jnp.einsum("qpt,qtd->qpd", terms, factors, preferred_element_type=jnp.float32)
-    parities = found.reshape(2, 2, batch, height // 2, width // 2, rank)
-    return parities.transpose(2, 3, 0, 4, 1, 5).reshape(shape)
+    ).reshape(CLASSES, -1, up.shape[-1])
+    return jnp.einsum("qpt,qtd->qpd", terms, factors, preferred_element_type=jnp.float32)
 
 
 def _by_up(
-    job: Job, proxy: Float[Array, "B 4 64 d"], terms: Float[Array, "4 pixels terms"]
+    job: Job, proxy: Float[Array, "pieces 4 64 d"], terms: Float[Array, "4 pixels terms"]
 ) -> tuple[Float[Array, "4 N C d"], Float[Array, "4 C"]]:
     """(sums over pixels of cotangents and proxy, sum of gy h): a column of ones beside the proxy gives the latter."""
     rank = proxy.shape[-1]
@@ -203,9 +218,16 @@ def _by_up(
     return total[..., :rank], total[:, OUT_GATE, :, rank]
 
 
-def _shared_bytes(kinds: int, rank: int, *, backward: bool) -> int:
+def _shared_bytes(cut: Cut, kinds: int, rank: int, *, backward: bool) -> int:
     """Of shared memory for a proxy of `rank` that expands to so many kinds of terms."""
     rank += -rank % expansion.QUANTUM
     slots, exchanged, tiles_of_class = (1, 1 + LOGITS, 4) if backward else (2, AXES, 2)
     operands = 2 * rank * CLASSES * (kinds * SLAB + slots * PIXELS)
-    return operands + 4 * ROWS * exchanged_channels(exchanged) + 2 * tiles_of_class * CLASSES * PIXELS * SLAB
+    grids = 0 if cut.single else 2 * AXES  # in two slots forward, of two kinds backward
+    beyond = 2 * SLAB * ((2 if backward else 3) * GRID + grids * PIXELS) if grids else 0
+    return (
+        operands
+        + beyond
+        + 4 * exchanged_rows(cut) * exchanged_channels(exchanged)
+        + 2 * tiles_of_class * CLASSES * PIXELS * SLAB
+    )

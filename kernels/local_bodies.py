@@ -11,11 +11,9 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float
 
 from gspn_jax.kernels import bodies, compat
+from gspn_jax.kernels.local_pieces import CLASSES, GRID, PIXELS, Cut
 from gspn_jax.kernels.terms import LAM, OUT_GATE, SKIP, Job
 
-CLASSES = 4
-PIXELS = 64
-"""Of a class: the rows of the tensor cores' instruction."""
 SLAB = 16
 """Channels of a block."""
 LOGITS = 3
@@ -25,19 +23,30 @@ LAYOUT = plgpu.Layout.WGMMA
 """How a tile [pixels of a class, channels] is spread over a warpgroup: as products leave it."""
 
 
+PIXEL_LAYOUT = plgpu.Layout.TILED(
+    plgpu.Tiling(((GRID, GRID, SLAB), (GRID // 4, GRID, SLAB), (8,))),
+    warp_dims=(-7,),
+    lane_dims=(-4, -3, -2),
+    vector_dim=-1,
+)
+"""How [GRID, GRID, SLAB] is spread to be stored: a thread takes 8 channels, a warp a quarter of the rows."""
+
+
 class Given(NamedTuple):
     """Arrays that a launch reads."""
 
     x: Any
     """[B H / 2, 2, W / 2, 2, C]: rows and columns by parity"""
     proxy: Any
-    """[B, 4 classes, 64 pixels, d]"""
+    """[pieces, 4 classes, 64 pixels, d]"""
     up: Any
     """[slabs, 4 directions, kinds * SLAB, d]"""
     merge: Any
     """[4, C] float32"""
     cotangent: Any = None
     """Of y, as x; None forward."""
+    beyond: Any = None
+    """[pieces, grids * 64 pixels, C]: `local_pieces.beyond`; None for maps of one piece."""
 
 
 class Shared(NamedTuple):
@@ -52,10 +61,28 @@ class Shared(NamedTuple):
     exchanged: Any
     """[pixels of all classes, `exchanged_channels`] float32, SLAB of each tile: h of pixels on first lines, forward for
     either axis, backward for one and then what they get back from their three neighbours on second lines"""
+    beyond: Any
+    """[rows, SLAB]: a margin, and of `Given.beyond` the rows of a piece, with a margin; forward these twice"""
     up_arrived: Any
     proxy_arrived: Any
     pixels_arrived: Any
     meeting: Any
+
+
+def rows_between(cut: Cut) -> int:
+    """Rows of zeros between classes in `Shared.exchanged`, for neighbours beyond the map: a step along a column. Before
+    the first class and behind the last one nothing is read, and in maps of several pieces that is read elsewhere."""
+    return GRID if cut.single else 0
+
+
+def exchanged_rows(cut: Cut) -> int:
+    """Of all classes in `Shared.exchanged`."""
+    return CLASSES * PIXELS + (CLASSES - 1) * rows_between(cut)
+
+
+def rows_of(cut: Cut, index: Any, offset: Any = 0) -> Any:
+    """Rows of a class among those of all classes, moved by so many pixels."""
+    return pl.ds(index * (PIXELS + rows_between(cut)) + offset, PIXELS)
 
 
 class Lines(NamedTuple):
@@ -69,8 +96,11 @@ class Lines(NamedTuple):
     """Parity of the position along a line."""
     stride: Array
     """Pixels of a class from one to the next along a line."""
-    size: tuple[int, int]
-    """Height and width of the grid of the class."""
+    cut: Cut
+    before: Any
+    """Pixels of the class on a line before the piece."""
+    length: Any
+    """Of a line of the map, in pixels of the class."""
 
     @property
     def first_direction(self) -> Array:
@@ -88,29 +118,30 @@ class Lines(NamedTuple):
 
     def neighbours(self) -> tuple[Array, Array]:
         """Masks of the pixels that have a left and a right neighbour."""
-        height, width = self.size
+        along = self._along() + self.before
+        return along > 0, along < self.length
+
+    def inside(self) -> tuple[Array, Array]:
+        """Masks of the pixels whose left and right neighbours, if they have any, are in the piece."""
+        along = self._along()
+        return along > 0, along < GRID
+
+    def _along(self) -> Array:
+        """Positions along a line, rounded down for left neighbours and up for right ones."""
         pixel = compat.iota((PIXELS, SLAB), 0, LAYOUT)
         rows = jnp.broadcast_to(self.axis == 0, pixel.shape)
-        along = jnp.where(rows, lax.rem(pixel, width), lax.div(pixel, width)) + self.along
-        return along > 0, along < jnp.where(self.axis == 0, width, height)
+        return jnp.where(rows, lax.rem(pixel, GRID), lax.div(pixel, GRID)) + self.along
 
-    def read(self, ref: Any, tile: Any, neighbour: int) -> Float[Array, "64 SLAB"]:
+    def read(self, ref: Any, tile: Any, neighbour: int, beyond: Any = None) -> Float[Array, "64 SLAB"]:
         """Reads a tile of `Shared.exchanged` at the left (0), same (1) or right (2) positions on the other line of each
-        pair. Beyond the end of a line that is a pixel of another line, or zero."""
+        pair. Beyond the end of a line that is `beyond`, or else a pixel of another line, or zero."""
         along = self.along if neighbour == 1 else 1 - self.along
         offset = (self.along - 1, 0, self.along)[neighbour]
-        return compat.load(ref, (rows_of(self.other(along), offset * self.stride), tile_at(tile)), LAYOUT)
-
-
-HALO = 8
-"""Rows of zeros before and after those of a class, for neighbours beyond the map: a step along a column, at most."""
-ROWS = HALO + CLASSES * (PIXELS + HALO)
-"""Of the pixels of all classes in `Shared.exchanged`."""
-
-
-def rows_of(index: Array, offset: Any = 0) -> Any:
-    """Rows of a class among those of all classes, moved by so many pixels."""
-    return pl.ds(HALO + index * (PIXELS + HALO) + offset, PIXELS)
+        rows = rows_of(self.cut, self.other(along), offset * self.stride)
+        value = compat.load(ref, (rows, tile_at(tile)), LAYOUT)
+        if neighbour == 1 or beyond is None:
+            return value
+        return jnp.where(self.inside()[neighbour // 2], value, beyond)
 
 
 def exchanged_channels(tiles: int) -> int:
@@ -134,11 +165,9 @@ class Class(NamedTuple):
     index: Array
     start: Array
     """First channel."""
-
-    @property
-    def size(self) -> tuple[int, int]:
-        """Height and width of the grid of the class."""
-        return self.shared.pixels.shape[3:5]
+    cut: Cut
+    piece: Any = None
+    """Which one it is at, of all maps."""
 
     def asked_again(self) -> "Class":
         """The same; what is computed from its index is not kept in registers from before, which would spill."""
@@ -147,9 +176,48 @@ class Class(NamedTuple):
     def lines(self, axis: Array) -> Lines:
         row, column = lax.div(self.index, 2), lax.rem(self.index, 2)
         rows = axis == 0
-        stride = jnp.where(rows, 1, self.size[1])
+        stride = jnp.where(rows, 1, GRID)
         second, along = jnp.where(rows, row, column), jnp.where(rows, column, row)
-        return Lines(axis=axis, second=second, along=along, stride=stride, size=self.size)
+        before_row, before_column = self._before()
+        height, width = self.cut.height // 2, self.cut.width // 2
+        return Lines(
+            axis=axis,
+            second=second,
+            along=along,
+            stride=stride,
+            cut=self.cut,
+            before=jnp.where(rows, before_column, before_row),
+            length=jnp.where(rows, width, height),
+        )
+
+    def _before(self) -> tuple[Any, Any]:
+        """Rows and columns of the class in the map before the piece."""
+        down, across = self.cut.counts
+        row = lax.rem(lax.div(self.piece, jnp.int32(across)), jnp.int32(down)) * GRID if down > 1 else 0
+        return row, lax.rem(self.piece, jnp.int32(across)) * GRID if across > 1 else 0
+
+    def send_for_beyond(self, piece: Array, slot: Array) -> None:
+        """A quarter for all classes, which are done with the slot; it arrives with the pixels."""
+        if self.given.beyond is None:
+            return
+        plgpu.commit_smem()  # all have read what this overwrites
+        count = self.given.beyond.shape[1] // CLASSES
+        plgpu.copy_gmem_to_smem(
+            self.given.beyond.at[piece, pl.ds(self.index * count, count), pl.ds(self.start, SLAB)],
+            self.shared.beyond.at[pl.ds(self._beyond(slot) + self.index * count, count)],
+            self.shared.pixels_arrived.at[slot * CLASSES + self.index],
+        )
+
+    def read_beyond(self, lines: Lines, slot: Array, grid: Any) -> Float[Array, "64 SLAB"] | None:
+        """Reads a grid of `local_pieces.beyond` so that each pixel is where `Lines.read` has need of it."""
+        if self.given.beyond is None:
+            return None
+        first = self._beyond(slot) + grid * PIXELS + (lines.second - lines.along) * lines.stride
+        return compat.load(self.shared.beyond, (pl.ds(first, PIXELS), slice(None)), LAYOUT).astype(jnp.float32)
+
+    def _beyond(self, slot: Array) -> Any:
+        rows = self.given.beyond.shape[1]
+        return GRID + (slot * (rows + GRID) if self.shared.beyond.shape[0] > 2 * GRID + rows else 0)
 
     def send_for_factors(self) -> None:
         """Each class has one direction's."""
@@ -163,9 +231,9 @@ class Class(NamedTuple):
         for direction in range(CLASSES):
             plgpu.barrier_wait(self.shared.up_arrived.at[direction])
 
-    def send_for_proxy(self, image: Array, slot: Array) -> None:
+    def send_for_proxy(self, piece: Array, slot: Array) -> None:
         plgpu.copy_gmem_to_smem(
-            self.given.proxy.at[image, self.index],
+            self.given.proxy.at[piece, self.index],
             self.shared.proxy.at[slot, self.index],
             self.shared.proxy_arrived.at[slot * CLASSES + self.index],
         )
@@ -173,46 +241,46 @@ class Class(NamedTuple):
     def await_proxy(self, slot: Array) -> None:
         plgpu.barrier_wait(self.shared.proxy_arrived.at[slot * CLASSES + self.index])
 
-    def send_for_pixels(self, image: Array, slot: Array) -> None:
+    def send_for_pixels(self, piece: Array, slot: Array) -> None:
         for n, source in enumerate(self._sources()):
             plgpu.copy_gmem_to_smem(
-                source.at[self.place(image)],
+                source.at[self.place(piece)],
                 self.shared.pixels.at[slot, n, self.index],
-                self.shared.pixels_arrived.at[self._pixels(slot, n)],
+                self.shared.pixels_arrived.at[slot * CLASSES + self.index],
             )
 
     def await_pixels(self, slot: Array) -> None:
-        for n, _ in enumerate(self._sources()):
-            plgpu.barrier_wait(self.shared.pixels_arrived.at[self._pixels(slot, n)])
+        """Those of this class, and its quarter of what is beyond the piece."""
+        plgpu.barrier_wait(self.shared.pixels_arrived.at[slot * CLASSES + self.index])
 
     def read_pixels(self, slot: Array, n: int) -> Float[Array, "64 SLAB"]:
         """Reads x (n = 0) or the cotangent of y (1)."""
         tile = compat.load_reshaped(self.shared.pixels.at[slot, n, self.index], (PIXELS, SLAB), LAYOUT)
         return tile.astype(jnp.float32)
 
-    def _pixels(self, slot: Array, n: int) -> Array:
-        return (slot * len(self._sources()) + n) * CLASSES + self.index
-
-    def place(self, image: Array) -> tuple:
+    def place(self, piece: Array) -> tuple:
         """Index of this class in [B H / 2, 2, W / 2, 2, C]."""
-        height, _ = self.size
+        across, columns = self.cut.counts[1], slice(None)
+        if across > 1:
+            piece, column = lax.div(piece, jnp.int32(across)), lax.rem(piece, jnp.int32(across))
+            columns = pl.ds(column * GRID, GRID)
         return (
-            pl.ds(image * height, height),
+            pl.ds(piece * GRID, GRID),
             lax.div(self.index, 2),
-            slice(None),
+            columns,
             lax.rem(self.index, 2),
             pl.ds(self.start, SLAB),
         )
 
-    def store(self, output: Any, image: Array, slot: Array, tile: Float[Array, "64 SLAB"]) -> None:
+    def store(self, output: Any, slot: Array, tile: Float[Array, "64 SLAB"]) -> None:
         """Stores a tile by way of shared memory, in the place of x, where threads exchange it for 16 bytes of a pixel
         each."""
-        self, (height, width) = self.asked_again(), self.size
+        self = self.asked_again()
         staged = self.shared.pixels.at[slot, 0, self.index]
         compat.store_reshaped(staged, tile.astype(output.dtype))
         compat.warpgroup_barrier()
         whole = (slice(None),) * 3
-        compat.store(output, self.place(image), compat.load(staged, whole, _pixel_layout(height, width)))
+        compat.store(output, self.place(self.piece), compat.load(staged, whole, PIXEL_LAYOUT))
 
     def expand(self, slot: Array, *wanted: tuple[Array, slice], meanwhile: Callable = tuple) -> tuple[list, Any]:
         """Terms of each direction and kinds that are wanted, and the value of `meanwhile`, which runs beside products.
@@ -240,13 +308,17 @@ class Class(NamedTuple):
         factors = compat.load(self.given.merge, (direction, pl.ds(self.start, SLAB)), LAYOUT.reduce(0))
         return lax.broadcast_in_dim(factors, (PIXELS, SLAB), (1,))
 
-    def clear(self, ref: Any) -> None:
-        """Zeroes this class's part of `Shared.exchanged`, and what lies beside it."""
-        zeros = compat.zeros((PIXELS, SLAB), LAYOUT)
-        for offset in (-HALO, HALO):
-            for n in range(ref.shape[1] // SLAB):
-                ref[rows_of(self.index, offset), tile_at(n)] = zeros
-            self.meet()  # others store to some of it once more
+    def clear(self) -> None:
+        """Zeroes what is read of shared memory and never written: rows between classes, or margins of `beyond`."""
+        if self.cut.single:
+            gap = rows_of(self.cut, self.index, GRID)
+            pl.when(self.index < CLASSES - 1)(functools.partial(_zero, self.shared.exchanged, gap))
+            return
+        rows = self.shared.beyond.shape[0]
+        for start in (*range(0, rows - GRID, GRID + self.given.beyond.shape[1]), rows - PIXELS):
+            pl.when(self.index == 0)(functools.partial(_zero, self.shared.beyond, pl.ds(start, PIXELS)))
+        plgpu.commit_smem()
+        self.meet()  # copies overwrite most of it
 
     def meet(self) -> None:
         """All classes are here: what one wrote before, all see afterwards."""
@@ -257,50 +329,55 @@ class Class(NamedTuple):
         return [array for array in (self.given.x, self.given.cotangent) if array is not None]
 
 
-def _pixel_layout(height: int, width: int) -> object:
-    """Spreads [height, width, SLAB] over a warpgroup: a thread takes 8 channels, a warp a quarter of the rows."""
-    tiling = plgpu.Tiling(((height, width, SLAB), (height // 4, width, SLAB), (8,)))
-    return plgpu.Layout.TILED(tiling, warp_dims=(-7,), lane_dims=(-4, -3, -2), vector_dim=-1)
+def _zero(ref: Any, rows: Any) -> None:
+    zeros = compat.zeros((PIXELS, SLAB), LAYOUT).astype(ref.dtype)
+    for n in range(ref.shape[1] // SLAB):
+        ref[rows, tile_at(n)] = zeros
 
 
-def _walk(job: Job, given: Given, shared: Shared, images: int, visit: Any) -> None:
-    """Calls visit(here, image, proxy_slot, slot, follow) for each image of this block, whose pixels are in `slot`, and
-    visit calls follow() once its last product of the image is made."""
+def _walk(job: Job, given: Given, shared: Shared, cut: Cut, pieces: int, visit: Any) -> None:
+    """Calls visit(here, proxy_slot, slot, follow, follow_beyond) for each piece of this block, whose pixels are in
+    `slot`. Visit calls follow() once its last product of the piece is made, and follow_beyond() once all classes have
+    read what is beyond the piece where there is one slot for it, beyond the piece before where there are two."""
     slab, split, index = (lax.axis_index(name) for name in ("slab", "split", "warpgroup"))
     start = pl.multiple_of(lax.min(slab * SLAB, given.x.shape[-1] - SLAB), 8)
-    here = Class(job, given, shared, index, start)
+    here = Class(job, given, shared, index, start, cut)
     proxies = shared.proxy.shape[0]
 
-    def image_at(n: Any) -> Array:
-        """Past the last image that one comes again, so that every wait has its arrival."""
-        return split * images + lax.min(jnp.int32(n), images - 1)
+    def piece_at(n: Any) -> Array:
+        """Past the last piece that one comes again, so that every wait has its arrival."""
+        return split * pieces + lax.min(jnp.int32(n), pieces - 1)
 
     here.send_for_factors()
     for n in range(proxies):
-        here.send_for_proxy(image_at(n), jnp.int32(n))
-    here.send_for_pixels(image_at(0), jnp.int32(0))
-    here.clear(shared.exchanged)
+        here.send_for_proxy(piece_at(n), jnp.int32(n))
+    here.send_for_pixels(piece_at(0), jnp.int32(0))
+    here.clear()
+    here.send_for_beyond(piece_at(0), jnp.int32(0))
     here.await_factors()
     begun = here
 
-    @pl.loop(0, images)
+    @pl.loop(0, pieces)
     def _(n):
-        here = begun.asked_again()
+        here = begun.asked_again()._replace(piece=piece_at(n))
         proxy_slot, slot = lax.rem(n, jnp.int32(proxies)), lax.rem(n, jnp.int32(2))
-        plgpu.commit_smem()  # all threads have read the image that the next copy overwrites
-        here.send_for_pixels(image_at(n + 1), 1 - slot)
+        plgpu.commit_smem()  # all threads have read the piece that the next copy overwrites
+        here.send_for_pixels(piece_at(n + 1), 1 - slot)
         here.await_pixels(slot)
         here.await_proxy(proxy_slot)
 
         def follow():
             compat.warpgroup_barrier()
-            here.send_for_proxy(image_at(n + proxies), proxy_slot)
+            here.send_for_proxy(piece_at(n + proxies), proxy_slot)
 
-        visit(here, image_at(n), proxy_slot, slot, follow)
+        def follow_beyond():
+            here.send_for_beyond(piece_at(n + 1), 1 - slot)
+
+        visit(here, proxy_slot, slot, follow, follow_beyond)
 
     for n in range(proxies):  # no copy may outlive the block
-        here.await_proxy(jnp.int32((images + n) % proxies))
-    here.await_pixels(jnp.int32(images % 2))
+        here.await_proxy(jnp.int32((pieces + n) % proxies))
+    here.await_pixels(jnp.int32(pieces % 2))
 
 
 def _weights(logits: list[Array], has_left: Array, has_right: Array) -> tuple[list[Array], Array]:
@@ -319,10 +396,10 @@ FIRST, WEIGHTS, SECOND = slice(LAM, None), slice(0, LAM), slice(LAM, None)
 are made while the weights are computed from the part before."""
 
 
-def local_forward(given: Given, outputs: Any, shared: Shared, *, job: Job, images: int):
+def local_forward(given: Given, outputs: Any, shared: Shared, *, job: Job, cut: Cut, pieces: int):
     states = shared.exchanged
 
-    def visit(here: Class, image: Array, proxy_slot: Array, slot: Array, follow: Any) -> None:
+    def visit(here: Class, proxy_slot: Array, slot: Array, follow: Any, follow_beyond: Any) -> None:
         def add(y: Array, x: Array, state: Array, out_gate: Array, skip: list[Array], direction: Array) -> Array:
             term = out_gate * state + skip[0] * x if skip else out_gate * state
             return y + term * here.merge(direction)
@@ -333,23 +410,29 @@ def local_forward(given: Given, outputs: Any, shared: Shared, *, job: Job, image
                 proxy_slot, (lines.first_direction, FIRST), (lines.second_direction, WEIGHTS)
             )
             state = lam * x
-            states[rows_of(here.index), tile_at(axis)] = state
+            states[rows_of(cut, here.index), tile_at(axis)] = state
             y = add(y, x, state, others[0], others[1:], lines.first_direction)
             here.meet()
 
             def carry(lines=lines, logits=logits) -> Array:
                 weights, _ = _weights(logits, *lines.neighbours())
-                return sum(weight * lines.read(states, axis, n) for n, weight in enumerate(weights))
+                beyond = here.read_beyond(lines, slot, axis)
+                return sum(weight * lines.read(states, axis, n, beyond) for n, weight in enumerate(weights))
 
             ((lam, *others),), state = here.expand(proxy_slot, (lines.second_direction, SECOND), meanwhile=carry)
-            pl.when(axis == AXES - 1)(follow)
+
+            @pl.when(axis == AXES - 1)
+            def _():
+                follow()
+                follow_beyond()
+
             x = here.read_pixels(slot, 0)
             return add(y, x, state + lam * x, others[0], others[1:], lines.second_direction)
 
         y = lax.fori_loop(0, AXES, visit_axis, compat.zeros((PIXELS, SLAB), LAYOUT))
-        here.store(outputs[0], image, slot, y)
+        here.store(outputs[0], slot, y)
 
-    _walk(job, given, shared, images, visit)
+    _walk(job, given, shared, cut, pieces, visit)
 
 
 class Cotangents(NamedTuple):
@@ -358,8 +441,8 @@ class Cotangents(NamedTuple):
     x: Any
     """As x"""
     terms: Any
-    """[4 classes, B, 64 pixels, pairs, C] uint32, each two bfloat16 in the order of `pairs`, so that a thread's two
-    channels are 8 bytes and those of a slab a whole sector; out_gate and skip without the factor `merge`"""
+    """[4 classes, pieces, 64 pixels, pairs, C] uint32, each two bfloat16 in the order of `pairs`, so that two channels
+    of a thread are 8 bytes and those of a slab a whole sector; out_gate and skip without the factor `merge`"""
 
 
 def pairs(job: Job) -> list[tuple[tuple[int, bool, int], tuple[int, bool, int]]]:
@@ -386,15 +469,15 @@ def _words(low: Float[Array, "64 SLAB"], high: Float[Array, "64 SLAB"]) -> Array
     return bits[0] | (bits[1] << 16)
 
 
-def local_backward(given: Given, outputs: Cotangents, shared: Shared, *, job: Job, images: int):
+def local_backward(given: Given, outputs: Cotangents, shared: Shared, *, job: Job, cut: Cut, pieces: int):
     """Pixels on first lines need what second lines hand back, and those need h of first lines: three phases an axis."""
     exchanged, of_axis = shared.exchanged, len(pairs(job)) // AXES
 
-    def visit(here: Class, image: Array, proxy_slot: Array, slot: Array, follow: Any) -> None:
-        mine, read = rows_of(here.index), functools.partial(here.read_pixels, slot)
+    def visit(here: Class, proxy_slot: Array, slot: Array, follow: Any, follow_beyond: Any) -> None:
+        mine, read = rows_of(cut, here.index), functools.partial(here.read_pixels, slot)
 
         def write(pair: int, low: Array, high: Array) -> None:
-            at = (here.index, image, slice(None), pair, pl.ds(here.start, SLAB))
+            at = (here.index, here.piece, slice(None), pair, pl.ds(here.start, SLAB))
             compat.store(outputs.terms, at, _words(low, high))
 
         def visit_axis(axis: int, by_x: Array, by_lam_before: Array | None) -> tuple[Array, Array]:
@@ -418,8 +501,15 @@ def local_backward(given: Given, outputs: Cotangents, shared: Shared, *, job: Jo
 
             def carry(lines=lines, logits=logits) -> tuple[list[Array], Array, Array]:
                 weights, sigmoids = _weights(logits, *lines.neighbours())
-                return weights, sigmoids, sum(weight * lines.read(exchanged, 0, n) for n, weight in enumerate(weights))
+                beyond = here.read_beyond(lines, slot, axis)
+                return (
+                    weights,
+                    sigmoids,
+                    sum(weight * lines.read(exchanged, 0, n, beyond) for n, weight in enumerate(weights)),
+                )
 
+            if axis == 1:  # kept there while registers are scarce
+                exchanged[mine, tile_at(1)] = by_x
             ((lam, out_gate, *skip),), (weights, sigmoids, carried) = here.expand(
                 proxy_slot, (lines.second_direction, SECOND), meanwhile=carry
             )
@@ -427,16 +517,20 @@ def local_backward(given: Given, outputs: Cotangents, shared: Shared, *, job: Jo
                 follow()
             x, gy = read(0), read(1)
             scaled = gy * here.merge(lines.second_direction)
-            if skip:
-                by_x = by_x + scaled * skip[0]
             adjoint = scaled * out_gate
             write(pair + 2, adjoint * x, gy * (carried + lam * x))
+            if axis == 1:
+                by_x = compat.load(exchanged, (mine, tile_at(1)), LAYOUT)
+            if skip:
+                by_x = by_x + scaled * skip[0]
             by_x = by_x + adjoint * lam
+
+            beyond = here.read_beyond(lines, slot, axis)
 
             def by_logit(n: int, weight: Array) -> Array:
                 passed = weight * adjoint
                 exchanged[mine, tile_at(1 + n)] = passed
-                return passed * (1.0 - weight * sigmoids) * (lines.read(exchanged, 0, n) - carried)
+                return passed * (1.0 - weight * sigmoids) * (lines.read(exchanged, 0, n, beyond) - carried)
 
             left, center, right = map(by_logit, range(LOGITS), weights)
             write(pair + 1, left, center)
@@ -444,16 +538,19 @@ def local_backward(given: Given, outputs: Cotangents, shared: Shared, *, job: Jo
                 write(pair, read(1) * (first_lam * read(0)), right)
             else:
                 right = right.astype(jnp.bfloat16)
+            beyond = here.read_beyond(lines, slot, AXES + axis)
             here.meet()
+            if axis == 1:
+                follow_beyond()
 
             # the left neighbour of a pixel on the second line has that pixel to its right
-            adjoint = direct + sum(lines.read(exchanged, 3 - n, n) for n in range(LOGITS))
+            adjoint = direct + sum(lines.read(exchanged, 3 - n, n, beyond) for n in range(LOGITS))
             by_lam = (adjoint * read(0)).astype(jnp.bfloat16)
             if axis == 1:
                 write(pair, by_lam, right)
             return by_x + adjoint * first_lam, by_lam
 
         by_x, _ = visit_axis(1, *visit_axis(0, compat.zeros((PIXELS, SLAB), LAYOUT), None))
-        here.store(outputs.x, image, slot, by_x)
+        here.store(outputs.x, slot, by_x)
 
-    _walk(job, given, shared, images, visit)
+    _walk(job, given, shared, cut, pieces, visit)

@@ -37,9 +37,13 @@ def refuses(x: Float[Array, "B H W C"], directions: int) -> str | None:
     return None
 
 
-def refuses_low_rank(x: Float[Array, "B H W C"], proxy: Float[Array, "B H W d"], kinds: int) -> str | None:
+def refuses_low_rank(
+    x: Float[Array, "B H W C"], proxy: Float[Array, "B H W d"], kinds: int, chunk: int | None
+) -> str | None:
     """Why the kernel cannot expand `proxy` to so many kinds of terms by itself, or None."""
     device = devices.current()
+    if chunk == local.CHUNK and local.refuses(x, proxy, kinds) is None:
+        return None
     if device.expanding is None:
         return _no_wgmma(device)
     if x.dtype != jnp.bfloat16:

@@ -24,6 +24,15 @@ def few_blocks():
         yield
 
 
+def of_size(batch, height, width, **options):
+    """Arguments for a map that need not be square."""
+    row = arguments(batch, height * width, 16, 16, **options)
+    return {
+        name: array[:, :1].reshape(batch, height, width, -1) if name in ("x", "proxy") else array
+        for name, array in row.items()
+    }
+
+
 def by_kernel(arrays):
     """As `value_and_gradients`, without the checks of the public operator, which wants 64 channels."""
     cotangent = jnp.asarray(np.random.default_rng(1).normal(size=arrays["x"].shape), arrays["x"].dtype)
@@ -74,18 +83,28 @@ def test_slabs_that_overlap():
     assert_same_as_the_scan_in_float32(arguments(1, 16, 24, 16), races=False)
 
 
+@pytest.mark.parametrize("size", [
+    (28, 14),  # two pieces that are filled up
+    *(pytest.param(size, marks=pytest.mark.slow) for size in ((28, 26), (32, 32), (16, 48), (48, 16), (14, 14))),
+], ids=str)  # fmt: skip
+def test_maps_of_several_pieces(few_blocks, size, capsys):
+    assert_same_as_the_scan_in_float32(of_size(1, *size))
+    assert "RACE" not in capsys.readouterr().out  # in the forward kernel, which is not the last one
+
+
 @pytest.mark.slow
-def test_a_map_that_is_not_square():
-    square = arguments(1, 16, 16, 16)
-    assert_same_as_the_scan_in_float32(
-        {name: array.reshape(1, 32, 8, -1) if name in ("x", "proxy") else array for name, array in square.items()}
-    )
+def test_several_images_of_several_pieces_with_skip(few_blocks):
+    assert_same_as_the_scan_in_float32(of_size(3, 32, 16, skip=True))
 
 
 @pytest.mark.skipif(not compat.RESHAPES_REFERENCES, reason="JAX 0.10 runs the kernel of every chunk")
-@pytest.mark.parametrize(("channels", "rank"), [(1200, 75), pytest.param(1536, 93, marks=pytest.mark.slow)])
-def test_models_launch_it_once_each_way_and_keep_nothing_for_the_backward_pass(channels, rank):
-    shapes = jax.eval_shape(lambda: arguments(4, 16, channels, rank))
+@pytest.mark.parametrize(("channels", "rank", "size"), [
+    (1200, 75, 16),
+    pytest.param(1200, 75, 32, marks=pytest.mark.slow),
+    pytest.param(1536, 93, 16, marks=pytest.mark.slow),
+])  # fmt: skip
+def test_models_launch_it_once_each_way_and_keep_nothing_for_the_backward_pass(channels, rank, size):
+    shapes = jax.eval_shape(lambda: arguments(4, size, channels, rank))
 
     def operator(a):
         return mosaic_gpu.propagate_low_rank(*(a.get(name) for name in NAMES), 2)
@@ -119,7 +138,8 @@ def test_every_term_is_in_one_pair():
 
 @pytest.mark.parametrize(("change", "reason"), [
     (dict(dtype=jnp.float32), "takes bfloat16, not float32"),
-    (dict(size=32), "takes maps of 16 x 16"),
+    (dict(size=15), "takes even numbers of lines"),
+    (dict(size=24), "would fill up a map of 24 x 24 to 1.8 times its pixels"),
     (dict(channels=68), "channels in eights from 16"),
     (dict(rank=128), "has no room on chip for a proxy of 128"),
 ])  # fmt: skip
@@ -128,3 +148,11 @@ def test_what_it_cannot_take(change, reason):
     shapes = jax.eval_shape(lambda: arguments(**sizes))
     with compat.interpreted():
         assert reason in local.refuses(shapes["x"], shapes["proxy"], 5)
+
+
+def test_maps_that_no_other_kernel_expands_are_taken_with_chunk_2():
+    shapes = jax.eval_shape(lambda: of_size(1, 28, 28))
+    with compat.interpreted():
+        taken = {chunk: mosaic_gpu.refuses_low_rank(shapes["x"], shapes["proxy"], 5, chunk) for chunk in (2, None)}
+    assert taken[2] is None
+    assert "takes square maps of 16, 32 or 64" in taken[None]

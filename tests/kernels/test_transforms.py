@@ -92,12 +92,22 @@ def lower_local():
     lower_low_rank(channels=72, chunk=2)
 
 
+def lower_local_in_pieces():
+    lower_low_rank(side=28, channels=72, chunk=2)
+
+
 def shifted(buffers):
     """Those that have a swizzle and may be sliced inside of its pattern: JAX took tiles of less than 8 rows."""
     return [buffer for buffer in buffers if buffer[3] and (buffer[2] is None or buffer[2] % PATTERN)]
 
 
-@pytest.mark.parametrize("lower", [lower_propagate, lower_line_scan, lower_low_rank, lower_local])
+@pytest.mark.parametrize("lower", [
+    lower_propagate,
+    lower_line_scan,
+    lower_low_rank,
+    lower_local,
+    pytest.param(lower_local_in_pieces, marks=pytest.mark.skipif(not compat.RESHAPES_REFERENCES, reason="refused")),
+])  # fmt: skip
 def test_no_buffer_that_is_sliced_at_any_row_is_swizzled(lower, buffers):
     lower()
     assert buffers

@@ -100,6 +100,7 @@ CASES = [
     Case(4, 16, 16, 64, rank=24, quick=True),
     Case(4, 16, 16, 64, rank=24, backward_by_xla=True, quick=True),
     Case(2, 16, 16, 40, rank=24, chunk=2, quick=True),  # slabs that overlap
+    Case(1, 28, 26, 24, rank=24, chunk=2, quick=True),  # four pieces, three of which are filled up
     Case(1, 7, 5, 64, quick=True),  # tiles that overlap
     Case(1, 7, 7, 64, "float32", chunk=2),
     Case(2, 7, 7, 100, skip=True),
@@ -128,6 +129,9 @@ CASES = [
     Case(1, 16, 16, 1500),
     Case(4, 16, 16, 100, rank=93, skip=True),
     Case(8, 16, 16, 96, rank=96, chunk=2),
+    Case(2, 32, 48, 32, rank=96, chunk=2),
+    Case(3, 48, 16, 16, rank=32, skip=True, chunk=2),
+    Case(2, 14, 14, 64, rank=16, chunk=2),
     Case(5, 16, 16, 64, rank=32, skip=True, chunk=2),
     Case(8, 16, 16, 96, rank=128, chunk=2),  # has no room in the kernel of its own
     Case(2, 32, 32, 64, rank=32),

@@ -27,11 +27,19 @@ def test_values_and_gradients_are_those_of_float64(case):
 @pytest.mark.parametrize(
     "policy", [emulation.Policy.LATE_COPIES, pytest.param(emulation.Policy.EARLY_COPIES, marks=pytest.mark.slow)]
 )
-def test_a_block_with_chunk_2_walks_over_several_images(policy):
-    """Copies of the next image overwrite nothing of this one; in the cases above each block has one image."""
+@pytest.mark.parametrize(
+    "case",
+    [
+        cases.Case(5, 16, 16, 16, rank=24, chunk=2),
+        pytest.param(cases.Case(2, 32, 32, 16, rank=24, chunk=2), marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+def test_a_block_with_chunk_2_walks_over_several_pieces(case, policy):
+    """Copies of the next piece overwrite nothing of this one; in the cases above each block has one."""
     expanding = devices.Expanding(multiprocessors=1)
     with toolchain.for_device(dataclasses.replace(devices.DEVICES[devices.DEFAULT], expanding=expanding)):
-        outcome = cases.run(cases.Case(5, 16, 16, 16, rank=24, chunk=2), policy=policy)
+        outcome = cases.run(case, policy=policy)
     assert not outcome.wrong()
 
 
