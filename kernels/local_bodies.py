@@ -200,6 +200,7 @@ class Class(NamedTuple):
         """A quarter for all classes, which are done with the slot; it arrives with the pixels."""
         if self.given.beyond is None:
             return
+        plgpu.commit_smem()  # all have read what this overwrites
         count = self.given.beyond.shape[1] // CLASSES
         plgpu.copy_gmem_to_smem(
             self.given.beyond.at[piece, pl.ds(self.index * count, count), pl.ds(self.start, SLAB)],

@@ -84,8 +84,8 @@ def test_slabs_that_overlap():
 
 
 @pytest.mark.parametrize("size", [
-    (28, 26),  # four pieces, three of which are filled up
-    *(pytest.param(size, marks=pytest.mark.slow) for size in ((32, 32), (16, 48), (48, 16), (14, 14))),
+    (28, 14),  # two pieces that are filled up
+    *(pytest.param(size, marks=pytest.mark.slow) for size in ((28, 26), (32, 32), (16, 48), (48, 16), (14, 14))),
 ], ids=str)  # fmt: skip
 def test_maps_of_several_pieces(few_blocks, size, capsys):
     assert_same_as_the_scan_in_float32(of_size(1, *size))

@@ -131,6 +131,7 @@ class Arithmetic {
       case MUL_WIDE_U32: return map<u64, u32, u32>([](u64 a, u64 b) { return a * b; });
       case MUL_WIDE_S32: return map<s64, s32, s32>([](s64 a, s64 b) { return a * b; });
       case MUL_HI_U16: return map<u32, u32, u32>([](u32 a, u32 b) { return a * b >> 16; });
+      case MUL_WIDE_U16: return map<u32, u32, u32>([](u32 a, u32 b) { return (a & 0xffff) * (b & 0xffff); });
       case MUL_HI_U32: return map<u32, u32, u32>([](u64 a, u64 b) { return a * b >> 32; });
       case MUL_HI_S32: return map<s32, s32, s32>([](s64 a, s64 b) { return a * b >> 32; });
       case DIV_U32: return map<u32, u32, u32>([](u32 a, u32 b) { return b ? a / b : kAllLanes; });
@@ -166,6 +167,7 @@ class Arithmetic {
       case XORP: return map_predicates(differ);
       case NOTP: return map_predicates([](u32 a, u32) { return ~a; });
       case SHL32: return map<u32, u32, u32>([](u32 a, u32 b) { return b > 31 ? 0 : a << b; });
+      case SHL16: return map<u32, u32, u32>([](u32 a, u32 b) { return b > 15 ? 0 : a << b & 0xffff; });
       case SHR_U32: return map<u32, u32, u32>([](u32 a, u32 b) { return b > 31 ? 0 : a >> b; });
       case SHR_S32: return map<s32, s32, u32>([](s32 a, u32 b) { return a >> std::min(b, 31u); });
       case SHL64: return map<u64, u64, u32>([](u64 a, u32 b) { return b > 63 ? 0 : a << b; });
