@@ -75,7 +75,6 @@ Each row has what is in the rows above it.
 | a barrier between their gradients | 233.0 | 185.3 | 33.8 |
 | the gradient of long skips read where it is | 232.4 | 184.9 | 33.8 |
 | kernels of our own for `chunk=2` and for depthwise convolutions | 210.1 | 169.3 | 21.7 |
-
 | the blocks of every chunk go back by XLA's terms (0.75 ms), factors get their sums once | 211.0 | 170.0 | 21.9 |
 | no loop over blocks (`gspn_jax.models.stack`) | 185.4 | 152.1 | 20.0 |
 | the layer norm's derivative by its result | 182.3 | 150.0 | 20.0 |
@@ -91,8 +90,8 @@ kernels.
 
 - **No loop over blocks**: a loop stacks what the backward pass needs, in arrays that it first fills with zeros, and
   takes it out again, 14 ms a step. Without one each value stays where it was computed, and norms join what is before
-  them. All blocks of one chunk are one function, traced and lowered once: lowering GSPN-XL/2's step took 26 s in place
-  of 136, compiling it 86 s in place of 85 (a CPU of two cores). Gradients of weights are put side by side at the end,
+  them. All blocks of one chunk are one function, traced and lowered once: GSPN-XL/2's step took 26 s to lower and 86 to
+  compile on two cores (with loops 136 and 85 s, under another load); GSPN-S's 871 s at a load of 8 (320). Gradients of weights are put side by side at the end,
   and over fsdp gathers and sums have the kernels of other blocks beside them (below). What `remat` computes again must
   be kept apart from what was computed before by barriers. Samplers keep their loop, where nothing is stacked: without
   it GSPN-L/2 would take 21.7 ms in place of 22.6 and DiT-XL/2 27.3 in place of 26.2, whose products then get their
