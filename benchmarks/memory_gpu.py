@@ -34,6 +34,8 @@ RECORDED = (
     "step DiT-XL/2 --batch 16",
     "step GSPN-XL/2 --batch 64 --accumulate 4 --remat full",
     "step GSPN-B/2 --batch 64 --remat full --gpu h200",
+    "step GSPN-L/2 --batch 16",
+    "step GSPN-L/2 --batch 16 --remat full",
 )
 """Programs that the formula is fitted to, beside those of gpu_compile.py on one GPU."""
 KEPT = {("gspn", "full"): 1.5, ("attention", "dots"): 10.0}
