@@ -91,14 +91,13 @@ kernels.
 - **No loop over blocks**: a loop stacks what the backward pass needs, in arrays that it first fills with zeros, and
   takes it out again, 14 ms a step. Without one each value stays where it was computed, and norms join what is before
   them. All blocks of one chunk are one function, traced and lowered once: GSPN-XL/2's step took 26 s to lower and 86 to
-  compile on two cores (with loops 136 and 85 s, under another load); GSPN-S's 871 s at a load of 8 (320). Gradients of weights are put side by side at the end,
-  and over fsdp gathers and sums have the kernels of other blocks beside them (below). What `remat` computes again must
-  be kept apart from what was computed before by barriers. Samplers keep their loop, where nothing is stacked: without
-  it GSPN-L/2 would take 21.7 ms in place of 22.6 and DiT-XL/2 27.3 in place of 26.2, whose products then get their
-  weights in copies and their biases by kernels of their own.
+  compile on two cores (with loops 136 and 85 s, under another load); GSPN-S's 871 s at a load of 8 (320). Gradients of
+  weights are put side by side at the end, and over fsdp gathers and sums have the kernels of other blocks beside them
+  (below). What `remat` computes again must be kept apart from what was computed before by barriers. Samplers keep their
+  loop over blocks: without it GSPN-L/2 would take 21.7 ms in place of 22.6 and DiT-XL/2 27.3 in place of 26.2, whose
+  products then get their weights in copies and their biases by kernels of their own.
 - **The layer norm's derivative**: with y the result, s one over the deviation, x gets s (g - mean(g) - y mean(g y)),
   two sums in one pass where the operations' own derivative makes three in two; `remat names` keeps mean and s.
-
 - **Convolutions**: one that widens bfloat16 to float32 has XLA:GPU read its arguments in float32 as well.
 - **Named values** (`gspn_jax.models.remat`): products after their bias, the 7x7 convolution, the result and the states
   of the scans. The kernel writes its states to where they are kept, without a copy.

@@ -45,7 +45,7 @@ class ClassifierConfig:
     remat: Remat = "none"
     """Values that the backward pass computes again, as in `config.ModelConfig`."""
     unroll: bool | None = None
-    """Trains with a program that has every block, in place of loops over blocks, as in `config.ModelConfig`."""
+    """Compiles every block, in place of loops over blocks. None: on GPUs."""
 
     def __post_init__(self) -> None:
         check_numbers(self, "model")

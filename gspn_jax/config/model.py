@@ -65,7 +65,7 @@ class ModelConfig:
     """Values that the backward pass computes again: none, all but the linears, all but what is dear to compute for its
     size (`gspn_jax.models.remat.NAMES`), all. Under mesh.fsdp "none" is "dots"."""
     unroll: bool | None = None
-    """Trains with a program that has every block of a stack, in place of a loop over its blocks. None: on GPUs."""
+    """Compiles every block of a stack, in place of a loop over its blocks. None: on GPUs, but for samplers."""
     backend: Backend | None = None
 
     def __post_init__(self) -> None:

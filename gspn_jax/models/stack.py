@@ -38,9 +38,8 @@ class Machine(NamedTuple):
     """Whether no gradient is taken. A stretch of blocks then reads its weights and long skips where they are; the
     gradient of that would add up whole stacks, so that they are sliced where there may be one."""
     unrolls: bool = False
-    """Whether the program has every block of a stack, and no loop, where gradients are taken: nothing is stacked for
-    the backward pass, and the compiler sees from one block to the next. Without gradients nothing is stacked, and a
-    loop reads weights where they are."""
+    """Whether the program has every block of a stack, and no loop: nothing is stacked for the backward pass, and the
+    compiler sees from one block to the next."""
 
 
 _ANY = Machine()
@@ -77,7 +76,7 @@ def run_stack(
     Float[Array, "B H W D"], Float[Array, "skips B H W D"] | EachOfThem | None, dict[int, Float[Array, "B H W D"]]
 ]:  # fmt: skip
     """Runs a stack of blocks: in scans over its leading axis, so that compile time does not depend on the depth, or
-    with `unroll` (None: as the machine has it) one after another where gradients are taken.
+    with `unroll` (None: as the machine has it) one after another.
 
     `chunks` (one entry a block) is static. `drop_path` and `long_skips` have one entry a block too. `prepare` makes
     what is computed with of parameters and their `ParamShape`s, of a block or of all.
@@ -90,7 +89,7 @@ def run_stack(
     layer = jax.tree.map(lambda own: own.layer, shapes)
     machine = _machine.value
     runner = machine.runner
-    unroll = (machine.unrolls if unroll is None else unroll) and not machine.forward_only
+    unroll = machine.unrolls if unroll is None else unroll
     policy = "dots" if runner and remat == "none" else remat
 
     @functools.cache

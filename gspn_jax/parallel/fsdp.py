@@ -23,10 +23,17 @@ from gspn_jax.parallel import sharding
 
 
 @contextlib.contextmanager
-def sharded_blocks(mesh: Mesh, compute: DTypeLike, *, forward_only: bool = False) -> Iterator[None]:
+def sharded_blocks(
+    mesh: Mesh, compute: DTypeLike, *, forward_only: bool = False, repeats: bool = False
+) -> Iterator[None]:
     """Inside, blocks that compute in the type `compute` are traced for what each device has: images over "data" and
-    "fsdp", channels over "tensor"."""
-    machine = stack.Machine(tensor_cores=uses_tensor_cores(mesh), forward_only=forward_only, unrolls=unrolls(mesh))
+    "fsdp", channels over "tensor".
+
+    `repeats`: the program evaluates a network many times, in a loop. Loops over blocks read their weights where they
+    are; without one XLA:GPU would copy some of them in each evaluation.
+    """
+    each = unrolls(mesh) and not repeats
+    machine = stack.Machine(tensor_cores=uses_tensor_cores(mesh), forward_only=forward_only, unrolls=each)
     if mesh.shape["fsdp"] == 1:
         with stack.run_blocks_on(machine), kernels.sharded(mesh, batch=sharding.BATCH_AXES, channels=("tensor",)):
             yield

@@ -140,7 +140,7 @@ class _Network:
         return denoise
 
     def _blocks(self):
-        return fsdp.sharded_blocks(self._mesh, self._config.train.compute, forward_only=True)
+        return fsdp.sharded_blocks(self._mesh, self._config.train.compute, forward_only=True, repeats=True)
 
 
 def check_guidance(config: Config, *, guided_by_model: bool = False) -> None:
