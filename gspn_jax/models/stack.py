@@ -119,10 +119,17 @@ def _one_by_one(block_of, x, condition, layers, chunks, *, keep, features):
     between = []
     for i, (chunk, own) in enumerate(zip(chunks, _unstacked(params, len(chunks)), strict=True)):
         drop = jax.tree.map(lambda a, i=i: a[i], drop_path)
+        x, own = _back_together((x, own))
         x = calls[chunk](x, condition, own, drop, None if long_skips is None else long_skips[i])
         between.append(x)
     found = {i: between[i] for i in features}
     return x, between[-2::-1] if keep else None, found
+
+
+def _back_together(arrays: Any) -> Any:
+    """The same arrays, whose gradients go on when all are there. Where gradients of weights are sent to other devices
+    XLA would make them late, and keep what they are made of for all blocks."""
+    return linear_call(lambda _, given: given, lambda _, back: jax.lax.optimization_barrier(back), (), arrays)
 
 
 def _unstacked(tree: Any, count: int) -> list[Any]:
