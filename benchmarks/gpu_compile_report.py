@@ -95,9 +95,9 @@ kernels.
   weights are put side by side at the end, and over fsdp gathers and sums have the kernels of other blocks beside them
   (below). What `remat` computes again must be kept apart from what was computed before by barriers, and gradients of a
   block go on together: where they are sent to other devices XLA made those of weights late, and kept what they are
-  made of for all blocks, 34.2 GB of temporary memory over 8 GPUs in place of 10.8. Samplers keep their
-  loop over blocks: without it GSPN-L/2 would take 21.7 ms in place of 22.6 and DiT-XL/2 27.3 in place of 26.2, whose
-  products then get their weights in copies and their biases by kernels of their own.
+  made of for all blocks, 34.2 GB of temporary memory over 8 GPUs in place of 10.8. Samplers keep their loop over
+  blocks: without it GSPN-L/2 would take 21.7 ms in place of 22.6 and DiT-XL/2 27.3 in place of 26.2, whose products
+  then get their weights in copies and their biases by kernels of their own.
 - **The layer norm's derivative**: with y the result, s one over the deviation, x gets s (g - mean(g) - y mean(g y)),
   two sums in one pass where the operations' own derivative makes three in two; `remat names` keeps mean and s.
 - **Convolutions**: one that widens bfloat16 to float32 has XLA:GPU read its arguments in float32 as well.

@@ -20,7 +20,6 @@ from jaxtyping import Array, Float
 from gspn_jax.kernels import compat, devices, expansion, launch, local_pieces
 from gspn_jax.kernels.derivatives import differentiable
 from gspn_jax.kernels.local_bodies import (
-    AXES,
     LOGITS,
     SLAB,
     Cotangents,
@@ -32,7 +31,7 @@ from gspn_jax.kernels.local_bodies import (
     local_forward,
     pairs,
 )
-from gspn_jax.kernels.local_pieces import CLASSES, GRID, MOST_FILLED, PIXELS, Cut
+from gspn_jax.kernels.local_pieces import AXES, CLASSES, GRID, MOST_FILLED, PIXELS, Cut
 from gspn_jax.kernels.terms import OUT_GATE, Job
 from gspn_jax.kernels.weights import DIRECTIONS
 
@@ -166,10 +165,7 @@ def _propagate_backward(job: Job, arrays: tuple[Array, ...], _: tuple, cotangent
     outputs = Cotangents(jax.ShapeDtypeStruct(given.x.shape, x.dtype), jax.ShapeDtypeStruct(terms, jnp.uint32))
     by = _run(cut, functools.partial(local_backward, job=job), given, outputs)
     terms = lax.bitcast_convert_type(by.terms, x.dtype).reshape(CLASSES, pieces * PIXELS, -1)
-    # without the barrier XLA adds up what the sums are made of for each of their uses, and where they are sent to other
-    # devices it makes them late, and keeps the terms of all blocks
-    sums, by_x = lax.optimization_barrier((_by_up(job, given.proxy, terms), by.x))
-    by_up, gy_h = sums[..., : proxy.shape[-1]], sums[:, OUT_GATE, :, proxy.shape[-1]]
+    by_up, gy_h = _by_up(job, given.proxy, terms)
     # the kernel leaves `merge` out of what out_gate and skip get: it is a factor of the sums, and gets them
     after = slice(OUT_GATE, None)
     used = up[:, after].astype(x.dtype).astype(jnp.float32)
@@ -177,7 +173,7 @@ def _propagate_backward(job: Job, arrays: tuple[Array, ...], _: tuple, cotangent
     by_up = by_up.at[:, after].multiply(merge[:, None, :, None])
     scaled = up.at[:, after].multiply(merge[:, None, :, None]).astype(x.dtype)
     by_proxy = cut.from_classes(_by_proxy(job, scaled, terms)).astype(proxy.dtype)
-    return cut.restored(by_x), by_proxy, by_up, by_merge
+    return cut.restored(by.x), by_proxy, by_up, by_merge
 
 
 def _terms_of_classes(job: Job) -> list[list[list[tuple[int, int]]]]:
@@ -203,8 +199,8 @@ def _by_proxy(
 
 def _by_up(
     job: Job, proxy: Float[Array, "pieces 4 64 d"], terms: Float[Array, "4 pixels terms"]
-) -> Float[Array, "4 N C wider"]:
-    """Sums over pixels of cotangents and proxy and, in column d, of cotangents alone, by a column of ones beside it."""
+) -> tuple[Float[Array, "4 N C d"], Float[Array, "4 C"]]:
+    """(sums over pixels of cotangents and proxy, sum of gy h): a column of ones beside the proxy gives the latter."""
     rank = proxy.shape[-1]
     wider = jnp.pad(proxy, ((0, 0),) * 3 + ((0, 8),), constant_values=1)
     wider = wider.swapaxes(0, 1).reshape(CLASSES, -1, rank + 8)
@@ -216,11 +212,13 @@ def _by_up(
             for n, place in enumerate(pair):
                 sums.setdefault(place, []).append(of_pair[:, n])
     directions = range(len(DIRECTIONS))
-    return jnp.stack([jnp.stack([sum(sums[k, kind]) for kind in range(job.kinds)]) for k in directions])
+    total = jnp.stack([jnp.stack([sum(sums[k, kind]) for kind in range(job.kinds)]) for k in directions])
+    total = lax.optimization_barrier(total)  # or XLA adds up what it is made of for each of its uses
+    return total[..., :rank], total[:, OUT_GATE, :, rank]
 
 
 def _shared_bytes(cut: Cut, kinds: int, rank: int, *, backward: bool) -> int:
-    """Of shared memory for a proxy of `rank` that expands to so many kinds of terms."""
+    """Bytes of shared memory for a proxy of `rank` that expands to so many kinds of terms."""
     rank += -rank % expansion.QUANTUM
     slots, exchanged, tiles_of_class = (1, 1 + LOGITS, 4) if backward else (2, AXES, 2)
     operands = 2 * rank * CLASSES * (kinds * SLAB + slots * PIXELS)

@@ -11,14 +11,12 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float
 
 from gspn_jax.kernels import bodies, compat
-from gspn_jax.kernels.local_pieces import CLASSES, GRID, PIXELS, Cut
+from gspn_jax.kernels.local_pieces import AXES, CLASSES, GRID, PIXELS, Cut
 from gspn_jax.kernels.terms import LAM, OUT_GATE, SKIP, Job
 
 SLAB = 16
 """Channels of a block."""
 LOGITS = 3
-AXES = 2
-"""Lines that are rows (down, up), and lines that are columns (right, left)."""
 LAYOUT = plgpu.Layout.WGMMA
 """How a tile [pixels of a class, channels] is spread over a warpgroup: as products leave it."""
 
@@ -44,7 +42,7 @@ class Given(NamedTuple):
     merge: Any
     """[4, C] float32"""
     cotangent: Any = None
-    """Of y, as x; None forward."""
+    """Cotangent of y, as x; None forward."""
     beyond: Any = None
     """[pieces, grids * 64 pixels, C]: `local_pieces.beyond`; None for maps of one piece."""
 
@@ -76,7 +74,7 @@ def rows_between(cut: Cut) -> int:
 
 
 def exchanged_rows(cut: Cut) -> int:
-    """Of all classes in `Shared.exchanged`."""
+    """Rows of all classes in `Shared.exchanged`."""
     return CLASSES * PIXELS + (CLASSES - 1) * rows_between(cut)
 
 
@@ -100,7 +98,7 @@ class Lines(NamedTuple):
     before: Any
     """Pixels of the class on a line before the piece."""
     length: Any
-    """Of a line of the map, in pixels of the class."""
+    """Length of a line of the map, in pixels of the class."""
 
     @property
     def first_direction(self) -> Array:

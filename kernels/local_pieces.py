@@ -1,4 +1,4 @@
-"""How maps are cut for the scan with chunk=2, and what pieces read beyond their edges, which XLA computes beforehand.
+"""Cuts of maps for the scan with chunk=2, and what pieces read beyond their edges, which XLA computes beforehand.
 
 Lines are paired inside of a piece, whose sides are even, but the three pixels that a second pixel needs lie in the
 piece beside its own where it is the first or last of the piece along its line. There they are read from `beyond`.
@@ -15,20 +15,20 @@ from gspn_jax.kernels.terms import LAM, OUT_GATE
 from gspn_jax.kernels.weights import LOGIT_FLOOR
 
 CLASSES = 4
-AXES = 0, 1
+AXES = 2
 """Lines that are rows (down, up), and lines that are columns (right, left)."""
 SIDE = 16
-"""Of a piece, in pixels."""
+"""Pixels of a side of a piece."""
 GRID = SIDE // 2
 """Rows and columns of a class in a piece."""
 PIXELS = GRID**2
-"""Of a class: 64, the rows of the tensor cores' instruction."""
+"""Pixels of a class: 64, the rows of the tensor cores' instruction."""
 MOST_FILLED = 1.5
 """Pixels of pieces for each of the map, beyond which the kernels that XLA expands terms for move fewer bytes."""
 
 
 class Cut(NamedTuple):
-    """How a map is cut into pieces of SIDE x SIDE pixels; zeros fill up the last ones."""
+    """Cut of a map into pieces of SIDE x SIDE pixels; zeros fill up the last ones."""
 
     height: int
     width: int
@@ -40,7 +40,7 @@ class Cut(NamedTuple):
 
     @property
     def single(self) -> bool:
-        """Whether one piece has all of the map."""
+        """True where one piece has all of the map."""
         return self.counts == (1, 1)
 
     @property
@@ -81,8 +81,8 @@ def beyond(
     merge: Float[Array, "4 C"],
     cotangent: Float[Array, "B H W C"] | None = None,
 ) -> Float[Array, "pieces rows C"] | None:
-    """What pieces read of pixels just beyond their edges, or None for a single piece: h of first pixels and, with the
-    cotangent of y, what second ones hand back; zero beyond the map.
+    """Values that pieces read of pixels just beyond their edges, or None for a single piece: h of first pixels and,
+    with the cotangent of y, what second ones hand back; zero beyond the map.
 
     A grid [64 pixels of a class, C] of each piece for either axis, those of h before those of what is handed back.
     `Class.read_beyond` shifts a grid so that its place falls on the edge. A class reads over one edge of either axis:
@@ -91,12 +91,12 @@ def beyond(
     """
     if cut.single:
         return None
-    proxies = [_strips(axis, proxy) for axis in AXES]
-    found = [_states(axis, _strips(axis, x), proxies[axis], up) for axis in AXES]
-    grids = [_grid(axis, found[axis]) for axis in AXES]
+    proxies = [_strips(axis, proxy) for axis in range(AXES)]
+    found = [_states(axis, _strips(axis, x), proxies[axis], up) for axis in range(AXES)]
+    grids = [_grid(axis, found[axis]) for axis in range(AXES)]
     if cotangent is not None:
-        found = [_handed_back(axis, _strips(axis, cotangent), proxies[axis], up, merge) for axis in AXES]
-        grids += [_grid(axis, found[axis]) for axis in AXES]
+        found = [_handed_back(axis, _strips(axis, cotangent), proxies[axis], up, merge) for axis in range(AXES)]
+        grids += [_grid(axis, found[axis]) for axis in range(AXES)]
     return jnp.concatenate(grids, axis=1)
 
 

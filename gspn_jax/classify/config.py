@@ -156,6 +156,7 @@ class ClassifyConfig(RunConfig):
 
     TASK = "classification"
     FIXED = (*RunConfig.FIXED, "augment")
+    MACHINE = ("model.unroll",)
     FREE = ("model.remat", "model.unroll", "data.path", "data.workers", "data.bad_images")
     SHAPES = ("data.channels", "data.num_classes")
 

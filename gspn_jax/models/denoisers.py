@@ -14,7 +14,8 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Key, PyTree
 
 from gspn_jax.models.attention import forward_mode
-from gspn_jax.models.blocks import ZEROS, DiTBlock, DropPath, GSPNBlock, Modulation, modulate, norm_of, prepared
+from gspn_jax.models.blocks import ZEROS, DiTBlock, GSPNBlock, Modulation, modulate, norm_of, prepared
+from gspn_jax.models.drop_path import DropPath
 from gspn_jax.models.embeddings import PatchEmbed, TimestepEmbed, sincos_positions, unpatchify
 from gspn_jax.models.parameters import stack
 from gspn_jax.models.presets import Architecture

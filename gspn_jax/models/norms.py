@@ -30,11 +30,8 @@ def layer_norm(x: Float[Array, "B H W D"], width: int | None = None) -> Float[Ar
 
     With `width` over the first so many channels; the others must be zero, and come out as anything.
     """
-    x = x.astype(jnp.float32)
-    if tensor_cores() or width not in (None, x.shape[-1]):
-        return _normalised(x, width or x.shape[-1])
-    x = x - x.mean(-1, keepdims=True)
-    return x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + EPSILON)
+    x, width = x.astype(jnp.float32), width or x.shape[-1]
+    return _normalised(x, width) if tensor_cores() else _centred(x, width)[0]
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))

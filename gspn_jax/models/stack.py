@@ -32,13 +32,13 @@ class Machine(NamedTuple):
     It is here that weights split over devices are gathered, one block at a time. They are gathered again for the
     backward pass, so that `remat` "none", which would keep them, becomes "dots"."""
     tensor_cores: bool = False
-    """Whether widths are padded for them (`width`), and tokens kept row by row between blocks: left to itself XLA:GPU
-    turns them, and layer norms take three kernels."""
+    """True where widths are padded for them (`width`), and tokens kept row by row between blocks: left to itself
+    XLA:GPU turns them, and layer norms take three kernels."""
     forward_only: bool = False
-    """Whether no gradient is taken. A stretch of blocks then reads its weights and long skips where they are; the
+    """True where no gradient is taken. A stretch of blocks then reads its weights and long skips where they are; the
     gradient of that would add up whole stacks, so that they are sliced where there may be one."""
     unrolls: bool = False
-    """Whether the program has every block of a stack, and no loop: nothing is stacked for the backward pass, and the
+    """True where the program has every block of a stack, and no loop: nothing is stacked for the backward pass, and the
     compiler sees from one block to the next."""
 
 
@@ -100,7 +100,7 @@ def run_stack(
 
         run = runner(apply, layer) if runner else apply
 
-        def block(x, condition, params, drop_path, long_skip):
+        def block(x, condition, params, drop_path, long_skip):  # benchmarks/roofline.py knows blocks by this name
             return run(params, x, condition, drop_path, long_skip)
 
         # in a loop the compiler cannot take what is computed again for what was computed before
