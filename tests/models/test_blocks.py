@@ -97,6 +97,18 @@ def test_what_is_not_kept_is_computed_again():
     assert len(re.findall(r"= \S+ tanh\(", program)) == 6
 
 
+def test_gradients_of_a_block_go_on_together():
+    """A barrier a block, without which those of weights may come late where they are sent to other devices."""
+    graphdef, params = nnx.split(stack(Turn, 3, nnx.Rngs(0)))
+    drops, x = DropPath(jax.random.split(jax.random.key(0), 3), jnp.zeros(3)), jnp.ones((2, 1, 1, 3))
+
+    def loss(params):
+        blocks, own = nnx.merge(graphdef, params), {"drop_path": drops, "long_skips": [x] * 3}
+        return run_stack(blocks, x, jnp.zeros((2, 3)), chunks=(1,) * 3, remat="none", unroll=True, **own)[0].sum()
+
+    assert jax.jit(jax.grad(loss)).lower(params).as_text().count("optimization_barrier") == 3
+
+
 def test_stack_drops_by_the_rate_of_each_block():
     blocks = stack(Affine, 3, nnx.Rngs(0))
     blocks.bias[...] = jnp.array([1.0, 10.0, 100.0])
