@@ -16,6 +16,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.mosaic.gpu import warpgroup_barrier as mosaic_barrier
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.extend.mlir import ir
+from jax.extend.mlir.dialects import arith, vector
 from jaxtyping import Array
 
 PALLAS_NAMES = (
@@ -25,6 +27,7 @@ PALLAS_NAMES = (
     "Layout",
     "LoweringSemantics",
     "SMEM",
+    "ShapeDtypeStruct",
     "SwizzleTransform",
     "Tiling",
     "TilingTransform",
@@ -217,6 +220,74 @@ def store_reshaped(ref: Any, value: Array) -> None:
         ref[...] = value.reshape(ref.shape)
     else:
         ref.reshape(*value.shape)[...] = value
+
+
+def reciprocal(value: Array, layout: Any) -> Array:
+    """1 / value in float32, spread as `layout` says, where neither is below 2**-126 in size.
+
+    One instruction of a GPU: the one that takes smaller numbers too costs six more around it.
+    """
+    if interpreting():
+        return 1.0 / value
+
+    def invert(array: Any) -> Any:
+        return array._pointwise(array._lift_fast_instr("rcp.approx.ftz.f32"))
+
+    return _inline(invert, jnp.float32, layout, value)
+
+
+def packed(low: Array, high: Array, layout: Any) -> Array:
+    """uint32 of two float32 rounded to bfloat16, `low` in the lower half, in one instruction of a GPU."""
+    if interpreting():
+        halves = [jax.lax.bitcast_convert_type(half.astype(jnp.bfloat16), jnp.uint16) for half in (low, high)]
+        return halves[0].astype(jnp.uint32) | halves[1].astype(jnp.uint32) << 16
+
+    def pack(low: Any, high: Any) -> Any:
+        return low._pointwise(_pack, high, output_is_signed=False)
+
+    return _inline(pack, jnp.uint32, layout, low, high)
+
+
+def _pack(low: ir.Value, high: ir.Value) -> ir.Value:
+    """A register of words from one of each half."""
+    count, floats = ir.VectorType(low.type).shape[0], ir.F32Type.get()
+    pairs = []
+    for n in range(count):
+        halves = [vector.extract(half, dynamic_position=[], static_position=[n]) for half in (low, high)]
+        pair = vector.from_elements(ir.VectorType.get((2,), floats), halves)
+        rounded = arith.truncf(ir.VectorType.get((2,), ir.BF16Type.get()), pair)
+        pairs.append(vector.bitcast(ir.VectorType.get((1,), ir.IntegerType.get_signless(32)), rounded))
+    words = [vector.extract(pair, dynamic_position=[], static_position=[0]) for pair in pairs]
+    return vector.from_elements(ir.VectorType.get((count,), words[0].type), words)
+
+
+def widened(value: Array, layout: Any) -> Array:
+    """float32 of bfloat16, two neighbours at a time, one instruction of a GPU each."""
+    if interpreting():
+        return value.astype(jnp.float32)
+
+    def widen(array: Any) -> Any:
+        return array._pointwise(_widen)
+
+    return _inline(widen, jnp.float32, layout, value)
+
+
+def _widen(pair: ir.Value) -> ir.Value:
+    word_type = ir.IntegerType.get_signless(32)
+    words = vector.bitcast(ir.VectorType.get((1,), word_type), pair)
+    word = vector.extract(words, dynamic_position=[], static_position=[0])
+    low = arith.shli(word, arith.constant(word_type, 16))
+    high = arith.andi(word, arith.constant(word_type, -(1 << 16)))
+    found = vector.from_elements(ir.VectorType.get((2,), word_type), [low, high])
+    return vector.bitcast(ir.VectorType.get((2,), ir.F32Type.get()), found)
+
+
+def _inline(function: Callable, dtype: Any, layout: Any, *arrays: Array) -> Array:
+    """`function` of the registers of arrays of one shape and layout."""
+    found = plgpu.ShapeDtypeStruct(arrays[0].shape, dtype, layout=layout)
+    return plgpu.inline_mgpu(arg_types=(layout,) * len(arrays), return_type=found)(
+        lambda _, *arrays: function(*arrays)
+    )(*arrays)
 
 
 def iota(shape: tuple[int, ...], dimension: int, layout: Any) -> Array:

@@ -1,7 +1,7 @@
 """The programs of the scan with chunk=2, forward and backward, as the warpgroups of a block run them: see `local`."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -254,7 +254,7 @@ class Class(NamedTuple):
     def read_pixels(self, slot: Array, n: int) -> Float[Array, "64 SLAB"]:
         """Reads x (n = 0) or the cotangent of y (1)."""
         tile = compat.load_reshaped(self.shared.pixels.at[slot, n, self.index], (PIXELS, SLAB), LAYOUT)
-        return tile.astype(jnp.float32)
+        return compat.widened(tile, LAYOUT)
 
     def place(self, piece: Array) -> tuple:
         """Index of this class in [B H / 2, 2, W / 2, 2, C]."""
@@ -281,9 +281,8 @@ class Class(NamedTuple):
         compat.store(output, self.place(self.piece), compat.load(staged, whole, PIXEL_LAYOUT))
 
     def expand(self, slot: Array, *wanted: tuple[Array, slice], meanwhile: Callable = tuple) -> tuple[list, Any]:
-        """Terms of each direction and kinds that are wanted, and the value of `meanwhile`, which runs beside products.
-
-        lam and out_gate are 1 more than their products.
+        """Products of proxy and factors for each direction and kinds that are wanted, and the value of `meanwhile`,
+        which runs beside them. lam and out_gate are 1 more than theirs: see `_one_more`.
         """
         kinds = [range(self.shared.up.shape[1] // SLAB)[found] for _, found in wanted]
 
@@ -294,13 +293,12 @@ class Class(NamedTuple):
             value = meanwhile()
             return [accumulator[...] for accumulator in accumulators], value
 
-        def terms(columns: Array, found: range) -> list[Array]:
-            tiles = [columns[:, n * SLAB : (n + 1) * SLAB] for n in range(len(found))]
-            return [1.0 + tile if kind in (LAM, OUT_GATE) else tile for kind, tile in zip(found, tiles, strict=True)]
+        def tiles(columns: Array, found: range) -> list[Array]:
+            return [columns[:, n * SLAB : (n + 1) * SLAB] for n in range(len(found))]
 
         shapes = [plgpu.ACC((PIXELS, len(found) * SLAB), jnp.float32) for found in kinds]
         products, value = pl.run_scoped(product, *shapes)
-        return list(map(terms, products, kinds)), value
+        return list(map(tiles, products, kinds)), value
 
     def merge(self, direction: Array) -> Float[Array, "64 SLAB"]:
         factors = compat.load(self.given.merge, (direction, pl.ds(self.start, SLAB)), LAYOUT.reduce(0))
@@ -378,15 +376,42 @@ def _walk(job: Job, given: Given, shared: Shared, cut: Cut, pieces: int, visit: 
     here.await_pixels(jnp.int32(pieces % 2))
 
 
-def _weights(logits: list[Array], has_left: Array, has_right: Array) -> tuple[list[Array], Array]:
-    """(weights of the three neighbours, sum of the sigmoids of those that exist)."""
+class Sigmoids(NamedTuple):
+    """Sigmoids of the logits of three neighbours, times (1 + odds) of all three; 0 for one that does not exist."""
+
+    left: Array
+    center: Array
+    right: Array
+    total: Array
+    """What they were multiplied by."""
+
+    @property
+    def sum(self) -> Array:
+        return self.left + self.center + self.right
+
+    @property
+    def scale(self) -> Array:
+        """What makes them weights, whose sum is 1."""
+        return _reciprocal(self.sum)
+
+    def weigh(self, neighbours: Iterable[Array]) -> Array:
+        """Their products with values of the three, summed."""
+        return sum(sigmoid * value for sigmoid, value in zip(self[:LOGITS], neighbours, strict=True))
+
+
+def _sigmoids(logits: list[Array], has_left: Array, has_right: Array) -> Sigmoids:
     a, b, c = (1.0 + bodies.odds(logit) for logit in logits)
-    left, center, right = b * c, a * c, a * b
-    total = a * left
-    left, right = jnp.where(has_left, left, 0.0), jnp.where(has_right, right, 0.0)
-    sum_of_three = left + center + right
-    scale = 1.0 / sum_of_three
-    return [left * scale, center * scale, right * scale], sum_of_three / total
+    left = b * c
+    return Sigmoids(jnp.where(has_left, left, 0.0), a * c, jnp.where(has_right, a * b, 0.0), a * left)
+
+
+def _one_more(product: Array, value: Array) -> Array:
+    """(1 + product) * value, one multiply-add."""
+    return value + product * value
+
+
+def _reciprocal(tile: Float[Array, "64 SLAB"]) -> Float[Array, "64 SLAB"]:
+    return compat.reciprocal(tile, LAYOUT)
 
 
 FIRST, WEIGHTS, SECOND = slice(LAM, None), slice(0, LAM), slice(LAM, None)
@@ -399,23 +424,24 @@ def local_forward(given: Given, outputs: Any, shared: Shared, *, job: Job, cut: 
 
     def visit(here: Class, proxy_slot: Array, slot: Array, follow: Any, follow_beyond: Any) -> None:
         def add(y: Array, x: Array, state: Array, out_gate: Array, skip: list[Array], direction: Array) -> Array:
-            term = out_gate * state + skip[0] * x if skip else out_gate * state
-            return y + term * here.merge(direction)
+            term = _one_more(out_gate, state)
+            return y + (term + skip[0] * x if skip else term) * here.merge(direction)
 
         def visit_axis(axis: Array, y: Array) -> Array:
             lines, x = here.lines(axis), here.read_pixels(slot, 0)
             ((lam, *others), logits), _ = here.expand(
                 proxy_slot, (lines.first_direction, FIRST), (lines.second_direction, WEIGHTS)
             )
-            state = lam * x
+            state = _one_more(lam, x)
             states[rows_of(cut, here.index), tile_at(axis)] = state
             y = add(y, x, state, others[0], others[1:], lines.first_direction)
             here.meet()
 
-            def carry(lines=lines, logits=logits) -> Array:
-                weights, _ = _weights(logits, *lines.neighbours())
+            def carry(lines=lines, logits=logits, x=x) -> Array:
+                sigmoids = _sigmoids(logits, *lines.neighbours())
                 beyond = here.read_beyond(lines, slot, axis)
-                return sum(weight * lines.read(states, axis, n, beyond) for n, weight in enumerate(weights))
+                carried = sigmoids.weigh(lines.read(states, axis, n, beyond) for n in range(LOGITS))
+                return x + carried * sigmoids.scale
 
             ((lam, *others),), state = here.expand(proxy_slot, (lines.second_direction, SECOND), meanwhile=carry)
 
@@ -424,7 +450,6 @@ def local_forward(given: Given, outputs: Any, shared: Shared, *, job: Job, cut: 
                 follow()
                 follow_beyond()
 
-            x = here.read_pixels(slot, 0)
             return add(y, x, state + lam * x, others[0], others[1:], lines.second_direction)
 
         y = lax.fori_loop(0, AXES, visit_axis, compat.zeros((PIXELS, SLAB), LAYOUT))
@@ -461,12 +486,6 @@ def pairs(job: Job) -> list[tuple[tuple[int, bool, int], tuple[int, bool, int]]]
     return [*of_axes[0], *of_axes[1], ((0, False, LAM), (1, False, OUT_GATE))]
 
 
-def _words(low: Float[Array, "64 SLAB"], high: Float[Array, "64 SLAB"]) -> Array:
-    """uint32 of two bfloat16, `low` first in memory."""
-    bits = [lax.bitcast_convert_type(tile.astype(jnp.bfloat16), jnp.uint16).astype(jnp.uint32) for tile in (low, high)]
-    return bits[0] | (bits[1] << 16)
-
-
 def local_backward(given: Given, outputs: Cotangents, shared: Shared, *, job: Job, cut: Cut, pieces: int):
     """Pixels on first lines need what second lines hand back, and those need h of first lines: three phases an axis."""
     exchanged, of_axis = shared.exchanged, len(pairs(job)) // AXES
@@ -476,7 +495,8 @@ def local_backward(given: Given, outputs: Cotangents, shared: Shared, *, job: Jo
 
         def write(pair: int, low: Array, high: Array) -> None:
             at = (here.index, here.piece, slice(None), pair, pl.ds(here.start, SLAB))
-            compat.store(outputs.terms, at, _words(low, high))
+            low, high = (compat.widened(t, LAYOUT) if t.dtype == jnp.bfloat16 else t for t in (low, high))
+            compat.store(outputs.terms, at, compat.packed(low, high, LAYOUT))
 
         def visit_axis(axis: int, by_x: Array, by_lam_before: Array | None) -> tuple[Array, Array]:
             """(what x gets so far, what lam of first lines gets). The two axes are written out, not a loop: what waits
@@ -486,6 +506,7 @@ def local_backward(given: Given, outputs: Cotangents, shared: Shared, *, job: Jo
             ((lam, out_gate, *skip), logits), _ = here.expand(
                 proxy_slot, (lines.first_direction, FIRST), (lines.second_direction, WEIGHTS)
             )
+            lam = 1.0 + lam
             h = lam * x
             exchanged[mine, tile_at(0)] = h
             if axis == 1:
@@ -494,17 +515,15 @@ def local_backward(given: Given, outputs: Cotangents, shared: Shared, *, job: Jo
             if skip:
                 write(pair + 3, gy * x, gy * x)
                 by_x = by_x + scaled * skip[0]
-            direct, first_lam = scaled * out_gate, lam
+            direct, first_lam = _one_more(out_gate, scaled), lam
             here.meet()
 
             def carry(lines=lines, logits=logits) -> tuple[list[Array], Array, Array]:
-                weights, sigmoids = _weights(logits, *lines.neighbours())
-                beyond = here.read_beyond(lines, slot, axis)
-                return (
-                    weights,
-                    sigmoids,
-                    sum(weight * lines.read(exchanged, 0, n, beyond) for n, weight in enumerate(weights)),
-                )
+                sigmoids = _sigmoids(logits, *lines.neighbours())
+                beyond, scale = here.read_beyond(lines, slot, axis), sigmoids.scale
+                weights = [sigmoid * scale for sigmoid in sigmoids[:LOGITS]]
+                carried = sum(weight * lines.read(exchanged, 0, n, beyond) for n, weight in enumerate(weights))
+                return weights, sigmoids.sum * _reciprocal(sigmoids.total), carried
 
             if axis == 1:  # kept there while registers are scarce
                 exchanged[mine, tile_at(1)] = by_x
@@ -515,7 +534,7 @@ def local_backward(given: Given, outputs: Cotangents, shared: Shared, *, job: Jo
                 follow()
             x, gy = read(0), read(1)
             scaled = gy * here.merge(lines.second_direction)
-            adjoint = scaled * out_gate
+            adjoint, lam = _one_more(out_gate, scaled), 1.0 + lam
             write(pair + 2, adjoint * x, gy * (carried + lam * x))
             if axis == 1:
                 by_x = compat.load(exchanged, (mine, tile_at(1)), LAYOUT)
