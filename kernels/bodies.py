@@ -21,16 +21,16 @@ def odds(logits: Array) -> Array:
 
 
 def normalised(
-    logits: Sequence[Array], has_left: Array, has_right: Array
+    logits: Sequence[Array], has_left: Array, has_right: Array, reciprocal: Callable[[Array], Array]
 ) -> tuple[tuple[Array, ...], tuple[Array, ...]]:
     """The weights of three logits, and 1 - sigmoid of each."""
     found = [odds(logit) for logit in logits]
     a, b, c = (1.0 + odd for odd in found)
     left, center, right = b * c, a * c, a * b
-    scale = 1.0 / (a * left)
+    scale = reciprocal(a * left)
     complements = tuple(odd * product * scale for odd, product in zip(found, (left, center, right), strict=True))
     left, right = jnp.where(has_left, left, 0.0), jnp.where(has_right, right, 0.0)
-    scale = 1.0 / (left + center + right)
+    scale = reciprocal(left + center + right)
     return (left * scale, center * scale, right * scale), complements
 
 
@@ -105,9 +105,9 @@ def forward(inputs: Inputs, outputs, shared: Shared, *, job: Job, plan: tiles.Pl
                 """The next one that the job has; an expanded one is read when it is needed."""
                 if plan.expands:
                     return expansion.read(walk, t, position, next(kinds))
-                return fetched.pop(0).astype(jnp.float32)
+                return walk.widened(fetched.pop(0))
 
-            x, left, center, right = x.astype(jnp.float32), term(), term(), term()
+            x, left, center, right = walk.widened(x), term(), term(), term()
             has_left, has_right = walk.neighbours(position, shared=job.shared)
             if job.logits:
                 a, b, c = (1.0 + odds(logits) for logits in (left, center, right))
@@ -115,7 +115,7 @@ def forward(inputs: Inputs, outputs, shared: Shared, *, job: Job, plan: tiles.Pl
             left = jnp.where(has_left, left, 0.0)
             right = jnp.where(has_right, right, 0.0)
             if job.logits:
-                scale = walk.spread(1.0 / (left + center + right))
+                scale = walk.spread(walk.reciprocal(left + center + right))
             left, center, right = map(walk.spread, (left, center, right))
             # one neighbour after the other: few values are alive at a time
             h = left * walk.read(state, walk.state(parity, 0, position, 0))
@@ -225,7 +225,7 @@ def backward(inputs, outputs, shared: Shared, *, job: Job, plan: tiles.Plan):
         ) -> tuple[Array, Array, Array]:
             """(by_merge, adjoint of h, adjoint of x), the latter stored if the directions do not meet."""
             t, parity = walk.visited(n), lax.rem(n, 2)
-            fetched = {name: tile.astype(jnp.float32) for name, tile in fetched.items()}
+            fetched = {name: walk.widened(tile) for name, tile in fetched.items()}
             x, gy = fetched["x"], fetched["gy"]
 
             def write(kind: int, tile: Array) -> None:
@@ -270,10 +270,10 @@ def backward(inputs, outputs, shared: Shared, *, job: Job, plan: tiles.Plan):
                 at = lax.axis_index("slab") if job.shared else channels
                 compat.store(by.weights, (*pixel, at), tile)
 
-            weights = [weight.astype(jnp.float32) for weight in weights]
+            weights = [walk.widened(weight) for weight in weights]
             has_left, has_right = walk.neighbours(position, shared=job.shared)
             if job.logits:
-                weights, complements = normalised(weights, has_left, has_right)
+                weights, complements = normalised(weights, has_left, has_right, walk.reciprocal)
                 left, center, right = weights
             else:
                 left, center, right = weights
@@ -281,7 +281,7 @@ def backward(inputs, outputs, shared: Shared, *, job: Job, plan: tiles.Plan):
             left, center, right = map(walk.spread, (left, center, right))
             state[walk.state(1 - parity, 0, position, 1)] = walk.unless_first(t, left * adjoint)
             state[walk.state(1 - parity, 1, position, 1)] = walk.unless_first(t, right * adjoint)
-            before = [tile.astype(jnp.float32) for tile in before]
+            before = [walk.widened(tile) for tile in before]
             if job.shared:
                 gradients = by_weights(adjoint, before, *walk.neighbours(position))
                 gradients = [walk.sum_of_channels(gradient) for gradient in gradients]
@@ -388,9 +388,8 @@ def adjoint(inputs, outputs, shared: Shared, *, job: Job, plan: tiles.Plan):
                 found_x = found_x + scaled * expansion.read(walk, n, position, SKIP)
             compat.store(by_x, walk.index(t, position, walk.k), found_x)
 
-            weights, _ = normalised(
-                [expansion.read(walk, n, position, kind) for kind in range(3)], *walk.neighbours(position)
-            )
+            logits = [expansion.read(walk, n, position, kind) for kind in range(3)]
+            weights, _ = normalised(logits, *walk.neighbours(position), walk.reciprocal)
             left, center, right = (walk.unless_first(t, weight * found) for weight in weights)
             state[walk.state(1 - parity, 0, position, 1)] = left
             state[walk.state(1 - parity, 1, position, 1)] = right

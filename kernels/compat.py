@@ -272,14 +272,17 @@ def widened(value: Array, layout: Any) -> Array:
     return _inline(widen, jnp.float32, layout, value)
 
 
-def _widen(pair: ir.Value) -> ir.Value:
-    word_type = ir.IntegerType.get_signless(32)
-    words = vector.bitcast(ir.VectorType.get((1,), word_type), pair)
-    word = vector.extract(words, dynamic_position=[], static_position=[0])
-    low = arith.shli(word, arith.constant(word_type, 16))
-    high = arith.andi(word, arith.constant(word_type, -(1 << 16)))
-    found = vector.from_elements(ir.VectorType.get((2,), word_type), [low, high])
-    return vector.bitcast(ir.VectorType.get((2,), ir.F32Type.get()), found)
+def _widen(pairs: ir.Value) -> ir.Value:
+    """A register of float32 from one of bfloat16, pairs of which are words: the lower half first."""
+    word_type, count = ir.IntegerType.get_signless(32), ir.VectorType(pairs.type).shape[0]
+    words = vector.bitcast(ir.VectorType.get((count // 2,), word_type), pairs)
+    found = []
+    for n in range(count // 2):
+        word = vector.extract(words, dynamic_position=[], static_position=[n])
+        found.append(arith.shli(word, arith.constant(word_type, 16)))
+        found.append(arith.andi(word, arith.constant(word_type, -(1 << 16))))
+    found = vector.from_elements(ir.VectorType.get((count,), word_type), found)
+    return vector.bitcast(ir.VectorType.get((count,), ir.F32Type.get()), found)
 
 
 def _inline(function: Callable, dtype: Any, layout: Any, *arrays: Array) -> Array:

@@ -319,7 +319,7 @@ def _make_cotangents(
         if 0 in kinds:
             has_left, has_right = walk.neighbours(position)
             logits = [walk.read(shared.terms, (kind, rows, pl.ds(part, width))) for kind in range(LOGITS)]
-            weights, complements = bodies.normalised(logits, has_left, has_right)
+            weights, complements = bodies.normalised(logits, has_left, has_right, walk.reciprocal)
         adjoint = walk.read(given.adjoints, walk.index(t, position, k))
         if 0 in kinds:
             before = [

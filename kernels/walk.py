@@ -94,7 +94,12 @@ class Walk(NamedTuple):
 
     def read(self, ref: Any, index: tuple) -> Float[Array, "P slab"]:
         """A tile in float32."""
-        return compat.load(ref, index, self.plan.layout).astype(jnp.float32)
+        return self.widened(compat.load(ref, index, self.plan.layout))
+
+    def widened(self, tile: Float[Array, "P slab"] | Float[Array, "P"]) -> Float[Array, "P slab"] | Float[Array, "P"]:
+        """The same in float32."""
+        pairs = tile.dtype == jnp.bfloat16 and tile.ndim == 2
+        return compat.widened(tile, self.plan.layout) if pairs else tile.astype(jnp.float32)
 
     def load_weight(self, ref: Any, t: Array, position: Any, kind: int) -> Float[Array, "P slab"] | Float[Array, "P"]:
         """A tile of one of the three weights, as it is in memory; a number a position where channels share it."""
@@ -108,6 +113,12 @@ class Walk(NamedTuple):
         """What channels share, for each of them."""
         shape = self.lines.positions, self.plan.slab
         return tile if tile.ndim == 2 else lax.broadcast_in_dim(tile, shape, (0,))
+
+    def reciprocal(
+        self, tile: Float[Array, "P slab"] | Float[Array, "P"]
+    ) -> Float[Array, "P slab"] | Float[Array, "P"]:
+        """1 / tile; numbers below 2**-126 in size count as zero."""
+        return compat.reciprocal(tile, self.plan.layout if tile.ndim == 2 else self.plan.layout.reduce(1))
 
     def sum_of_channels(self, tile: Float[Array, "P slab"]) -> Float[Array, "P"]:
         """Over the channels of this slab that the one before it does not have."""

@@ -142,7 +142,8 @@ class GSPNBlock(nnx.Module):
             x = named(self._joined(x, long_skip), "join")
         if tensor_cores():
             x = with_layout_constraint(x, Layout((0, 1, 2, 3)))
-        y = self.out_proj(self.conv(self.mixer(layer_norm(x, self.hidden), chunk=chunk)))
+        y = named(self.conv(self.mixer(layer_norm(x, self.hidden), chunk=chunk)), "conv3")
+        y = self.out_proj(y)
         return x + (y if drop_path is None else drop_path(y))
 
     def _joined(self, x: Float[Array, "B H W D"], long_skip: Float[Array, "B H W D"]) -> Float[Array, "B H W D"]:

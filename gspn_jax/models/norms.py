@@ -31,33 +31,40 @@ def layer_norm(x: Float[Array, "B H W D"], width: int | None = None) -> Float[Ar
     With `width` over the first so many channels; the others must be zero, and come out as anything.
     """
     x, width = x.astype(jnp.float32), width or x.shape[-1]
-    return _normalised(x, width) if tensor_cores() else _centred(x, width)[0]
+    if tensor_cores():
+        return _normalised(x, width)
+    mean = named(x.sum(-1, keepdims=True) / width, "norm")
+    squares = jnp.square(x - mean).sum(-1, keepdims=True)
+    added = x.shape[-1] - width
+    if added:  # a mask would be kept, as large as x: what was added is taken off the sum instead
+        squares = squares - added * jnp.square(mean)
+    return (x - mean) * named(_scale(squares / width), "norm")
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
 def _normalised(x: Float[Array, "B H W D"], width: int) -> Float[Array, "B H W D"]:
-    return _centred(x, width)[0]
+    return _by_moments(x, width)[0]
 
 
 @_normalised.defjvp
 def _normalised_jvp(width, primals, tangents):
     """The derivative by the result: its transpose makes both of its sums in one pass, where that of the operations
     makes three; mean and scale are kept."""
-    y, scale = _centred(primals[0], width)
+    y, scale = _by_moments(primals[0], width)
     (x,) = tangents
     mean = x.sum(-1, keepdims=True) / width
     along = (x * y).sum(-1, keepdims=True) / width
     return y, scale * (x - mean - y * along)
 
 
-def _centred(x: Float[Array, "B H W D"], width: int) -> tuple[Float[Array, "B H W D"], Float[Array, "B H W 1"]]:
-    """(x without its mean, over its deviation; one over its deviation)."""
-    added = x.shape[-1] - width
+def _by_moments(x: Float[Array, "B H W D"], width: int) -> tuple[Float[Array, "B H W D"], Float[Array, "B H W 1"]]:
+    """(x without its mean, over its deviation; one over its deviation), by sums of x and of its squares, for which x is
+    read once. In float32 they are too coarse where the mean is some hundred deviations."""
     mean = named(x.sum(-1, keepdims=True) / width, "norm")
-    x = x - mean
-    squares = jnp.square(x).sum(-1, keepdims=True)
-    if added:  # a mask would be kept, as large as x: what was added is taken off the sum instead
-        squares = squares - added * jnp.square(mean)
-    variance = squares / width
-    scale = named(jax.lax.rsqrt(variance + EPSILON), "norm")
-    return x * scale, scale
+    squares = jnp.square(x).sum(-1, keepdims=True) / width
+    scale = named(_scale(jnp.maximum(squares - jnp.square(mean), 0.0)), "norm")
+    return (x - mean) * scale, scale
+
+
+def _scale(variance: Float[Array, "B H W 1"]) -> Float[Array, "B H W 1"]:
+    return jax.lax.rsqrt(variance + EPSILON)

@@ -9,9 +9,9 @@ from jaxtyping import Array, Shaped
 from gspn_jax.config import Remat
 from gspn_jax.kernels import SCAN_STATES
 
-NAMES = ("norm", "in_proj", "conv7", "proxy", SCAN_STATES, "scan", "out_proj", "join", "fc1")
-"""Values that "names" keeps: means and scales of norms, products after their bias, the 7x7 convolution, and the result
-and the states of the scans."""
+NAMES = ("norm", "in_proj", "conv7", "proxy", SCAN_STATES, "scan", "out_proj", "conv3", "join", "fc1")
+"""Values that "names" keeps: means and scales of norms, products after their bias, the convolutions of the paper's
+block, and the result and the states of the scans."""
 
 
 def named(value: Shaped[Array, "*axes"], name: str) -> Shaped[Array, "*axes"]:
