@@ -33,12 +33,12 @@ def layer_norm(x: Float[Array, "B H W D"], width: int | None = None) -> Float[Ar
     x, width = x.astype(jnp.float32), width or x.shape[-1]
     if tensor_cores():
         return _normalised(x, width)
-    mean = named(x.sum(-1, keepdims=True) / width, "norm")
-    squares = jnp.square(x - mean).sum(-1, keepdims=True)
-    added = x.shape[-1] - width
-    if added:  # a mask would be kept, as large as x: what was added is taken off the sum instead
+    mean, added = named(x.sum(-1, keepdims=True) / width, "norm"), x.shape[-1] - width
+    x = x - mean
+    squares = jnp.square(x).sum(-1, keepdims=True)
+    if added:
         squares = squares - added * jnp.square(mean)
-    return (x - mean) * named(_scale(squares / width), "norm")
+    return x * named(jax.lax.rsqrt(squares / width + EPSILON), "norm")
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
@@ -58,13 +58,15 @@ def _normalised_jvp(width, primals, tangents):
 
 
 def _by_moments(x: Float[Array, "B H W D"], width: int) -> tuple[Float[Array, "B H W D"], Float[Array, "B H W 1"]]:
-    """(x without its mean, over its deviation; one over its deviation), by sums of x and of its squares, for which x is
-    read once. In float32 they are too coarse where the mean is some hundred deviations."""
-    mean = named(x.sum(-1, keepdims=True) / width, "norm")
-    squares = jnp.square(x).sum(-1, keepdims=True) / width
-    scale = named(_scale(jnp.maximum(squares - jnp.square(mean), 0.0)), "norm")
-    return (x - mean) * scale, scale
+    """(x without its mean, over its deviation; one over its deviation).
 
-
-def _scale(variance: Float[Array, "B H W 1"]) -> Float[Array, "B H W 1"]:
-    return jax.lax.rsqrt(variance + EPSILON)
+    Both sums are of differences from the first channel, so that x is read once and nothing cancels far from zero. What
+    was added is taken off them: a mask would be kept, as large as x.
+    """
+    first, added = x[..., :1], x.shape[-1] - width
+    away = x - first
+    mean = (away.sum(-1, keepdims=True) + added * first) / width
+    squares = (jnp.square(away).sum(-1, keepdims=True) - added * jnp.square(first)) / width
+    variance = jnp.maximum(squares - jnp.square(mean), 0.0)
+    scale = named(jax.lax.rsqrt(variance + EPSILON), "norm")
+    return (x - named(first + mean, "norm")) * scale, scale

@@ -131,10 +131,12 @@ def test_branches_of_one_block_are_dropped_independently():
     assert (first & second).mean() == pytest.approx(0.25, abs=0.035)
 
 
-def test_layer_norm_is_exact_far_from_zero():
+@pytest.mark.parametrize("on_tensor_cores", [False, True])
+def test_layer_norm_is_exact_far_from_zero(on_tensor_cores):
     x = np.random.default_rng(0).standard_normal((1, 2, 2, 64)) + 1000
     truth = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-6)
-    np.testing.assert_allclose(layer_norm(jnp.asarray(x, jnp.float32)), truth, atol=1e-3)
+    with run_blocks_on(Machine(tensor_cores=on_tensor_cores)):
+        np.testing.assert_allclose(layer_norm(jnp.asarray(x, jnp.float32)), truth, atol=1e-3)
 
 
 def test_a_jitted_function_is_traced_anew_for_another_machine():
