@@ -128,7 +128,7 @@ class Plan:
         return [*beyond(first > 0, first - halo, first), *inside, *beyond(end < self.width, end, end - halo)]
 
     def read(self, ref: Any, *index: Any) -> Float[Array, "slab"]:
-        return compat.load(ref, (*index, self.mine()), self.layout).astype(jnp.float32)
+        return compat.widen(compat.load(ref, (*index, self.mine()), self.layout), self.layout)
 
 
 def refuses(x: Float[Array, "B H W C"], kernel: Float[Array, "kh kw C"]) -> str | None:

@@ -55,3 +55,4 @@ def test_nothing_spills_and_products_are_added_in_one_instruction(side):
         inside = side * 16 - 2 * sum(range(1, side // 2 + 1))
         assert found.sass.count("FFMA") == 2 * inside
         assert not found.sass.count("FMUL") and not found.sass.count("FADD")
+        assert ", 0x7632, " not in found.sass  # the second instruction of widening the upper of two bfloat16
