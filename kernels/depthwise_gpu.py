@@ -37,6 +37,9 @@ MOST = 2**16 - 1
 BLOCKS = 132
 """Blocks of the gradient of the kernel for kernels of seven rows, one a multiprocessor; more for fewer rows."""
 
+AT_ONCE = 3
+"""Blocks of a multiprocessor that compute all gradients of y * relu(y)."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Plan:
@@ -82,6 +85,11 @@ class Plan:
         return math.ceil(self.width / self.length)
 
     @property
+    def fits_at_once(self) -> bool:
+        """Whether a warpgroup has room for the sums of a row of pixels and of a whole kernel."""
+        return self.segments == 1 and self.kernel_height * self.kernel_width <= 9
+
+    @property
     def strips(self) -> int:
         return math.ceil(self.height / STRIP)
 
@@ -107,12 +115,12 @@ class Plan:
     def first_column(self, segment: Array) -> Array:
         return lax.min(segment * self.length, self.width - self.length)
 
-    def row(self, ref: Any, image: Array, row: Array, first: Array, halo: int) -> list[Float[Array, "slab"] | None]:
+    def row(self, ref: Any, row: tuple, first: Array, halo: int) -> list[Float[Array, "slab"] | None]:
         """Columns first - halo to first + length + halo of a row in float32; None for those that are always outside of
         the image, zeros for those that happen to be."""
 
         def read(begin: Array, count: int) -> list[Float[Array, "slab"]]:
-            columns = ref.at[image, row, pl.ds(begin, count)]
+            columns = ref.at[*row, pl.ds(begin, count)]
             return [self.read(columns, column) for column in range(count)]
 
         inside = read(first, self.length)
@@ -127,8 +135,14 @@ class Plan:
         end = first + self.length
         return [*beyond(first > 0, first - halo, first), *inside, *beyond(end < self.width, end, end - halo)]
 
+    def taps(self, kernel: Any, m: Array, turned: bool = False) -> list[Float[Array, "slab"]]:
+        """Row m of the kernel, `turned` from its last column to its first."""
+        return [self.read(kernel, m, n) for n in range(self.kernel_width)][:: -1 if turned else 1]
+
     def read(self, ref: Any, *index: Any) -> Float[Array, "slab"]:
-        return compat.widen(compat.load(ref, (*index, self.mine()), self.layout), self.layout)
+        """The channels of this block, or all of a reference that has no more."""
+        channels = self.mine() if ref.shape[-1] == self.channels else slice(None)
+        return compat.widen(compat.load(ref, (*index, channels), self.layout), self.layout)
 
 
 def refuses(x: Float[Array, "B H W C"], kernel: Float[Array, "kh kw C"]) -> str | None:
@@ -165,6 +179,8 @@ def correlate(
 def _backward(arrays: tuple[Array, Array], _: tuple, cotangent: Array, *, squared_relu: bool) -> tuple[Array, Array]:
     x, kernel = arrays
     cotangent = cotangent.astype(x.dtype)
+    if squared_relu and Plan.of(x.shape, kernel.shape[:2]).fits_at_once:
+        return squared_relu_gradients(x, kernel, cotangent)
     if squared_relu:  # computes the convolution again, which is less than to write it and read it
         cotangent = _correlate(x, kernel, cotangent, finish=_squared_relu_gradient)
     grad_x = _correlate(cotangent, kernel, finish=_unchanged, turned=True)
@@ -204,14 +220,9 @@ def correlate_rows(inputs: Any, y: Any, _: tuple, *, plan: Plan, finish: Callabl
 
     def add_row(row: Array, m: Array, sums: tuple) -> tuple:
         """Adds what row m of the kernel multiplies."""
-        inputs = plan.row(x, image, row + m - middle, first, halo)
-        sums = list(sums)
-        for n in range(plan.kernel_width):
-            tap = plan.read(kernel, *((2 * middle - m, 2 * halo - n) if turned else (m, n)))
-            for column in range(plan.length):
-                if (found := inputs[column + n]) is not None:
-                    sums[column] = sums[column] + tap * found
-        return tuple(sums)
+        inputs = plan.row(x, (image, row + m - middle), first, halo)
+        taps = plan.taps(kernel, 2 * middle - m if turned else m, turned)
+        return correlate_row(sums, inputs, taps)
 
     count = lax.div(lax.min(plan.rows, plan.height - top) - warpgroup + WARPGROUPS - 1, WARPGROUPS)
 
@@ -223,6 +234,26 @@ def correlate_rows(inputs: Any, y: Any, _: tuple, *, plan: Plan, finish: Callabl
         for column, found in enumerate(sums):
             pixel = image, row, first + column
             compat.store(y, (*pixel, plan.mine()), finish(found, *(plan.read(other, *pixel) for other in others)))
+
+
+def correlate_row(sums: tuple, inputs: list, taps: list) -> tuple:
+    """Adds the products of a row of pixels, None if outside of the image, and of a row of taps to their sums."""
+    sums = list(sums)
+    for n, tap in enumerate(taps):
+        for column in range(len(sums)):
+            if (found := inputs[column + n]) is not None:
+                sums[column] = sums[column] + tap * found
+    return tuple(sums)
+
+
+def correlate_gradient(taps: tuple, inputs: list, given: list) -> tuple:
+    """Adds what a row of pixels and the cotangents of a row of sums give a row of taps."""
+    taps = list(taps)
+    for n in range(len(taps)):
+        for column, a in enumerate(given):
+            if (b := inputs[column + n]) is not None:
+                taps[n] = taps[n] + a * b
+    return tuple(taps)
 
 
 def kernel_gradient(x: Array, cotangent: Array, size: tuple[int, int]) -> Float[Array, "kh kw C"]:
@@ -252,19 +283,14 @@ def sum_kernel_gradient(inputs: Any, found: Any, _: tuple, *, plan: Plan) -> Non
         first = plan.first_column(segment)
 
         def add_row(row: Array, taps: tuple) -> tuple:
-            inputs = plan.row(x, image, row + m - middle, first, halo)
-            given = plan.row(cotangent, image, row, first, 0)
+            inputs = plan.row(x, (image, row + m - middle), first, halo)
+            given = plan.row(cotangent, (image, row), first, 0)
             if plan.width % plan.length:  # columns that the segment shares with the one before it
                 given = [
                     jnp.where(jnp.broadcast_to(first + column >= segment * plan.length, a.shape), a, 0.0)
                     for column, a in enumerate(given)
                 ]
-            taps = list(taps)
-            for n in range(plan.kernel_width):
-                for column, a in enumerate(given):
-                    if (b := inputs[column + n]) is not None:
-                        taps[n] = taps[n] + a * b
-            return tuple(taps)
+            return correlate_gradient(taps, inputs, given)
 
         top = lax.max(begin - piece * plan.height, lax.max(middle - m, 0))
         bottom = lax.min(end - piece * plan.height, lax.min(plan.height + middle - m, plan.height))
@@ -274,3 +300,80 @@ def sum_kernel_gradient(inputs: Any, found: Any, _: tuple, *, plan: Plan) -> Non
     taps = lax.fori_loop(*pieces, add_piece, (plan.zeros(),) * plan.kernel_width)
     for n, tap in enumerate(taps):
         compat.store(found, (part, m, n, plan.mine()), tap)
+
+
+def squared_relu_gradients(x: Array, kernel: Array, cotangent: Array) -> tuple[Array, Array]:
+    """Gradients of y * relu(y) with respect to x and to the kernel, whose parts are added up as `kernel_gradient`'s."""
+    plan = Plan.of(x.shape, kernel.shape[:2])
+    lines = x.shape[0] * plan.height
+    share = math.ceil(lines / max(1, AT_ONCE * BLOCKS // plan.slabs))
+    parts = math.ceil(lines / share)
+    grid = {"slab": plan.slabs, "part": parts}
+    outputs = (jax.ShapeDtypeStruct(x.shape, x.dtype), jax.ShapeDtypeStruct((parts, *kernel.shape), jnp.float32))
+    held = launch.row_major((plan.kernel_height, plan.width, plan.slab))
+    body = functools.partial(pull_back_squared_relu, plan=plan, share=share)
+    arrays = x, kernel.astype(jnp.float32), cotangent
+    grad_x, by_part = launch.run(body, grid, 1, arrays, outputs, held, name="depthwise")
+    return grad_x, by_part.sum(0).astype(kernel.dtype)
+
+
+def pull_back_squared_relu(inputs: Any, outputs: Any, held: Any, *, plan: Plan, share: int) -> None:
+    """A warpgroup goes down its share of the rows of all images and holds the cotangents of y of as many rows as the
+    kernel has, each of which a thread reads where it wrote, so that none waits for another."""
+    x, kernel, cotangent = inputs
+    grad_x, found = outputs
+    part, rows, columns, height = lax.axis_index("part"), plan.kernel_height, plan.kernel_width, plan.height
+    middle, halo = rows // 2, columns // 2
+    begin = lax.min(part * share, x.shape[0] * height)
+    end = lax.min(begin + share, x.shape[0] * height)
+    zeros = (plan.zeros(),) * plan.length
+
+    def place(row: Array) -> Array:
+        return lax.rem(row, rows)
+
+    def hold_cotangent(image: Array, row: Array) -> None:
+        def add_row(m: Array, sums: tuple) -> tuple:
+            twice = [tap + tap for tap in plan.taps(kernel, m)]
+            return correlate_row(sums, plan.row(x, (image, row + m - middle), 0, halo), twice)
+
+        rows_inside = lax.max(middle - row, 0), lax.min(height + middle - row, rows)
+        given = plan.row(cotangent, (image, row), 0, 0)
+        for column, twice_y in enumerate(lax.fori_loop(*rows_inside, add_row, zeros)):
+            compat.store(held, (place(row), column, slice(None)), jnp.maximum(twice_y, 0.0) * given[column])
+
+    def pull_back_row(image: Array, row: Array, taps: list[tuple]) -> list[tuple]:
+        """Stores the gradient of x, and adds what the row of x gives to the kernel's, turned by half a circle."""
+        pixels, sums = plan.row(x, (image, row), 0, 0), zeros
+        for m in range(rows):
+            other = row + m - middle
+
+            def add(_: Array, found: tuple, m: int = m, other: Array = other) -> tuple:
+                sums, taps = found
+                line = plan.row(held, (place(other),), 0, halo)
+                turned = plan.taps(kernel, rows - 1 - m, turned=True)
+                return correlate_row(sums, line, turned), correlate_gradient(taps, line, pixels)
+
+            inside = (other >= 0) & (other < height)
+            sums, taps[m] = lax.fori_loop(0, jnp.where(inside, 1, 0), add, (sums, taps[m]))
+        for column, a in enumerate(sums):
+            compat.store(grad_x, (image, row, column, plan.mine()), a)
+        return taps
+
+    def go_through_image(image: Array, taps: list[tuple]) -> list[tuple]:
+        top, bottom = lax.max(begin - image * height, 0), lax.min(end - image * height, height)
+
+        def go_down(row: Array, taps: list[tuple]) -> list[tuple]:
+            @pl.when(row < height)
+            def _():
+                hold_cotangent(image, row)
+
+            done = row - middle
+            return lax.fori_loop(lax.max(done, top), done + 1, lambda row, taps: pull_back_row(image, row, taps), taps)
+
+        return lax.fori_loop(lax.max(top - middle, 0), bottom + middle, go_down, taps)
+
+    images = lax.div(begin, height), lax.div(end + height - 1, height)
+    taps = lax.fori_loop(*images, go_through_image, [(plan.zeros(),) * columns] * rows)
+    for m in range(rows):
+        for n in range(columns):
+            compat.store(found, (part, rows - 1 - m, columns - 1 - n, plan.mine()), taps[m][n])
