@@ -23,8 +23,6 @@ from gspn_jax.kernels.derivatives import differentiable
 
 SIDES = (3, 5, 7)
 """Heights and widths of kernels. A row of a kernel takes a warpgroup, and a block has up to eight."""
-WARPGROUPS = 2
-"""Of a block of the correlation, each of which takes every second row."""
 SEGMENT = 16
 """Columns that a warpgroup takes at most at a time: their sums are in registers."""
 STRIP = 8
@@ -37,6 +35,8 @@ MOST = 2**16 - 1
 BLOCKS = 132
 """Blocks of the gradient of the kernel for kernels of seven rows, one a multiprocessor; more for fewer rows."""
 
+TAPS = 2
+"""Rows of the kernel whose gradient a warpgroup computes: a cotangent is loaded and widened once for them."""
 AT_ONCE = 3
 """Blocks of a multiprocessor that compute all gradients of y * relu(y)."""
 
@@ -90,13 +90,33 @@ class Plan:
         return self.segments == 1 and self.kernel_height * self.kernel_width <= 9
 
     @property
+    def together(self) -> int:
+        """Rows of sums of a warpgroup at a time, which a row of x is loaded and widened once for."""
+        return 2 if self.kernel_height > 3 else 1
+
+    @property
+    def warpgroups(self) -> int:
+        """Of a block of the correlation: several blocks of a multiprocessor have room for their registers."""
+        return 2 // self.together
+
+    @property
+    def passes(self) -> list[tuple[range, int, int]]:
+        """(rows of sums, first and one past the last row of x that is added to them)"""
+        edges = range(1, self.together)
+        return [
+            *((range(n), n - 1, n) for n in edges),
+            (range(self.together), self.together - 1, self.kernel_height),
+            *((range(n, self.together), self.kernel_height + n - 1, self.kernel_height + n) for n in edges),
+        ]
+
+    @property
     def strips(self) -> int:
         return math.ceil(self.height / STRIP)
 
     @property
     def rows(self) -> int:
         """Rows of a strip; the last strip may have fewer."""
-        return math.ceil(self.height / self.strips)
+        return math.ceil(self.height / self.strips / self.together) * self.together
 
     @property
     def layout(self) -> object:
@@ -208,32 +228,47 @@ def _correlate(
     grid = {"image": x.shape[0], "slab": plan.slabs, "strip": plan.strips, "segment": plan.segments}
     body = functools.partial(correlate_rows, plan=plan, finish=finish, turned=turned)
     arrays = x, kernel.astype(jnp.float32), *others
-    return launch.run(body, grid, WARPGROUPS, arrays, jax.ShapeDtypeStruct(x.shape, x.dtype), name="depthwise")
+    return launch.run(body, grid, plan.warpgroups, arrays, jax.ShapeDtypeStruct(x.shape, x.dtype), name="depthwise")
 
 
 def correlate_rows(inputs: Any, y: Any, _: tuple, *, plan: Plan, finish: Callable, turned: bool) -> None:
-    """A block takes a strip of rows of an image, each of its warpgroups every second row."""
+    """A block takes a strip of rows of an image, its warpgroups one after the other `plan.together` of them."""
     x, kernel, *others = inputs
     image, warpgroup = lax.axis_index("image"), lax.axis_index("warpgroup")
     top, first = lax.axis_index("strip") * plan.rows, plan.first_column(lax.axis_index("segment"))
-    middle, halo = plan.kernel_height // 2, plan.kernel_width // 2
+    bottom = lax.min(top + plan.rows, plan.height)
+    middle, halo, together = plan.kernel_height // 2, plan.kernel_width // 2, plan.together
 
-    def add_row(row: Array, m: Array, sums: tuple) -> tuple:
-        """Adds what row m of the kernel multiplies."""
-        inputs = plan.row(x, (image, row + m - middle), first, halo)
-        taps = plan.taps(kernel, 2 * middle - m if turned else m, turned)
-        return correlate_row(sums, inputs, taps)
+    def add_row(row: Array, those: range, m: Array, sums: list[tuple]) -> list[tuple]:
+        """Adds to `those` rows of sums the products of a row of x: with row m - i of the kernel to row i."""
+        line = plan.row(x, (image, row + m - middle), first, halo)
+        for i in those:
+            taps = plan.taps(kernel, 2 * middle - m + i if turned else m - i, turned)
+            sums[i] = correlate_row(sums[i], line, taps)
+        return sums
 
-    count = lax.div(lax.min(plan.rows, plan.height - top) - warpgroup + WARPGROUPS - 1, WARPGROUPS)
+    def add_rows(row: Array) -> list[tuple]:
+        sums = [(plan.zeros(),) * plan.length] * together
+        begin, end = lax.max(middle - row, 0), lax.min(plan.height + middle - row, plan.kernel_height + together - 1)
+        for those, start, stop in plan.passes:
+            add = functools.partial(add_row, row, those)
+            sums = lax.fori_loop(lax.max(begin, start), lax.min(end, stop), add, sums)
+        return sums
 
-    @pl.loop(0, count)
-    def _(n):
-        row = top + warpgroup + n * WARPGROUPS
-        begin, end = lax.max(middle - row, 0), lax.min(plan.height + middle - row, plan.kernel_height)
-        sums = lax.fori_loop(begin, end, functools.partial(add_row, row), (plan.zeros(),) * plan.length)
+    def store(row: Array, sums: tuple) -> None:
         for column, found in enumerate(sums):
             pixel = image, row, first + column
             compat.store(y, (*pixel, plan.mine()), finish(found, *(plan.read(other, *pixel) for other in others)))
+
+    step = together * plan.warpgroups
+
+    @pl.loop(0, lax.div(bottom - top - together * warpgroup + step - 1, step))
+    def _(n):
+        row = top + together * warpgroup + n * step
+        sums, *more = add_rows(row)
+        store(row, sums)
+        for i, sums in enumerate(more, start=1):
+            pl.when(row + i < bottom)(functools.partial(store, row + i, sums))
 
 
 def correlate_row(sums: tuple, inputs: list, taps: list) -> tuple:
@@ -264,42 +299,58 @@ def kernel_gradient(x: Array, cotangent: Array, size: tuple[int, int]) -> Float[
     grid = {"slab": plan.slabs, "part": parts}
     body = functools.partial(sum_kernel_gradient, plan=plan)
     output = jax.ShapeDtypeStruct((parts, *size, plan.channels), jnp.float32)
-    return launch.run(body, grid, size[0], (x, cotangent), output, name="depthwise").sum(0)
+    return launch.run(body, grid, math.ceil(size[0] / TAPS), (x, cotangent), output, name="depthwise").sum(0)
 
 
 def sum_kernel_gradient(inputs: Any, found: Any, _: tuple, *, plan: Plan) -> None:
-    """A warpgroup takes one row of the kernel."""
+    """A warpgroup takes `TAPS` rows of the kernel."""
     x, cotangent = inputs
-    m, part = lax.axis_index("warpgroup"), lax.axis_index("part")
+    m, part = lax.axis_index("warpgroup") * TAPS, lax.axis_index("part")
     middle, halo = plan.kernel_height // 2, plan.kernel_width // 2
     lines = x.shape[0] * plan.segments * plan.height
     share = math.ceil(lines / found.shape[0])
     begin = lax.min(part * share, lines)
     end = lax.min(begin + share, lines)
 
-    def add_piece(piece: Array, taps: tuple) -> tuple:
+    def add_piece(piece: Array, taps: list[tuple]) -> list[tuple]:
         """Adds the rows of a segment of an image."""
         image, segment = lax.div(piece, plan.segments), lax.rem(piece, plan.segments)
         first = plan.first_column(segment)
 
-        def add_row(row: Array, taps: tuple) -> tuple:
-            inputs = plan.row(x, (image, row + m - middle), first, halo)
+        def add_row(row: Array, taps: list[tuple]) -> list[tuple]:
             given = plan.row(cotangent, (image, row), first, 0)
             if plan.width % plan.length:  # columns that the segment shares with the one before it
                 given = [
                     jnp.where(jnp.broadcast_to(first + column >= segment * plan.length, a.shape), a, 0.0)
                     for column, a in enumerate(given)
                 ]
-            return correlate_gradient(taps, inputs, given)
 
-        top = lax.max(begin - piece * plan.height, lax.max(middle - m, 0))
-        bottom = lax.min(end - piece * plan.height, lax.min(plan.height + middle - m, plan.height))
-        return lax.fori_loop(top, lax.max(top, bottom), add_row, taps)
+            def add(other: Array, taps: tuple) -> tuple:
+                return correlate_gradient(taps, plan.row(x, (image, other), first, halo), given)
+
+            for i in range(TAPS):
+                other = row + m + i - middle
+                inside = (other >= 0) & (other < plan.height) & (m + i < plan.kernel_height)
+                taps[i] = apply_if(inside, functools.partial(add, other), taps[i])
+            return taps
+
+        top = lax.max(begin - piece * plan.height, 0)
+        bottom = lax.min(end - piece * plan.height, plan.height)
+        return lax.fori_loop(top, bottom, add_row, taps)
 
     pieces = lax.div(begin, plan.height), lax.div(end + plan.height - 1, plan.height)
-    taps = lax.fori_loop(*pieces, add_piece, (plan.zeros(),) * plan.kernel_width)
-    for n, tap in enumerate(taps):
-        compat.store(found, (part, m, n, plan.mine()), tap)
+    taps = lax.fori_loop(*pieces, add_piece, [(plan.zeros(),) * plan.kernel_width] * TAPS)
+    for i, row in enumerate(taps):
+
+        @pl.when(m + i < plan.kernel_height)
+        def _(i=i, row=row):
+            for n, tap in enumerate(row):
+                compat.store(found, (part, m + i, n, plan.mine()), tap)
+
+
+def apply_if(condition: Array, function: Callable, values: Any) -> Any:
+    """`function(values)` or `values`; a loop, for what layouts are inferred through."""
+    return lax.fori_loop(0, jnp.where(condition, 1, 0), lambda _, values: function(values), values)
 
 
 def squared_relu_gradients(x: Array, kernel: Array, cotangent: Array) -> tuple[Array, Array]:
@@ -347,14 +398,13 @@ def pull_back_squared_relu(inputs: Any, outputs: Any, held: Any, *, plan: Plan, 
         for m in range(rows):
             other = row + m - middle
 
-            def add(_: Array, found: tuple, m: int = m, other: Array = other) -> tuple:
+            def add(found: tuple, m: int = m, other: Array = other) -> tuple:
                 sums, taps = found
                 line = plan.row(held, (place(other),), 0, halo)
                 turned = plan.taps(kernel, rows - 1 - m, turned=True)
                 return correlate_row(sums, line, turned), correlate_gradient(taps, line, pixels)
 
-            inside = (other >= 0) & (other < height)
-            sums, taps[m] = lax.fori_loop(0, jnp.where(inside, 1, 0), add, (sums, taps[m]))
+            sums, taps[m] = apply_if((other >= 0) & (other < height), add, (sums, taps[m]))
         for column, a in enumerate(sums):
             compat.store(grad_x, (image, row, column, plan.mine()), a)
         return taps
