@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gspn_jax.kernels import compat, depthwise, depthwise_conv, depthwise_gpu, devices, sharded
+from gspn_jax.kernels import compat, depthwise, depthwise_conv, depthwise_gpu, depthwise_plan, devices, sharded
 from tests.kernels.mosaic import interpreted
 from tests.kernels.numpy_depthwise import inputs, loop, squared_relu_loop
 from tests.kernels.numpy_scan import relative_error
@@ -51,7 +51,7 @@ def arguments(size, kernel, dtype):
     ],
 )
 def test_values_and_gradients_are_those_of_the_float64_loop(monkeypatch, size, kernel, dtype, segment):
-    monkeypatch.setattr(depthwise_gpu, "SEGMENT", segment)
+    monkeypatch.setattr(depthwise_plan, "SEGMENT", segment)
     arrays = arguments(size, kernel, dtype)
     with interpreted():
         found = jax.block_until_ready(value_and_gradients(*arrays))
@@ -61,7 +61,7 @@ def test_values_and_gradients_are_those_of_the_float64_loop(monkeypatch, size, k
 
 def test_slabs_and_segments_that_overlap(monkeypatch):
     """They store the same values twice, which counts as a race."""
-    monkeypatch.setattr(depthwise_gpu, "SEGMENT", 4)
+    monkeypatch.setattr(depthwise_plan, "SEGMENT", 4)
     arrays = arguments((1, 3, 7, 129), (5, 3), "float32")
     with interpreted(detect_races=False):
         found = jax.block_until_ready(value_and_gradients(*arrays))
@@ -71,7 +71,7 @@ def test_slabs_and_segments_that_overlap(monkeypatch):
 def test_segments_cover_a_row_and_no_halo_crosses_an_edge_of_the_image():
     halo = max(depthwise_gpu.SIDES) // 2
     for width in (*range(1, 600), *range(600, depthwise_gpu.WIDEST, 13), depthwise_gpu.WIDEST):
-        plan = depthwise_gpu.Plan.of((1, 1, width, 128), (3, 2 * halo + 1))
+        plan = depthwise_plan.Plan.of((1, 1, width, 128), (3, 2 * halo + 1))
         firsts = [min(segment * plan.length, width - plan.length) for segment in range(plan.segments)]
         assert firsts[0] == 0 and firsts[-1] + plan.length == width
         assert all(b - a <= plan.length for a, b in itertools.pairwise(firsts))
@@ -88,7 +88,7 @@ def test_segments_cover_a_row_and_no_halo_crosses_an_edge_of_the_image():
     ],
 )
 def test_squared_relu_is_computed_on_chip(monkeypatch, size, kernel, dtype, segment):
-    monkeypatch.setattr(depthwise_gpu, "SEGMENT", segment)
+    monkeypatch.setattr(depthwise_plan, "SEGMENT", segment)
     arrays = arguments(size, kernel, dtype)
     with interpreted():
         found = jax.block_until_ready(value_and_gradients(*arrays, squared_relu=True))

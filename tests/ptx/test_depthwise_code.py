@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gspn_jax.kernels import depthwise_gpu
+from gspn_jax.kernels import depthwise_gpu, depthwise_plan
 from tests.kernels.numpy_depthwise import inputs, loop, squared_relu_loop
 from tests.ptx import emulation, toolchain
 from tests.ptx.cases import norm_error
@@ -49,7 +49,7 @@ def test_nothing_spills_and_products_are_added_in_one_instruction(side):
 
     shapes = (64, 16, 16, 1500), (side, side, 1500)
     modules = toolchain.lower(both, *map(jax.ShapeDtypeStruct, shapes, (jnp.bfloat16, jnp.float32)))
-    plan = depthwise_gpu.Plan.of(shapes[0], shapes[1][:2])
+    plan = depthwise_plan.Plan.of(shapes[0], shapes[1][:2])
     for found in (toolchain.assemble(module, disassemble=True) for module in modules):
         assert found.spilled_bytes == 0
         assert found.registers <= 168  # three warpgroups of a multiprocessor
