@@ -13,7 +13,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental import pallas as pl
+from jax.experimental.mosaic.gpu import FragmentedArray, utils
 from jax.experimental.mosaic.gpu import warpgroup_barrier as mosaic_barrier
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.extend.mlir import ir
@@ -202,6 +204,33 @@ def store(ref: Any, index: tuple, value: Array) -> None:
         plgpu.store(ref.at[index], value, optimized=False)
     else:
         ref[index] = value
+
+
+def widen(array: Array, layout: Any) -> Array:
+    """`array`, spread as `layout` says, in float32.
+
+    Of two bfloat16 in a register, each takes one instruction, where ptxas makes two of the usual one for the upper.
+    """
+    if interpreting() or array.dtype != jnp.bfloat16:
+        return array.astype(jnp.float32)
+    result = plgpu.ShapeDtypeStruct(array.shape, jnp.float32, layout=layout)
+    return plgpu.inline_mgpu(arg_types=(layout,), return_type=result)(_widen)(array)
+
+
+def _widen(_: Any, array: FragmentedArray) -> FragmentedArray:
+    def of(pair: ir.Value) -> ir.Value:
+        bits = vector.bitcast(word, pair)
+        lower = arith.shli(bits, utils.c(16, word))
+        upper = arith.andi(bits, utils.c(-(1 << 16), word))
+        return vector.bitcast(ir.VectorType.get((2,), ir.F32Type.get()), utils.vector_concat([lower, upper]))
+
+    word = ir.VectorType.get((1,), ir.IntegerType.get_signless(32))
+    if array.layout.vector_length != 2:
+        return array.astype(ir.F32Type.get())
+    registers = np.empty_like(array.registers)
+    for place, register in np.ndenumerate(array.registers):
+        registers[place] = of(register)
+    return FragmentedArray(_registers=registers, _layout=array.layout, _is_signed=None)
 
 
 RESHAPES_REFERENCES = jax.__version_info__ >= (0, 11)

@@ -1,11 +1,10 @@
-"""Depthwise convolution as two Pallas kernels for NVIDIA GPUs (Mosaic GPU): correlation, and its kernel's gradient.
+"""Depthwise convolution as Pallas kernels for NVIDIA GPUs (Mosaic GPU): correlation, its kernel's gradient, and all
+gradients of y * relu(y) at once.
 
 A thread has 2 neighbouring channels, or one, of a slab, and everything else is a loop: a warpgroup goes along a row of
-the image with a window of sums (correlation) or of products (gradient) in registers, so that an input is loaded once
-for each row of the kernel, and by other warpgroups of the block from the L1 cache. docs/kernel.md has the arithmetic.
+the image with a window of sums (correlation) or of products (gradient) in registers. docs/kernel.md has the arithmetic.
 """
 
-import dataclasses
 import functools
 import math
 from collections.abc import Callable
@@ -15,20 +14,14 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float
 
 from gspn_jax.kernels import compat, launch, reference
+from gspn_jax.kernels.depthwise_plan import Plan, apply_if, correlate_gradient, correlate_row
 from gspn_jax.kernels.derivatives import differentiable
 
 SIDES = (3, 5, 7)
-"""Heights and widths of kernels. A row of a kernel takes a warpgroup, and a block has up to eight."""
-WARPGROUPS = 2
-"""Of a block of the correlation, each of which takes every second row."""
-SEGMENT = 16
-"""Columns that a warpgroup takes at most at a time: their sums are in registers."""
-STRIP = 8
-"""Rows that a block takes at most: those it shares with the next one are loaded twice, if from the L2 cache."""
+"""Heights and widths of kernels."""
 WIDEST = 4096
 """Columns of an image. For all widths up to it the halo on either side of a segment is inside of the image or outside,
 never both (of wider ones 5,942 is the first)."""
@@ -36,99 +29,10 @@ MOST = 2**16 - 1
 """Blocks along an axis of CUDA's grid but the first: images times slabs."""
 BLOCKS = 132
 """Blocks of the gradient of the kernel for kernels of seven rows, one a multiprocessor; more for fewer rows."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Plan:
-    """The cut of an image [height, width, channels] and a kernel [kernel_height, kernel_width, channels]."""
-
-    height: int
-    width: int
-    channels: int
-    kernel_height: int
-    kernel_width: int
-
-    @classmethod
-    def of(cls, shape: tuple[int, int, int, int], size: tuple[int, int]) -> "Plan":
-        """The cut of images [B, H, W, C] and a kernel of so many rows and columns."""
-        _, height, width, channels = shape
-        return cls(height=height, width=width, channels=channels, kernel_height=size[0], kernel_width=size[1])
-
-    @property
-    def vector(self) -> int:
-        """Neighbouring channels of a thread: loads of two need an even number of channels."""
-        return 2 if self.channels % 2 == 0 and self.channels >= 256 else 1
-
-    @property
-    def slab(self) -> int:
-        """Channels of a block."""
-        return 128 * self.vector
-
-    @property
-    def slabs(self) -> int:
-        """Slabs of an image; the last one overlaps the one before it where slabs do not divide the channels."""
-        return math.ceil(self.channels / self.slab)
-
-    @property
-    def length(self) -> int:
-        """Columns of a segment: the most of those that leave the least to do twice."""
-        if self.width <= SEGMENT:
-            return self.width
-        return min(range(SEGMENT, SEGMENT // 2, -1), key=lambda n: math.ceil(self.width / n) * n)
-
-    @property
-    def segments(self) -> int:
-        """Pieces of a row; the last one overlaps the one before it where their length does not divide the width."""
-        return math.ceil(self.width / self.length)
-
-    @property
-    def strips(self) -> int:
-        return math.ceil(self.height / STRIP)
-
-    @property
-    def rows(self) -> int:
-        """Rows of a strip; the last strip may have fewer."""
-        return math.ceil(self.height / self.strips)
-
-    @property
-    def layout(self) -> object:
-        """Layout of the channels of a slab over the threads of a warpgroup."""
-        tiles = plgpu.Tiling(((self.slab,), (self.slab // 4,), (self.vector,)))
-        return plgpu.Layout.TILED(tiles, warp_dims=(-3,), lane_dims=(-2,), vector_dim=-1)
-
-    def zeros(self) -> Float[Array, "slab"]:
-        return compat.zeros((self.slab,), self.layout)
-
-    def mine(self) -> Any:
-        """The channels of this block."""
-        start = lax.min(lax.axis_index("slab") * self.slab, self.channels - self.slab)
-        return pl.ds(pl.multiple_of(start, self.vector), self.slab)
-
-    def first_column(self, segment: Array) -> Array:
-        return lax.min(segment * self.length, self.width - self.length)
-
-    def row(self, ref: Any, image: Array, row: Array, first: Array, halo: int) -> list[Float[Array, "slab"] | None]:
-        """Columns first - halo to first + length + halo of a row in float32; None for those that are always outside of
-        the image, zeros for those that happen to be."""
-
-        def read(begin: Array, count: int) -> list[Float[Array, "slab"]]:
-            columns = ref.at[image, row, pl.ds(begin, count)]
-            return [self.read(columns, column) for column in range(count)]
-
-        inside = read(first, self.length)
-        if self.segments == 1:
-            return [None] * halo + inside + [None] * halo
-
-        def beyond(there: Array, begin: Array, instead: Array) -> list[Float[Array, "slab"]]:
-            """The halo from `begin`, read at another place and replaced by zeros if it is not there."""
-            found = read(jnp.where(there, begin, instead), halo)
-            return [jnp.where(jnp.broadcast_to(there, a.shape), a, 0.0) for a in found]
-
-        end = first + self.length
-        return [*beyond(first > 0, first - halo, first), *inside, *beyond(end < self.width, end, end - halo)]
-
-    def read(self, ref: Any, *index: Any) -> Float[Array, "slab"]:
-        return compat.load(ref, (*index, self.mine()), self.layout).astype(jnp.float32)
+TAPS = 2
+"""Rows of the kernel whose gradient a warpgroup computes: a cotangent is loaded and widened once for them."""
+AT_ONCE = 3
+"""Blocks of a multiprocessor that compute all gradients of y * relu(y)."""
 
 
 def refuses(x: Float[Array, "B H W C"], kernel: Float[Array, "kh kw C"]) -> str | None:
@@ -165,6 +69,8 @@ def correlate(
 def _backward(arrays: tuple[Array, Array], _: tuple, cotangent: Array, *, squared_relu: bool) -> tuple[Array, Array]:
     x, kernel = arrays
     cotangent = cotangent.astype(x.dtype)
+    if squared_relu and Plan.of(x.shape, kernel.shape[:2]).fits_at_once:
+        return squared_relu_gradients(x, kernel, cotangent)
     if squared_relu:  # computes the convolution again, which is less than to write it and read it
         cotangent = _correlate(x, kernel, cotangent, finish=_squared_relu_gradient)
     grad_x = _correlate(cotangent, kernel, finish=_unchanged, turned=True)
@@ -192,37 +98,48 @@ def _correlate(
     grid = {"image": x.shape[0], "slab": plan.slabs, "strip": plan.strips, "segment": plan.segments}
     body = functools.partial(correlate_rows, plan=plan, finish=finish, turned=turned)
     arrays = x, kernel.astype(jnp.float32), *others
-    return launch.run(body, grid, WARPGROUPS, arrays, jax.ShapeDtypeStruct(x.shape, x.dtype), name="depthwise")
+    return launch.run(body, grid, plan.warpgroups, arrays, jax.ShapeDtypeStruct(x.shape, x.dtype), name="depthwise")
 
 
 def correlate_rows(inputs: Any, y: Any, _: tuple, *, plan: Plan, finish: Callable, turned: bool) -> None:
-    """A block takes a strip of rows of an image, each of its warpgroups every second row."""
+    """A block takes a strip of rows of an image, its warpgroups one after the other `plan.together` of them."""
     x, kernel, *others = inputs
     image, warpgroup = lax.axis_index("image"), lax.axis_index("warpgroup")
     top, first = lax.axis_index("strip") * plan.rows, plan.first_column(lax.axis_index("segment"))
-    middle, halo = plan.kernel_height // 2, plan.kernel_width // 2
+    bottom = lax.min(top + plan.rows, plan.height)
+    middle, halo, together = plan.kernel_height // 2, plan.kernel_width // 2, plan.together
 
-    def add_row(row: Array, m: Array, sums: tuple) -> tuple:
-        """Adds what row m of the kernel multiplies."""
-        inputs = plan.row(x, image, row + m - middle, first, halo)
-        sums = list(sums)
-        for n in range(plan.kernel_width):
-            tap = plan.read(kernel, *((2 * middle - m, 2 * halo - n) if turned else (m, n)))
-            for column in range(plan.length):
-                if (found := inputs[column + n]) is not None:
-                    sums[column] = sums[column] + tap * found
-        return tuple(sums)
+    def add_row(row: Array, those: range, m: Array, sums: list[tuple]) -> list[tuple]:
+        """Adds to `those` rows of sums the products of a row of x: with row m - i of the kernel to row i."""
+        line = plan.row(x, (image, row + m - middle), first, halo)
+        for i in those:
+            taps = plan.taps(kernel, 2 * middle - m + i if turned else m - i, turned)
+            sums[i] = correlate_row(sums[i], line, taps)
+        return sums
 
-    count = lax.div(lax.min(plan.rows, plan.height - top) - warpgroup + WARPGROUPS - 1, WARPGROUPS)
+    def add_rows(row: Array) -> list[tuple]:
+        """The sums of `together` rows from this one on."""
+        sums = [(plan.zeros(),) * plan.length] * together
+        begin, end = lax.max(middle - row, 0), lax.min(plan.height + middle - row, plan.kernel_height + together - 1)
+        for those, start, stop in plan.passes:
+            add = functools.partial(add_row, row, those)
+            sums = lax.fori_loop(lax.max(begin, start), lax.min(end, stop), add, sums)
+        return sums
 
-    @pl.loop(0, count)
-    def _(n):
-        row = top + warpgroup + n * WARPGROUPS
-        begin, end = lax.max(middle - row, 0), lax.min(plan.height + middle - row, plan.kernel_height)
-        sums = lax.fori_loop(begin, end, functools.partial(add_row, row), (plan.zeros(),) * plan.length)
+    def store(row: Array, sums: tuple) -> None:
         for column, found in enumerate(sums):
             pixel = image, row, first + column
             compat.store(y, (*pixel, plan.mine()), finish(found, *(plan.read(other, *pixel) for other in others)))
+
+    step = together * plan.warpgroups
+
+    @pl.loop(0, lax.div(bottom - top - together * warpgroup + step - 1, step))
+    def _(n):
+        row = top + together * warpgroup + n * step
+        sums, *more = add_rows(row)
+        store(row, sums)
+        for i, sums in enumerate(more, start=1):
+            pl.when(row + i < bottom)(functools.partial(store, row + i, sums))
 
 
 def kernel_gradient(x: Array, cotangent: Array, size: tuple[int, int]) -> Float[Array, "kh kw C"]:
@@ -233,44 +150,126 @@ def kernel_gradient(x: Array, cotangent: Array, size: tuple[int, int]) -> Float[
     grid = {"slab": plan.slabs, "part": parts}
     body = functools.partial(sum_kernel_gradient, plan=plan)
     output = jax.ShapeDtypeStruct((parts, *size, plan.channels), jnp.float32)
-    return launch.run(body, grid, size[0], (x, cotangent), output, name="depthwise").sum(0)
+    return launch.run(body, grid, math.ceil(size[0] / TAPS), (x, cotangent), output, name="depthwise").sum(0)
 
 
 def sum_kernel_gradient(inputs: Any, found: Any, _: tuple, *, plan: Plan) -> None:
-    """A warpgroup takes one row of the kernel."""
+    """A warpgroup takes `TAPS` rows of the kernel."""
     x, cotangent = inputs
-    m, part = lax.axis_index("warpgroup"), lax.axis_index("part")
+    m, part = lax.axis_index("warpgroup") * TAPS, lax.axis_index("part")
     middle, halo = plan.kernel_height // 2, plan.kernel_width // 2
     lines = x.shape[0] * plan.segments * plan.height
     share = math.ceil(lines / found.shape[0])
     begin = lax.min(part * share, lines)
     end = lax.min(begin + share, lines)
 
-    def add_piece(piece: Array, taps: tuple) -> tuple:
+    def add_piece(piece: Array, taps: list[tuple]) -> list[tuple]:
         """Adds the rows of a segment of an image."""
         image, segment = lax.div(piece, plan.segments), lax.rem(piece, plan.segments)
         first = plan.first_column(segment)
 
-        def add_row(row: Array, taps: tuple) -> tuple:
-            inputs = plan.row(x, image, row + m - middle, first, halo)
-            given = plan.row(cotangent, image, row, first, 0)
+        def add_row(row: Array, taps: list[tuple]) -> list[tuple]:
+            given = plan.row(cotangent, (image, row), first, 0)
             if plan.width % plan.length:  # columns that the segment shares with the one before it
                 given = [
                     jnp.where(jnp.broadcast_to(first + column >= segment * plan.length, a.shape), a, 0.0)
                     for column, a in enumerate(given)
                 ]
-            taps = list(taps)
-            for n in range(plan.kernel_width):
-                for column, a in enumerate(given):
-                    if (b := inputs[column + n]) is not None:
-                        taps[n] = taps[n] + a * b
-            return tuple(taps)
 
-        top = lax.max(begin - piece * plan.height, lax.max(middle - m, 0))
-        bottom = lax.min(end - piece * plan.height, lax.min(plan.height + middle - m, plan.height))
-        return lax.fori_loop(top, lax.max(top, bottom), add_row, taps)
+            def add(other: Array, taps: tuple) -> tuple:
+                return correlate_gradient(taps, plan.row(x, (image, other), first, halo), given)
+
+            for i in range(TAPS):
+                other = row + m + i - middle
+                inside = (other >= 0) & (other < plan.height) & (m + i < plan.kernel_height)
+                taps[i] = apply_if(inside, functools.partial(add, other), taps[i])
+            return taps
+
+        top = lax.max(begin - piece * plan.height, 0)
+        bottom = lax.min(end - piece * plan.height, plan.height)
+        return lax.fori_loop(top, bottom, add_row, taps)
 
     pieces = lax.div(begin, plan.height), lax.div(end + plan.height - 1, plan.height)
-    taps = lax.fori_loop(*pieces, add_piece, (plan.zeros(),) * plan.kernel_width)
-    for n, tap in enumerate(taps):
-        compat.store(found, (part, m, n, plan.mine()), tap)
+    taps = lax.fori_loop(*pieces, add_piece, [(plan.zeros(),) * plan.kernel_width] * TAPS)
+    for i, row in enumerate(taps):
+
+        @pl.when(m + i < plan.kernel_height)
+        def _(i=i, row=row):
+            for n, tap in enumerate(row):
+                compat.store(found, (part, m + i, n, plan.mine()), tap)
+
+
+def squared_relu_gradients(x: Array, kernel: Array, cotangent: Array) -> tuple[Array, Array]:
+    """Gradients of y * relu(y) with respect to x and to the kernel, whose parts are added up as `kernel_gradient`'s."""
+    plan = Plan.of(x.shape, kernel.shape[:2])
+    lines = x.shape[0] * plan.height
+    share = math.ceil(lines / max(1, AT_ONCE * BLOCKS // plan.slabs))
+    parts = math.ceil(lines / share)
+    grid = {"slab": plan.slabs, "part": parts}
+    outputs = (jax.ShapeDtypeStruct(x.shape, x.dtype), jax.ShapeDtypeStruct((parts, *kernel.shape), jnp.float32))
+    held = launch.row_major((plan.kernel_height, plan.width, plan.slab))
+    body = functools.partial(pull_back_squared_relu, plan=plan, share=share)
+    arrays = x, kernel.astype(jnp.float32), cotangent
+    grad_x, by_part = launch.run(body, grid, 1, arrays, outputs, held, name="depthwise")
+    return grad_x, by_part.sum(0).astype(kernel.dtype)
+
+
+def pull_back_squared_relu(inputs: Any, outputs: Any, held: Any, *, plan: Plan, share: int) -> None:
+    """A warpgroup goes down its share of the rows of all images and holds the cotangents of y of as many rows as the
+    kernel has, each of which a thread reads where it wrote, so that none waits for another."""
+    x, kernel, cotangent = inputs
+    grad_x, found = outputs
+    part, rows, columns, height = lax.axis_index("part"), plan.kernel_height, plan.kernel_width, plan.height
+    middle, halo = rows // 2, columns // 2
+    begin = lax.min(part * share, x.shape[0] * height)
+    end = lax.min(begin + share, x.shape[0] * height)
+    zeros = (plan.zeros(),) * plan.length
+
+    def place(row: Array) -> Array:
+        return lax.rem(row, rows)
+
+    def hold_cotangent(image: Array, row: Array) -> None:
+        def add_row(m: Array, sums: tuple) -> tuple:
+            twice = [tap + tap for tap in plan.taps(kernel, m)]
+            return correlate_row(sums, plan.row(x, (image, row + m - middle), 0, halo), twice)
+
+        rows_inside = lax.max(middle - row, 0), lax.min(height + middle - row, rows)
+        given = plan.row(cotangent, (image, row), 0, 0)
+        for column, twice_y in enumerate(lax.fori_loop(*rows_inside, add_row, zeros)):
+            compat.store(held, (place(row), column, slice(None)), jnp.maximum(twice_y, 0.0) * given[column])
+
+    def pull_back_row(image: Array, row: Array, taps: list[tuple]) -> list[tuple]:
+        """Stores the gradient of x, and adds what the row of x gives to the kernel's, turned by half a circle."""
+        pixels, sums = plan.row(x, (image, row), 0, 0), zeros
+        for m in range(rows):
+            other = row + m - middle
+
+            def add(found: tuple, m: int = m, other: Array = other) -> tuple:
+                sums, taps = found
+                line = plan.row(held, (place(other),), 0, halo)
+                turned = plan.taps(kernel, rows - 1 - m, turned=True)
+                return correlate_row(sums, line, turned), correlate_gradient(taps, line, pixels)
+
+            sums, taps[m] = apply_if((other >= 0) & (other < height), add, (sums, taps[m]))
+        for column, a in enumerate(sums):
+            compat.store(grad_x, (image, row, column, plan.mine()), a)
+        return taps
+
+    def go_through_image(image: Array, taps: list[tuple]) -> list[tuple]:
+        top, bottom = lax.max(begin - image * height, 0), lax.min(end - image * height, height)
+
+        def go_down(row: Array, taps: list[tuple]) -> list[tuple]:
+            @pl.when(row < height)
+            def _():
+                hold_cotangent(image, row)
+
+            done = row - middle
+            return lax.fori_loop(lax.max(done, top), done + 1, lambda row, taps: pull_back_row(image, row, taps), taps)
+
+        return lax.fori_loop(lax.max(top - middle, 0), bottom + middle, go_down, taps)
+
+    images = lax.div(begin, height), lax.div(end + height - 1, height)
+    taps = lax.fori_loop(*images, go_through_image, [(plan.zeros(),) * columns] * rows)
+    for m in range(rows):
+        for n in range(columns):
+            compat.store(found, (part, rows - 1 - m, columns - 1 - n, plan.mine()), taps[m][n])

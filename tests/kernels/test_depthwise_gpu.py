@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gspn_jax.kernels import compat, depthwise, depthwise_conv, depthwise_gpu, devices, sharded
+from gspn_jax.kernels import compat, depthwise, depthwise_conv, depthwise_gpu, depthwise_plan, devices, sharded
 from tests.kernels.mosaic import interpreted
 from tests.kernels.numpy_depthwise import inputs, loop, squared_relu_loop
 from tests.kernels.numpy_scan import relative_error
@@ -51,7 +51,7 @@ def arguments(size, kernel, dtype):
     ],
 )
 def test_values_and_gradients_are_those_of_the_float64_loop(monkeypatch, size, kernel, dtype, segment):
-    monkeypatch.setattr(depthwise_gpu, "SEGMENT", segment)
+    monkeypatch.setattr(depthwise_plan, "SEGMENT", segment)
     arrays = arguments(size, kernel, dtype)
     with interpreted():
         found = jax.block_until_ready(value_and_gradients(*arrays))
@@ -61,7 +61,7 @@ def test_values_and_gradients_are_those_of_the_float64_loop(monkeypatch, size, k
 
 def test_slabs_and_segments_that_overlap(monkeypatch):
     """They store the same values twice, which counts as a race."""
-    monkeypatch.setattr(depthwise_gpu, "SEGMENT", 4)
+    monkeypatch.setattr(depthwise_plan, "SEGMENT", 4)
     arrays = arguments((1, 3, 7, 129), (5, 3), "float32")
     with interpreted(detect_races=False):
         found = jax.block_until_ready(value_and_gradients(*arrays))
@@ -71,7 +71,7 @@ def test_slabs_and_segments_that_overlap(monkeypatch):
 def test_segments_cover_a_row_and_no_halo_crosses_an_edge_of_the_image():
     halo = max(depthwise_gpu.SIDES) // 2
     for width in (*range(1, 600), *range(600, depthwise_gpu.WIDEST, 13), depthwise_gpu.WIDEST):
-        plan = depthwise_gpu.Plan.of((1, 1, width, 128), (3, 2 * halo + 1))
+        plan = depthwise_plan.Plan.of((1, 1, width, 128), (3, 2 * halo + 1))
         firsts = [min(segment * plan.length, width - plan.length) for segment in range(plan.segments)]
         assert firsts[0] == 0 and firsts[-1] + plan.length == width
         assert all(b - a <= plan.length for a, b in itertools.pairwise(firsts))
@@ -79,8 +79,17 @@ def test_segments_cover_a_row_and_no_halo_crosses_an_edge_of_the_image():
             assert firsts[1] >= halo and firsts[-2] + plan.length <= width - halo
 
 
-def test_squared_relu_is_computed_on_chip():
-    arrays = arguments((1, 5, 4, 128), (3, 3), "float32")
+@pytest.mark.parametrize(
+    ("size", "kernel", "dtype", "segment"),
+    [
+        ((1, 5, 4, 128), (3, 3), "float32", 16),  # a block for each row
+        ((3, 5, 2, 256), (3, 3), "bfloat16", 16),  # three rows a block, of two images
+        ((1, 2, 8, 128), (3, 3), "float32", 4),  # the gradients one by one
+    ],
+)
+def test_squared_relu_is_computed_on_chip(monkeypatch, size, kernel, dtype, segment):
+    monkeypatch.setattr(depthwise_plan, "SEGMENT", segment)
+    arrays = arguments(size, kernel, dtype)
     with interpreted():
         found = jax.block_until_ready(value_and_gradients(*arrays, squared_relu=True))
         assert not compat.races_found()
@@ -88,26 +97,30 @@ def test_squared_relu_is_computed_on_chip():
 
 
 def test_the_gradient_of_the_kernel_is_the_same_every_time():
-    x, _, cotangent = arguments((3, 4, 4, 128), (3, 3), "float32")
+    x, kernel, cotangent = arguments((3, 2, 2, 128), (3, 3), "float32")
     with interpreted():
-        first, second = (depthwise_gpu.kernel_gradient(x, cotangent, (3, 3)) for _ in range(2))
-    np.testing.assert_array_equal(first, second)
+        for gradient in (
+            lambda: depthwise_gpu.kernel_gradient(x, cotangent, (3, 3)),
+            lambda: depthwise_gpu.squared_relu_gradients(x, kernel, cotangent)[1],
+        ):
+            np.testing.assert_array_equal(gradient(), gradient())
 
 
-def test_over_a_mesh_the_kernels_give_the_values_and_gradients_of_one_device():
+@pytest.mark.parametrize(("squared_relu", "exact"), [(False, loop), (True, squared_relu_loop)])
+def test_over_a_mesh_the_kernels_give_the_values_and_gradients_of_one_device(squared_relu, exact):
     """Images and channels split; the parts of the gradient of the kernel are added up in float32."""
     mesh = jax.make_mesh(
         (2, 2), ("data", "tensor"), devices=jax.devices()[:4], axis_types=(jax.sharding.AxisType.Auto,) * 2
     )
-    arrays = arguments((2, 3, 3, 256), (3, 3), "float32")
+    arrays = arguments((2, 2, 2, 256), (3, 3), "float32")
 
     def run(*arrays):
         with sharded(mesh, batch=("data",), channels=("tensor",)):
-            return value_and_gradients(*arrays)
+            return value_and_gradients(*arrays, squared_relu=squared_relu)
 
     with interpreted(detect_races=False):
         found = jax.block_until_ready(jax.jit(run)(*arrays))
-    assert_right(found, arrays)
+    assert_right(found, arrays, exact)
 
 
 def lowered(run, *shapes):
@@ -133,10 +146,10 @@ def test_over_a_mesh_each_device_convolves_its_part():
     assert sums == ["tensor<3x3x128xf32>"]
 
 
-@pytest.mark.parametrize(("squared_relu", "launches"), [(False, 3), (True, 4)])
-def test_its_launches_and_nothing_of_xlas(squared_relu, launches):
+@pytest.mark.parametrize(("width", "squared_relu", "launches"), [(4, False, 3), (4, True, 2), (17, True, 4)])
+def test_its_launches_and_nothing_of_xlas(width, squared_relu, launches):
     run = functools.partial(value_and_gradients, squared_relu=squared_relu)
-    text = lowered(run, (1, 4, 4, 128), (3, 3, 128), (1, 4, 4, 128))
+    text = lowered(run, (1, 4, width, 128), (3, 3, 128), (1, 4, width, 128))
     assert text.count("custom_call @mosaic_gpu") == launches
     assert not re.search(r"stablehlo\.(convolution|maximum|multiply)", text)
 

@@ -53,6 +53,7 @@ PLAIN = {  # operation: (types of its operands: w 32 bits, d 64, p predicate; op
     "REM_S32": ("www", "rem.s32"), "MIN_S32": ("www", "min.s32"), "MAX_S32": ("www", "max.s32"),
     "MAX_RELU_S32": ("www", "max.relu.s32"),
     "NEG32": ("ww", "neg.s32"), "MIN_U32": ("www", "min.u32"), "MAX_U32": ("www", "max.u32"),
+    "MIN_U64": ("ddd", "min.u64"),
     "ADD16": ("www", "add.s16 add.u16"), "SUB16": ("www", "sub.s16"), "MUL16": ("www", "mul.lo.s16 mul.lo.u16"),
     "MAD16": ("wwww", "mad.lo.s16"),
     "AND32": ("www", "and.b32 and.b16"), "OR32": ("www", "or.b32 or.b16"), "XOR32": ("www", "xor.b32 xor.b16"),

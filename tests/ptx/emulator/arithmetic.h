@@ -142,6 +142,7 @@ class Arithmetic {
       case MAX_S32: return map<s32, s32, s32>(maximum);
       case MAX_RELU_S32: return map<s32, s32, s32>([](s32 a, s32 b) { return std::max({a, b, 0}); });
       case MIN_U32: return map<u32, u32, u32>(minimum);
+      case MIN_U64: return map<u64, u64, u64>(minimum);
       case MAX_U32: return map<u32, u32, u32>(maximum);
       case NEG32: return map<u32, u32>([](u32 a) { return 0 - a; });
       default: return false;

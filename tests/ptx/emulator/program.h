@@ -15,7 +15,7 @@
   X(MOVP) X(PACK) X(UNPACK) X(PACK64) X(UNPACK64) X(SPECIAL) X(PARAMETER) X(SELP32) X(SELP64) /* integers */           \
       X(ADD32) X(SUB32) X(MUL32) X(MAD32) X(ADD64) X(SUB64) X(MUL64) X(MAD64) X(MUL_WIDE_U32) X(MUL_WIDE_S32)          \
           X(MUL_HI_U32) X(MUL_HI_S32) X(DIV_U32) X(DIV_S32) X(REM_U32) X(REM_S32) X(MIN_S32) X(MAX_S32) X(MIN_U32)     \
-          X(MAX_RELU_S32) X(MUL_HI_U16) X(MUL_WIDE_U16)                                                                \
+          X(MAX_RELU_S32) X(MUL_HI_U16) X(MUL_WIDE_U16) X(MIN_U64)                                                     \
               X(MAX_U32) X(NEG32) X(ADD16) X(SUB16) X(MUL16) X(MAD16) /* bits and predicates */                        \
       X(AND32) X(OR32) X(XOR32) X(NOT32) X(AND64) X(OR64) X(XOR64) X(NOT64) X(ANDP) X(ORP) X(XORP) X(NOTP) X(SHL32)    \
           X(SHL16) X(SHR_U32) X(SHR_S32) X(SHL64) X(SHR_U64) X(SHR_S64) X(BFE_U32) X(BFE_S32) X(BFE_U64) X(BFE_S64)    \
