@@ -13,13 +13,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.experimental import pallas as pl
-from jax.experimental.mosaic.gpu import FragmentedArray, utils
 from jax.experimental.mosaic.gpu import warpgroup_barrier as mosaic_barrier
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jax.extend.mlir import ir
-from jax.extend.mlir.dialects import arith, vector
 from jaxtyping import Array
 
 PALLAS_NAMES = (
@@ -206,33 +202,6 @@ def store(ref: Any, index: tuple, value: Array) -> None:
         ref[index] = value
 
 
-def widen(array: Array, layout: Any) -> Array:
-    """`array`, spread as `layout` says, in float32.
-
-    Of two bfloat16 in a register, each takes one instruction, where ptxas makes two of the usual one for the upper.
-    """
-    if interpreting() or array.dtype != jnp.bfloat16:
-        return array.astype(jnp.float32)
-    result = plgpu.ShapeDtypeStruct(array.shape, jnp.float32, layout=layout)
-    return plgpu.inline_mgpu(arg_types=(layout,), return_type=result)(_widen)(array)
-
-
-def _widen(_: Any, array: FragmentedArray) -> FragmentedArray:
-    def of(pair: ir.Value) -> ir.Value:
-        bits = vector.bitcast(word, pair)
-        lower = arith.shli(bits, utils.c(16, word))
-        upper = arith.andi(bits, utils.c(-(1 << 16), word))
-        return vector.bitcast(ir.VectorType.get((2,), ir.F32Type.get()), utils.vector_concat([lower, upper]))
-
-    word = ir.VectorType.get((1,), ir.IntegerType.get_signless(32))
-    if array.layout.vector_length != 2:
-        return array.astype(ir.F32Type.get())
-    registers = np.empty_like(array.registers)
-    for place, register in np.ndenumerate(array.registers):
-        registers[place] = of(register)
-    return FragmentedArray(_registers=registers, _layout=array.layout, _is_signed=None)
-
-
 RESHAPES_REFERENCES = jax.__version_info__ >= (0, 11)
 """Whether shared memory can be read and written in another shape: the lowering of 0.10 fails."""
 
@@ -249,77 +218,6 @@ def store_reshaped(ref: Any, value: Array) -> None:
         ref[...] = value.reshape(ref.shape)
     else:
         ref.reshape(*value.shape)[...] = value
-
-
-def reciprocal(value: Array, layout: Any) -> Array:
-    """1 / value in float32, spread as `layout` says, where neither is below 2**-126 in size.
-
-    One instruction of a GPU: the one that takes smaller numbers too costs six more around it.
-    """
-    if interpreting():
-        return 1.0 / value
-
-    def invert(array: Any) -> Any:
-        return array._pointwise(array._lift_fast_instr("rcp.approx.ftz.f32"))
-
-    return _inline(invert, jnp.float32, layout, value)
-
-
-def packed(low: Array, high: Array, layout: Any) -> Array:
-    """uint32 of two float32 rounded to bfloat16, `low` in the lower half, in one instruction of a GPU."""
-    if interpreting():
-        halves = [jax.lax.bitcast_convert_type(half.astype(jnp.bfloat16), jnp.uint16) for half in (low, high)]
-        return halves[0].astype(jnp.uint32) | halves[1].astype(jnp.uint32) << 16
-
-    def pack(low: Any, high: Any) -> Any:
-        return low._pointwise(_pack, high, output_is_signed=False)
-
-    return _inline(pack, jnp.uint32, layout, low, high)
-
-
-def _pack(low: ir.Value, high: ir.Value) -> ir.Value:
-    """A register of words from one of each half."""
-    count, floats = ir.VectorType(low.type).shape[0], ir.F32Type.get()
-    pairs = []
-    for n in range(count):
-        halves = [vector.extract(half, dynamic_position=[], static_position=[n]) for half in (low, high)]
-        pair = vector.from_elements(ir.VectorType.get((2,), floats), halves)
-        rounded = arith.truncf(ir.VectorType.get((2,), ir.BF16Type.get()), pair)
-        pairs.append(vector.bitcast(ir.VectorType.get((1,), ir.IntegerType.get_signless(32)), rounded))
-    words = [vector.extract(pair, dynamic_position=[], static_position=[0]) for pair in pairs]
-    return vector.from_elements(ir.VectorType.get((count,), words[0].type), words)
-
-
-def widened(value: Array, layout: Any) -> Array:
-    """float32 of bfloat16, two neighbours at a time, one instruction of a GPU each."""
-    if interpreting():
-        return value.astype(jnp.float32)
-
-    def widen(array: Any) -> Any:
-        return array._pointwise(_widen)
-
-    return _inline(widen, jnp.float32, layout, value)
-
-
-def _widen(pairs: ir.Value) -> ir.Value:
-    """A register of float32 from one of bfloat16, pairs of which are words: the lower half first."""
-    word_type, count = ir.IntegerType.get_signless(32), ir.VectorType(pairs.type).shape[0]
-    words = vector.bitcast(ir.VectorType.get((count // 2,), word_type), pairs)
-    found = []
-    for n in range(count // 2):
-        word = vector.extract(words, dynamic_position=[], static_position=[n])
-        found.append(arith.shli(word, arith.constant(word_type, 16)))
-        found.append(arith.andi(word, arith.constant(word_type, -(1 << 16))))
-    found = vector.from_elements(ir.VectorType.get((count,), word_type), found)
-    return vector.bitcast(ir.VectorType.get((count,), ir.F32Type.get()), found)
-
-
-def _inline(function: Callable, dtype: Any, layout: Any, *arrays: Array) -> Array:
-    """`function` of the registers of arrays of one shape and layout."""
-    found = plgpu.ShapeDtypeStruct(arrays[0].shape, dtype, layout=layout)
-    return plgpu.inline_mgpu(arg_types=(layout,) * len(arrays), return_type=found)(
-        lambda _, *arrays: function(*arrays)
-    )(*arrays)
 
 
 def iota(shape: tuple[int, ...], dimension: int, layout: Any) -> Array:

@@ -11,7 +11,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float
 
-from gspn_jax.kernels import compat
+from gspn_jax.kernels import compat, instructions
 
 SEGMENT = 16
 """Columns that a warpgroup takes at most at a time: their sums are in registers."""
@@ -140,7 +140,7 @@ class Plan:
     def read(self, ref: Any, *index: Any) -> Float[Array, "slab"]:
         """The channels of this block, or all of a reference that has no more."""
         channels = self.mine() if ref.shape[-1] == self.channels else slice(None)
-        return compat.widen(compat.load(ref, (*index, channels), self.layout), self.layout)
+        return instructions.widened(compat.load(ref, (*index, channels), self.layout), self.layout)
 
 
 def correlate_row(sums: tuple, inputs: list, taps: list) -> tuple:

@@ -10,7 +10,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float
 
-from gspn_jax.kernels import bodies, compat
+from gspn_jax.kernels import bodies, compat, instructions
 from gspn_jax.kernels.local_pieces import AXES, CLASSES, GRID, PIXELS, Cut
 from gspn_jax.kernels.terms import LAM, OUT_GATE, SKIP, Job
 
@@ -254,7 +254,7 @@ class Class(NamedTuple):
     def read_pixels(self, slot: Array, n: int) -> Float[Array, "64 SLAB"]:
         """Reads x (n = 0) or the cotangent of y (1)."""
         tile = compat.load_reshaped(self.shared.pixels.at[slot, n, self.index], (PIXELS, SLAB), LAYOUT)
-        return compat.widened(tile, LAYOUT)
+        return instructions.widened(tile, LAYOUT)
 
     def place(self, piece: Array) -> tuple:
         """Index of this class in [B H / 2, 2, W / 2, 2, C]."""
@@ -411,7 +411,7 @@ def _one_more(product: Array, value: Array) -> Array:
 
 
 def _reciprocal(tile: Float[Array, "64 SLAB"]) -> Float[Array, "64 SLAB"]:
-    return compat.reciprocal(tile, LAYOUT)
+    return instructions.reciprocal(tile, LAYOUT)
 
 
 FIRST, WEIGHTS, SECOND = slice(LAM, None), slice(0, LAM), slice(LAM, None)
@@ -495,8 +495,8 @@ def local_backward(given: Given, outputs: Cotangents, shared: Shared, *, job: Jo
 
         def write(pair: int, low: Array, high: Array) -> None:
             at = (here.index, here.piece, slice(None), pair, pl.ds(here.start, SLAB))
-            low, high = (compat.widened(t, LAYOUT) if t.dtype == jnp.bfloat16 else t for t in (low, high))
-            compat.store(outputs.terms, at, compat.packed(low, high, LAYOUT))
+            low, high = (instructions.widened(tile, LAYOUT) for tile in (low, high))
+            compat.store(outputs.terms, at, instructions.packed(low, high, LAYOUT))
 
         def visit_axis(axis: int, by_x: Array, by_lam_before: Array | None) -> tuple[Array, Array]:
             """(what x gets so far, what lam of first lines gets). The two axes are written out, not a loop: what waits

@@ -14,7 +14,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float
 
-from gspn_jax.kernels import compat, tiles
+from gspn_jax.kernels import compat, instructions, tiles
 from gspn_jax.kernels.terms import Job
 
 
@@ -98,8 +98,7 @@ class Walk(NamedTuple):
 
     def widened(self, tile: Float[Array, "P slab"] | Float[Array, "P"]) -> Float[Array, "P slab"] | Float[Array, "P"]:
         """The same in float32."""
-        pairs = tile.dtype == jnp.bfloat16 and tile.ndim == 2
-        return compat.widened(tile, self.plan.layout) if pairs else tile.astype(jnp.float32)
+        return instructions.widened(tile, self._layout_of(tile))
 
     def load_weight(self, ref: Any, t: Array, position: Any, kind: int) -> Float[Array, "P slab"] | Float[Array, "P"]:
         """A tile of one of the three weights, as it is in memory; a number a position where channels share it."""
@@ -118,7 +117,10 @@ class Walk(NamedTuple):
         self, tile: Float[Array, "P slab"] | Float[Array, "P"]
     ) -> Float[Array, "P slab"] | Float[Array, "P"]:
         """1 / tile; numbers below 2**-126 in size count as zero."""
-        return compat.reciprocal(tile, self.plan.layout if tile.ndim == 2 else self.plan.layout.reduce(1))
+        return instructions.reciprocal(tile, self._layout_of(tile))
+
+    def _layout_of(self, tile: Float[Array, "P slab"] | Float[Array, "P"]) -> Any:
+        return self.plan.layout if tile.ndim == 2 else self.plan.layout.reduce(1)
 
     def sum_of_channels(self, tile: Float[Array, "P slab"]) -> Float[Array, "P"]:
         """Over the channels of this slab that the one before it does not have."""
