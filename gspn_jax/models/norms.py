@@ -31,19 +31,22 @@ def layer_norm(x: Float[Array, "B H W D"], width: int | None = None) -> Float[Ar
     With `width` over the first so many channels; the others must be zero, and come out as anything.
     """
     x, width = x.astype(jnp.float32), width or x.shape[-1]
-    if tensor_cores():
-        return _normalised(x, width)
+    return _normalised(x, width) if tensor_cores() else _centred(x, width)
+
+
+def _centred(x: Float[Array, "B H W D"], width: int) -> Float[Array, "B H W D"]:
     mean, added = named(x.sum(-1, keepdims=True) / width, "norm"), x.shape[-1] - width
     x = x - mean
     squares = jnp.square(x).sum(-1, keepdims=True)
-    if added:
+    if added:  # a mask would be kept, as large as x: what was added is taken off the sum instead
         squares = squares - added * jnp.square(mean)
     return x * named(jax.lax.rsqrt(squares / width + EPSILON), "norm")
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
 def _normalised(x: Float[Array, "B H W D"], width: int) -> Float[Array, "B H W D"]:
-    return _by_moments(x, width)[0]
+    """XLA makes one kernel of it where mean and deviation are not kept."""
+    return _centred(x, width)
 
 
 @_normalised.defjvp
@@ -58,10 +61,9 @@ def _normalised_jvp(width, primals, tangents):
 
 
 def _by_moments(x: Float[Array, "B H W D"], width: int) -> tuple[Float[Array, "B H W D"], Float[Array, "B H W 1"]]:
-    """(x without its mean, over its deviation; one over its deviation).
+    """(x without its mean, over its deviation; one over its deviation), by two sums in one pass over x.
 
-    Both sums are of differences from the first channel, so that x is read once and nothing cancels far from zero. What
-    was added is taken off them: a mask would be kept, as large as x.
+    Both are of differences from the first channel, so that nothing cancels far from zero.
     """
     first, added = x[..., :1], x.shape[-1] - width
     away = x - first
