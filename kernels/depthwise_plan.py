@@ -71,8 +71,9 @@ class Plan:
 
     @property
     def together(self) -> int:
-        """Rows of sums of a warpgroup at a time, which a row of x is loaded and widened once for."""
-        return 2 if self.kernel_height > 3 else 1
+        """Rows of sums of a warpgroup at a time, for which a row of x is loaded and widened once: two of larger
+        kernels, where no halo takes the registers."""
+        return 2 if self.kernel_height > 3 and self.segments == 1 else 1
 
     @property
     def warpgroups(self) -> int:
