@@ -61,10 +61,12 @@ class Case:
     chunk: int | None = None
     side: int | None = None
     """Of the kernel of a convolution."""
+    squared_relu: bool = False
 
     def __str__(self) -> str:
         named = ("G", self.groups), ("d", self.rank), ("chunk", self.chunk), ("side", self.side)
         more = "".join(f" {name}={value}" for name, value in named if value)
+        more += " squared_relu" * self.squared_relu
         return f"{self.operator} {self.height}x{self.width}x{self.channels}{more} {self.dtype}"
 
     def shapes(self) -> list[jax.ShapeDtypeStruct]:
@@ -93,7 +95,9 @@ class Case:
             "propagate_low_rank": propagate_low_rank,
             "depthwise_conv": depthwise_conv,
         }
-        options = {} if self.operator == "depthwise_conv" else {"backend": "mosaic_gpu", "chunk": self.chunk}
+        options = {"backend": "mosaic_gpu", "chunk": self.chunk}
+        if self.operator == "depthwise_conv":
+            options = {"squared_relu": self.squared_relu}
         options |= {"direction": "down"} if self.operator == "line_scan" else {}
 
         def value_and_gradients(*arrays):
@@ -107,6 +111,7 @@ QUICK = [
     Case("line_scan", 16, 16, 64, "bfloat16"),
     Case("propagate_low_rank", 16, 16, 64, "bfloat16", rank=32),
     Case("depthwise_conv", 4, 4, 256, "bfloat16", side=3),
+    Case("depthwise_conv", 4, 4, 256, "bfloat16", side=3, squared_relu=True),
 ]
 """That a test assembles for each device."""
 CASES = [
@@ -132,6 +137,7 @@ CASES = [
         Case("depthwise_conv", 16, 16, 1536, dtype, side=7),
         Case("depthwise_conv", 32, 32, 1200, dtype, side=7),
         Case("depthwise_conv", 16, 16, 1536, dtype, side=3),
+        Case("depthwise_conv", 16, 16, 1536, dtype, side=3, squared_relu=True),
     )
 ]
 

@@ -27,12 +27,8 @@ WIDEST = 4096
 never both (of wider ones 5,942 is the first)."""
 MOST = 2**16 - 1
 """Blocks along an axis of CUDA's grid but the first: images times slabs."""
-BLOCKS = 132
-"""Blocks of the gradient of the kernel for kernels of seven rows, one a multiprocessor; more for fewer rows."""
 TAPS = 2
 """Rows of the kernel whose gradient a warpgroup computes: a cotangent is loaded and widened once for them."""
-AT_ONCE = 3
-"""Blocks of a multiprocessor that compute all gradients of y * relu(y)."""
 
 
 def refuses(x: Float[Array, "B H W C"], kernel: Float[Array, "kh kw C"]) -> str | None:
@@ -95,7 +91,7 @@ def _correlate(
     """`finish` of the correlation and of `others`, arrays like x; `turned`: with the kernel turned by half a circle,
     which gives the gradient of x."""
     plan = Plan.of(x.shape, kernel.shape[:2])
-    grid = {"image": x.shape[0], "slab": plan.slabs, "strip": plan.strips, "segment": plan.segments}
+    grid = {"image": x.shape[0], "slab": plan.slabs, "strip": plan.strips(x.shape[0]), "segment": plan.segments}
     body = functools.partial(correlate_rows, plan=plan, finish=finish, turned=turned)
     arrays = x, kernel.astype(jnp.float32), *others
     return launch.run(body, grid, plan.warpgroups, arrays, jax.ShapeDtypeStruct(x.shape, x.dtype), name="depthwise")
@@ -105,8 +101,9 @@ def correlate_rows(inputs: Any, y: Any, _: tuple, *, plan: Plan, finish: Callabl
     """A block takes a strip of rows of an image, its warpgroups one after the other `plan.together` of them."""
     x, kernel, *others = inputs
     image, warpgroup = lax.axis_index("image"), lax.axis_index("warpgroup")
-    top, first = lax.axis_index("strip") * plan.rows, plan.first_column(lax.axis_index("segment"))
-    bottom = lax.min(top + plan.rows, plan.height)
+    rows, first = plan.rows(x.shape[0]), plan.first_column(lax.axis_index("segment"))
+    top = lax.axis_index("strip") * rows
+    bottom = lax.min(top + rows, plan.height)
     middle, halo, together = plan.kernel_height // 2, plan.kernel_width // 2, plan.together
 
     def add_row(row: Array, those: range, m: Array, sums: list[tuple]) -> list[tuple]:
@@ -136,16 +133,15 @@ def correlate_rows(inputs: Any, y: Any, _: tuple, *, plan: Plan, finish: Callabl
     @pl.loop(0, lax.div(bottom - top - together * warpgroup + step - 1, step))
     def _(n):
         row = top + together * warpgroup + n * step
-        sums, *more = add_rows(row)
-        store(row, sums)
-        for i, sums in enumerate(more, start=1):
-            pl.when(row + i < bottom)(functools.partial(store, row + i, sums))
+        for i, sums in enumerate(add_rows(row)):
+            write = functools.partial(store, row + i, sums)
+            write() if together == 1 else pl.when(row + i < bottom)(write)
 
 
 def kernel_gradient(x: Array, cotangent: Array, size: tuple[int, int]) -> Float[Array, "kh kw C"]:
     """Each block sums over its part of all rows of all images; the parts are added up here, always in one order."""
     plan = Plan.of(x.shape, size)
-    parts = max(1, BLOCKS * (7 // size[0]) // plan.slabs)
+    parts = max(1, plan.blocks * (7 // size[0]) // 3)  # of up to four warpgroups
     parts = min(parts, x.shape[0] * plan.segments * plan.height)
     grid = {"slab": plan.slabs, "part": parts}
     body = functools.partial(sum_kernel_gradient, plan=plan)
@@ -203,7 +199,7 @@ def squared_relu_gradients(x: Array, kernel: Array, cotangent: Array) -> tuple[A
     """Gradients of y * relu(y) with respect to x and to the kernel, whose parts are added up as `kernel_gradient`'s."""
     plan = Plan.of(x.shape, kernel.shape[:2])
     lines = x.shape[0] * plan.height
-    share = math.ceil(lines / max(1, AT_ONCE * BLOCKS // plan.slabs))
+    share = math.ceil(lines / plan.blocks)
     parts = math.ceil(lines / share)
     grid = {"slab": plan.slabs, "part": parts}
     outputs = (jax.ShapeDtypeStruct(x.shape, x.dtype), jax.ShapeDtypeStruct((parts, *kernel.shape), jnp.float32))

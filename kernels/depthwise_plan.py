@@ -17,6 +17,8 @@ SEGMENT = 16
 """Columns that a warpgroup takes at most at a time: their sums are in registers."""
 STRIP = 8
 """Rows that a block takes at most: those it shares with the next one are loaded twice, if from the L2 cache."""
+BLOCKS = 396
+"""Of a warpgroup that keep a GPU busy: three for each multiprocessor of an H100 or H200."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -69,8 +71,9 @@ class Plan:
 
     @property
     def together(self) -> int:
-        """Rows of sums of a warpgroup at a time, which a row of x is loaded and widened once for."""
-        return 2 if self.kernel_height > 3 else 1
+        """Rows of sums of a warpgroup at a time, for which a row of x is loaded and widened once: two of larger
+        kernels, where no halo takes the registers."""
+        return 2 if self.kernel_height > 3 and self.segments == 1 else 1
 
     @property
     def warpgroups(self) -> int:
@@ -88,13 +91,17 @@ class Plan:
         ]
 
     @property
-    def strips(self) -> int:
-        return math.ceil(self.height / STRIP)
+    def blocks(self) -> int:
+        """Those of each slab that keep a GPU busy."""
+        return max(1, BLOCKS // self.slabs)
 
-    @property
-    def rows(self) -> int:
-        """Rows of a strip; the last strip may have fewer."""
-        return math.ceil(self.height / self.strips / self.together) * self.together
+    def strips(self, images: int) -> int:
+        return math.ceil(self.height / self.rows(images))
+
+    def rows(self, images: int) -> int:
+        """Rows of a strip, fewer where there are few images; the last strip may have fewer."""
+        strips = max(math.ceil(self.height / STRIP), self.blocks // (images * self.segments))
+        return math.ceil(self.height / strips / self.together) * self.together
 
     @property
     def layout(self) -> object:

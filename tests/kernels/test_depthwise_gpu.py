@@ -20,8 +20,8 @@ TOLERANCE = {"float32": 1e-6, "bfloat16": 2**-8}
 
 @pytest.fixture(autouse=True)
 def few_blocks(monkeypatch):
-    """Each costs the interpreter time; with two a block goes through rows of several images, and not whole ones."""
-    monkeypatch.setattr(depthwise_gpu, "BLOCKS", 2)
+    """Each costs the interpreter time; with these one goes through rows of several images, and not whole ones."""
+    monkeypatch.setattr(depthwise_plan, "BLOCKS", 6)
 
 
 def value_and_gradients(x, kernel, cotangent, **options):
@@ -45,7 +45,7 @@ def arguments(size, kernel, dtype):
     ("size", "kernel", "dtype", "segment"),
     [
         ((2, 5, 4, 128), (3, 3), "float32", 16),
-        ((1, 8, 3, 256), (7, 7), "bfloat16", 16),  # 2 channels a thread
+        ((2, 7, 2, 256), (7, 7), "bfloat16", 16),  # 2 channels a thread; an odd number of rows
         ((1, 3, 8, 128), (5, 3), "float32", 4),  # two segments: a halo is inside or outside of the image
         ((3, 17, 2, 256), (3, 5), "bfloat16", 16),  # three strips, the last one shorter
     ],

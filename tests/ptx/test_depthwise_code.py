@@ -27,7 +27,7 @@ LIMITS = {"float32": 1e-6, "bfloat16": 3e-3}
     ],
 )
 def test_values_and_gradients_are_those_of_float64(monkeypatch, size, kernel, dtype, squared_relu, launches):
-    monkeypatch.setattr(depthwise_gpu, "BLOCKS", 8)  # so that a block has several rows, of several images
+    monkeypatch.setattr(depthwise_plan, "BLOCKS", 24)  # so that a block has several rows, of several images
     x, taps, _, cotangent = (jnp.asarray(a, dtype) for a in inputs(size, (*kernel, size[3])))
     with emulation.emulated() as runs:
         y, pull = jax.vjp(lambda *a: depthwise_gpu.correlate(*a, squared_relu), x, taps.astype(jnp.float32))
