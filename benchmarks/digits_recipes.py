@@ -29,8 +29,6 @@ PER_CLASS = 100
 SIZE = {"hidden": 64, "depth": 4}
 EMA = 0.95
 QUARTER, FIFTH = 4, 5
-BASE = 4
-"""Steps of a model that others begin with, over those of training from scratch."""
 LEARNING_RATE = 5e-3
 """Learning rate of all runs: of the whole length and of a part of it."""
 
@@ -40,6 +38,8 @@ def main() -> None:
     parser.add_argument("recipe", choices=("classes", "teacher"))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=400, help="of training from scratch")
+    parser.add_argument("--base", type=int, default=1600, help="steps of the model that others begin with (classes)")
+    parser.add_argument("--time-mean", type=float, default=0.0, help="diffusion.time_mean of all runs (classes)")
     parser.add_argument("--sets", type=int, default=1, help="of samples")
     parser.add_argument("--all", action="store_true", help="also what the recipe is told apart from")
     parser.add_argument("--output", default="runs/recipes")
@@ -52,7 +52,7 @@ def classes(flags: argparse.Namespace) -> None:
     """Classes 0 to 4; then 5 to 9 from that model in a quarter of the steps that a model of their own has."""
     root = pathlib.Path(flags.output) / f"classes_{flags.seed}"
     low, high = (digits_of(root / name, names) for name, names in (("low", range(5)), ("high", range(5, 10))))
-    base = trained(flags, root / "of_0_to_4", low, BASE * flags.steps)
+    base = trained(flags, root / "of_0_to_4", low, flags.base)
     short = flags.steps // QUARTER
     report(flags, "from 0-4", trained(flags, root / "from_0_to_4", high, short, init_from=base.run_dir), first=5)
     report(flags, "scratch", trained(flags, root / "scratch", high, flags.steps), first=5)
@@ -110,6 +110,7 @@ def trained(
         run_dir=str(run),
         data=data,
         model=model,
+        diffusion=dataclasses.replace(base.diffusion, time_mean=flags.time_mean),
         optimizer=dataclasses.replace(
             base.optimizer, name=optimizer, learning_rate=LEARNING_RATE, warmup_steps=min(50, steps // 10)
         ),
@@ -159,13 +160,10 @@ def report(flags: argparse.Namespace, what: str, config: Config, *, first: int =
         "steps": config.train.steps,
         "images": config.train.steps * config.train.batch_size,
         "accuracy": round(statistics.mean(accuracy), 4),
+        "frechet": round(statistics.mean(frechet), 4),
+        "deviation": round(statistics.pstdev(frechet), 4),
+        "floor": round(scores[0].frechet_floor, 4),
     }
-    if count == 10:  # of five classes it would be a distance from all ten
-        line |= {
-            "frechet": round(statistics.mean(frechet), 4),
-            "deviation": round(statistics.pstdev(frechet), 4),
-            "floor": round(scores[0].frechet_floor, 4),
-        }
     print(json.dumps(line), flush=True)
 
 

@@ -14,7 +14,8 @@ EPOCHS = 60
 @dataclasses.dataclass(frozen=True)
 class DigitsScore:
     """`conditional_accuracy`: share of samples that the classifier gives the class asked for, 0..1.
-    `frechet`: distance of the samples from one half of the real digits, in the classifier's 64 hidden features.
+    `frechet`: distance of the samples from one half of the real digits of their classes, in the classifier's 64 hidden
+    features.
     `frechet_floor`: distance of the other half of the real digits from it, with equally many images on both sides.
     `classifier_accuracy`: the classifier on real digits that it was not trained on, 0..1."""
 
@@ -54,13 +55,17 @@ class DigitsJudge:
         return np.maximum(self._pixels(images) @ self.weights + self.biases, 0.0)
 
     def score(self, images: UInt8[np.ndarray, "N 8 8 1"], labels: Int[np.ndarray, " N"]) -> DigitsScore:
-        """Judges samples asked for as `labels`. Raises ValueError for images that are not [N, 8, 8, 1] uint8."""
+        """Judges samples asked for as `labels`, beside the real digits of these classes.
+
+        Raises ValueError for images that are not [N, 8, 8, 1] uint8.
+        """
         if images.shape[1:] != self._images.shape[1:] or images.dtype != np.uint8:
             raise ValueError(f"images must be uint8 [N, 8, 8, 1], found {images.dtype} {list(images.shape)}")
-        order = np.random.default_rng(0).permutation(len(self._images))
+        asked_for = self._images[np.isin(self._labels, labels)]
+        order = np.random.default_rng(0).permutation(len(asked_for))
         half = len(order) // 2
-        real = moments(self.features(self._images[order[:half]]))
-        other = moments(self.features(self._images[order[half : 2 * half]]))
+        real = moments(self.features(asked_for[order[:half]]))
+        other = moments(self.features(asked_for[order[half : 2 * half]]))
         # equally many samples as real digits: the distance is biased by the number of images
         drawn = moments(self.features(images[np.random.default_rng(0).permutation(len(images))[:half]]))
         return DigitsScore(
