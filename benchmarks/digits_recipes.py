@@ -147,12 +147,11 @@ def report(flags: argparse.Namespace, what: str, config: Config, *, first: int =
     from gspn_jax.sampling.sampler import Sampler
 
     mesh, count = sharding.make_mesh(config.mesh), config.data.num_classes
+    classes = range(first, first + count)
     labels = np.tile(np.arange(count), PER_CLASS)
     params = checkpoints.restore_params(config.run_dir, config.train.steps, config, mesh)
-    scores = [
-        judge().score(Sampler(config, mesh, seed=seed)(params, labels, np.arange(len(labels))), labels + first)
-        for seed in range(flags.sets)
-    ]
+    samples = [Sampler(config, mesh, seed=seed)(params, labels, np.arange(len(labels))) for seed in range(flags.sets)]
+    scores = [judge().score(images, labels + first, classes=classes) for images in samples]
     accuracy, frechet = ([getattr(s, name) for s in scores] for name in ("conditional_accuracy", "frechet"))
     line = {
         "what": what,

@@ -1,6 +1,7 @@
 """The judge of the digits demo: a small classifier trained on the real digits, and distances in its features."""
 
 import dataclasses
+from collections.abc import Sequence
 
 import numpy as np
 from jaxtyping import Float, Int, UInt8
@@ -14,8 +15,7 @@ EPOCHS = 60
 @dataclasses.dataclass(frozen=True)
 class DigitsScore:
     """`conditional_accuracy`: share of samples that the classifier gives the class asked for, 0..1.
-    `frechet`: distance of the samples from one half of the real digits of their classes, in the classifier's 64 hidden
-    features.
+    `frechet`: distance of the samples from one half of the real digits, in the classifier's 64 hidden features.
     `frechet_floor`: distance of the other half of the real digits from it, with equally many images on both sides.
     `classifier_accuracy`: the classifier on real digits that it was not trained on, 0..1."""
 
@@ -54,18 +54,20 @@ class DigitsJudge:
         """The classifier's hidden layer after its ReLU."""
         return np.maximum(self._pixels(images) @ self.weights + self.biases, 0.0)
 
-    def score(self, images: UInt8[np.ndarray, "N 8 8 1"], labels: Int[np.ndarray, " N"]) -> DigitsScore:
-        """Judges samples asked for as `labels`, beside the real digits of these classes.
+    def score(
+        self, images: UInt8[np.ndarray, "N 8 8 1"], labels: Int[np.ndarray, " N"], *, classes: Sequence[int] = range(10)
+    ) -> DigitsScore:
+        """Judges samples asked for as `labels`, beside the real digits of `classes`.
 
         Raises ValueError for images that are not [N, 8, 8, 1] uint8.
         """
         if images.shape[1:] != self._images.shape[1:] or images.dtype != np.uint8:
             raise ValueError(f"images must be uint8 [N, 8, 8, 1], found {images.dtype} {list(images.shape)}")
-        asked_for = self._images[np.isin(self._labels, labels)]
-        order = np.random.default_rng(0).permutation(len(asked_for))
+        known = self._images[np.isin(self._labels, classes)]
+        order = np.random.default_rng(0).permutation(len(known))
         half = len(order) // 2
-        real = moments(self.features(asked_for[order[:half]]))
-        other = moments(self.features(asked_for[order[half : 2 * half]]))
+        real = moments(self.features(known[order[:half]]))
+        other = moments(self.features(known[order[half : 2 * half]]))
         # equally many samples as real digits: the distance is biased by the number of images
         drawn = moments(self.features(images[np.random.default_rng(0).permutation(len(images))[:half]]))
         return DigitsScore(
