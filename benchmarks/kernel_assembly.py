@@ -290,7 +290,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--devices", nargs="+", default=list(devices.DEVICES), choices=list(devices.DEVICES))
     parser.add_argument("--cases", default="", help="only those that have this in their name")
-    parser.add_argument("--quick", action="store_true", help="two small cases instead, that are not recorded")
+    parser.add_argument("--quick", action="store_true", help="small cases instead, that are not recorded")
     parser.add_argument("--table", type=pathlib.Path, help="Markdown file whose table is replaced")
     options = parser.parse_args()
     cases = [case for case in (QUICK if options.quick else CASES) if options.cases in str(case)]
