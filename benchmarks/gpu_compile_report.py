@@ -78,10 +78,14 @@ Each row has what is in the rows above it.
 | the blocks of every chunk go back by XLA's terms (0.75 ms), factors get their sums once | 211.0 | 170.0 | 21.9 |
 | no loop over blocks (`gspn_jax.models.stack`) | 185.4 | 152.1 | 20.0 |
 | the layer norm's derivative by its result | 182.3 | 150.0 | 20.0 |
+| the 3x3 convolution kept, the layer norm's sums in one pass | 179.8 | 148.2 | 22.8 |
+| the gradients of the 3x3 convolution in one launch | 175.8 | 145.4 | 22.8 |
 
 These count bytes. The instructions of our kernels (docs/kernel.md), one a clock and scheduler at 1.7 GHz, take longer
-than their bytes on an H200 in three places: `chunk=2` forward 121 us in place of 27 and backward 230 in place of 212,
-and the 7x7 convolution 165 in place of 74 for its three passes. That would add 11 ms to the step: 161 ms.
+than their bytes on an H200 in three places: `chunk=2` forward 111 us in place of 27, the 7x7 convolution 142 in place
+of 74 for its three passes, and the gradients of the 3x3 39 in place of 37. That would add 8.6 ms to the step: 154 ms.
+(Counted in the same way, it was 128 and 165, and 230 in place of 212 for `chunk=2` backward, before instructions were
+saved: 162 of 150.0.)
 
 An evaluation of GSPN-L/2 with 64 images: 47.1 ms on H100 and 37.5 on H200 as it was; 35.9 and 29.7 with convolutions in
 bfloat16, proxies of 75 computed as 96 and tokens row by row; 34.8 and 28.9 with weights cast once for all evaluations
@@ -100,9 +104,12 @@ kernels.
   then get their weights in copies and their biases by kernels of their own.
 - **The layer norm's derivative**: with y the result, s one over the deviation, x gets s (g - mean(g) - y mean(g y)),
   two sums in one pass where the operations' own derivative makes three in two; `remat names` keeps mean and s.
+  Beside a derivative the sums of x and of its squares are made in one pass over x, too, of differences from the first
+  channel so that nothing cancels: 3.7 of 88 ms of a DiT-B/2 with GSPN at 4,096 tokens. Alone, in samplers, XLA makes
+  one kernel of both passes, and one pass would take 0.9 ms of 20 more.
 - **Convolutions**: one that widens bfloat16 to float32 has XLA:GPU read its arguments in float32 as well.
-- **Named values** (`gspn_jax.models.remat`): products after their bias, the 7x7 convolution, the result and the states
-  of the scans. The kernel writes its states to where they are kept, without a copy.
+- **Named values** (`gspn_jax.models.remat`): products after their bias, the convolutions, the result and the states of
+  the scans. The kernel writes its states to where they are kept, without a copy.
 - **Weights cast for all blocks at once**, not block by block in each pass; their gradients are kept in the type of the
   products, bfloat16.
 - **Widths** (`gspn_jax.models.width`): cuBLAS copies a matrix whose rows are no multiple of 16 bytes. 1500 channels are
