@@ -37,11 +37,11 @@ Kind = tuple[str, str, str]
 """Mixer, remat, and where proxies are expanded: "chip" or "memory" ("chip" for mixers without any)."""
 
 FITTED: dict[Kind, Fit] = {
-    ("attention", "dots", "chip"): Fit(0.601, 9.94, 13.6, 0.00307, 3),
-    ("gspn", "full", "chip"): Fit(0.601, 0.771, 58.8, 0.0, 2),
-    ("gspn", "full", "memory"): Fit(0.601, 1.11, 51.9, 5.09e-05, 3),
-    ("gspn", "names", "chip"): Fit(0.601, 5.46, 52.7, 0.00471, 4),
-    ("gspn", "names", "memory"): Fit(0.601, 9.55, 58.3, 0.00203, 3),
+    ("attention", "dots", "chip"): Fit(0.487, 10.4, 10.6, 0.00116, 3),
+    ("gspn", "full", "chip"): Fit(0.487, 1.06, 52, 0.0, 2),
+    ("gspn", "full", "memory"): Fit(0.487, 1.85, 30.8, 0.00233, 3),
+    ("gspn", "names", "chip"): Fit(0.487, 6.63, 48.5, 0.00106, 4),
+    ("gspn", "names", "memory"): Fit(0.487, 10.6, 58.5, 0.0074, 3),
 }
 """By `kind_of`."""
 
