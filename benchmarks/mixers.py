@@ -317,7 +317,8 @@ def costs(results: dict[str, dict], kind: str) -> Iterable[str]:
 def cell(row: dict[str, Any]) -> str:
     milliseconds = next(row[name] for name in ("ms", "train_ms", "evaluation_ms") if name in row)
     memory = row["temporary_gb"] if "temporary_gb" in row else (row.get("compiled_bytes") or 0) / 1e9
-    return f"{1e3 * row['batch'] / milliseconds:,.0f}" + (f", {memory:.1f}" if memory else "")
+    found = 1e3 * row["batch"] / milliseconds
+    return (f"{found:,.0f}" if found >= 100 else f"{found:.3g}") + (f", {memory:.1f}" if memory else "")
 
 
 def scores(results: dict[str, dict]) -> Iterable[str]:
