@@ -254,7 +254,7 @@ def take_turn(walk: Walk, shared: Shared, t: Array, results: Sequence[tuple[Any,
     for n, (position, tile) in enumerate(results):
         walk.await_tile_before(n)
         index = (*walk.pixels(t, position), slice(None))
-        shared.total[index] = walk.read(shared.total, index) + walk.once(position, tile)
+        compat.store(shared.total, index, walk.read(shared.total, index) + walk.once(position, tile))
     plgpu.barrier_arrive(shared.turn.at[(walk.k + 1) % len(walk.job.directions)])
 
 
