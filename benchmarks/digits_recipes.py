@@ -39,7 +39,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=400, help="of training from scratch")
     parser.add_argument("--base", type=int, default=1600, help="steps of the model that others begin with (classes)")
-    parser.add_argument("--time-mean", type=float, default=0.0, help="diffusion.time_mean of all runs (classes)")
+    parser.add_argument("--time-mean", type=float, default=0.0, help="diffusion.time_mean of all runs")
     parser.add_argument("--sets", type=int, default=1, help="of samples")
     parser.add_argument("--all", action="store_true", help="also what the recipe is told apart from")
     parser.add_argument("--output", default="runs/recipes")

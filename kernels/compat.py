@@ -193,17 +193,19 @@ def load(ref: Any, index: tuple, layout: Any) -> Array:
     return plgpu.load(ref.at[index], layout=layout, optimized=False)
 
 
+STORES_ANY_LAYOUT = hasattr(plgpu, "store")
+"""True where shared memory takes a tile however it is spread: before 0.12 some of 8 or 16 channels do not lower."""
+
+
 def store(ref: Any, index: tuple, value: Array) -> None:
     """`ref[index] = value` in the type of `ref`, whatever the strides and the layout."""
     value = value.astype(ref.dtype)
-    if hasattr(plgpu, "store") and not interpreting():  # JAX 0.12, where an assignment insists on what it can do best
+    if STORES_ANY_LAYOUT and not interpreting():  # JAX 0.12, where an assignment insists on what it can do best
         plgpu.store(ref.at[index], value, optimized=False)
     else:
         ref[index] = value
 
 
-STORES_ANY_LAYOUT = hasattr(plgpu, "store")
-"""Whether shared memory takes a tile however it is spread: before 0.12 some tiles of 8 and 16 channels do not lower."""
 RESHAPES_REFERENCES = jax.__version_info__ >= (0, 11)
 """Whether shared memory can be read and written in another shape: the lowering of 0.10 fails."""
 

@@ -1,4 +1,4 @@
-"""How the depthwise convolution's GPU kernels cut images and kernels, and what a thread does with rows of them."""
+"""Cuts of images and kernels by the depthwise convolution's GPU kernels, and work of a thread on rows of them."""
 
 import dataclasses
 import math
@@ -18,7 +18,7 @@ SEGMENT = 16
 STRIP = 8
 """Rows that a block takes at most: those it shares with the next one are loaded twice, if from the L2 cache."""
 BLOCKS = 396
-"""Of a warpgroup that keep a GPU busy: three for each multiprocessor of an H100 or H200."""
+"""Blocks of one warpgroup that keep a GPU busy: three for each multiprocessor of an H100 or H200."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -66,7 +66,7 @@ class Plan:
 
     @property
     def fits_at_once(self) -> bool:
-        """Whether a warpgroup has room for the sums of a row of pixels and of a whole kernel."""
+        """True where a warpgroup has room for the sums of a row of pixels and of a whole kernel."""
         return self.segments == 1 and self.kernel_height * self.kernel_width <= 9
 
     @property
@@ -77,7 +77,7 @@ class Plan:
 
     @property
     def warpgroups(self) -> int:
-        """Of a block of the correlation: several blocks of a multiprocessor have room for their registers."""
+        """Warpgroups of a block of the correlation, of whose registers a multiprocessor holds several blocks."""
         return 2 // self.together
 
     @property
@@ -92,7 +92,7 @@ class Plan:
 
     @property
     def blocks(self) -> int:
-        """Those of each slab that keep a GPU busy."""
+        """Blocks of each slab that keep a GPU busy."""
         return max(1, BLOCKS // self.slabs)
 
     def strips(self, images: int) -> int:

@@ -383,7 +383,7 @@ class Sigmoids(NamedTuple):
     center: Array
     right: Array
     total: Array
-    """What they were multiplied by."""
+    """Product of the three (1 + odds)."""
 
     @property
     def sum(self) -> Array:
@@ -391,7 +391,7 @@ class Sigmoids(NamedTuple):
 
     @property
     def scale(self) -> Array:
-        """What makes them weights, whose sum is 1."""
+        """One over their sum, by which they are weights."""
         return _reciprocal(self.sum)
 
     def weigh(self, neighbours: Iterable[Array]) -> Array:

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from gspn_jax.kernels import compat, devices, expansion, launch, local, low_rank, pullback, reference, tiles
+from gspn_jax.kernels import devices, expansion, launch, local, low_rank, pullback, reference, tiles
 from gspn_jax.kernels.derivatives import differentiable
 from gspn_jax.kernels.terms import LAM, Inputs, Job
 from gspn_jax.kernels.weights import DIRECTIONS
@@ -116,8 +116,6 @@ def _plan(job: Job, height: int, width: int, channels: int, groups: int) -> tupl
     plan, sharing = make_plan(), None
     if groups < channels:
         sharing = make_plan(group=channels // groups)
-        if sharing and sharing.slab < tiles.NARROW and not (compat.STORES_ANY_LAYOUT or compat.interpreting()):
-            sharing = None
     if sharing and sharing.height * sharing.width <= plan.height * plan.width:
         return sharing, dataclasses.replace(job, shared=True)
     return plan, job

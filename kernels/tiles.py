@@ -12,6 +12,7 @@ from typing import Any
 from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from gspn_jax.kernels import compat
 from gspn_jax.kernels.devices import Device
 
 WARPGROUP = 128
@@ -144,10 +145,13 @@ def make_plan(
     best, least = None, (math.inf, math.inf)
     may_be_joint = directions > 1 and (device.shared_joint or not group)
     apart_tile = (group and device.shared_tile) or device.apart_tile
+    any_layout = compat.STORES_ANY_LAYOUT or compat.interpreting()
     slabs = [slab for slab in SLABS if group in (None, channels) or group % slab == 0]
     for joint, slab in itertools.product((True, False), slabs):
         if joint and not (may_be_joint and slab >= min(NARROW, group or channels)):
             continue
+        if slab < NARROW and (joint or group) and not any_layout:
+            continue  # does not lower for every map
         quantum = QUANTUM // slab
         sides = max(height, quantum), max(width, quantum)
         tile = device.joint_tile if joint else apart_tile

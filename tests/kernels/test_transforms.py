@@ -65,16 +65,21 @@ def lower_propagate(side=16, channels=64):
     )
 
 
-def lower_narrow_slabs():
-    """Slabs of 16 channels, as wide as a group: in float32 JAX 0.12 knows no store to the total that it calls good."""
+def lower_narrow_slabs(channels=64, groups=4):
+    """Slabs of 16 channels, as wide as a group or the map: JAX 0.12 knows no store of some that it calls good, JAX
+    before it does not lower them."""
     array = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
     lower_with_gradients(
         lambda *a: mosaic_gpu.propagate(*a, None, None),
-        array((1, 16, 16, 64)),
-        array((1, 16, 16, 4, 3, 4)),
-        *[array((1, 16, 16, 4, 64))] * 2,
+        array((1, 16, 16, channels)),
+        array((1, 16, 16, 4, 3, groups)),
+        *[array((1, 16, 16, 4, channels))] * 2,
         array((4,)),
     )
+
+
+def lower_few_channels():
+    lower_narrow_slabs(channels=16, groups=16)
 
 
 def lower_line_scan():
@@ -116,6 +121,7 @@ def shifted(buffers):
 @pytest.mark.parametrize("lower", [
     lower_propagate,
     lower_narrow_slabs,
+    lower_few_channels,
     lower_line_scan,
     lower_low_rank,
     lower_local,
