@@ -250,6 +250,29 @@ def wgmma(total: Any, a: Any, b: Any, *, transpose_a: bool = False, transpose_b:
         begin(a, b)
 
 
+HAS_MMA = hasattr(plgpu, "mma")
+"""Whether tensor cores can be had that take registers: since JAX 0.11.2."""
+
+
+def mma(total: Array, a: Array, b: Array) -> Array:
+    """total + a @ b on tensor cores, all of them in registers, in the layouts of `plgpu.mma`."""
+    if interpreting():
+        return total + jnp.dot(a, b, preferred_element_type=total.dtype, precision="highest")
+    return plgpu.mma(total, a, b)
+
+
+def load_transposed(ref: Any, index: tuple, layout: Any) -> Array:
+    """The transpose of `ref[index]`, which is in shared memory; `layout` is that of the result."""
+    if interpreting():
+        return ref[index].T
+    return load(ref.at[index].transpose((1, 0)), (slice(None),) * 2, layout)
+
+
+def layout_cast(value: Array, layout: Any) -> Array:
+    """The same, spread over the threads of the warpgroup as `layout` says."""
+    return value if interpreting() else plgpu.layout_cast(value, layout)
+
+
 def _copy_transposed(ref: Any, do: Any) -> None:
     """Calls `do` with a copy of this warpgroup's own, its axes exchanged; all warpgroups must come here."""
 
@@ -264,5 +287,4 @@ def _copy_transposed(ref: Any, do: Any) -> None:
 
 def zeros(shape: tuple[int, ...], layout: Any) -> Array:
     """float32 zeros, spread as `layout` says."""
-    array = jnp.zeros(shape, jnp.float32)
-    return array if interpreting() else plgpu.layout_cast(array, layout)
+    return layout_cast(jnp.zeros(shape, jnp.float32), layout)

@@ -28,8 +28,27 @@ class Expanding:
     backward_on_chip: bool = False
     """Whether the backward pass of the kernel of every chunk expands too (`pullback`). Where not, XLA expands the proxy
     once more, 40 bytes an element of x, and the plain kernel goes back: on an H100 about 2.1 ms in place of 3.85."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Local:
+    """Tuning of the kernel for chunk=2."""
+
+    slab: int = 8
+    """Channels of a block, 8 or 16."""
+    by_copies: bool = False
+    """Whether the copy engine and wgmma do what threads and mma.sync do elsewhere."""
     multiprocessors: int = 132
-    """Of an H100 or H200: the kernel for chunk=2 splits batches so that few of them are idle at the end."""
+    """Of the largest GPU: batches are split so that few of them are idle at the end."""
+
+    @property
+    def missing(self) -> str | None:
+        """Why JAX cannot make it, or None."""
+        if not (compat.RESHAPES_REFERENCES or compat.interpreting()):
+            return f"needs JAX 0.11 or newer, and this is {jax.__version__}"
+        if not (self.by_copies or compat.HAS_MMA or compat.interpreting()):
+            return f"needs JAX 0.11.2 or newer on GPUs without wgmma, and this is {jax.__version__}"
+        return None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -53,7 +72,9 @@ class Device:
     shared_tile: int | None = None
     """`apart_tile` for weights that channels share, if another one, lest the backward kernel spill."""
     expanding: Expanding | None = None
-    """None without wgmma, the tensor cores of compute capability 9.0 alone: there XLA expands proxies."""
+    """None without wgmma, the tensor cores of compute capability 9.0 alone: there XLA expands proxies, but for
+    chunk=2."""
+    local: Local = Local()
     oldest_jax: tuple[int, ...] = (0, 10, 2)
     """The first version whose Pallas can assemble for it."""
 
@@ -69,14 +90,18 @@ DEVICES = {
     device.capability: device
     for device in (
         Device(capability="8.0", examples="A100", shared_bytes=162 * KIB, scan_bytes=160 * KIB,
-               joint_tile=512, apart_tile=256, shared_joint=False, oldest_jax=_AMPERE),
-        Device(capability="8.6", examples="RTX 3090, A10", **_SMALL, shared_tile=256, oldest_jax=_AMPERE),
-        Device(capability="8.9", examples="RTX 4090, L4, L40S", **_SMALL, shared_tile=256, oldest_jax=_AMPERE),
-        Device(capability="9.0", examples="H100, H200", **_LARGE, expanding=Expanding()),
-        Device(capability="10.0", examples="B200", **_LARGE),
-        Device(capability="10.3", examples="B300", **_LARGE),
-        Device(capability="12.0", examples="RTX 5090", **_SMALL),
-        Device(capability="12.1", examples="GB10", **_SMALL),
+               joint_tile=512, apart_tile=256, shared_joint=False, oldest_jax=_AMPERE,
+               local=Local(multiprocessors=108)),
+        Device(capability="8.6", examples="RTX 3090, A10", **_SMALL, shared_tile=256, oldest_jax=_AMPERE,
+               local=Local(multiprocessors=82)),
+        Device(capability="8.9", examples="RTX 4090, L4, L40S", **_SMALL, shared_tile=256, oldest_jax=_AMPERE,
+               local=Local(multiprocessors=128)),
+        Device(capability="9.0", examples="H100, H200", **_LARGE, expanding=Expanding(),
+               local=Local(slab=16, by_copies=True)),
+        Device(capability="10.0", examples="B200", **_LARGE, local=Local(multiprocessors=148)),
+        Device(capability="10.3", examples="B300", **_LARGE, local=Local(multiprocessors=148)),
+        Device(capability="12.0", examples="RTX 5090", **_SMALL, local=Local(multiprocessors=170)),
+        Device(capability="12.1", examples="GB10", **_SMALL, local=Local(multiprocessors=48)),
     )
 }  # fmt: skip
 """By compute capability."""

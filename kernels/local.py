@@ -17,20 +17,18 @@ from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float
 
-from gspn_jax.kernels import compat, devices, expansion, launch, local_pieces
+from gspn_jax.kernels import devices, expansion, launch, local_pieces
 from gspn_jax.kernels.derivatives import differentiable
-from gspn_jax.kernels.local_bodies import (
-    LOGITS,
-    SLAB,
-    Cotangents,
+from gspn_jax.kernels.local_block import (
+    Arrivals,
+    ByCopies,
+    ByThreads,
     Given,
     Shared,
     exchanged_channels,
     exchanged_rows,
-    local_backward,
-    local_forward,
-    pairs,
 )
+from gspn_jax.kernels.local_bodies import LOGITS, Cotangents, local_backward, local_forward, pairs
 from gspn_jax.kernels.local_pieces import AXES, CLASSES, GRID, MOST_FILLED, PIXELS, Cut
 from gspn_jax.kernels.terms import OUT_GATE, Job
 from gspn_jax.kernels.weights import DIRECTIONS
@@ -42,14 +40,13 @@ def refuses(x: Float[Array, "B H W C"], proxy: Float[Array, "B H W d"], kinds: i
     """Reason why the kernel cannot take `x` and `proxy` with so many kinds of terms, or None."""
     device = devices.current()
     _, height, width, channels = x.shape
-    if device.expanding is None:
-        return "needs wgmma"
-    if not (compat.RESHAPES_REFERENCES or compat.interpreting()):
-        return f"needs JAX 0.11 or newer, and this is {jax.__version__}"
+    if device.local.missing:
+        return device.local.missing
     if x.dtype != jnp.bfloat16:
         return f"takes bfloat16, not {x.dtype}"
-    if height % 2 or width % 2 or channels % 8 or channels < SLAB:
-        return f"takes even numbers of lines and channels in eights from {SLAB}, not {list(x.shape[1:])}"
+    slab = device.local.slab
+    if height % 2 or width % 2 or channels % 8 or channels < slab:
+        return f"takes even numbers of lines and channels in eights from {slab}, not {list(x.shape[1:])}"
     cut = Cut(height, width)
     if cut.filled > MOST_FILLED:
         return f"would fill up a map of {height} x {width} to {cut.filled:.1f} times its pixels, pieces of 16 x 16"
@@ -104,25 +101,27 @@ def _by_parity(x: Float[Array, "B H W C"]) -> Array:
 
 
 def _by_slab(up: Float[Array, "4 N C d"], dtype: Any) -> Float[Array, "slabs 4 rows d"]:
-    """[.., N * SLAB, d] of each; the last slab overlaps the one before it where SLAB does not divide the channels."""
+    """Factors by slab; the last one overlaps the one before it where they do not divide the channels."""
     directions, kinds, channels, rank = up.shape
-    slabs = math.ceil(channels / SLAB)
-    starts = jnp.minimum(jnp.arange(slabs) * SLAB, channels - SLAB)
-    found = up.astype(dtype)[:, :, starts[:, None] + jnp.arange(SLAB)]
-    return found.transpose(2, 0, 1, 3, 4).reshape(slabs, directions, kinds * SLAB, rank)
+    slab = devices.current().local.slab
+    slabs = math.ceil(channels / slab)
+    starts = jnp.minimum(jnp.arange(slabs) * slab, channels - slab)
+    found = up.astype(dtype)[:, :, starts[:, None] + jnp.arange(slab)]
+    return found.transpose(2, 0, 1, 3, 4).reshape(slabs, directions, kinds * slab, rank)
 
 
 def _run(cut: Cut, body: Any, given: Given, outputs: list[Any]) -> list[Array]:
     pieces, slabs = given.proxy.shape[0], given.up.shape[0]
     splits = _splits(pieces, slabs)
     shared = _shared(cut, given)
-    body = functools.partial(body, cut=cut, pieces=pieces // splits)
+    view = ByCopies if devices.current().local.by_copies else ByThreads
+    body = functools.partial(body, cut=cut, pieces=pieces // splits, view=view)
     return launch.run(body, {"split": splits, "slab": slabs}, CLASSES, given, outputs, shared)
 
 
 def _splits(pieces: int, slabs: int) -> int:
     """The number of blocks that share the pieces of a slab: their last round should leave few multiprocessors idle."""
-    multiprocessors = devices.current().expanding.multiprocessors
+    multiprocessors = devices.current().local.multiprocessors
 
     def time(splits: int) -> int:  # in pieces, and about one more for the factors
         return math.ceil(splits * slabs / multiprocessors) * (pieces // splits + 1)
@@ -132,18 +131,24 @@ def _splits(pieces: int, slabs: int) -> int:
 
 def _shared(cut: Cut, given: Given) -> Shared:
     _, _, rows, rank = given.up.shape
-    backward = given.cotangent is not None
-    pixels = 2 if backward else 1
-    slots = 1 if backward else 2
+    local, backward, dtype = devices.current().local, given.cotangent is not None, given.x.dtype
+    exchanged = exchanged_channels(1 + LOGITS if backward else AXES, local.slab)
+    proxies, slots, sources = 1 if backward else 2, 2 if local.by_copies else 1, len(given.sources)
+    proxy, arrivals = (), ()
+    if local.by_copies:
+        proxy = expansion.swizzled((proxies, CLASSES, PIXELS, rank), dtype)
+        arrivals = Arrivals(
+            up=plgpu.Barrier(num_barriers=CLASSES),
+            proxy=plgpu.Barrier(num_barriers=proxies * CLASSES),
+            pixels=plgpu.Barrier(num_arrivals=sources + (not cut.single), num_barriers=slots * CLASSES),
+        )
     return Shared(
-        up=expansion.swizzled((CLASSES, rows, rank), given.x.dtype),
-        proxy=expansion.swizzled((slots, CLASSES, PIXELS, rank), given.x.dtype),
-        pixels=plgpu.SMEM((2, pixels, CLASSES, GRID, GRID, SLAB), given.x.dtype),
-        exchanged=launch.row_major((exchanged_rows(cut), exchanged_channels(1 + LOGITS if backward else AXES))),
+        up=expansion.swizzled((CLASSES, rows, rank), dtype),
+        proxy=proxy,
+        pixels=plgpu.SMEM((slots, sources, CLASSES, GRID, GRID, local.slab), dtype),
+        exchanged=launch.row_major((exchanged_rows(cut), exchanged)),
         beyond=_beyond(given, 1 if backward else 2),
-        up_arrived=plgpu.Barrier(num_barriers=CLASSES),
-        proxy_arrived=plgpu.Barrier(num_barriers=slots * CLASSES),
-        pixels_arrived=plgpu.Barrier(num_arrivals=pixels + (not cut.single), num_barriers=2 * CLASSES),
+        arrivals=arrivals,
         meeting=plgpu.Barrier(num_arrivals=CLASSES),
     )
 
@@ -152,7 +157,7 @@ def _beyond(given: Given, slots: int) -> Any:
     """Rows may start anywhere, and slabs at any eighth channel: see `launch.row_major`."""
     if given.beyond is None:
         return ()
-    shape = (GRID + slots * (given.beyond.shape[1] + GRID), SLAB)
+    shape = (GRID + slots * (given.beyond.shape[1] + GRID), devices.current().local.slab)
     return plgpu.SMEM(shape, given.x.dtype, transforms=(plgpu.TilingTransform((8,)),))
 
 
@@ -218,15 +223,17 @@ def _by_up(
 
 
 def _shared_bytes(cut: Cut, kinds: int, rank: int, *, backward: bool) -> int:
-    """Bytes of shared memory for a proxy of `rank` that expands to so many kinds of terms."""
+    """Bytes of shared memory for a proxy of `rank` that expands to so many kinds of terms: see `_shared`."""
     rank += -rank % expansion.QUANTUM
-    slots, exchanged, tiles_of_class = (1, 1 + LOGITS, 4) if backward else (2, AXES, 2)
-    operands = 2 * rank * CLASSES * (kinds * SLAB + slots * PIXELS)
+    local = devices.current().local
+    proxies, exchanged, sources = (1, 1 + LOGITS, 2) if backward else (2, AXES, 1)
+    operands = 2 * rank * CLASSES * (kinds * local.slab + (proxies * PIXELS if local.by_copies else 0))
+    slots = 2 if local.by_copies else 1
     grids = 0 if cut.single else 2 * AXES  # in two slots forward, of two kinds backward
-    beyond = 2 * SLAB * ((2 if backward else 3) * GRID + grids * PIXELS) if grids else 0
+    beyond = 2 * local.slab * ((2 if backward else 3) * GRID + grids * PIXELS) if grids else 0
     return (
         operands
         + beyond
-        + 4 * exchanged_rows(cut) * exchanged_channels(exchanged)
-        + 2 * tiles_of_class * CLASSES * PIXELS * SLAB
+        + 4 * exchanged_rows(cut) * exchanged_channels(exchanged, local.slab)
+        + 2 * slots * sources * CLASSES * PIXELS * local.slab
     )

@@ -21,7 +21,10 @@ missing = devices.missing
 def caveat() -> str | None:
     """What of the kernel this GPU cannot run, and what runs instead, or None."""
     device = devices.current()
-    return None if device.expanding else f"{_no_wgmma(device)}: XLA expands the proxies of propagate_low_rank"
+    if device.expanding:
+        return None
+    but = "" if device.local.missing else f", but for chunk={local.CHUNK}"
+    return f"{_no_wgmma(device)}: XLA expands the proxies of propagate_low_rank{but}"
 
 
 def _no_wgmma(device: devices.Device) -> str:
@@ -42,10 +45,11 @@ def refuses_low_rank(
 ) -> str | None:
     """Why the kernel cannot expand `proxy` to so many kinds of terms by itself, or None."""
     device = devices.current()
-    if chunk == local.CHUNK and local.refuses(x, proxy, kinds) is None:
+    refused = local.refuses(x, proxy, kinds) if chunk == local.CHUNK else _no_wgmma(device)
+    if refused is None:
         return None
     if device.expanding is None:
-        return _no_wgmma(device)
+        return refused
     if x.dtype != jnp.bfloat16:
         return f"takes bfloat16, not {x.dtype}"
     if tiles.make_expanding_plan(*x.shape[1:], device=device) is None:

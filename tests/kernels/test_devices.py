@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from gspn_jax import kernels
-from gspn_jax.kernels import api, compat, devices, launch, propagate, propagate_low_rank, sharded, tiles
+from gspn_jax.kernels import api, compat, devices, launch, mosaic_gpu, propagate, propagate_low_rank, sharded, tiles
 from gspn_jax.kernels.terms import Inputs, Job
 from gspn_jax.kernels.weights import DIRECTIONS
 
@@ -127,6 +127,24 @@ def test_only_compute_capability_9_0_expands_proxies_and_elsewhere_xla_does(capa
         assert ("mosaic_gpu" in kernels.backend_caveats()) == wide
 
 
+@pytest.mark.parametrize("capability", devices.DEVICES)
+def test_all_expand_proxies_for_chunk_2_with_a_jax_that_can(capability):
+    shapes = low_rank_terms(16, 64, 32)
+    with devices.for_device(capability):
+        if devices.missing():
+            pytest.skip(devices.missing())
+        reason = mosaic_gpu.refuses_low_rank(*shapes[:2], 5, chunk=2)
+        if JAX < (0, 11):
+            assert reason is None if capability == "9.0" else "needs JAX 0.11 or newer" in reason
+            return
+        assert reason is None
+        assert "but for chunk=2" in (mosaic_gpu.caveat() or "but for chunk=2")
+        lowered = jax.jit(lambda *a: propagate_low_rank(*a, chunk=2)).trace(*shapes).lower(lowering_platforms=("cuda",))
+        text = lowered.as_text()
+    assert text.count("custom_call @mosaic_gpu") == 1
+    assert "4x16x16x4x3x64xbf16" not in text  # no logits in device memory
+
+
 def allocated(shapes):
     """Bytes of a block's shared memory in types of scratch memory; a barrier has 8."""
     leaves = jax.tree.leaves(shapes, is_leaf=lambda node: not isinstance(node, tuple))
@@ -225,5 +243,5 @@ except ValueError as error:
 def test_every_name_of_pallas_that_is_used_is_looked_for_at_import():
     folder = pathlib.Path(kernels.__file__).parent
     used = {name for path in folder.glob("*.py") for name in re.findall(r"\bplgpu\.([A-Za-z]\w*)", path.read_text())}
-    only_if_there = {"store", "transpose_ref", "InterpretGPUParams"}
+    only_if_there = {"store", "mma", "transpose_ref", "InterpretGPUParams"}
     assert used - only_if_there == set(compat.PALLAS_NAMES)

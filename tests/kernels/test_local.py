@@ -1,5 +1,6 @@
 """The kernel of chunk=2, interpreted against the scan backend, and lowered; in machine code it is in tests/ptx."""
 
+import contextlib
 import dataclasses
 import itertools
 
@@ -8,19 +9,31 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gspn_jax.kernels import compat, devices, local, local_bodies, mosaic_gpu
+from gspn_jax.kernels import compat, devices, local, local_block, local_bodies, mosaic_gpu
 from gspn_jax.kernels.terms import Job
 from gspn_jax.kernels.weights import DIRECTIONS
 from tests.kernels.low_rank_cases import NAMES, arguments, error, value_and_gradients
 from tests.kernels.mosaic import interpreted
 
 
+@contextlib.contextmanager
+def few_blocks_on(capability):
+    device = devices.DEVICES[capability]
+    local = dataclasses.replace(device.local, multiprocessors=1)
+    with devices.for_device(dataclasses.replace(device, local=local)):
+        yield
+
+
 @pytest.fixture
 def few_blocks():
     """A block walks over several images, as it does in training."""
-    with devices.for_device(
-        dataclasses.replace(devices.DEVICES["9.0"], expanding=devices.Expanding(multiprocessors=1))
-    ):
+    with few_blocks_on("9.0"):
+        yield
+
+
+@pytest.fixture
+def few_blocks_without_wgmma():
+    with few_blocks_on("8.9"):
         yield
 
 
@@ -97,6 +110,16 @@ def test_several_images_of_several_pieces_with_skip(few_blocks):
     assert_same_as_the_scan_in_float32(of_size(3, 32, 16, skip=True))
 
 
+@pytest.mark.parametrize(("batch", "size", "skip"), [
+    (2, (16, 16), True),
+    pytest.param(1, (28, 14), False, marks=pytest.mark.slow),
+    pytest.param(3, (32, 16), True, marks=pytest.mark.slow),
+], ids=str)  # fmt: skip
+def test_gpus_without_wgmma(few_blocks_without_wgmma, batch, size, skip, capsys):
+    assert_same_as_the_scan_in_float32(of_size(batch, *size, skip=skip))
+    assert "RACE" not in capsys.readouterr().out
+
+
 @pytest.mark.skipif(not compat.RESHAPES_REFERENCES, reason="JAX 0.10 runs the kernel of every chunk")
 @pytest.mark.parametrize(("channels", "rank", "size"), [
     (1200, 75, 16),
@@ -121,10 +144,11 @@ def test_models_launch_it_once_each_way_and_keep_nothing_for_the_backward_pass(c
     assert largest.size <= max(shapes["x"].size, 4 * 5 * channels * 96)
 
 
+@pytest.mark.parametrize("slab", [8, 16])
 @pytest.mark.parametrize("tiles", [2, 4])
-def test_rows_of_what_classes_exchange_start_in_other_banks(tiles):
+def test_rows_of_what_classes_exchange_start_in_other_banks(tiles, slab):
     """A half warp reads or writes 32 bytes of each of four rows at a time, and the 32 banks have 4 bytes each."""
-    starts = {4 * row * local_bodies.exchanged_channels(tiles) % 128 for row in range(4)}
+    starts = {4 * row * local_block.exchanged_channels(tiles, slab) % 128 for row in range(4)}
     assert starts == {0, 32, 64, 96}
 
 

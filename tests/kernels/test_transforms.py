@@ -87,12 +87,14 @@ def lower_line_scan():
     lower_with_gradients(lambda *a: mosaic_gpu.line_scan(*a, "left", None), *weights)
 
 
-def lower_low_rank(rank=24, side=16, channels=68, chunk=None):
+def lower_low_rank(rank=24, side=16, channels=68, chunk=None, capability="9.0"):
     """With every kernel that expands on chip."""
     array = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.bfloat16)
     pixels = (4, side, side)
-    expanding = devices.Expanding(backward_on_chip=True)
-    with devices.for_device(dataclasses.replace(devices.DEVICES["9.0"], expanding=expanding)):
+    device = devices.DEVICES[capability]
+    if device.expanding:
+        device = dataclasses.replace(device, expanding=devices.Expanding(backward_on_chip=True))
+    with devices.for_device(device):
         lower_with_gradients(
             lambda *a: mosaic_gpu.propagate_low_rank(*a[:6], a[6], chunk),
             array((*pixels, channels)),
@@ -113,6 +115,10 @@ def lower_local_in_pieces():
     lower_low_rank(side=28, channels=72, chunk=2)
 
 
+def lower_local_without_wgmma():
+    lower_low_rank(side=28, channels=72, chunk=2, capability="8.9")
+
+
 def shifted(buffers):
     """Those that have a swizzle and may be sliced inside of its pattern: JAX took tiles of less than 8 rows."""
     return [buffer for buffer in buffers if buffer[3] and (buffer[2] is None or buffer[2] % PATTERN)]
@@ -126,6 +132,7 @@ def shifted(buffers):
     lower_low_rank,
     lower_local,
     pytest.param(lower_local_in_pieces, marks=pytest.mark.skipif(not compat.RESHAPES_REFERENCES, reason="refused")),
+    pytest.param(lower_local_without_wgmma, marks=pytest.mark.skipif(not compat.HAS_MMA, reason="refused")),
 ])  # fmt: skip
 def test_no_buffer_that_is_sliced_at_any_row_is_swizzled(lower, buffers):
     lower()

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from gspn_jax.kernels import devices
+from gspn_jax.kernels import devices, local
 from tests.ptx import cases, emulation, toolchain
 
 pytestmark = [pytest.mark.ptx, pytest.mark.timeout(1200)]
@@ -37,26 +37,45 @@ def test_values_and_gradients_are_those_of_float64(case):
 )
 def test_a_block_with_chunk_2_walks_over_several_pieces(case, policy):
     """Copies of the next piece overwrite nothing of this one; in the cases above each block has one."""
-    expanding = devices.Expanding(multiprocessors=1)
-    with toolchain.for_device(dataclasses.replace(devices.DEVICES[devices.DEFAULT], expanding=expanding)):
+    with toolchain.for_device(with_local(by_copies=True, slab=16, multiprocessors=1)):
         outcome = cases.run(case, policy=policy)
     assert not outcome.wrong()
+
+
+def with_local(**tuning):
+    return dataclasses.replace(devices.DEVICES[devices.DEFAULT], local=devices.Local(**tuning))
+
+
+@pytest.mark.parametrize("case", [
+    cases.Case(5, 16, 16, 24, rank=40, chunk=2),
+    cases.Case(1, 28, 26, 16, rank=24, skip=True, chunk=2),
+    *(pytest.param(case, marks=pytest.mark.slow) for case in (
+        cases.Case(8, 16, 16, 96, rank=128, chunk=2),
+        cases.Case(2, 32, 48, 32, rank=96, chunk=2),
+        cases.Case(3, 48, 16, 16, rank=32, skip=True, chunk=2),
+        cases.Case(2, 14, 14, 64, rank=16, chunk=2),
+    )),
+], ids=str)  # fmt: skip
+def test_chunk_2_by_threads_and_mma(case):
+    """What GPUs without wgmma run, which those of 9.0 could run too."""
+    with toolchain.for_device(with_local(multiprocessors=1)):
+        outcome = cases.run(case)
+    assert not outcome.wrong()
+    assert len(outcome.runs) == 2
 
 
 GENERATIONS = [
     (capability, str(case))
     for capability in ("8.0", "8.9", "10.0", "12.0")
     for case in cases.CASES
-    if case.quick and not case.rank
+    if case.quick and (case.rank is None or case.chunk == local.CHUNK)
 ]
+QUICK = {("8.0", "1x16x16x64-bfloat16"), ("8.9", "1x28x26x24-bfloat16-d24-chunk2")}
 
 
 @pytest.mark.parametrize(
     ("capability", "case"),
-    [
-        pytest.param(*pair, marks=() if pair == ("8.0", "1x16x16x64-bfloat16") else pytest.mark.slow)
-        for pair in GENERATIONS
-    ],
+    [pytest.param(*pair, marks=() if pair in QUICK else pytest.mark.slow) for pair in GENERATIONS],
 )
 def test_other_generations_of_gpus(capability, case):
     """Each in a process of its own: the compiler keeps the GPU of its first kernel."""
