@@ -380,7 +380,7 @@ class _Assembler:
 
     def move_matrices(self, match, *arguments):
         operation, count, transposed = match.groups()
-        if transposed:
+        if transposed and operation == "stmatrix":
             raise NotImplementedError(f"PTX line {self.record['line']}: transposed {operation}")
         value, place = arguments if operation == "ldmatrix" else arguments[::-1]
         operands, offset = self.address(place)
@@ -388,6 +388,7 @@ class _Assembler:
             "LOAD_MATRIX" if operation == "ldmatrix" else "STORE_MATRIX",
             operands,
             immediate=offset,
+            mode=bool(transposed),
             count=int(count),
             **self.vector(value),
         )
@@ -453,6 +454,10 @@ class _Assembler:
             **self.vector(accumulators),
         )
 
+    def fragment_product(self, match, *fragments):
+        """d, a, b and c of mma.sync: [16, 16] by [16, 8]."""
+        self.put("MMA", **self.vector(",".join(fragments)))
+
     def commit_products(self, match):
         self.put("WGMMA_COMMIT")
 
@@ -485,6 +490,7 @@ _OTHERS: list[tuple[str, Callable]] = [
     (r"mbarrier\.(?:try|test)_wait\.parity\S*", _Assembler.wait),
     (r"cp\.async\.bulk\.tensor\.\dd\.shared::c\w+\.global(?:\.tile)?\.mbarrier::complete_tx::bytes", _Assembler.copy),
     (r"wgmma\.mma_async\.sync\.aligned\.m64n(\d+)k16\.f32\.bf16\.bf16", _Assembler.product),
+    (r"mma\.sync\.aligned\.m16n8k16\.row\.col\.f32\.bf16\.bf16\.f32", _Assembler.fragment_product),
     (r"wgmma\.commit_group\S*", _Assembler.commit_products),
     (r"wgmma\.wait_group\S*", _Assembler.wait_for_products),
     (r"fence\.proxy\.async\S*", _Assembler.proxy_fence),

@@ -193,6 +193,80 @@ def test_a_copy_brings_its_words_before_the_wait_is_over():
     assert (output == np.arange(64) % 32).all()
 
 
+LOADED = {
+    "x1": "ldmatrix.sync.aligned.m8n8.x1.shared.b16 {%r8}, [%r7]; "
+    "ldmatrix.sync.aligned.m8n8.x1.shared.b16 {%r9}, [%r7+128];",
+    "x2": "ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%r8, %r9}, [%r7];",
+    "x4": "ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%r10, %r11, %r8, %r9}, [%r7];",
+}
+"""Two matrices into %r8 and %r9; lanes from 16 on have the addresses of the first 16."""
+
+
+def matrices(load, barrier="bar.sync 0;", offset="0", lanes="", **options):
+    """Numbers from 0 to 127 as two matrices of 8 x 8; the first warp stores one as it is loaded, the second the other.
+
+    `offset` is that of rows, `lanes` a guard of the load."""
+    load = "; ".join(lanes + one for one in load.split("; "))
+    return run(
+        f"""
+        mad.lo.s32 %r6, %r0, 0x20002, 0x10000;
+        st.shared.b32 [%r5], %r6;
+        {barrier}
+        and.b32 %r7, %r0, 15;
+        shl.b32 %r7, %r7, 4;
+        add.s32 %r7, %r7, %r1;
+        add.s32 %r7, %r7, {offset};
+        {load}
+        selp.b32 %r6, %r8, %r9, %p0;
+        st.global.b32 [%rd5], %r6;""",
+        **options,
+    )
+
+
+@pytest.mark.parametrize("transposed", ["", ".trans"])
+@pytest.mark.parametrize("count", LOADED)
+def test_a_lane_gets_two_elements_of_a_row_or_of_a_column(count, transposed):
+    faults, output = matrices(LOADED[count].replace(".shared", transposed + ".shared"))
+    assert not faults
+    stored = np.arange(128).reshape(2, 8, 8)
+    assert (output.view(np.int16).reshape(2, 8, 8) == (stored.mT if transposed else stored)).all()
+
+
+@pytest.mark.parametrize("transposed", ["", ".trans"])
+@pytest.mark.parametrize(
+    ("kind", "fault"),
+    [
+        ("race: read after write", dict(barrier="bar.warp.sync -1;")),
+        ("race within a warp: read after write", dict(barrier="", offset="16")),
+        ("shared memory: read of what nobody wrote", dict(offset="256")),
+        ("shared memory: misaligned", dict(offset="8")),
+        ("shared memory: out of bounds", dict(offset="1024")),
+        ("part of a warp", dict(lanes="@%p1 ")),
+    ],
+)
+def test_a_fault_of_a_load_of_matrices_is_reported(kind, fault, transposed):
+    load = LOADED["x4"].replace(".shared", transposed + ".shared")
+    policies = Policy.LATE_COPIES, Policy.EARLY_COPIES
+    assert kind in set().union(*(matrices(load, policy=policy, **fault)[0] for policy in policies))
+
+
+def product(lanes="", b="%r6"):
+    """Products of ones: 16 everywhere."""
+    return run(f"""
+        mov.b32 %r6, 0x3f803f80;
+        mov.b32 %r7, 0;
+        {lanes} mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32
+            {{%r8, %r9, %r10, %r11}}, {{%r6, %r6, %r6, %r6}}, {{%r6, {b}}}, {{%r7, %r7, %r7, %r7}};
+        st.global.b32 [%rd5], %r11;""")
+
+
+def test_a_product_needs_all_lanes_and_spreads_what_nobody_wrote():
+    faults, output = product()
+    assert not faults and (output.view(np.float32) == 16).all()
+    assert product("@!%p1")[0] == {"part of a warp"}
+    assert np.isnan(product(b="%r9")[1].view(np.float32)).all()
+
+
 def test_a_copy_that_nobody_waits_for_races():
     faults, _ = run(
         SEND.format(fence="", offset=256, wait="@%p0 bra OVER;" + WAIT + "OVER:")

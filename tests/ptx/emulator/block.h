@@ -87,7 +87,7 @@ class Block {
     const Instruction& in = launch_.code[pc];
     uint32_t mask = group.lanes;
     if (in.predicate >= 0) mask &= warp.predicates[in.predicate] ^ (in.negated ? kAllLanes : 0);
-    needs_all_lanes(warp, pc, group.lanes);
+    if (mask) needs_all_lanes(warp, pc, mask);
     switch (in.operation) {
       case BRANCH: branch(warp, which, mask); break;
       case RETURN: leave(warp, which, mask); break;
@@ -122,8 +122,10 @@ class Block {
     const int operation = launch_.code[pc].operation;
     const bool together = operation == BARRIER || operation == WARP_BARRIER || operation == ELECT ||
                           (operation >= SHUFFLE_INDEX && operation <= SHUFFLE_UP) || operation == LOAD_MATRIX ||
-                          operation == STORE_MATRIX || (operation >= WGMMA && operation <= WGMMA_WAIT);
-    if (together && lanes != warp.lanes) report_.stop(pc, "part of a warp", kOperationNames[operation]);
+                          operation == STORE_MATRIX || operation == MMA ||
+                          (operation >= WGMMA && operation <= WGMMA_WAIT);
+    const uint32_t needed = operation == MMA ? kAllLanes : warp.lanes;
+    if (together && lanes != needed) report_.stop(pc, "part of a warp", kOperationNames[operation]);
   }
 
   void execute(int number, int pc, uint32_t mask) {
@@ -135,6 +137,7 @@ class Block {
       case STORE: return store(number, pc, mask);
       case LOAD_MATRIX:
       case STORE_MATRIX: return move_matrices(number, pc);
+      case MMA: return multiply_fragments(launch_, in, warp);
       case ELECT: return elect(warp, in);
       case SHUFFLE_INDEX:
       case SHUFFLE_XOR:
@@ -220,19 +223,29 @@ class Block {
   void move_matrices(int number, int pc) {
     const Instruction& in = launch_.code[pc];
     Warp& warp = warps_[number];
+    uint64_t rows[kLanes];
+    for (int i = 0; i < 8 * in.count; i++) {
+      rows[i] = warp.address(in, i);
+      if (rows[i] % 16)
+        report_.stop(pc, "shared memory: misaligned", SharedMemory::offset(rows[i]) + ", row of a matrix");
+    }
     for (int matrix = 0; matrix < in.count; matrix++) {
       const int reg = launch_.lists[in.list + matrix];
       for (int lane = 0; lane < kLanes; lane++) {
-        const uint64_t row = warp.address(in, 8 * matrix + lane / 4);
-        if (row % 16) report_.stop(pc, "shared memory: misaligned", SharedMemory::offset(row) + ", row of a matrix");
+        const Access who = by(number, pc, lane);
+        const uint64_t* row = rows + 8 * matrix;
         uint32_t pair = warp.get<uint32_t>(reg, lane);
-        const uint64_t address = row + lane % 4 * sizeof pair;
-        if (in.operation == LOAD_MATRIX) {
-          memory_.read(by(number, pc, lane), address, sizeof pair, &pair);
-          warp.set(reg, lane, pair);
+        const uint64_t address = row[lane / 4] + lane % 4 * sizeof pair;
+        if (in.operation == STORE_MATRIX) {
+          memory_.write(who, address, sizeof pair, &pair);
+        } else if (in.mode) {  // transposed: two rows of a column
+          uint16_t halves[2];
+          for (int i = 0; i < 2; i++) memory_.read(who, row[lane % 4 * 2 + i] + lane / 4 * 2, 2, &halves[i]);
+          memcpy(&pair, halves, sizeof pair);
         } else {
-          memory_.write(by(number, pc, lane), address, sizeof pair, &pair);
+          memory_.read(who, address, sizeof pair, &pair);
         }
+        if (in.operation == LOAD_MATRIX) warp.set(reg, lane, pair);
       }
     }
   }

@@ -13,7 +13,7 @@ class SharedMemory {
  public:
   SharedMemory(const Launch& launch, Report& report)
       : launch_(launch), report_(report), bytes_(launch.shared_bytes), cells_(launch.shared_bytes / 4 + 1) {
-    const uint32_t poison = 0x7fc0dead;  // NaN, in float32 and in the upper bfloat16
+    const uint32_t poison = 0x7fc07fc0;  // NaN, in float32 and in bfloat16
     for (size_t i = 0; i + 4 <= bytes_.size(); i += 4) memcpy(&bytes_[i], &poison, 4);
   }
 

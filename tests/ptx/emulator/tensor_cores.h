@@ -1,4 +1,4 @@
-// wgmma: how matrices lie in shared memory, and their products.
+// wgmma and mma.sync: how their matrices lie in shared memory and in registers, and the products.
 
 #pragma once
 
@@ -49,7 +49,44 @@ class MatrixDescriptor {
   uint32_t swizzle_;
 };
 
-// One wgmma.m64nNk16 of a warp, which has 16 of the 64 rows: sums in double, rounded once.
+constexpr int kDepth = 16;  // what an instruction sums over
+
+// Where the accumulator i of a lane is in the product.
+inline int accumulator_row(int lane, int i) { return lane / 4 + 8 * (i / 2 % 2); }
+inline int accumulator_column(int lane, int i) { return i / 4 * 8 + lane % 4 * 2 + i % 2; }
+
+// start + the sum of products of a row of A and a column of B, in double and rounded once.
+inline float add_products(float start, const float* a, const float* b) {
+  double sum = start;
+  for (int k = 0; k < kDepth; k++) sum += static_cast<double>(a[k]) * b[k];
+  return sum;
+}
+
+// One mma.sync.m16n8k16 of a warp, D = A B + C, all in registers.
+inline void multiply_fragments(const Launch& launch, const Instruction& in, Warp& warp) {
+  const int32_t *d = launch.lists + in.list, *a_words = d + 4, *b_words = a_words + 4, *c = b_words + 2;
+  float a[16][kDepth], b[8][kDepth], sums[kLanes][4];  // B by columns
+  const auto unpack = [](uint32_t word, float* to) {
+    to[0] = from_bfloat16(word & 0xffff);
+    to[1] = from_bfloat16(word >> 16);
+  };
+  for (int lane = 0; lane < kLanes; lane++) {
+    const int row = lane / 4, k = lane % 4 * 2;
+    for (int i = 0; i < 4; i++) unpack(warp.get<uint32_t>(a_words[i], lane), &a[row + i % 2 * 8][k + i / 2 * 8]);
+    for (int i = 0; i < 2; i++) unpack(warp.get<uint32_t>(b_words[i], lane), &b[row][k + i * 8]);
+  }
+  for (int lane = 0; lane < kLanes; lane++) {
+    for (int i = 0; i < 4; i++) {
+      const float *row = a[accumulator_row(lane, i)], *column = b[accumulator_column(lane, i)];
+      sums[lane][i] = add_products(warp.get<float>(c[i], lane), row, column);
+    }
+  }
+  for (int lane = 0; lane < kLanes; lane++) {
+    for (int i = 0; i < 4; i++) warp.set(d[i], lane, sums[lane][i]);
+  }
+}
+
+// One wgmma.m64nNk16 of a warp, which has 16 of the 64 rows.
 class TensorCore {
  public:
   TensorCore(const Launch& launch, Report& report, SharedMemory& memory, int number, Warp& warp)
@@ -63,17 +100,17 @@ class TensorCore {
     const auto b = read(product, MatrixDescriptor(product.b, in.kind & 2), 0, in.count);
     for (int lane = 0; lane < kLanes; lane++) {
       for (int i = 0; i < in.list_length; i++) {
-        const int row = lane / 4 + 8 * (i / 2 % 2), column = i / 4 * 8 + lane % 4 * 2 + i % 2;
+        const float* row = &a[accumulator_row(lane, i) * kDepth];
+        const float* column = &b[accumulator_column(lane, i) * kDepth];
         const int accumulator = launch_.lists[in.list + i];
-        double sum = product.accumulate ? warp_.get<float>(accumulator, lane) : 0;
-        for (int k = 0; k < kDepth; k++) sum += static_cast<double>(a[row * kDepth + k]) * b[column * kDepth + k];
-        warp_.set<float>(accumulator, lane, sum);
+        const float start = product.accumulate ? warp_.get<float>(accumulator, lane) : 0;
+        warp_.set(accumulator, lane, add_products(start, row, column));
       }
     }
   }
 
  private:
-  static constexpr int kRows = 16, kDepth = 16;
+  static constexpr int kRows = 16;
 
   std::vector<float> read(const Product& product, const MatrixDescriptor& matrix, int first, int rows) {
     const uint32_t now = warp_.knows.seen.at[number_];

@@ -30,7 +30,7 @@ class Warp {
   Warp(const Launch& launch, int number, uint32_t lanes, uint32_t unset_predicates)
       : lanes(lanes),
         predicates(launch.predicates, unset_predicates),
-        words_(kLanes * (launch.registers32 + launch.constants32_length), 0x7fc0beef),  // NaN
+        words_(kLanes * (launch.registers32 + launch.constants32_length), 0x7fc07fc0),  // NaN, in bfloat16 too
         double_words_(kLanes * (launch.registers64 + launch.constants64_length), 0xdead0000dead0001) {
     for (int i = 0; i < launch.constants32_length; i++) {
       std::fill_n(&words_[kLanes * (launch.registers32 + i)], kLanes, launch.constants32[i]);
