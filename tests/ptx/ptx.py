@@ -209,6 +209,7 @@ class _Scanned:
 def _scan(statements: Iterator[tuple[int, str]]) -> _Scanned:
     """Puts registers and labels into their scopes; what is left are instructions."""
     scanned, scope = _Scanned([], {"w": 0, "d": 0, "p": 0}), _Scope()
+    scanned.declare(scope, ".reg .b32 _")  # half of a register that nobody wants
     for line, text in statements:
         if text == "{":
             scope = _Scope(scope)
