@@ -9,7 +9,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Float
 
-from gspn_jax.kernels import compat, tiles
+from gspn_jax.kernels import compat, narrow, tiles
 from gspn_jax.kernels.terms import KINDS, LAM, OUT_GATE, SKIP, Inputs, Job
 from gspn_jax.kernels.walk import Shared, Walk, begin_line, clear, finish, meet, take_turn, visit_mine
 from gspn_jax.kernels.weights import LOGIT_FLOOR
@@ -88,6 +88,8 @@ def forward(inputs: Inputs, outputs, shared: Shared, *, job: Job, plan: tiles.Pl
         read = functools.partial(compat.load, layout=plan.layout)
         per_direction = walk.index(t, position, walk.k)
         fetched = [read(inputs.x, walk.index(t, position))]
+        if plan.narrow:
+            return *fetched, narrow.load_proxy(inputs, walk, t, position)
         if not plan.expands:
             fetched += [walk.load_weight(inputs.weights, t, position, kind) for kind in range(3)]
         fetched += [read(ref, per_direction) for ref in (inputs.lam, inputs.out_gate, inputs.skip) if ref is not None]
@@ -95,6 +97,7 @@ def forward(inputs: Inputs, outputs, shared: Shared, *, job: Job, plan: tiles.Pl
 
     def visit(walk: Walk) -> None:
         lines, merge = walk.lines, walk.read_merge(inputs.merge)
+        factors = narrow.load_factors(inputs, walk) if plan.narrow else []
 
         def scan_tile(t: Array, position: Any, fetched: tuple[Array, ...]) -> Float[Array, "P slab"]:
             """A tile of y, stored if the directions do not meet."""
@@ -102,9 +105,11 @@ def forward(inputs: Inputs, outputs, shared: Shared, *, job: Job, plan: tiles.Pl
             x, *fetched = fetched
 
             def term() -> Array:
-                """The next one that the job has; an expanded one is read when it is needed."""
+                """The next one that the job has; what is expanded is so, or is read, when it is needed."""
                 if plan.expands:
                     return expansion.read(walk, t, position, next(kinds))
+                if plan.narrow:
+                    return narrow.term(factors, fetched[0], next(kinds))
                 return walk.widened(fetched.pop(0))
 
             x, left, center, right = walk.widened(x), term(), term(), term()
@@ -200,6 +205,7 @@ def backward(inputs, outputs, shared: Shared, *, job: Job, plan: tiles.Plan):
         early = _loads_ahead(inputs) and len(walk.positions()) <= 2
         zeros = compat.zeros((lines.positions, plan.slab), plan.layout)
         merge = walk.read_merge(inputs.merge)
+        factors = narrow.load_factors(inputs, walk) if plan.narrow else []
 
         def fetch_pixel(n: Array, position: Any) -> dict[str, Array]:
             """Loads what the cotangents of a pixel's own terms need, as it is in memory."""
@@ -208,6 +214,8 @@ def backward(inputs, outputs, shared: Shared, *, job: Job, plan: tiles.Plan):
             found = {"x": read(inputs.x, walk.index(t, position)), "gy": read(cotangent, walk.index(t, position))}
             if job.out_gate:
                 found["h"] = read(saved[k], walk.index(t, position, halo=1))
+            if plan.narrow:
+                return found | {"proxy": narrow.load_proxy(inputs, walk, t, position)}
             terms = {name: getattr(inputs, name) for name in ("lam", "out_gate", "skip")}
             at = walk.index(t, position, k)
             return found | {name: read(ref, at) for name, ref in terms.items() if ref is not None}
@@ -216,7 +224,10 @@ def backward(inputs, outputs, shared: Shared, *, job: Job, plan: tiles.Plan):
             """The weights of a tile, and the states of the line before to their left, in the middle and to their right;
             for the first line of a chunk these are not used."""
             t = walk.visited(n)
-            weights = [walk.load_weight(inputs.weights, t, position, kind) for kind in range(3)]
+            if plan.narrow:
+                weights = [narrow.load_proxy(inputs, walk, t, position)]
+            else:
+                weights = [walk.load_weight(inputs.weights, t, position, kind) for kind in range(3)]
             index = functools.partial(walk.index, lax.max(t - 1, 0), position)
             return weights, [compat.load(saved[k], index(halo=halo), plan.layout) for halo in range(3)]
 
@@ -225,8 +236,12 @@ def backward(inputs, outputs, shared: Shared, *, job: Job, plan: tiles.Plan):
         ) -> tuple[Array, Array, Array]:
             """(by_merge, adjoint of h, adjoint of x), the latter stored if the directions do not meet."""
             t, parity = walk.visited(n), lax.rem(n, 2)
-            fetched = {name: walk.widened(tile) for name, tile in fetched.items()}
+            proxy = fetched.get("proxy")
+            fetched = {name: walk.widened(tile) for name, tile in fetched.items() if name != "proxy"}
             x, gy = fetched["x"], fetched["gy"]
+
+            def term(kind: int) -> Array:
+                return narrow.term(factors, proxy, kind) if plan.narrow else fetched[KINDS[kind]]
 
             def write(kind: int, tile: Array) -> None:
                 compat.store(getattr(by, KINDS[kind]), walk.index(t, position, k), tile)
@@ -238,21 +253,22 @@ def backward(inputs, outputs, shared: Shared, *, job: Job, plan: tiles.Plan):
             adjoint = adjoint + walk.read(state, walk.state(parity, 1, position, 0))
             by_x = None
             if job.out_gate:
-                out_gate, h, scaled = fetched["out_gate"], fetched["h"], gy * merge
-                term = out_gate * h
+                out_gate, h, scaled = term(OUT_GATE), fetched["h"], gy * merge
+                y = out_gate * h
                 write(OUT_GATE, scaled * h)
                 if job.skip:
-                    term = term + fetched["skip"] * x
+                    skip = term(SKIP)
+                    y = y + skip * x
                     write(SKIP, scaled * x)
-                    by_x = scaled * fetched["skip"]
-                by_merge = by_merge + walk.once(position, gy * term)
+                    by_x = scaled * skip
+                by_merge = by_merge + walk.once(position, gy * y)
                 adjoint = adjoint + scaled * out_gate
             else:
                 adjoint = adjoint + gy
             adjoint_x = adjoint
             if job.lam:
                 write(LAM, adjoint * x)
-                adjoint_x = adjoint * fetched["lam"]
+                adjoint_x = adjoint * term(LAM)
             if by_x is not None:
                 adjoint_x = adjoint_x + by_x
             if not plan.joint:
@@ -270,7 +286,10 @@ def backward(inputs, outputs, shared: Shared, *, job: Job, plan: tiles.Plan):
                 at = lax.axis_index("slab") if job.shared else channels
                 compat.store(by.weights, (*pixel, at), tile)
 
-            weights = [walk.widened(weight) for weight in weights]
+            if plan.narrow:
+                weights = [narrow.term(factors, *weights, kind) for kind in range(3)]
+            else:
+                weights = [walk.widened(weight) for weight in weights]
             has_left, has_right = walk.neighbours(position, shared=job.shared)
             if job.logits:
                 weights, complements = normalised(weights, has_left, has_right, walk.reciprocal)

@@ -72,6 +72,16 @@ def _pack(low: ir.Value, high: ir.Value) -> ir.Value:
     return _register(words)
 
 
+def zero() -> ir.Value:
+    """0 in float32."""
+    return arith.constant(ir.F32Type.get(), 0.0)
+
+
+def crossed(first: ir.Value, second: ir.Value) -> list[ir.Value]:
+    """Registers of the first elements of two, and of their second ones."""
+    return list(map(_register, zip(_elements(first), _elements(second), strict=True)))
+
+
 def _elements(register: ir.Value) -> list[ir.Value]:
     count = ir.VectorType(register.type).shape[0]
     return [vector.extract(register, dynamic_position=[], static_position=[n]) for n in range(count)]

@@ -10,7 +10,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float
 
 from gspn_jax.kernels import bodies, compat, devices, expansion, tiles
-from gspn_jax.kernels.terms import Inputs, Job
+from gspn_jax.kernels.terms import LAM, Inputs, Job
 from gspn_jax.kernels.walk import Shared
 
 
@@ -31,6 +31,8 @@ def backward(job: Job, plan: tiles.Plan, inputs: Inputs, states: tuple[Array, ..
     batch = inputs.x.shape[0]
     body = functools.partial(bodies.backward, job=job, plan=plan)
     outputs = jax.tree.map(lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype), inputs._replace(merge=None))
+    if plan.narrow:
+        outputs = _expanded(job, inputs)
     if not plan.joint:
         outputs = outputs._replace(x=_terms(job, inputs))
     if job.shared:
@@ -64,6 +66,20 @@ def _terms(job: Job, inputs: Inputs) -> jax.ShapeDtypeStruct:
     """[B, H, W, K, C]"""
     batch, height, width, channels = inputs.x.shape
     return jax.ShapeDtypeStruct((batch, height, width, len(job.directions), channels), inputs.x.dtype)
+
+
+def _expanded(job: Job, inputs: Inputs) -> Inputs:
+    """Types of x and of the terms that a proxy is expanded to."""
+    (batch, height, width, channels), terms = inputs.x.shape, _terms(job, inputs)
+    logits = (batch, height, width, len(job.directions), LAM, channels)
+    return Inputs(
+        x=jax.ShapeDtypeStruct(inputs.x.shape, inputs.x.dtype),
+        weights=jax.ShapeDtypeStruct(logits, inputs.x.dtype),
+        lam=terms,
+        out_gate=terms,
+        skip=terms if job.skip else None,
+        merge=None,
+    )
 
 
 def _sum_directions(y: Float[Array, "B H W K C"]) -> Float[Array, "B H W C"]:
@@ -155,10 +171,10 @@ def run(
 
 def _shared(job: Job, plan: tiles.Plan, inputs: Inputs, states: int) -> Shared:
     """The shared memory of a block, for `states` values that a line hands on."""
-    total = (plan.height, plan.room(plan.rows), plan.slab) if plan.joint else (1, 1, tiles.QUANTUM)
+    total = (plan.height, plan.room(plan.rows), plan.row) if plan.joint else (1, 1, tiles.QUANTUM)
     held = len(job.directions) if plan.joint else 1
     return Shared(
-        state=row_major((held, 2, states, plan.state_positions, plan.slab)),
+        state=row_major((held, 2, states, plan.state_positions, plan.row)),
         total=row_major(total),
         turn=plgpu.Barrier(num_arrivals=1, num_barriers=4),
         meeting=plgpu.Barrier(num_arrivals=plan.warpgroups),

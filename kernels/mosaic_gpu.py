@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from gspn_jax.kernels import devices, expansion, launch, local, low_rank, pullback, reference, tiles
+from gspn_jax.kernels import compat, devices, expansion, launch, local, low_rank, narrow, pullback, reference, tiles
 from gspn_jax.kernels.derivatives import differentiable
 from gspn_jax.kernels.terms import LAM, Inputs, Job
 from gspn_jax.kernels.weights import DIRECTIONS
@@ -46,7 +46,7 @@ def refuses_low_rank(
     """Why the kernel cannot expand `proxy` to so many kinds of terms by itself, or None."""
     device = devices.current()
     refused = local.refuses(x, proxy, kinds) if chunk == local.CHUNK else _no_wgmma(device)
-    if refused is None:
+    if refused is None or _narrow_plan(x, proxy):
         return None
     if device.expanding is None:
         return refused
@@ -169,6 +169,8 @@ def propagate_low_rank(
     others = [a[:, :, None].astype(jnp.float32) for a in (lam, out_gate, skip) if a is not None]
     # in float32, so that gradients of weights that channels share are summed in it
     up = jnp.concatenate([gates, *others], axis=2).transpose(1, 2, 3, 0)
+    if (chunk != local.CHUNK or local.refuses(x, proxy, up.shape[1])) and (plan := _narrow_plan(x, proxy)):
+        return _run_narrow(job, plan, x, proxy, up, merge)
     # a proxy that is as wide as the tensor cores take it
     width = ((0, 0),) * 3 + ((0, -proxy.shape[-1] % expansion.QUANTUM),)
     proxy, up = jnp.pad(proxy.astype(x.dtype), width), jnp.pad(up, width)
@@ -177,6 +179,61 @@ def propagate_low_rank(
     plan = tiles.make_expanding_plan(*size, channels, device=devices.current())
     images = (0, -batch % plan.images), (0, 0), (0, 0), (0, 0)  # whole blocks of them
     return _run_low_rank(job, plan, jnp.pad(x, images), jnp.pad(proxy, images), up, merge)[:batch]
+
+
+def _narrow_plan(x: Float[Array, "B H W C"], proxy: Float[Array, "B H W d"]) -> tiles.Plan | None:
+    """The plan of a kernel that expands the proxy in registers, or None where there is none."""
+    can = compat.HAS_MMA or compat.interpreting()
+    if not can or x.dtype != jnp.bfloat16 or proxy.shape[-1] > narrow.RANK:
+        return None
+    return tiles.make_plan(*x.shape[1:], directions=len(DIRECTIONS), device=devices.current(), narrow=True)
+
+
+def _run_narrow(
+    job: Job,
+    plan: tiles.Plan,
+    x: Float[Array, "B H W C"],
+    proxy: Float[Array, "B H W d"],
+    up: Float[Array, "4 N C d"],
+    merge: Float[Array, "4 C"],
+) -> Float[Array, "B H W C"]:
+    _, height, width, channels = x.shape
+    rank = proxy.shape[-1]
+
+    def inputs(x: Array, proxy: Array, up: Array, merge: Array) -> Inputs:
+        """What a launch reads, filled up to the plan."""
+        pixels = (0, 0), (0, plan.height - height), (0, plan.width - width)
+        wider, deeper = (0, plan.channels - channels), (0, narrow.RANK - rank)
+        up = jnp.pad(up, ((0, 0), (0, 0), wider, deeper))
+        return Inputs(
+            jnp.pad(x, (*pixels, wider)),
+            *(None,) * 4,
+            merge=jnp.pad(merge, ((0, 0), wider)),
+            proxy=jnp.pad(proxy.astype(x.dtype), (*pixels, deeper)),
+            up=narrow.by_slab(plan, up, x.dtype),
+        )
+
+    def cut(array: Array) -> Array:
+        return array[:, :height, :width, ..., :channels]
+
+    def forward(arrays: tuple[Array, ...], *, save: bool) -> tuple[Array, tuple[Array, ...]]:
+        y, states = launch.forward(job, plan, inputs(*arrays), save=save)
+        return cut(y), states
+
+    def pull_back(arrays: tuple[Array, ...], states: tuple[Array, ...], cotangent: Array) -> tuple[Array, ...]:
+        filled = inputs(*arrays)
+        more = [(0, there - here) for there, here in zip(filled.x.shape, x.shape, strict=True)]
+        by = launch.backward(job, plan, filled, states, jnp.pad(cotangent.astype(x.dtype), more))
+        terms = tuple(None if a is None else cut(a) for a in (by.weights, by.lam, by.out_gate, by.skip))
+        _, pull = jax.vjp(functools.partial(_expand, job), *arrays[1:3])
+        return cut(by.x), *pull(terms), by.merge[:, :channels]
+
+    return differentiable(
+        lambda arrays: forward(arrays, save=False)[0],
+        plain=functools.partial(expansion.plain, job),
+        pull_back=pull_back,
+        save=functools.partial(forward, save=True),
+    )((x, proxy, up, merge))
 
 
 def _run_low_rank(
@@ -215,12 +272,13 @@ def _pull_back_by_xla(
 ) -> tuple[Array, ...]:
     """Gradients of x, proxy, up and merge by the plain kernel, with terms that XLA expands."""
     x, proxy, up, merge = arrays
-
-    def expand(proxy: Float[Array, "B H W d"], up: Float[Array, "4 N C d"]) -> tuple[Array | None, ...]:
-        factors = up.transpose(3, 0, 1, 2)
-        lam, out_gate, *skip = (factors[:, :, kind] for kind in range(LAM, job.kinds))
-        return low_rank.expand_at_once(proxy, factors[:, :, :LAM], lam, out_gate, skip[0] if job.skip else None)
-
-    terms, pull = jax.vjp(expand, proxy, up)
+    terms, pull = jax.vjp(functools.partial(_expand, job), proxy, up)
     by = launch.backward(job, plan, Inputs(x, *terms, merge), states, cotangent)
     return by.x, *pull((by.weights, by.lam, by.out_gate, by.skip)), by.merge
+
+
+def _expand(job: Job, proxy: Float[Array, "B H W d"], up: Float[Array, "4 N C d"]) -> tuple[Array | None, ...]:
+    """Terms by XLA."""
+    factors = up.transpose(3, 0, 1, 2)
+    lam, out_gate, *skip = (factors[:, :, kind] for kind in range(LAM, job.kinds))
+    return low_rank.expand_at_once(proxy, factors[:, :, :LAM], lam, out_gate, skip[0] if job.skip else None)

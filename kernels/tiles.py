@@ -27,8 +27,14 @@ APART = 3
 """Bytes of a map whose directions do not meet on chip, where one whose directions do has 2: 66 an element and 44."""
 SLABS = (64, 32, 16, 8)
 """Channels that a block may take, best first: 64 of bfloat16 are a whole 128-byte cache line."""
+BANKS = 4
+"""Banks by which every second row of shared memory is to be apart from another, modulo 32, times 2: see `Plan.row`."""
 NARROW = 32
 """Directions meet on chip in no narrower slabs, unless there are no more channels, or none that share weights."""
+PRODUCT = 512
+"""Elements of the smallest product that a warpgroup makes of a narrow proxy."""
+PRODUCTS = (64, 32)
+"""Channels that its rows may be."""
 ROWS = 64
 """Positions of a line that a block expands from a proxy at once: the rows of the tensor cores' instruction."""
 
@@ -58,6 +64,8 @@ class Plan:
     write for the tensor cores."""
     blocks: int = 0
     """Blocks that a launch should have at least where that can be chosen."""
+    narrow: bool = False
+    """Whether threads expand terms from a narrow proxy, in registers."""
 
     @property
     def slabs(self) -> int:
@@ -74,8 +82,14 @@ class Plan:
 
     def scan_bytes(self, directions: int) -> int:
         """Bytes of shared memory in the backward pass, which takes more."""
-        state = 2 * self.handed_on * self.state_positions * self.slab * 4
-        return directions * state + self.height * self.room(self.rows) * self.slab * 4 if self.joint else state
+        state = 2 * self.handed_on * self.state_positions * self.row * 4
+        return directions * state + self.height * self.room(self.rows) * self.row * 4 if self.joint else state
+
+    @property
+    def row(self) -> int:
+        """Numbers of a position in shared memory: those of a slab, and where a warp reads every second of eight
+        positions some more, so that they are in different banks."""
+        return self.slab + (BANKS if self.narrow else 0)
 
     @property
     def computed(self) -> int:
@@ -86,6 +100,8 @@ class Plan:
     @property
     def layout(self) -> object:
         """How a tile is spread over the threads of a warpgroup."""
+        if self.narrow:
+            return product_layout(self.slab)
         return layout(self.across or self.slab)
 
     @property
@@ -135,24 +151,34 @@ class Lines:
 
 
 def make_plan(
-    height: int, width: int, channels: int, *, directions: int, device: Device, group: int | None = None
+    height: int,
+    width: int,
+    channels: int,
+    *,
+    directions: int,
+    device: Device,
+    group: int | None = None,
+    narrow: bool = False,
 ) -> Plan | None:
     """The plan with the least padding, then the fewest bytes and positions computed, then the widest slab; None when
     no line of the map fits in shared memory.
 
     `group`: channels that share their weights, to which a block's belong; None if each has its own.
+    `narrow`: threads expand terms from a narrow proxy.
     """
     best, least = None, (math.inf, math.inf)
     may_be_joint = directions > 1 and (device.shared_joint or not group)
     apart_tile = (group and device.shared_tile) or device.apart_tile
     any_layout = compat.STORES_ANY_LAYOUT or compat.interpreting()
     slabs = [slab for slab in SLABS if group in (None, channels) or group % slab == 0]
+    if narrow:
+        slabs = [slab for slab in slabs if slab in PRODUCTS]
     for joint, slab in itertools.product((True, False), slabs):
         if joint and not (may_be_joint and slab >= min(NARROW, group or channels)):
             continue
         if slab < NARROW and (joint or group) and not any_layout:
             continue  # does not lower for every map
-        quantum = QUANTUM // slab
+        quantum = (PRODUCT if narrow else QUANTUM) // slab
         sides = max(height, quantum), max(width, quantum)
         tile = device.joint_tile if joint else apart_tile
         shares, stretches = _cut(sides[::-1], quantum, tile // slab, (1,) if joint else (1, 2, 4))
@@ -169,8 +195,9 @@ def make_plan(
             rows=rows,
             columns=columns,
             warpgroups=directions if joint else shares,
+            narrow=narrow,
         )
-        if plan.scan_bytes(directions) > device.scan_bytes:
+        if plan.scan_bytes(directions) > (device.shared_bytes if narrow else device.scan_bytes):
             continue
         cost = plan.height * plan.width * plan.channels, plan.computed * plan.channels * (2 if joint else APART)
         if cost < least:
@@ -246,3 +273,12 @@ def layout(slab: int) -> object:
     else:  # a warp takes several positions
         tiles, warp, lane = ((QUANTUM // slab, slab), (32 // lanes, slab), (VECTOR,)), (-5,), (-3, -2)
     return plgpu.Layout.TILED(plgpu.Tiling(tiles), warp_dims=warp, lane_dims=lane, vector_dim=-1)
+
+
+def product_layout(slab: int) -> object:
+    """Spreads a tile [positions, slab] as a product of a narrow proxy leaves it: a warp has 16 channels, a thread two
+    positions of two channels of every 8 positions. A warp reads 32 contiguous bytes of bfloat16 a position."""
+    others = 64 // slab  # warps that have other positions
+    tiling = plgpu.Tiling(((8 * others, slab), (8, 16), (VECTOR, VECTOR)))
+    warps = (-5,) if others == 1 else (-5, -6)
+    return plgpu.Layout.TILED(tiling, warp_dims=warps, lane_dims=(-3, -4), vector_dim=-1)

@@ -139,7 +139,12 @@ class Walk(NamedTuple):
     def state(self, parity: Array | int, kind: int, position: Any, offset: int) -> tuple:
         """Index in the state of the tile at `position`, or of its left (offset 0) or right (2) neighbours."""
         at = pl.ds(self.row(position) + offset, self.lines.positions)
-        return (self.k if self.plan.joint else 0, parity, kind, at, slice(None))
+        return (self.k if self.plan.joint else 0, parity, kind, at, self.channels)
+
+    @property
+    def channels(self) -> Any:
+        """Those of a tile in shared memory."""
+        return pl.ds(0, self.plan.slab) if self.plan.narrow else slice(None)
 
     def neighbours(self, position: Any, *, shared: bool = False) -> tuple[Array, Array]:
         """Whether each element of a tile, or position if `shared`, has a left and a right neighbour in the map."""
@@ -239,7 +244,7 @@ def clear(walk: Walk, shared: Shared, kinds: int) -> None:
         @pl.loop(0, plan.height)
         def _(row):
             for position in range(0, plan.room(walk.lines), walk.lines.positions):
-                shared.total[row, pl.ds(position, walk.lines.positions), :] = zeros
+                shared.total[row, pl.ds(position, walk.lines.positions), walk.channels] = zeros
 
     if walk.k == len(walk.job.directions) - 1:
         plgpu.barrier_arrive(shared.turn.at[0])
@@ -253,7 +258,7 @@ def take_turn(walk: Walk, shared: Shared, t: Array, results: Sequence[tuple[Any,
     plgpu.barrier_wait(shared.turn.at[walk.k])
     for n, (position, tile) in enumerate(results):
         walk.await_tile_before(n)
-        index = (*walk.pixels(t, position), slice(None))
+        index = (*walk.pixels(t, position), walk.channels)
         compat.store(shared.total, index, walk.read(shared.total, index) + walk.once(position, tile))
     plgpu.barrier_arrive(shared.turn.at[(walk.k + 1) % len(walk.job.directions)])
 
@@ -279,5 +284,5 @@ def finish(walk: Walk, shared: Shared, output: Any) -> None:
         row = n * directions + walk.k
         for position in map(rows.start, range(rows.tiles)):
             along = pl.ds(position, rows.positions)
-            tile = walk.read(shared.total, (row, along, slice(None)))
+            tile = walk.read(shared.total, (row, along, walk.channels))
             compat.store(output, (walk.image, row, along, pl.ds(walk.start, plan.slab)), tile)
