@@ -171,7 +171,7 @@ def run(
 
 def _shared(job: Job, plan: tiles.Plan, inputs: Inputs, states: int) -> Shared:
     """The shared memory of a block, for `states` values that a line hands on."""
-    total = (plan.height, plan.room(plan.rows), plan.row) if plan.joint else (1, 1, tiles.QUANTUM)
+    total = plan.total if plan.joint else (1, 1, tiles.QUANTUM)
     held = len(job.directions) if plan.joint else 1
     return Shared(
         state=row_major((held, 2, states, plan.state_positions, plan.row)),

@@ -200,34 +200,42 @@ def _run_narrow(
     merge: Float[Array, "4 C"],
 ) -> Float[Array, "B H W C"]:
     _, height, width, channels = x.shape
-    rank = proxy.shape[-1]
+    if job.chunk is None:  # of what fills the map up nothing reaches it, there or back
+        plan = plan.walked_whole()
 
-    def inputs(x: Array, proxy: Array, up: Array, merge: Array) -> Inputs:
-        """What a launch reads, filled up to the plan."""
-        pixels = (0, 0), (0, plan.height - height), (0, plan.width - width)
-        wider, deeper = (0, plan.channels - channels), (0, narrow.RANK - rank)
-        up = jnp.pad(up, ((0, 0), (0, 0), wider, deeper))
-        return Inputs(
-            jnp.pad(x, (*pixels, wider)),
-            *(None,) * 4,
-            merge=jnp.pad(merge, ((0, 0), wider)),
-            proxy=jnp.pad(proxy.astype(x.dtype), (*pixels, deeper)),
-            up=narrow.by_slab(plan, up, x.dtype),
-        )
+    def fill(array: Array, *last: int) -> Array:
+        """Zeros in what the plan has and the map has not, and in so many more of the last axis."""
+        axes = (0, 0), (0, plan.height - height), (0, plan.width - width)
+        return jnp.pad(array, (*axes, *((0, 0),) * (array.ndim - 3 - len(last)), *((0, n) for n in last)))
 
     def cut(array: Array) -> Array:
         return array[:, :height, :width, ..., :channels]
+
+    def inputs(x: Array, proxy: Array, up: Array, merge: Array) -> Inputs:
+        wider, deeper = plan.channels - channels, narrow.RANK - proxy.shape[-1]
+        up = jnp.pad(up, ((0, 0), (0, 0), (0, wider), (0, deeper)))
+        return Inputs(
+            fill(x, wider),
+            *(None,) * 4,
+            merge=jnp.pad(merge, ((0, 0), (0, wider))),
+            proxy=fill(proxy.astype(x.dtype), deeper),
+            up=narrow.by_slab(plan, up, x.dtype),
+        )
 
     def forward(arrays: tuple[Array, ...], *, save: bool) -> tuple[Array, tuple[Array, ...]]:
         y, states = launch.forward(job, plan, inputs(*arrays), save=save)
         return cut(y), states
 
     def pull_back(arrays: tuple[Array, ...], states: tuple[Array, ...], cotangent: Array) -> tuple[Array, ...]:
-        filled = inputs(*arrays)
-        more = [(0, there - here) for there, here in zip(filled.x.shape, x.shape, strict=True)]
-        by = launch.backward(job, plan, filled, states, jnp.pad(cotangent.astype(x.dtype), more))
-        terms = tuple(None if a is None else cut(a) for a in (by.weights, by.lam, by.out_gate, by.skip))
-        _, pull = jax.vjp(functools.partial(_expand, job), *arrays[1:3])
+        _, proxy, up, _ = arrays
+        by = launch.backward(
+            job, plan, inputs(*arrays), states, fill(cotangent.astype(x.dtype), plan.channels - channels)
+        )
+        terms = by.weights, by.lam, by.out_gate, by.skip
+        if job.chunk is not None:  # lines that nobody walked have no values
+            terms = jax.tree.map(lambda array: fill(cut(array)), terms)
+        terms = jax.tree.map(lambda array: array[..., :channels], terms)
+        _, pull = jax.vjp(lambda proxy, up: _expand(job, fill(proxy.astype(x.dtype)), up), proxy, up)
         return cut(by.x), *pull(terms), by.merge[:, :channels]
 
     return differentiable(

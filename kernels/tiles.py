@@ -76,6 +76,11 @@ class Plan:
         """Warpgroups that share the lines of a direction."""
         return 1 if self.joint else self.warpgroups
 
+    def walked_whole(self) -> "Plan":
+        """The same with lines that fill the map up walked like others."""
+        rows = dataclasses.replace(self.rows, count=self.height)
+        return dataclasses.replace(self, rows=rows, columns=dataclasses.replace(self.columns, count=self.width))
+
     def lines(self, direction: str) -> "Lines":
         """The cut of the lines of scans in `direction`."""
         return self.rows if direction in ("down", "up") else self.columns
@@ -83,7 +88,13 @@ class Plan:
     def scan_bytes(self, directions: int) -> int:
         """Bytes of shared memory in the backward pass, which takes more."""
         state = 2 * self.handed_on * self.state_positions * self.row * 4
-        return directions * state + self.height * self.room(self.rows) * self.row * 4 if self.joint else state
+        return directions * state + 4 * math.prod(self.total) if self.joint else state
+
+    @property
+    def total(self) -> tuple[int, int, int]:
+        """Numbers that shared memory has for a map, by height, width and channel, where directions meet. Neighbouring
+        rows are in different banks, too."""
+        return self.height, self.room(self.rows) + (1 if self.narrow else 0), self.row
 
     @property
     def row(self) -> int:
