@@ -170,6 +170,7 @@ class _Scope:
         self.parent = parent
         self.registers: dict[str, tuple[str, int]] = {}
         self.labels: dict[str, int] = {}
+        self.targets: dict[str, list[str]] = {}
 
     def register(self, name: str) -> tuple[str, int]:
         """(kind, number)"""
@@ -177,6 +178,10 @@ class _Scope:
 
     def label(self, name: str) -> int:
         return self._find("labels", name)
+
+    def targets_of(self, name: str) -> list[int]:
+        """The instructions of a `.branchtargets`."""
+        return [self.label(target) for target in self._find("targets", name)]
 
     def _find(self, table: str, name: str):
         scope = self
@@ -208,7 +213,7 @@ class _Scanned:
 
 def _scan(statements: Iterator[tuple[int, str]]) -> _Scanned:
     """Puts registers and labels into their scopes; what is left are instructions."""
-    scanned, scope = _Scanned([], {"w": 0, "d": 0, "p": 0}), _Scope()
+    scanned, scope, label = _Scanned([], {"w": 0, "d": 0, "p": 0}), _Scope(), ""
     scanned.declare(scope, ".reg .b32 _")  # half of a register that nobody wants
     for line, text in statements:
         if text == "{":
@@ -218,7 +223,10 @@ def _scan(statements: Iterator[tuple[int, str]]) -> _Scanned:
                 break
             scope = scope.parent
         elif text.endswith(":"):
-            scope.labels[text[:-1]] = len(scanned.instructions)
+            label = text[:-1]
+            scope.labels[label] = len(scanned.instructions)
+        elif text.startswith(".branchtargets"):
+            scope.targets[label] = _arguments(text.removeprefix(".branchtargets"))
         elif text.startswith(".reg "):
             scanned.declare(scope, text)
         elif not text.startswith("."):
@@ -397,6 +405,13 @@ class _Assembler:
     def branch(self, match, target):
         self.put("BRANCH", immediate=self.scope.label(target))
 
+    def branch_by_index(self, match, index, targets):
+        found = self.scope.targets_of(targets)
+        self.lists += found
+        self.put(
+            "BRANCH_INDEX", [self.register(index, "w")], list=len(self.lists) - len(found), list_length=len(found)
+        )
+
     def leave(self, match):
         self.put("RETURN")
 
@@ -479,6 +494,7 @@ _OTHERS: list[tuple[str, Callable]] = [
     ),
     (r"(ldmatrix|stmatrix)\.sync\.aligned\.m8n8\.x([124])(\.trans)?\.shared\.b16", _Assembler.move_matrices),
     (r"bra(?:\.uni)?", _Assembler.branch),
+    (r"brx\.idx", _Assembler.branch_by_index),
     (r"ret", _Assembler.leave),
     (r"trap", _Assembler.trap),
     (r"elect\.sync", _Assembler.elect),

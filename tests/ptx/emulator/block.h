@@ -90,6 +90,7 @@ class Block {
     if (mask) needs_all_lanes(warp, pc, mask);
     switch (in.operation) {
       case BRANCH: branch(warp, which, mask); break;
+      case BRANCH_INDEX: branch_by_index(warp, which, mask); break;
       case RETURN: leave(warp, which, mask); break;
       default:
         group.pc++;
@@ -105,6 +106,20 @@ class Block {
     group.pc = others ? group.pc + 1 : target;
     group.lanes = others ? others : mask;
     if (others && mask) warp.groups.push_back({target, mask});
+  }
+
+  // brx.idx: lanes with the same target stay together.
+  void branch_by_index(Warp& warp, size_t which, uint32_t mask) {
+    const auto [pc, lanes] = warp.groups[which];
+    const Instruction& in = launch_.code[pc];
+    warp.groups.erase(warp.groups.begin() + which);
+    if (lanes & ~mask) warp.groups.push_back({pc + 1, lanes & ~mask});
+    for (int lane = 0; lane < kLanes; lane++) {
+      if (!(mask >> lane & 1)) continue;
+      const int index = warp.get<int32_t>(in.operand[0], lane);
+      if (index < 0 || index >= in.list_length) report_.stop(pc, "brx.idx: no such target", str(index));
+      warp.groups.push_back({launch_.lists[in.list + index], 1u << lane});
+    }
   }
 
   void leave(Warp& warp, size_t which, uint32_t mask) {

@@ -25,8 +25,8 @@
       X(ADD_F32) X(SUB_F32) X(MUL_F32) X(FMA_F32) X(DIV_F32) X(NEG_F32) X(ABS_F32) X(MIN_F32) X(MAX_F32)               \
           X(MAX_NAN_F32) X(EXP2_F32) X(LOG2_F32) X(RECIPROCAL_F32) X(ADD_BF16X2) X(MUL_BF16X2) X(FMA_BF16X2)           \
               X(ADD_F32X2) X(SUB_F32X2) X(MUL_F32X2) X(FMA_F32X2) /* memory and control */                             \
-      X(LOAD) X(STORE) X(LOAD_MATRIX) X(STORE_MATRIX) X(BRANCH) X(RETURN) X(TRAP) X(ELECT) X(SHUFFLE_INDEX)            \
-          X(SHUFFLE_XOR) X(SHUFFLE_DOWN) X(SHUFFLE_UP) /* synchronisation */                                           \
+      X(LOAD) X(STORE) X(LOAD_MATRIX) X(STORE_MATRIX) X(BRANCH) X(BRANCH_INDEX) X(RETURN) X(TRAP) X(ELECT)             \
+          X(SHUFFLE_INDEX) X(SHUFFLE_XOR) X(SHUFFLE_DOWN) X(SHUFFLE_UP) /* synchronisation */                          \
       X(BARRIER) X(WARP_BARRIER) X(MBARRIER_INIT) X(MBARRIER_ARRIVE) X(MBARRIER_EXPECT) X(MBARRIER_WAIT)               \
           X(PROXY_FENCE) X(MMA) /* asynchronous */                                                                     \
       X(TMA_LOAD) X(WGMMA) X(WGMMA_COMMIT) X(WGMMA_WAIT)
@@ -61,7 +61,7 @@ struct Instruction {
   int32_t bytes;      // of an element of LOAD and STORE, of PARAMETER; whether operand 3 of SETP is negated
   int32_t count;      // elements of LOAD and STORE, matrices, arrivals, columns of WGMMA; Combination of SETP
   int32_t list, list_length;  // registers of a vector: values of LOAD and STORE, coordinates, accumulators;
-                              // of MMA: 4 of D, 4 of A, 2 of B, 4 of C
+                              // of MMA: 4 of D, 4 of A, 2 of B, 4 of C; or the targets of BRANCH_INDEX
 };
 static_assert(sizeof(Instruction) == 80, "the layout is shared with Python");
 
