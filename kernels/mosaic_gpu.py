@@ -96,7 +96,9 @@ def _padded(job: Job, inputs: Inputs) -> Float[Array, "B H W C"]:
     groups = inputs.weights.shape[-1]
     plan, job = _plan(job, height, width, channels, groups)
     if groups != channels and not job.shared:
-        inputs = inputs._replace(weights=jnp.repeat(inputs.weights, channels // groups, axis=-1))
+        # in float32, so that their gradients are summed in it
+        spread = jnp.repeat(inputs.weights.astype(jnp.float32), channels // groups, axis=-1)
+        inputs = inputs._replace(weights=spread.astype(inputs.weights.dtype))
     more = (0, plan.height - height), (0, plan.width - width)
     wider = (0, plan.channels - channels)
 

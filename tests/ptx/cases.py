@@ -97,6 +97,7 @@ CASES = [
     Case(1, 16, 16, 64, quick=True),
     Case(1, 64, 64, 16, quick=True),  # does not meet on chip
     Case(1, 16, 16, 64, groups=1, skip=True, quick=True),
+    Case(1, 16, 16, 16, groups=2, quick=True),  # XLA spreads the weights, and sums their gradients
     Case(4, 16, 16, 64, rank=24, quick=True),
     Case(4, 16, 16, 64, rank=24, backward_by_xla=True, quick=True),
     Case(2, 16, 16, 40, rank=24, chunk=2, quick=True),  # slabs that overlap
@@ -113,6 +114,9 @@ CASES = [
     Case(1, 56, 56, 64),
     Case(1, 28, 20, 64, groups=2),  # slabs as narrow as a group
     Case(1, 32, 32, 64, "float32", groups=4),
+    Case(1, 32, 32, 16, groups=2, chunk=2),
+    Case(1, 16, 24, 8, skip=True),
+    Case(1, 16, 16, 64, groups=4),
     Case(1, 14, 14, 64, groups=1, skip=True),
     Case(1, 16, 16, 96, "float32"),
     Case(2, 16, 16, 96),

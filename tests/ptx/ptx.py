@@ -408,9 +408,7 @@ class _Assembler:
     def branch_by_index(self, match, index, targets):
         found = self.scope.targets_of(targets)
         self.lists += found
-        self.put(
-            "BRANCH_INDEX", [self.register(index, "w")], list=len(self.lists) - len(found), list_length=len(found)
-        )
+        self.put("BRANCH_INDEX", [self.register(index, "w")], list=len(self.lists) - len(found), list_length=len(found))
 
     def leave(self, match):
         self.put("RETURN")

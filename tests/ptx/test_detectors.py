@@ -193,6 +193,31 @@ def test_a_copy_brings_its_words_before_the_wait_is_over():
     assert (output == np.arange(64) % 32).all()
 
 
+def choose(index):
+    """10, 11, 12 or 13 by the branches of `brx.idx`, after which the block meets."""
+    branches = "".join(f"CASE{n}: mov.b32 %r7, {10 + n}; bra OVER;" for n in range(4))
+    return run(f"""
+        {index}
+        TARGETS: .branchtargets CASE0, CASE1, CASE2, CASE3;
+        brx.idx %r6, TARGETS;
+        {branches}
+        OVER:
+        bar.sync 0;
+        st.global.b32 [%rd5], %r7;""")
+
+
+def test_lanes_branch_by_an_index_together_or_each_by_its_own():
+    thread = np.arange(64)
+    for index, expected in (("and.b32 %r6, %r0, 3;", thread % 4), ("add.s32 %r6, %r2, 2;", thread // 32 + 2)):
+        faults, output = choose(index)
+        assert not faults and (output == 10 + expected).all()
+
+
+@pytest.mark.parametrize("index", ["and.b32 %r6, %r0, 7;", "sub.s32 %r6, %r2, 1;"])
+def test_an_index_without_a_branch_is_reported(index):
+    assert choose(index)[0] == {"brx.idx: no such target"}
+
+
 LOADED = {
     "x1": "ldmatrix.sync.aligned.m8n8.x1.shared.b16 {%r8}, [%r7]; "
     "ldmatrix.sync.aligned.m8n8.x1.shared.b16 {%r9}, [%r7+128];",
