@@ -22,7 +22,9 @@ SPECIAL_REGISTERS = {
     "%tid.x": 0, "%ctaid.x": 1, "%ctaid.y": 2, "%ctaid.z": 3, "%ntid.x": 4, "%laneid": 5, "%nctaid.x": 6,
     "%nctaid.y": 7, "%nctaid.z": 8, "%tid.y": 9, "%tid.z": 9}  # fmt: skip
 COMPARED_TYPES = {"u32": 0, "b32": 0, "s32": 1, "f32": 2, "u64": 3, "b64": 3, "s64": 4, "u16": 5, "b16": 5, "s16": 6}
-COMPARISONS = {"eq": 0, "ne": 1, "lt": 2, "lo": 2, "le": 3, "ls": 3, "gt": 4, "hi": 4, "ge": 5, "hs": 5}
+COMPARISONS = {
+    "eq": 0, "ne": 1, "lt": 2, "lo": 2, "le": 3, "ls": 3, "gt": 4, "hi": 4, "ge": 5, "hs": 5, "equ": 6, "neu": 7,
+    "ltu": 8, "leu": 9, "gtu": 10, "geu": 11, "num": 12, "nan": 13}  # fmt: skip
 COMBINATIONS = {"": 0, "and": 1, "or": 2, "xor": 3}
 
 IGNORED = (
@@ -63,19 +65,26 @@ PLAIN = {  # operation: (types of its operands: w 32 bits, d 64, p predicate; op
     "SHR_U32": ("www", "shr.u32 shr.b32 shr.u16"),
     "SHR_S32": ("www", "shr.s32"), "SHL64": ("ddw", "shl.b64"), "SHR_U64": ("ddw", "shr.u64 shr.b64"),
     "SHR_S64": ("ddw", "shr.s64"), "BFE_U32": ("wwww", "bfe.u32"), "BFE_S32": ("wwww", "bfe.s32"),
-    "BFE_U64": ("ddww", "bfe.u64"), "BFE_S64": ("ddww", "bfe.s64"),
+    "BFE_U64": ("ddww", "bfe.u64"), "BFE_S64": ("ddww", "bfe.s64"), "BFI32": ("wwwww", "bfi.b32"),
+    "PRMT": ("wwww", "prmt.b32"), "LOP3": ("wwwww", "lop3.b32"),
     "U16_TO_U32": ("ww", "cvt.u16.u32 cvt.u32.u16"), "S16_TO_S32": ("ww", "cvt.s32.s16"),
     "U32_TO_U64": ("dw", "cvt.u64.u32"), "S32_TO_S64": ("dw", "cvt.s64.s32"), "U64_TO_U32": ("wd", "cvt.u32.u64"),
     "S32_TO_F32": ("ww", "cvt.rn.f32.s32"), "U32_TO_F32": ("ww", "cvt.rn.f32.u32"),
     "BF16_TO_F32": ("ww", "cvt.f32.bf16"), "F32_TO_BF16": ("ww", "cvt.rn.bf16.f32"),
-    "F32_TO_BF16X2": ("www", "cvt.rn.bf16x2.f32"),
+    "F32_TO_BF16X2": ("www", "cvt.rn.bf16x2.f32"), "F32_TO_S32": ("ww", "cvt.rzi.s32.f32"),
     "ADD_F32": ("www", "add.f32 add.rn.f32"), "SUB_F32": ("www", "sub.f32 sub.rn.f32"),
     "MUL_F32": ("www", "mul.f32 mul.rn.f32"), "FMA_F32": ("wwww", "fma.rn.f32"),
     "DIV_F32": ("www", "div.rn.f32 div.full.f32 div.approx.f32"), "NEG_F32": ("ww", "neg.f32"),
     "ABS_F32": ("ww", "abs.f32"), "MIN_F32": ("www", "min.f32"), "MAX_F32": ("www", "max.f32"),
-    "MAX_NAN_F32": ("www", "max.NaN.f32"), "EXP2_F32": ("ww", "ex2.approx.f32 ex2.approx.ftz.f32"),
-    "LOG2_F32": ("ww", "lg2.approx.f32"), "RECIPROCAL_F32": ("ww", "rcp.rn.f32 rcp.approx.f32 rcp.approx.ftz.f32"),
-    "ADD_BF16X2": ("www", "add.bf16x2 add.rn.bf16x2"), "MUL_BF16X2": ("www", "mul.bf16x2 mul.rn.bf16x2"),
+    "MAX_NAN_F32": ("www", "max.NaN.f32"), "MIN_NAN_F32": ("www", "min.NaN.f32"),
+    "EXP2_F32": ("ww", "ex2.approx.f32 ex2.approx.ftz.f32"),
+    "LOG2_F32": ("ww", "lg2.approx.f32 lg2.approx.ftz.f32"), "SQRT_F32": ("ww", "sqrt.rn.f32 sqrt.approx.f32"),
+    "RSQRT_F32": ("ww", "rsqrt.approx.f32"),
+    "RECIPROCAL_F32": ("ww", "rcp.rn.f32 rcp.approx.f32 rcp.approx.ftz.f32"),
+    "ADD_BF16X2": ("www", "add.bf16x2 add.rn.bf16x2"), "SUB_BF16X2": ("www", "sub.bf16x2 sub.rn.bf16x2"),
+    "MAX_NAN_BF16X2": ("www", "max.NaN.bf16x2"), "MIN_NAN_BF16X2": ("www", "min.NaN.bf16x2"),
+    "NEG_BF16X2": ("ww", "neg.bf16x2"), "ABS_BF16X2": ("ww", "abs.bf16x2"),
+    "MUL_BF16X2": ("www", "mul.bf16x2 mul.rn.bf16x2"),
     "FMA_BF16X2": ("wwww", "fma.rn.bf16x2"), "ADD_F32X2": ("ddd", "add.f32x2 add.rn.f32x2"),
     "SUB_F32X2": ("ddd", "sub.f32x2 sub.rn.f32x2"), "MUL_F32X2": ("ddd", "mul.f32x2 mul.rn.f32x2"),
     "FMA_F32X2": ("dddd", "fma.rn.f32x2"),
@@ -360,6 +369,8 @@ class _Assembler:
 
     def set_predicate(self, match, target, a, b, other=None):
         comparison, combination, dtype = match.groups()
+        if "|" in target or dtype not in COMPARED_TYPES:
+            raise NotImplementedError(f"PTX line {self.record['line']}: {match[0]} {target}")
         operands = [self.register(target, "p"), *(self.register(x, "d" if "64" in dtype else "w") for x in (a, b))]
         if other:
             operands.append(self.register(other.lstrip("!"), "p"))
@@ -514,4 +525,4 @@ _OTHERS: list[tuple[str, Callable]] = [
 
 def _constant(text: str) -> int:
     """0f3F800000 and 0d... are the bits of a float and a double."""
-    return int(text[2:], 16) if re.match(r"0[fd][0-9A-Fa-f]+$", text) else int(text, 0)
+    return int(text[2:], 16) if re.match(r"0[fd][0-9A-Fa-f]+$", text) else int(text.removesuffix("U"), 0)

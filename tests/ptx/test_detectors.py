@@ -1,46 +1,16 @@
 """Each detector of the emulator reports the fault it is for, and nothing where the fault is mended.
 
-The programs have two warps, 1 KiB of shared memory at %r1, an input and an output of 64 words at %rd0 and %rd1.
+`tests/ptx/programs.py` has what the programs have in common.
 """
-
-import ctypes
 
 import numpy as np
 import pytest
 
 from tests.ptx import emulation, toolchain
 from tests.ptx.emulation import Policy
+from tests.ptx.programs import encode_map, run
 
 pytestmark = pytest.mark.ptx
-PROGRAM = """
-.visible .entry program(
-	.param .align 64 .b8 map[128],
-	.param .u64 .ptr .align 256 input,
-	.param .u64 .ptr .align 256 output
-)
-.maxntid 64, 1, 1
-{{
-	.reg .pred %p<4>;
-	.reg .b32 %r<12>;
-	.reg .b64 %rd<8>;
-	ld.param.b64 %rd0, [input];
-	ld.param.b64 %rd1, [output];
-	mov.b64 %rd2, map;
-	mov.b32 %r1, __dynamic_shmem__0;
-	mov.u32 %r0, %tid.x;
-	shr.u32 %r2, %r0, 5;          // warp
-	setp.eq.s32 %p0, %r2, 0;
-	and.b32 %r3, %r0, 31;         // lane
-	setp.eq.s32 %p1, %r0, 0;
-	shl.b32 %r4, %r0, 2;
-	add.s32 %r5, %r1, %r4;        // a word of shared memory for each thread
-	cvt.u64.u32 %rd3, %r4;
-	add.s64 %rd4, %rd0, %rd3;     // of the input
-	add.s64 %rd5, %rd1, %rd3;     // of the output
-	{body}
-	ret;
-}}
-"""
 SEND = """
 	@%p1 mbarrier.init.shared::cta.b64 [%r1+512], 1;
 	@%p1 st.shared.b32 [%r1], %r0;
@@ -59,41 +29,6 @@ AGAIN:
 	mbarrier.try_wait.parity.shared::cta.b64 %p2, [%r1+512], 0;
 	@!%p2 bra AGAIN;
 """
-
-
-INT32 = 3  # of CUtensorMapDataType
-
-
-def run(body, **options):
-    """(kinds of faults, the output) of a program."""
-    parameters = emulation.Parameters()
-    data, output = emulation.guarded((64,), np.int32), emulation.guarded((64,), np.int32)
-    data[:] = np.arange(64)
-    encode_map(parameters.address, data, box=32)
-    for n, array in enumerate((data, output)):
-        ctypes.memmove(parameters.address + 128 + 8 * n, ctypes.byref(ctypes.c_uint64(array.ctypes.data)), 8)
-    program = emulation.parse(PROGRAM.format(body=body), parameters)
-    found = emulation.emulate(program, parameters, [data, output], 1, threads=64, shared_bytes=1024, **options)
-    return {fault.kind for fault in found.faults}, output
-
-
-def encode_map(address, array, box):
-    one = (ctypes.c_uint32 * 1)(1)
-    refused = toolchain.driver().cuTensorMapEncodeTiled(
-        ctypes.c_void_p(address),
-        INT32,
-        1,
-        ctypes.c_void_p(array.ctypes.data),
-        (ctypes.c_uint64 * 1)(array.size),
-        None,
-        (ctypes.c_uint32 * 1)(box),
-        one,
-        0,
-        0,
-        0,
-        0,
-    )
-    assert not refused, toolchain.driver().stand_in_said()
 
 
 def test_a_right_program_has_no_faults_and_gives_its_values():
@@ -191,105 +126,6 @@ def test_a_copy_brings_its_words_before_the_wait_is_over():
     )
     assert not faults
     assert (output == np.arange(64) % 32).all()
-
-
-def choose(index):
-    """10, 11, 12 or 13 by the branches of `brx.idx`, after which the block meets."""
-    branches = "".join(f"CASE{n}: mov.b32 %r7, {10 + n}; bra OVER;" for n in range(4))
-    return run(f"""
-        {index}
-        TARGETS: .branchtargets CASE0, CASE1, CASE2, CASE3;
-        brx.idx %r6, TARGETS;
-        {branches}
-        OVER:
-        bar.sync 0;
-        st.global.b32 [%rd5], %r7;""")
-
-
-def test_lanes_branch_by_an_index_together_or_each_by_its_own():
-    thread = np.arange(64)
-    for index, expected in (("and.b32 %r6, %r0, 3;", thread % 4), ("add.s32 %r6, %r2, 2;", thread // 32 + 2)):
-        faults, output = choose(index)
-        assert not faults and (output == 10 + expected).all()
-
-
-@pytest.mark.parametrize("index", ["and.b32 %r6, %r0, 7;", "sub.s32 %r6, %r2, 1;"])
-def test_an_index_without_a_branch_is_reported(index):
-    assert choose(index)[0] == {"brx.idx: no such target"}
-
-
-LOADED = {
-    "x1": "ldmatrix.sync.aligned.m8n8.x1.shared.b16 {%r8}, [%r7]; "
-    "ldmatrix.sync.aligned.m8n8.x1.shared.b16 {%r9}, [%r7+128];",
-    "x2": "ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%r8, %r9}, [%r7];",
-    "x4": "ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%r10, %r11, %r8, %r9}, [%r7];",
-}
-"""Two matrices into %r8 and %r9; lanes from 16 on have the addresses of the first 16."""
-
-
-def matrices(load, barrier="bar.sync 0;", offset="0", lanes="", **options):
-    """Numbers from 0 to 127 as two matrices of 8 x 8; the first warp stores one as it is loaded, the second the other.
-
-    `offset` is that of rows, `lanes` a guard of the load."""
-    load = "; ".join(lanes + one for one in load.split("; "))
-    return run(
-        f"""
-        mad.lo.s32 %r6, %r0, 0x20002, 0x10000;
-        st.shared.b32 [%r5], %r6;
-        {barrier}
-        and.b32 %r7, %r0, 15;
-        shl.b32 %r7, %r7, 4;
-        add.s32 %r7, %r7, %r1;
-        add.s32 %r7, %r7, {offset};
-        {load}
-        selp.b32 %r6, %r8, %r9, %p0;
-        st.global.b32 [%rd5], %r6;""",
-        **options,
-    )
-
-
-@pytest.mark.parametrize("transposed", ["", ".trans"])
-@pytest.mark.parametrize("count", LOADED)
-def test_a_lane_gets_two_elements_of_a_row_or_of_a_column(count, transposed):
-    faults, output = matrices(LOADED[count].replace(".shared", transposed + ".shared"))
-    assert not faults
-    stored = np.arange(128).reshape(2, 8, 8)
-    assert (output.view(np.int16).reshape(2, 8, 8) == (stored.mT if transposed else stored)).all()
-
-
-@pytest.mark.parametrize("transposed", ["", ".trans"])
-@pytest.mark.parametrize(
-    ("kind", "fault"),
-    [
-        ("race: read after write", dict(barrier="bar.warp.sync -1;")),
-        ("race within a warp: read after write", dict(barrier="", offset="16")),
-        ("shared memory: read of what nobody wrote", dict(offset="256")),
-        ("shared memory: misaligned", dict(offset="8")),
-        ("shared memory: out of bounds", dict(offset="1024")),
-        ("part of a warp", dict(lanes="@%p1 ")),
-    ],
-)
-def test_a_fault_of_a_load_of_matrices_is_reported(kind, fault, transposed):
-    load = LOADED["x4"].replace(".shared", transposed + ".shared")
-    policies = Policy.LATE_COPIES, Policy.EARLY_COPIES
-    assert kind in set().union(*(matrices(load, policy=policy, **fault)[0] for policy in policies))
-
-
-def product(lanes="", b="%r6"):
-    """Products of ones: 16 everywhere."""
-    return run(f"""
-        mov.b32 %r6, 0x3f803f80;
-        mov.b32 %r7, 0;
-        {lanes} mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32
-            {{%r8, %r9, %r10, %r11}}, {{%r6, %r6, %r6, %r6}}, {{%r6, {b}}}, {{%r7, %r7, %r7, %r7}};
-        st.global.b32 [%rd5], %r11;""")
-
-
-def test_a_product_needs_all_lanes_and_spreads_what_nobody_wrote():
-    faults, output = product()
-    assert not faults and (output.view(np.float32) == 16).all()
-    assert product("@!%p1")[0] == {"part of a warp"}
-    assert np.isnan(product(b="%r9")[1].view(np.float32)).all()
 
 
 def test_a_copy_that_nobody_waits_for_races():

@@ -180,6 +180,9 @@ class Arithmetic {
       case BFE_U64:
         return map<u64, u64, u32, u32>([](u64 a, u32 b, u32 c) { return extract_bits(a, b, c, 64, false); });
       case BFE_S64: return map<u64, u64, u32, u32>([](u64 a, u32 b, u32 c) { return extract_bits(a, b, c, 64, true); });
+      case BFI32: return map<u32, u32, u32, u32, u32>(insert_bits);
+      case PRMT: return map<u32, u32, u32, u32>(permute_bytes);
+      case LOP3: return map<u32, u32, u32, u32, u32>(look_up);
       case SETP: return set_predicate();
       default: return false;
     }
@@ -210,8 +213,10 @@ class Arithmetic {
     for (int lane = 0; lane < kLanes; lane++) {
       const auto a = convert(warp_.get<T>(in_.operand[1], lane)), b = convert(warp_.get<T>(in_.operand[2], lane));
       const bool less = a<b, greater = a> b, equal = a == b;  // none of them of a NaN
+      const bool number = less || greater || equal;
       const bool holds[] = {equal, less || greater, less, less || equal, greater, greater || equal};
-      found |= static_cast<u32>(holds[in_.mode]) << lane;  // in the order of Comparison
+      const bool chosen = in_.mode < EQU ? holds[in_.mode] : in_.mode < NUM ? !number || holds[in_.mode - EQU] : number;
+      found |= static_cast<u32>(in_.mode == NAN_ ? !number : chosen) << lane;
     }
     return found;
   }
@@ -227,6 +232,7 @@ class Arithmetic {
       case U32_TO_F32: return map<float, u32>([](u32 a) { return a; });
       case BF16_TO_F32: return map<float, u32>(from_bfloat16);
       case F32_TO_BF16: return map<u32, float>(to_bfloat16);
+      case F32_TO_S32: return map<s32, float>(truncated);
       case F32_TO_BF16X2:
         return map<u32, float, float>([](float high, float low) { return to_bfloat16(low) | to_bfloat16(high) << 16; });
       default: return false;
@@ -248,16 +254,22 @@ class Arithmetic {
       case ABS_F32: return map<u32, u32>([](u32 a) { return a & 0x7fffffff; });
       case MIN_F32: return map<float, float, float>(fminf);
       case MAX_F32: return map<float, float, float>(fmaxf);
-      case MAX_NAN_F32:
-        return map<float, float, float>(
-            [](float a, float b) { return std::isnan(a) || std::isnan(b) ? bits<float>(0x7fffffff) : std::max(a, b); });
+      case MAX_NAN_F32: return map<float, float, float>(maximum_or_nan);
+      case MIN_NAN_F32: return map<float, float, float>(minimum_or_nan);
       case EXP2_F32:
         return map<float, float>([this](float a) { return approximate(flush_subnormal(exp2f(flush_subnormal(a)))); });
       case LOG2_F32: return map<float, float>([this](float a) { return approximate(log2f(a)); });
       case RECIPROCAL_F32: return map<float, float>([this](float a) { return approximate(1.0f / a); });
+      case SQRT_F32: return map<float, float>([this](float a) { return approximate(sqrtf(a)); });
+      case RSQRT_F32: return map<float, float>([this](float a) { return approximate(1.0 / sqrt(double{a})); });
       case ADD_BF16X2: return map_halves<u32, u32>(add);
+      case SUB_BF16X2: return map_halves<u32, u32>(subtract);
       case MUL_BF16X2: return map_halves<u32, u32>(multiply);
       case FMA_BF16X2: return map_halves<u32, u32, u32>(multiply_add);
+      case MAX_NAN_BF16X2: return map_halves<u32, u32>(maximum_or_nan);
+      case MIN_NAN_BF16X2: return map_halves<u32, u32>(minimum_or_nan);
+      case NEG_BF16X2: return map<u32, u32>([](u32 a) { return a ^ 0x80008000; });
+      case ABS_BF16X2: return map<u32, u32>([](u32 a) { return a & 0x7fff7fff; });
       case ADD_F32X2: return map_pairs<u64, u64>(add);
       case SUB_F32X2: return map_pairs<u64, u64>(subtract);
       case MUL_F32X2: return map_pairs<u64, u64>(multiply);

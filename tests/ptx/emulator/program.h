@@ -19,11 +19,13 @@
               X(MAX_U32) X(NEG32) X(ADD16) X(SUB16) X(MUL16) X(MAD16) /* bits and predicates */                        \
       X(AND32) X(OR32) X(XOR32) X(NOT32) X(AND64) X(OR64) X(XOR64) X(NOT64) X(ANDP) X(ORP) X(XORP) X(NOTP) X(SHL32)    \
           X(SHL16) X(SHR_U32) X(SHR_S32) X(SHL64) X(SHR_U64) X(SHR_S64) X(BFE_U32) X(BFE_S32) X(BFE_U64) X(BFE_S64)    \
-              X(SETP) /* conversions */                                                                                \
+              X(BFI32) X(PRMT) X(LOP3) X(SETP) /* conversions */                                                       \
       X(U16_TO_U32) X(S16_TO_S32) X(U32_TO_U64) X(S32_TO_S64) X(U64_TO_U32) X(S32_TO_F32) X(U32_TO_F32) X(BF16_TO_F32) \
-          X(F32_TO_BF16) X(F32_TO_BF16X2) /* floating point */                                                         \
+          X(F32_TO_BF16) X(F32_TO_BF16X2) X(F32_TO_S32) /* floating point */                                           \
       X(ADD_F32) X(SUB_F32) X(MUL_F32) X(FMA_F32) X(DIV_F32) X(NEG_F32) X(ABS_F32) X(MIN_F32) X(MAX_F32)               \
-          X(MAX_NAN_F32) X(EXP2_F32) X(LOG2_F32) X(RECIPROCAL_F32) X(ADD_BF16X2) X(MUL_BF16X2) X(FMA_BF16X2)           \
+          X(MAX_NAN_F32) X(MIN_NAN_F32) X(EXP2_F32) X(LOG2_F32) X(RECIPROCAL_F32) X(SQRT_F32) X(RSQRT_F32)             \
+          X(ADD_BF16X2) X(SUB_BF16X2) X(MUL_BF16X2) X(FMA_BF16X2) X(MAX_NAN_BF16X2) X(MIN_NAN_BF16X2)                  \
+          X(NEG_BF16X2) X(ABS_BF16X2)                                                                                  \
               X(ADD_F32X2) X(SUB_F32X2) X(MUL_F32X2) X(FMA_F32X2) /* memory and control */                             \
       X(LOAD) X(STORE) X(LOAD_MATRIX) X(STORE_MATRIX) X(BRANCH) X(BRANCH_INDEX) X(RETURN) X(TRAP) X(ELECT)             \
           X(SHUFFLE_INDEX) X(SHUFFLE_XOR) X(SHUFFLE_DOWN) X(SHUFFLE_UP) /* synchronisation */                          \
@@ -47,7 +49,7 @@ constexpr const char* kOperationNames[] = {
 enum Space : int32_t { GENERIC, GLOBAL, SHARED };
 enum SpecialRegister : int32_t { TID, CTAID_X, CTAID_Y, CTAID_Z, NTID, LANEID, NCTAID_X, NCTAID_Y, NCTAID_Z, ZERO };
 enum ComparedType : int32_t { U32, S32, F32, U64, S64, U16, S16 };
-enum Comparison : int32_t { EQ, NE, LT, LE, GT, GE };
+enum Comparison : int32_t { EQ, NE, LT, LE, GT, GE, EQU, NEU, LTU, LEU, GTU, GEU, NUM, NAN_ };  // U: or a NaN
 enum Combination : int32_t { ALONE, AND, OR, XOR };
 
 struct Instruction {
