@@ -69,6 +69,8 @@ class Device:
     shared_joint: bool = True
     """Whether a block whose directions meet takes weights that its channels share; where it would spill registers,
     directions do not meet for them."""
+    narrow_skip_joint: bool = True
+    """The same for a skip term from a narrow proxy."""
     shared_tile: int | None = None
     """`apart_tile` for weights that channels share, if another one, lest the backward kernel spill."""
     expanding: Expanding | None = None
@@ -90,7 +92,7 @@ DEVICES = {
     device.capability: device
     for device in (
         Device(capability="8.0", examples="A100", shared_bytes=162 * KIB, scan_bytes=160 * KIB,
-               joint_tile=512, apart_tile=256, shared_joint=False, oldest_jax=_AMPERE,
+               joint_tile=512, apart_tile=256, shared_joint=False, narrow_skip_joint=False, oldest_jax=_AMPERE,
                local=Local(multiprocessors=108)),
         Device(capability="8.6", examples="RTX 3090, A10", **_SMALL, shared_tile=256, oldest_jax=_AMPERE,
                local=Local(multiprocessors=82)),

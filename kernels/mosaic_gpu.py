@@ -12,7 +12,7 @@ from jaxtyping import Array, Float
 
 from gspn_jax.kernels import compat, devices, expansion, launch, local, low_rank, narrow, pullback, reference, tiles
 from gspn_jax.kernels.derivatives import differentiable
-from gspn_jax.kernels.terms import LAM, Inputs, Job
+from gspn_jax.kernels.terms import LAM, SKIP, Inputs, Job
 from gspn_jax.kernels.weights import DIRECTIONS
 
 missing = devices.missing
@@ -46,7 +46,7 @@ def refuses_low_rank(
     """Why the kernel cannot expand `proxy` to so many kinds of terms by itself, or None."""
     device = devices.current()
     refused = local.refuses(x, proxy, kinds) if chunk == local.CHUNK else _no_wgmma(device)
-    if refused is None or _narrow_plan(x, proxy):
+    if refused is None or _narrow_plan(x, proxy, kinds):
         return None
     if device.expanding is None:
         return refused
@@ -171,7 +171,7 @@ def propagate_low_rank(
     others = [a[:, :, None].astype(jnp.float32) for a in (lam, out_gate, skip) if a is not None]
     # in float32, so that gradients of weights that channels share are summed in it
     up = jnp.concatenate([gates, *others], axis=2).transpose(1, 2, 3, 0)
-    if (chunk != local.CHUNK or local.refuses(x, proxy, up.shape[1])) and (plan := _narrow_plan(x, proxy)):
+    if (chunk != local.CHUNK or local.refuses(x, proxy, up.shape[1])) and (plan := _narrow_plan(x, proxy, up.shape[1])):
         return _run_narrow(job, plan, x, proxy, up, merge)
     # a proxy that is as wide as the tensor cores take it
     width = ((0, 0),) * 3 + ((0, -proxy.shape[-1] % expansion.QUANTUM),)
@@ -183,12 +183,13 @@ def propagate_low_rank(
     return _run_low_rank(job, plan, jnp.pad(x, images), jnp.pad(proxy, images), up, merge)[:batch]
 
 
-def _narrow_plan(x: Float[Array, "B H W C"], proxy: Float[Array, "B H W d"]) -> tiles.Plan | None:
+def _narrow_plan(x: Float[Array, "B H W C"], proxy: Float[Array, "B H W d"], kinds: int) -> tiles.Plan | None:
     """The plan of a kernel that expands the proxy in registers, or None where there is none."""
     can = compat.HAS_MMA or compat.interpreting()
     if not can or x.dtype != jnp.bfloat16 or proxy.shape[-1] > narrow.RANK:
         return None
-    return tiles.make_plan(*x.shape[1:], directions=len(DIRECTIONS), device=devices.current(), narrow=True)
+    make_plan = functools.partial(tiles.make_plan, *x.shape[1:], directions=len(DIRECTIONS))
+    return make_plan(device=devices.current(), narrow=True, skip=kinds > SKIP)
 
 
 def _run_narrow(

@@ -170,15 +170,17 @@ def make_plan(
     device: Device,
     group: int | None = None,
     narrow: bool = False,
+    skip: bool = False,
 ) -> Plan | None:
     """The plan with the least padding, then the fewest bytes and positions computed, then the widest slab; None when
     no line of the map fits in shared memory.
 
     `group`: channels that share their weights, to which a block's belong; None if each has its own.
-    `narrow`: threads expand terms from a narrow proxy.
+    `narrow`: threads expand terms from a narrow proxy, with `skip` one for skip, too.
     """
     best, least = None, (math.inf, math.inf)
     may_be_joint = directions > 1 and (device.shared_joint or not group)
+    may_be_joint = may_be_joint and (device.narrow_skip_joint or not (narrow and skip))
     apart_tile = (group and device.shared_tile) or device.apart_tile
     any_layout = compat.STORES_ANY_LAYOUT or compat.interpreting()
     slabs = [slab for slab in SLABS if group in (None, channels) or group % slab == 0]

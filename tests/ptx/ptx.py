@@ -467,6 +467,19 @@ class _Assembler:
             **self.vector(coordinates),
         )
 
+    def thread_copy(self, match, destination, source, size):
+        operands, offset = self.address(destination)
+        (register, _), source_offset = self.address(source)
+        if register < 0:
+            raise NotImplementedError(f"PTX line {self.record['line']}: address {source}")
+        self.put("CP_ASYNC", [*operands, register], immediate=offset, mode=source_offset, bytes=int(size))
+
+    def commit_copies(self, match):
+        self.put("CP_ASYNC_COMMIT")
+
+    def wait_for_copies(self, match, groups):
+        self.put("CP_ASYNC_WAIT", immediate=int(groups))
+
     def product(self, match, accumulators, a, b, accumulate, *scales_and_majors):
         *scales, transpose_a, transpose_b = scales_and_majors
         if scales != ["1", "1"]:
@@ -515,6 +528,9 @@ _OTHERS: list[tuple[str, Callable]] = [
     (r"mbarrier\.arrive\S*", _Assembler.arrive),
     (r"mbarrier\.(?:try|test)_wait\.parity\S*", _Assembler.wait),
     (r"cp\.async\.bulk\.tensor\.\dd\.shared::c\w+\.global(?:\.tile)?\.mbarrier::complete_tx::bytes", _Assembler.copy),
+    (r"cp\.async\.c[ag]\.shared(?:::cta)?\.global(?:\.L2::\d+B)?", _Assembler.thread_copy),
+    (r"cp\.async\.commit_group", _Assembler.commit_copies),
+    (r"cp\.async\.wait_group", _Assembler.wait_for_copies),
     (r"wgmma\.mma_async\.sync\.aligned\.m64n(\d+)k16\.f32\.bf16\.bf16", _Assembler.product),
     (r"mma\.sync\.aligned\.m16n8k16\.row\.col\.f32\.bf16\.bf16\.f32", _Assembler.fragment_product),
     (r"wgmma\.commit_group\S*", _Assembler.commit_products),

@@ -128,6 +128,51 @@ def test_a_copy_brings_its_words_before_the_wait_is_over():
     assert (output == np.arange(64) % 32).all()
 
 
+COMMIT, DONE = "cp.async.commit_group;", "cp.async.wait_group 0;"
+
+
+def thread_copies(first, then="", **options):
+    """Each thread copies a word; `first` and `then` stand before and after the barrier. They read the other warp's."""
+    return run(
+        f"""
+        cp.async.ca.shared.global [%r5], [%rd4], 4;
+        {first}
+        bar.sync 0;
+        {then}
+        xor.b32 %r7, %r5, 128;
+        ld.shared.b32 %r8, [%r7];
+        st.global.b32 [%rd5], %r8;""",
+        **options,
+    )
+
+
+def test_copies_of_threads_are_there_when_all_have_waited():
+    faults, output = thread_copies(COMMIT + DONE)
+    assert not faults
+    assert (output == np.roll(np.arange(64), 32)).all()
+
+
+@pytest.mark.parametrize(
+    ("kind", "first", "then"),
+    [
+        ("race: read after write", COMMIT, DONE),
+        ("race: write after read", COMMIT, DONE),
+        ("warp ended before its copies", COMMIT + "cp.async.wait_group 1;", ""),
+        ("warp ended before its copies", DONE, ""),
+        ("race within a warp: read after write", "xor.b32 %r7, %r5, 4; ld.shared.b32 %r8, [%r7];" + COMMIT + DONE, ""),
+        ("not covered: cp.async.commit_group of a part of a warp", "@%p1 " + COMMIT + DONE, ""),
+    ],
+)
+def test_a_fault_of_the_copies_of_threads_is_reported(kind, first, then):
+    policies = Policy.LATE_COPIES, Policy.EARLY_COPIES
+    assert kind in set().union(*(thread_copies(first, then, policy=policy)[0] for policy in policies))
+
+
+def test_a_copy_of_a_thread_is_not_there_before():
+    _, output = thread_copies("ld.shared.b32 %r9, [%r5]; st.global.b32 [%rd5], %r9;" + COMMIT + DONE, "ret;")
+    assert (output == 0x7FC07FC0).all()
+
+
 def test_a_copy_that_nobody_waits_for_races():
     faults, _ = run(
         SEND.format(fence="", offset=256, wait="@%p0 bra OVER;" + WAIT + "OVER:")

@@ -131,6 +131,9 @@ class Block {
     if (!warp.groups.empty()) return;
     warp.state = Warp::DONE;
     if (!warp.issued.empty() || !warp.committed.empty()) report_.fault(pc, "warp ended before its products");
+    if (!warp.issued_copies.empty() || !warp.committed_copies.empty()) {
+      report_.fault(pc, "warp ended before its copies");
+    }
   }
 
   void needs_all_lanes(const Warp& warp, int pc, uint32_t lanes) {
@@ -166,6 +169,9 @@ class Block {
       case MBARRIER_WAIT: return wait(number, pc, mask);
       case PROXY_FENCE: return fence(number);
       case TMA_LOAD: return copy(number, pc, mask);
+      case CP_ASYNC: return begin_copies(number, pc, mask);
+      case CP_ASYNC_COMMIT: return commit_copies(warp, pc, mask);
+      case CP_ASYNC_WAIT: return finish_copies(number, pc, mask);
       case WGMMA: return issue_product(warp, pc);
       case WGMMA_COMMIT: return commit_products(number);
       case WGMMA_WAIT: return finish_products(number, in.immediate);
@@ -394,6 +400,39 @@ class Block {
       copies_.issue(copy);
     }
     tick(number);
+  }
+
+  // cp.async: the bytes arrive when they are waited for; until then NaN is there.
+  void begin_copies(int number, int pc, uint32_t mask) {
+    const Instruction& in = launch_.code[pc];
+    Warp& warp = warps_[number];
+    uint16_t unset[8];
+    std::fill_n(unset, 8, 0x7fc0);
+    for (int lane = 0; lane < kLanes; lane++) {
+      if (!(mask >> lane & 1)) continue;
+      ThreadCopy copy{pc, lane, warp.address(in, lane), static_cast<uint32_t>(in.bytes), {}};
+      const uint64_t source = warp.get<uint64_t>(in.operand[2], lane) + in.mode;
+      if (!device_.load(pc, source, copy.bytes, copy.values.data())) copy.values.fill(0xff);
+      memory_.write(by(number, pc, lane), copy.address, copy.bytes, unset);
+      warp.issued_copies.push_back(copy);
+    }
+  }
+
+  void commit_copies(Warp& warp, int pc, uint32_t mask) {
+    if (mask != warp.lanes) report_.stop(pc, "not covered: cp.async.commit_group of a part of a warp");
+    warp.committed_copies.push_back(std::move(warp.issued_copies));
+    warp.issued_copies.clear();
+  }
+
+  void finish_copies(int number, int pc, uint32_t mask) {
+    Warp& warp = warps_[number];
+    if (mask != warp.lanes) report_.stop(pc, "not covered: cp.async.wait_group of a part of a warp");
+    while (warp.committed_copies.size() > static_cast<size_t>(launch_.code[pc].immediate)) {
+      for (const ThreadCopy& copy : warp.committed_copies.front()) {
+        memory_.write(by(number, copy.pc, copy.lane), copy.address, copy.bytes, copy.values.data());
+      }
+      warp.committed_copies.pop_front();
+    }
   }
 
   void issue_product(Warp& warp, int pc) {

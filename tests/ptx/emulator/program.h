@@ -31,7 +31,7 @@
           X(SHUFFLE_INDEX) X(SHUFFLE_XOR) X(SHUFFLE_DOWN) X(SHUFFLE_UP) /* synchronisation */                          \
       X(BARRIER) X(WARP_BARRIER) X(MBARRIER_INIT) X(MBARRIER_ARRIVE) X(MBARRIER_EXPECT) X(MBARRIER_WAIT)               \
           X(PROXY_FENCE) X(MMA) /* asynchronous */                                                                     \
-      X(TMA_LOAD) X(WGMMA) X(WGMMA_COMMIT) X(WGMMA_WAIT)
+      X(TMA_LOAD) X(CP_ASYNC) X(CP_ASYNC_COMMIT) X(CP_ASYNC_WAIT) X(WGMMA) X(WGMMA_COMMIT) X(WGMMA_WAIT)
 
 enum Operation : int32_t {
 #define X(name) name,
@@ -57,10 +57,10 @@ struct Instruction {
   int32_t predicate, negated;  // register or -1
   int32_t line;                // of the PTX
   int32_t operand[8];
-  int64_t immediate;  // of addresses; target of BRANCH, offset of PARAMETER, groups that may stay of WGMMA_WAIT
+  int64_t immediate;  // of addresses; target of BRANCH, offset of PARAMETER, groups that may stay of a wait
   int32_t kind;       // Space of LOAD and STORE, SpecialRegister, ComparedType; bits of WGMMA: A, B is transposed
-  int32_t mode;       // Comparison of SETP; whether LOAD_MATRIX is transposed
-  int32_t bytes;      // of an element of LOAD and STORE, of PARAMETER; whether operand 3 of SETP is negated
+  int32_t mode;       // Comparison of SETP; whether LOAD_MATRIX is transposed; offset of the source of CP_ASYNC
+  int32_t bytes;      // of an element of LOAD and STORE, PARAMETER, CP_ASYNC; whether operand 3 of SETP is negated
   int32_t count;      // elements of LOAD and STORE, matrices, arrivals, columns of WGMMA; Combination of SETP
   int32_t list, list_length;  // registers of a vector: values of LOAD and STORE, coordinates, accumulators;
                               // of MMA: 4 of D, 4 of A, 2 of B, 4 of C; or the targets of BRANCH_INDEX

@@ -2,6 +2,7 @@
 
 #pragma once
 
+#include <array>
 #include <deque>
 #include <vector>
 
@@ -17,6 +18,13 @@ struct Product {  // a wgmma that was issued
   int pc;
   uint64_t a, b;  // descriptors of matrices in shared memory
   bool accumulate;
+};
+
+struct ThreadCopy {  // a cp.async that was issued
+  int pc, lane;
+  uint64_t address;
+  uint32_t bytes;
+  std::array<uint8_t, 16> values;
 };
 
 class Warp {
@@ -101,6 +109,8 @@ class Warp {
 
   std::vector<Product> issued;
   std::deque<std::vector<Product>> committed;
+  std::vector<ThreadCopy> issued_copies;
+  std::deque<std::vector<ThreadCopy>> committed_copies;
 
  private:
   std::vector<uint32_t> words_;
