@@ -94,6 +94,8 @@ class Sizes:
         (32, 16, 1536, 96, None),
         (8, 32, 1200, 75, None),
         (4, 64, 1152, 72, None),
+        (128, 14, 576, 16, None),
+        (128, 28, 288, 16, None),
     )
     """batch, side, channels, rank, chunk"""
     blocks: tuple = (("GSPN-XL/2", 32, 16), ("GSPN-L/2", 32, 16), ("GSPN-XL/2", 8, 32))
@@ -110,7 +112,7 @@ QUICK = dataclasses.replace(
     convolutions=FULL.convolutions[::3],
     operator=FULL.operator[:2] + FULL.operator[3:5],
     against_scan=False,
-    low_rank=FULL.low_rank[:2],
+    low_rank=(*FULL.low_rank[:2], FULL.low_rank[-2]),
     blocks=FULL.blocks[:1],
     attention=FULL.attention[:2],
 )
@@ -122,7 +124,7 @@ TINY = Sizes(
     widths=(12, 16),
     convolutions=((1, 4, 4, 128, 3),),
     operator=((1, 4, 4, 64, 4, None),),
-    low_rank=((2, 4, 64, 16, None),),
+    low_rank=((2, 4, 64, 24, None),),
     blocks=(("GSPN-S/2", 2, 4),),
     attention=((1, 2), (1, 4)),
     width=64,
@@ -347,7 +349,7 @@ def low_rank(sizes: Sizes, repeats: int) -> Rows:
         what = f"low rank {tuple(case)}" + (f", chunk {chunk}" if chunk else "")
         yield from fused_against_unfused(what, scans, low_rank_inputs(*case), sizes, repeats)
         device = devices.current()
-        if chunk is None and device.expanding:
+        if chunk is None and device.expanding and case[-1] > narrow.RANK:
             expanding = dataclasses.replace(device.expanding, backward_on_chip=not device.expanding.backward_on_chip)
             way = "on chip" if expanding.backward_on_chip else "by XLA"
             with devices.for_device(dataclasses.replace(device, expanding=expanding)):

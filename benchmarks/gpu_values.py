@@ -101,7 +101,9 @@ def cases() -> list[Case]:
             ((2, 32, 32, 1200), 75, False, 2),
             ((8, 16, 16, 72), 24, True, 2),
             ((2, 32, 32, 64), 32, False, None),
-            ((1, 64, 64, 64), 16, True, None),
+            ((1, 64, 64, 64), 24, True, None),
+            ((3, 14, 14, 100), 16, False, None),  # narrow enough for registers
+            ((2, 28, 28, 96), 8, True, None),
         ]
     ]
     found += [
@@ -134,7 +136,7 @@ def small_cases() -> list[Case]:
     """Of each operator one, for the interpreter."""
     return [
         Case("propagate", (1, 4, 4, 64), 64, "float32", True, 2),
-        Case("low_rank", (2, 4, 4, 64), 16, "bfloat16"),
+        Case("low_rank", (2, 4, 4, 64), 24, "bfloat16"),
         Case("line_scan", (1, 4, 4, 64), 64, "bfloat16", direction="up"),
         Case("depthwise_conv", (1, 4, 4, 128), 3, "bfloat16"),
     ]

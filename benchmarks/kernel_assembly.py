@@ -111,6 +111,7 @@ QUICK = [
     Case("line_scan", 16, 16, 64, "bfloat16"),
     Case("propagate_low_rank", 16, 16, 64, "bfloat16", rank=32),
     Case("propagate_low_rank", 16, 16, 64, "bfloat16", rank=32, chunk=2),
+    Case("propagate_low_rank", 14, 14, 64, "bfloat16", rank=16),
     Case("depthwise_conv", 4, 4, 256, "bfloat16", side=3),
     Case("depthwise_conv", 4, 4, 256, "bfloat16", side=3, squared_relu=True),
 ]
@@ -135,6 +136,10 @@ CASES = [
         Case("propagate_low_rank", 16, 16, 1500, dtype, rank=93),
         Case("propagate_low_rank", 16, 16, 1536, dtype, rank=93, chunk=2),
         Case("propagate_low_rank", 32, 32, 1200, dtype, rank=75, chunk=2),
+        Case("propagate_low_rank", 7, 7, 1152, dtype, rank=16),
+        Case("propagate_low_rank", 14, 14, 576, dtype, rank=16),
+        Case("propagate_low_rank", 28, 28, 288, dtype, rank=16),
+        Case("propagate_low_rank", 56, 56, 144, dtype, rank=16),
         Case("depthwise_conv", 16, 16, 1536, dtype, side=7),
         Case("depthwise_conv", 32, 32, 1200, dtype, side=7),
         Case("depthwise_conv", 16, 16, 1536, dtype, side=3),

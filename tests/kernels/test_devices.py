@@ -243,5 +243,5 @@ except ValueError as error:
 def test_every_name_of_pallas_that_is_used_is_looked_for_at_import():
     folder = pathlib.Path(kernels.__file__).parent
     used = {name for path in folder.glob("*.py") for name in re.findall(r"\bplgpu\.([A-Za-z]\w*)", path.read_text())}
-    only_if_there = {"store", "mma", "transpose_ref", "InterpretGPUParams"}
+    only_if_there = {"store", "mma", "Replicated", "transpose_ref", "InterpretGPUParams"}
     assert used - only_if_there == set(compat.PALLAS_NAMES)

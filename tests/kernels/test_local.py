@@ -176,6 +176,7 @@ def test_what_it_cannot_take(change, reason):
 
 def test_maps_that_no_other_kernel_expands_are_taken_with_chunk_2():
     shapes = jax.eval_shape(lambda: of_size(1, 28, 28))
+    shapes["proxy"] = jax.ShapeDtypeStruct((1, 28, 28, 24), jnp.bfloat16)
     with compat.interpreted():
         taken = {chunk: mosaic_gpu.refuses_low_rank(shapes["x"], shapes["proxy"], 5, chunk) for chunk in (2, None)}
     assert taken[2] is None

@@ -56,14 +56,14 @@ def assert_same_as_the_scan_in_float32(*draws, **options):
 
 @pytest.mark.slow
 def test_the_kernel_expands_as_xla_does(few_rows):
-    assert_same_as_the_scan_in_float32(arguments(2, 4, 64, 16, merge=(4, 64)))
+    assert_same_as_the_scan_in_float32(arguments(2, 4, 64, 24, merge=(4, 64)))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", [
     dict(batch=2, size=4, channels=64, rank=40, skip=True),  # six kinds
-    dict(batch=3, size=4, channels=64, rank=16),  # a batch that is no whole number of blocks
-    dict(batch=1, size=8, channels=64, rank=16, groups=4),  # a line shared by the warpgroups
+    dict(batch=3, size=4, channels=64, rank=24),  # a batch that is no whole number of blocks
+    dict(batch=1, size=8, channels=64, rank=24, groups=4),  # a line shared by the warpgroups
 ], ids=lambda case: "-".join(map(str, case.values())))  # fmt: skip
 def test_other_maps_and_kinds(few_rows, case):
     assert_same_as_the_scan_in_float32(arguments(**case), chunk=3)
@@ -72,7 +72,7 @@ def test_other_maps_and_kinds(few_rows, case):
 @pytest.mark.slow
 def test_slabs_that_overlap(few_rows):
     """72 channels are two overlapping slabs of 64. They store the same values twice, which counts as a race."""
-    draws = (arguments(2, 4, 72, 16, seed=seed) for seed in range(4))
+    draws = (arguments(2, 4, 72, 24, seed=seed) for seed in range(4))
     assert_same_as_the_scan_in_float32(*draws, races=False)
 
 
@@ -83,7 +83,7 @@ def test_over_a_mesh(few_rows):
         (1, 2), ("data", "tensor"), devices=jax.devices()[:2], axis_types=(jax.sharding.AxisType.Auto,) * 2
     )
     with sharded(mesh, batch=("data",), channels=("tensor",)):
-        assert_same_as_the_scan_in_float32(arguments(2, 4, 128, 16, merge=(4, 128)), races=False)
+        assert_same_as_the_scan_in_float32(arguments(2, 4, 128, 24, merge=(4, 128)), races=False)
 
 
 @pytest.mark.slow
@@ -145,7 +145,7 @@ def test_what_it_computes():
 
 @pytest.mark.parametrize(("dtype", "size", "rank", "reason"), [
     (jnp.float32, 16, 16, "takes bfloat16, not float32"),
-    (jnp.bfloat16, 12, 16, "takes square maps of 16, 32 or 64"),
+    (jnp.bfloat16, 12, 24, "takes square maps of 16, 32 or 64"),
     (jnp.bfloat16, 16, 192, "has no room on chip for a proxy of 192"),
 ])  # fmt: skip
 def test_what_it_cannot_take_is_expanded_by_xla_with_a_line_that_says_why(dtype, size, rank, reason, caplog):

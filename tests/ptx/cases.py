@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gspn_jax.kernels import devices, local, mosaic_gpu, propagate, propagate_low_rank
+from gspn_jax.kernels import devices, local, mosaic_gpu, narrow, propagate, propagate_low_rank
 from tests.kernels import numpy_scan
 from tests.ptx import emulation, toolchain
 
@@ -57,7 +57,8 @@ class Case:
     @property
     def launches(self) -> int:
         """Kernels forward and backward."""
-        expands_line_by_line = self.rank and (self.chunk != local.CHUNK or self.rank > 96)
+        wide = self.rank and self.rank > narrow.RANK
+        expands_line_by_line = wide and (self.chunk != local.CHUNK or self.rank > 96)
         return 5 if expands_line_by_line and not self.backward_by_xla else 2
 
     @property
@@ -102,6 +103,12 @@ CASES = [
     Case(4, 16, 16, 64, rank=24, backward_by_xla=True, quick=True),
     Case(2, 16, 16, 40, rank=24, chunk=2, quick=True),  # slabs that overlap
     Case(1, 28, 26, 24, rank=24, chunk=2, quick=True),  # four pieces, three of which are filled up
+    Case(1, 14, 14, 64, rank=16, quick=True),  # a proxy that is expanded in registers, tiles that overlap
+    Case(2, 7, 7, 100, rank=8, skip=True),
+    Case(2, 6, 7, 72, rank=5, chunk=3),  # filled up, and begun anew
+    Case(1, 28, 26, 32, rank=12),
+    Case(1, 32, 32, 32, rank=16, skip=True),
+    Case(1, 56, 20, 64, rank=16, chunk=3),
     Case(1, 7, 5, 64, quick=True),  # tiles that overlap
     Case(1, 7, 7, 64, "float32", chunk=2),
     Case(2, 7, 7, 100, skip=True),
@@ -141,7 +148,7 @@ CASES = [
     Case(2, 32, 32, 64, rank=32),
     Case(2, 32, 32, 64, rank=32, backward_by_xla=True),
     Case(4, 16, 16, 100, rank=93, skip=True, backward_by_xla=True),
-    Case(1, 64, 64, 64, rank=16),
+    Case(1, 64, 64, 64, rank=24),
     Case(4, 16, 16, 64, rank=128),
 ]
 
