@@ -1,6 +1,7 @@
-r"""GPU programs compiled by XLA for H100 or H200 on a machine without a GPU, and the least time that each could take.
+r"""GPU programs compiled by XLA for GPUs on a machine without one, and the least time that each could take.
 
 python benchmarks/gpu_compile.py step GSPN-XL/2 --batch 64 --gpu h200      one training step, all 57 blocks
+python benchmarks/gpu_compile.py step GSPN-XL/2 --batch 16 --gpu rtx4090   the same for compute capability 8.9
 python benchmarks/gpu_compile.py step GSPN-XL/2 --batch 256 --mesh 8x1     data x fsdp, over 8 GPUs
 python benchmarks/gpu_compile.py sampler GSPN-L/2 --batch 64               the sampler, by its evaluations
 python benchmarks/gpu_compile.py step GSPN-T --batch 128                   one training step of an image classifier
@@ -49,6 +50,7 @@ RECORDED = (
     "sampler GSPN-XL/2 --batch 64",
     "sampler GSPN-L/2 --batch 64",
     "sampler DiT-XL/2 --batch 64",
+    "step GSPN-XL/2 --batch 16 --gpu rtx4090",
     *(f"{what} {preset} --batch 128" for preset in ("GSPN-T", "GSPN-S", "GSPN-B") for what in ("step", "inference")),
 )
 """The programs of docs/performance.md."""
@@ -56,33 +58,52 @@ RECORDED = (
 
 @dataclasses.dataclass(frozen=True)
 class Gpu:
-    """What XLA's cost models and tiling ask of a GPU, all of compute capability 9.0."""
+    """What XLA's cost models and tiling ask of a GPU; but for name and memory alike on all of compute capability 9.0.
+    Bytes, of one multiprocessor or block where that is said."""
 
     name: str
     memory: int
-    """Bytes."""
     bandwidth: float
     """Bytes a second."""
     memory_clock: float
     """GHz, as NVIDIA's tools print it."""
+    capability: str = "9.0a"
+    feature: str = "feature_extension: ACCELERATED_FEATURES"
+    cores: int = 132
+    """Multiprocessors."""
+    threads: int = 2048
+    """That a multiprocessor keeps."""
+    shared_memory: int = 233472
+    """Of a multiprocessor."""
+    block_shared_memory: int = 232448
+    """Of a block that asks for more than 48 KiB."""
+    l2_cache: int = 52428800
 
 
 GPUS = {
     "h100": Gpu("NVIDIA H100 80GB HBM3", 84_942_979_072, 3.35e12, 2.619),
     "h200": Gpu("NVIDIA H200", 151_397_597_184, 4.8e12, 3.201),
-}
+    "rtx4090": Gpu(
+        "NVIDIA GeForce RTX 4090", 25_386_352_640, 1.008e12, 10.501, "8.9", "minor: 9", cores=128, threads=1536,
+        shared_memory=102400, block_shared_memory=101376, l2_cache=75497472,
+    ),
+}  # fmt: skip
+"""Clocks and units of the RTX 4090 are those of the others: they weigh in tuning alone, and nothing is tuned."""
 
 _TARGET = """gpu_device_info {{
-threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152 shared_memory_per_core: 233472
-threads_per_core_limit: 2048 core_count: 132 fpus_per_core: 128 block_dim_limit_x: 2147483647 block_dim_limit_y: 65535
-block_dim_limit_z: 65535 memory_bandwidth: {bandwidth:.0f} l2_cache_size: 52428800 clock_rate_ghz: 1.98
-device_memory_size: {memory} shared_memory_per_block_optin: 232448
-cuda_compute_capability {{ major: 9 feature_extension: ACCELERATED_FEATURES }}
+threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152
+shared_memory_per_core: {shared_memory} threads_per_core_limit: {threads} core_count: {cores} fpus_per_core: 128
+block_dim_limit_x: 2147483647 block_dim_limit_y: 65535
+block_dim_limit_z: 65535 memory_bandwidth: {bandwidth:.0f} l2_cache_size: {l2_cache} clock_rate_ghz: 1.98
+device_memory_size: {memory} shared_memory_per_block_optin: {block_shared_memory}
+cuda_compute_capability {{ major: {major} {feature} }}
 registers_per_core_limit: 65536 registers_per_block_limit: 65536
 scalar_unit_description {{ {scalar} }} matrix_unit_description {{ {matrix} }}
 thread_dim_limit_x: 1024 thread_dim_limit_y: 1024 thread_dim_limit_z: 64 device_vendor: "NVIDIA Corporation"
-platform_version: "Compute Capability 9.0a" device_address_bits: 64 pcie_bandwidth: 34359738368 ecc_enabled: true
-model_str: "sm_9.0a with {memory}B RAM, 132 cores, 1980000KHz clock, {memory_clock:.0f}KHz mem clock, 52428800B L2$"
+platform_version: "Compute Capability {capability}" device_address_bits: 64 pcie_bandwidth: 34359738368
+ecc_enabled: true
+model_str: "sm_{capability} with {memory}B RAM, {cores} cores, 1980000KHz clock, "
+"{memory_clock:.0f}KHz mem clock, {l2_cache}B L2$"
 name: "{name}" driver_version: "13.0.0" runtime_version: "13.0.0" compile_time_toolkit_version: "13.0.0"
 dnn_version: "9.28.1" device_interconnect_info {{ active_links: 18 }} }}
 platform_name: "CUDA" dnn_version_info {{ major: 9 minor: 28 patch: 1 }} device_description_str: "{name}"
@@ -105,7 +126,8 @@ def target(gpu: str) -> str:
     about["memory_clock"] *= 1e6
     scalar = " ".join(rate(key, *value, 1.98) for key, value in _SCALAR.items())
     matrix = " ".join(rate(key, 4, ops, 1.98 if key == 12 else 1.83) for key, ops in _MATRIX.items())
-    return _TARGET.format(**about, scalar=scalar, matrix=matrix)
+    major = about["capability"][0]
+    return _TARGET.format(**about, major=major, scalar=scalar, matrix=matrix)
 
 
 def devices(gpu: str, count: int) -> list:
@@ -253,7 +275,8 @@ def compiled(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
 
 
 def measures(text: str, gpu: str, runs: int) -> dict[str, Any]:
-    """Bounds of one of the `runs` that a program makes, by kind of work, on each GPU, and its collectives."""
+    """Bounds of one of the `runs` that a program makes, by kind of work, on each GPU that can run it, and its
+    collectives."""
     from benchmarks import hlo, roofline
 
     program = hlo.Program(text)
@@ -264,6 +287,7 @@ def measures(text: str, gpu: str, runs: int) -> dict[str, Any]:
             for kind, row in roofline.bounds(found, name).items()
         }
         for name in GPUS
+        if GPUS[name].capability == GPUS[gpu].capability
     }
     return {
         "runs": runs,
@@ -313,6 +337,7 @@ def name_of(result: dict[str, Any]) -> str:
     """The command that gives this result, without its defaults."""
     name = f"{result['what']} {result['preset']} --batch {result['batch']}"
     name += f" --mesh {result['mesh']}" if result["mesh"] != "1x1" else ""
+    name += f" --gpu {result['gpu']}" if GPUS[result["gpu"]].capability != GPUS["h200"].capability else ""
     return name + f" --remat {result['remat']}" * (result["what"] == "step")
 
 

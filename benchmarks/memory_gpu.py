@@ -14,7 +14,6 @@ import datetime
 import json
 import os
 import pathlib
-import re
 import sys
 import time
 from collections.abc import Iterable
@@ -38,37 +37,6 @@ RECORDED = (
     "step GSPN-L/2 --batch 16 --remat full",
 )
 """Programs that the formula is fitted to, beside those of gpu_compile.py on one GPU."""
-KEPT = {("gspn", "full"): 1.5, ("attention", "dots"): 10.0}
-"""What a block keeps, in tokens of its width, where programs are of one depth alone: its input and, in the paper's
-layout, every second time a long skip; with "dots" products of attention (5) and of the MLP (4, 1) beside its input."""
-
-GPUS = {"rtx4090": "RTX 4090", "h200": "H200", "h100": "H100"}
-"""Names of `gspn_jax.plan.gpus` by those of flags."""
-_4090 = (
-    (r"major: 9 feature_extension: ACCELERATED_FEATURES", "major: 8 minor: 9"),
-    (r"Compute Capability 9.0a", "Compute Capability 8.9"),
-    (r"sm_9.0a", "sm_8.9"),
-    (r"core_count: 132", "core_count: 128"),
-    (r"shared_memory_per_core: \d+", "shared_memory_per_core: 102400"),
-    (r"shared_memory_per_block_optin: \d+", "shared_memory_per_block_optin: 101376"),
-    (r"threads_per_core_limit: 2048", "threads_per_core_limit: 1536"),
-    (r"l2_cache_size: \d+", "l2_cache_size: 75497472"),
-    (r"memory_bandwidth: \d+", "memory_bandwidth: 1008000000000"),
-    (r"device_memory_size: \d+", "device_memory_size: 25386352640"),
-    (r"NVIDIA H200", "NVIDIA GeForce RTX 4090"),
-)  # fmt: skip
-"""What makes gpu_compile.py's description of an H200 one of an RTX 4090, by NVIDIA's tables for 8.9."""
-
-
-def target(gpu: str) -> str:
-    """The description of a GPU that XLA compiles for."""
-    from benchmarks import gpu_compile
-
-    text = gpu_compile.target("h200")
-    for pattern, value in _4090 if gpu == "rtx4090" else ():
-        text, count = re.subn(pattern, value, text)
-        assert count, pattern
-    return text
 
 
 def config_of(arguments: argparse.Namespace) -> Any:
@@ -89,16 +57,12 @@ def config_of(arguments: argparse.Namespace) -> Any:
 
 def counted(arguments: argparse.Namespace) -> dict[str, Any]:
     """The memory of one program."""
-    from jax.experimental import topologies
-
     from benchmarks import gpu_compile
     from gspn_jax import models
     from gspn_jax.models.width import widths
 
     config = config_of(arguments)
-    gpus = topologies.get_topology_desc(
-        platform="cuda", topology_name="", target_config=target(arguments.gpu), topology="1x1x1"
-    ).devices
+    gpus = gpu_compile.devices(arguments.gpu, 1)
     start = time.monotonic()
     with gpu_compile.traced_for(gpus[0]):
         lowered, _ = gpu_compile.lower(arguments, config, gpus)
@@ -131,7 +95,7 @@ def name_of(row: dict[str, Any]) -> str:
 
 
 def others() -> list[dict[str, Any]]:
-    """Steps on one GPU that gpu_compile.py has recorded."""
+    """Steps on one H100 or H200 that gpu_compile.py has recorded; what it has for an RTX 4090 is counted here too."""
     from gspn_jax import models
     from gspn_jax.config import ModelConfig
     from gspn_jax.models.width import widths
@@ -140,7 +104,8 @@ def others() -> list[dict[str, Any]]:
     rows = []
     for result in found.values():
         known = result["preset"] in models.PRESETS
-        if result["what"] != "step" or result["mesh"] != "1x1" or result["model"] or not known:
+        elsewhere = result["mesh"] != "1x1" or result["gpu"] == "rtx4090"
+        if result["what"] != "step" or elsewhere or result["model"] or not known:
             continue
         arch = models.resolve(ModelConfig(preset=result["preset"]))
         rows.append(
@@ -163,18 +128,15 @@ def others() -> list[dict[str, Any]]:
     return rows
 
 
-def kind_of(row: dict[str, Any]) -> tuple[str, str, str]:
+def kind_of(row: dict[str, Any]) -> tuple[str, str]:
     """The row of `gspn_jax.plan.memory.FITTED` that a program is fitted in."""
-    from gspn_jax.plan import memory
-
-    return memory.kind_of(row["mixer"], row["remat"], GPUS[row["gpu"]])
+    return row["mixer"], row["remat"]
 
 
-def fits(rows: Iterable[dict[str, Any]]) -> dict[tuple[str, str, str], tuple[float, float, float, float, int]]:
-    """{(mixer, remat, where proxies are expanded): (gradients, per_block, once, largest relative error, programs)}, by
-    least squares of relative errors over programs without accumulation; no number is negative, "gradients" is one for
-    all. Where all programs have as many blocks, per_block is what KEPT says."""
-    groups: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
+def fits(rows: Iterable[dict[str, Any]]) -> dict[tuple[str, str], tuple[float, float, float, float, int]]:
+    """{(mixer, remat): (gradients, per_block, once, largest relative error, programs)}, by least squares of relative
+    errors over programs without accumulation; no number is negative, "gradients" is one for all."""
+    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for row in rows:
         if row["accumulate"] == 1:
             groups.setdefault(kind_of(row), []).append(row)
@@ -188,9 +150,6 @@ def fits(rows: Iterable[dict[str, Any]]) -> dict[tuple[str, str, str], tuple[flo
             total = row["arguments"] + row["temporary"]
             system.append(line / total)
             wanted.append(row["temporary"] / total)
-        if len({row["blocks"] for row in groups[name]}) == 1:
-            system.append(np.eye(1 + 2 * len(names))[1 + 2 * place])
-            wanted.append(KEPT[name[:2]])
     found = nnls(np.array(system), np.array(wanted))[0]
     table = {name: (found[0], found[1 + 2 * place], found[2 + 2 * place]) for place, name in enumerate(names)}
     errors = {

@@ -210,10 +210,10 @@ def bound(text: str, config: Any, batch: int, tokens: int, what: str, runs: int)
         # two products forward, five backward, which computes the scores again (arXiv 2205.14135)
         products = sum(10 if "Backward" in target else 4 for target in targets)
         done = products * batch * tokens**2 * arch.hidden
-        found[kernel.kind] += kernel.times * max(kernel.seconds("h200"), done / roofline.PRODUCTS)
+        found[kernel.kind] += kernel.times * max(kernel.seconds("h200"), done / roofline.PRODUCTS["h200"])
     if "scans" in found and arch.mixer != "released_gspn":
         passes = arch.blocks * batch * tokens * runs * (2 if what == "training" else 1)
-        found["scans"] = max(found["scans"], passes * products_of_scans(arch) / roofline.PRODUCTS)
+        found["scans"] = max(found["scans"], passes * products_of_scans(arch) / roofline.PRODUCTS["h200"])
     milliseconds = 1e3 * sum(found.values()) / runs
     return {
         "ms": milliseconds,

@@ -1,8 +1,8 @@
 """Least times of a compiled program's kernels on a GPU, by kind of work, and what runs while collectives do.
 
 A kernel takes at least as long as its bytes at 85 % of the memory bandwidth, and a matrix product at least as long as
-its operations at 700 TFLOP/s, about what large bfloat16 products reach on Hopper. Launches, the latency of scans and
-slow convolutions are left out, so that a real run takes longer.
+its operations at 700 TFLOP/s, about what large bfloat16 products reach on Hopper, or at an RTX 4090's peak. Launches,
+the latency of scans and slow convolutions are left out, so that a real run takes longer.
 """
 
 import collections
@@ -10,12 +10,13 @@ from typing import NamedTuple
 
 from benchmarks.hlo import ASYNC_STARTS, FREE, Instruction, Program, arrays, nbytes
 
-BANDWIDTH = {"h100": 3.35e12, "h200": 4.8e12}
-"""Bytes a second, from the data sheets of the SXM modules."""
+BANDWIDTH = {"h100": 3.35e12, "h200": 4.8e12, "rtx4090": 1.008e12}
+"""Bytes a second, from the data sheets, of SXM modules for the first two."""
 EFFICIENCY = 0.85
 """The part of it that a copy reaches."""
-PRODUCTS = 700e12
-"""Operations a second of large bfloat16 products."""
+PRODUCTS = {"h100": 700e12, "h200": 700e12, "rtx4090": 165e12}
+"""Operations a second of large bfloat16 products; of an RTX 4090 the peak with sums in float32, by NVIDIA's white
+paper."""
 BLOCK = "jit(block)"
 """In JAX's names of operations: a block that the program has outside of loops (`gspn_jax.models.stack`)."""
 COLLECTIVES = (
@@ -41,9 +42,9 @@ class Kernel(NamedTuple):
     operations: int
 
     def seconds(self, gpu: str) -> float:
-        """The bound of one time on "h100" or "h200"."""
+        """The bound of one time on a GPU of BANDWIDTH."""
         moving = (self.read + self.written) / (BANDWIDTH[gpu] * EFFICIENCY)
-        return max(moving, self.operations / PRODUCTS) if self.kind == "products" else moving
+        return max(moving, self.operations / PRODUCTS[gpu]) if self.kind == "products" else moving
 
 
 def kernels(program: Program) -> list[Kernel]:

@@ -144,7 +144,7 @@ def measures(text: str) -> dict[str, Any]:
     for kernel in roofline.kernels(program):
         done = operations(program, computations[kernel.loop], kernel.instruction)
         moved = kernel.read + kernel.written
-        seconds = max(moved / (roofline.BANDWIDTH["h200"] * roofline.EFFICIENCY), done / roofline.PRODUCTS)
+        seconds = max(moved / (roofline.BANDWIDTH["h200"] * roofline.EFFICIENCY), done / roofline.PRODUCTS["h200"])
         row = rows[kernel.kind]
         row["ms"] += 1e3 * kernel.times * seconds
         row["gigabytes"] += 1e-9 * kernel.times * moved

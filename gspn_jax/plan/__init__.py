@@ -99,8 +99,8 @@ def _part(text: str | float, flag: str) -> float:
     return found
 
 
-def options(config: Config, gpu: str, gpus: int) -> Iterator[Option]:
-    """All ways to make the config's step on so many GPUs, one of `gpus.MEMORY`, by the formula."""
+def options(config: Config, gpus: int) -> Iterator[Option]:
+    """All ways to make the config's step on so many GPUs, by the formula."""
     from gspn_jax.plan import memory
 
     batch = config.train.batch_size
@@ -109,8 +109,8 @@ def options(config: Config, gpu: str, gpus: int) -> Iterator[Option]:
         state = memory.state_on(config, data, fsdp)
         for accumulate in (count for count in range(1, batch // gpus + 1) if batch % (count * gpus) == 0):
             images = batch // (gpus * accumulate)
-            for remat in memory.remats(config, gpu):
-                need = memory.needed(config, state, remat, images, accumulate, gpu)
+            for remat in memory.remats(config):
+                need = memory.needed(config, state, remat, images, accumulate)
                 yield Option(
                     remat=remat,
                     data=data,
@@ -132,7 +132,7 @@ def choose(config: Config, gpu: str, gpus: int, usable: float = USABLE) -> tuple
     name, size, _ = gpu_named(gpu)
     if config.train.batch_size % gpus:
         raise ConfigError(f"train.batch_size must be a multiple of the {gpus} GPUs, found {config.train.batch_size}")
-    found = list(options(config, name, gpus))
+    found = list(options(config, gpus))
     fitting = [option for option in found if option.memory <= usable * size]
     if not fitting:
         least = min(found, key=lambda option: option.memory)
@@ -203,7 +203,7 @@ def report(
     taken, widest = choose(config, gpu, gpus, usable)
     seconds, run = hours(config, peak, gpus, taken, share)
     arch = models.resolve(config.model)
-    fit = memory.FITTED[memory.kind_of(arch.mixer, taken.remat, name)]
+    fit = memory.FITTED[arch.mixer, taken.remat]
     lines = [
         f"{config.model.preset} ({models.count_parameters(config) / 1e6:.1f}M parameters), {config.train.batch_size:,} "
         f"images a step, on {_count(gpus, name)} of {size / 1e9:.1f} GB",
@@ -212,8 +212,7 @@ def report(
         f"        mesh {taken.data} x {taken.fsdp}, {taken.images:,} images at a time on each GPU",
         f"memory  {taken.memory / 1e9:.1f} GB of each: {taken.state / 1e9:.2f} state, {taken.rest / 1e9:.1f} gradients "
         f"and activations (by the formula)",
-        f"        fitted to {_many(fit.programs, 'compiled program')}, "
-        + (f"{fit.error:.1%} from them at most" if fit.programs > 2 else "as few as it has numbers of its own"),
+        f"        fitted to {_many(fit.programs, 'compiled program')}, {fit.error:.1%} from them at most",
         f"        XLA_PYTHON_CLIENT_MEM_FRACTION={usable:g} lets JAX have it" if taken.memory > 0.75 * size else "",
         f"time    {seconds:.3g} s a step, {run:,.1f} hours for {config.train.steps:,} steps, at {share:.0%} of "
         f"{peak / 1e12:.0f} TFLOP/s: assumed",

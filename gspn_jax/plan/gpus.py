@@ -1,7 +1,6 @@
-"""GPUs that a run can be planned for, by name: their memory and capability; `training.throughput` has their peak."""
+"""GPUs that a run can be planned for, by name: their memory; `training.throughput` has their peak."""
 
 from gspn_jax.config import ConfigError
-from gspn_jax.kernels.devices import DEVICES
 from gspn_jax.training.throughput import peak_flops
 
 GIB = 2**30
@@ -23,22 +22,6 @@ MEMORY = {
     "RTX 6000 Ada": 48 * GIB,
 }
 """Bytes, as the data sheets name them; a part of it is the driver's, which `plan.USABLE` leaves out."""
-
-_CAPABILITIES = {
-    "8.0": ("A100 40GB", "A100 80GB"),
-    "8.6": ("A10", "RTX 3090", "RTX A6000"),
-    "8.9": ("L4", "L40S", "RTX 4080", "RTX 4090", "RTX 6000 Ada"),
-    "9.0": ("H100", "GH200", "H200"),
-    "10.0": ("B200",),
-    "12.0": ("RTX 5090",),
-}
-CAPABILITY = {name: capability for capability, names in _CAPABILITIES.items() for name in names}
-"""Compute capability, from NVIDIA's list."""
-
-
-def expands_on_chip(name: str) -> bool:
-    """Tells whether GSPN's kernel expands proxies by itself on this GPU; elsewhere XLA does, in memory."""
-    return DEVICES[CAPABILITY[name]].expanding is not None
 
 
 def gpu_named(name: str) -> tuple[str, int, float]:

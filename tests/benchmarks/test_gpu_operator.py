@@ -1,5 +1,6 @@
 """The scripts that wait for a GPU run to their end: interpreted, at sizes that take seconds."""
 
+import dataclasses
 import itertools
 import json
 import sys
@@ -9,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from gspn_jax.kernels import devices
 from gspn_jax.models import attention
 from tests.benchmarks import scripts
 
@@ -78,7 +80,10 @@ def test_a_table_that_fails_does_not_stop_the_next(tmp_path, monkeypatch):
 QUICK = [
     case
     for case in gpu_values.cases()
-    if max(case.shape[1:3]) <= 20 and case.shape[3] <= 128 and (case.operator != "propagate" or case.dtype == "float32")
+    if not case.by_threads  # the same truth
+    and max(case.shape[1:3]) <= 20
+    and case.shape[3] <= 128
+    and (case.operator != "propagate" or case.dtype == "float32")
 ]
 
 
@@ -113,6 +118,16 @@ def test_every_variant_of_the_kernel_is_among_the_cases():
     assert joint == set(itertools.product((True, False), repeat=2))
     assert {case.shape[1] for case in cases if case.operator == "low_rank"} == {16, 32, 64}
     assert len({str(case) for case in cases}) == len(cases)
+
+
+@pytest.mark.parametrize("case", [case for case in gpu_values.cases() if case.by_threads], ids=str)
+def test_an_h100_is_asked_for_what_other_gpus_run(case):
+    with devices.for_device("9.0"), gpu_values.tuned(case):
+        asked, other = devices.current().local, devices.DEVICES["8.9"].local
+        assert dataclasses.replace(asked, multiprocessors=other.multiprocessors) == other
+        _, arrays, _ = gpu_values.build(case)
+        if jax.__version_info__ >= (0, 11, 2):
+            assert gpu_values.mosaic_gpu.refuses_low_rank(*arrays[:2], 5 + case.skip, case.chunk) is None
 
 
 def test_both_ways_to_convolve_agree():

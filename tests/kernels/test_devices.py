@@ -133,7 +133,7 @@ def test_all_expand_proxies_for_chunk_2_with_a_jax_that_can(capability):
     with devices.for_device(capability):
         if devices.missing():
             pytest.skip(devices.missing())
-        reason = mosaic_gpu.refuses_low_rank(*shapes[:2], 5, chunk=2)
+        reason = mosaic_gpu.refuses_low_rank(*shapes[:2], 5, 2)
         if JAX < (0, 11):
             assert reason is None if capability == "9.0" else "needs JAX 0.11 or newer" in reason
             return

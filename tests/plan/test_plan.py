@@ -19,7 +19,7 @@ RESULTS = pathlib.Path(__file__).parents[2] / "benchmarks" / "results"
 COMPILED = [
     result
     for result in json.loads((RESULTS / "gpu_compile.json").read_text()).values()
-    if result["what"] == "step" and result["preset"] in PRESETS
+    if result["what"] == "step" and result["preset"] in PRESETS and result["gpu"] == "h200"
 ]
 """Training steps of denoisers; those of image classifiers are in that file too."""
 COUNTED = json.loads(memory_gpu.RESULTS.read_text()).values()
@@ -37,17 +37,16 @@ def test_memory_is_near_what_the_compiler_counted_on_an_h200(result):
     data, fsdp = map(int, result["mesh"].split("x"))
     config = config_of(result["preset"], result["remat"], result["batch"])
     state = memory.state_on(config, data, fsdp)
-    need = memory.needed(config, state, result["remat"], result["batch"] // (data * fsdp), 1, "H200")
+    need = memory.needed(config, state, result["remat"], result["batch"] // (data * fsdp), 1)
     assert need.state / 1e9 == pytest.approx(result["arguments_gb"], rel=1e-3)
     assert need.total / 1e9 == pytest.approx(result["arguments_gb"] + result["temporary_gb"], rel=0.1)
 
 
 @pytest.mark.parametrize("row", COUNTED, ids=memory_gpu.name_of)
 def test_memory_is_near_what_the_compiler_counted_for_one_gpu(row):
-    """An RTX 4090, whose proxies are expanded in memory, or an H200; with micro-batches too."""
+    """An RTX 4090 or an H200; with micro-batches too."""
     config = config_of(row["preset"], row["remat"], row["images"] * row["accumulate"])
-    gpu = memory_gpu.GPUS[row["gpu"]]
-    need = memory.needed(config, memory.state_on(config, 1, 1), row["remat"], row["images"], row["accumulate"], gpu)
+    need = memory.needed(config, memory.state_on(config, 1, 1), row["remat"], row["images"], row["accumulate"])
     assert need.state == pytest.approx(row["arguments"], rel=1e-3)
     assert need.total == pytest.approx(row["arguments"] + row["temporary"], rel=0.1)
 
@@ -73,12 +72,12 @@ def test_the_choice_is_that_of_a_search():
     taken, widest = plan.choose(config, name, 2)
     assert name == "RTX 4090" and taken.memory <= 0.9 * size
     assert taken.data * taken.fsdp == 2 and taken.images * taken.accumulate * 2 == config.train.batch_size
-    for option in plan.options(config, name, 2):
+    for option in plan.options(config, 2):
         fits = option.memory <= 0.9 * size
         better = (option.remat == taken.remat or option.remat == "names") and option.fsdp <= taken.fsdp
         assert not (fits and better and option.images > taken.images)
     for one in widest:
-        alike = [o for o in plan.options(config, name, 2) if (o.remat, o.fsdp) == (one.remat, one.fsdp)]
+        alike = [o for o in plan.options(config, 2) if (o.remat, o.fsdp) == (one.remat, one.fsdp)]
         assert all(o.images <= one.images for o in alike if o.memory <= 0.9 * size)
 
 
@@ -131,8 +130,8 @@ def test_the_table_of_the_readme_is_what_the_command_prints(capsys):
 
 
 def test_a_mixer_that_nobody_counted_is_named(monkeypatch):
-    monkeypatch.setattr(memory, "FITTED", {("attention", "full", "chip"): memory.Fit(0.5, 1, 1, 0, 1)})
+    monkeypatch.setattr(memory, "FITTED", {("attention", "full"): memory.Fit(0.5, 1, 1, 0, 1)})
     with pytest.raises(
         ConfigError, match=r"model.mixer must be one whose memory was counted \(attention\), found 'gspn'"
     ):
-        memory.remats(dataclasses.replace(load_config("digits"), model=ModelConfig()), "L4")
+        memory.remats(dataclasses.replace(load_config("digits"), model=ModelConfig()))
