@@ -484,8 +484,12 @@ class ByThreads(Class):
     def expand(self, *wanted: tuple[Array, slice], meanwhile: Callable = tuple) -> tuple[list, Any]:
         """As `ByCopies.expand`, one after the other."""
         value = meanwhile()
-        directions = (direction for direction, _ in wanted)
-        return list(map(self._products, directions, self._kinds(wanted))), value
+        products = []
+        for (direction, _), kinds in zip(wanted, self._kinds(wanted), strict=True):
+            if products and not self.job.skip:
+                compat.warpgroup_barrier()  # or ptxas loads the proxy ahead, and spills; with skip it spills more so
+            products.append(self._products(direction, kinds))
+        return products, value
 
     def _products(self, direction: Array, kinds: range) -> list[Float[Array, "64 slab"]]:
         sums, step = [compat.zeros((PIXELS, self.slab), SUM) for _ in kinds], expansion.QUANTUM
