@@ -254,6 +254,11 @@ HAS_MMA = hasattr(plgpu, "mma")
 """Whether tensor cores can be had that take registers: since JAX 0.11.2."""
 
 
+def multiplies_registers() -> bool:
+    """Whether kernels traced now may use `mma`."""
+    return HAS_MMA or interpreting()
+
+
 def mma(total: Array, a: Array, b: Array) -> Array:
     """total + a @ b on tensor cores, all of them in registers, in the layouts of `plgpu.mma`."""
     if interpreting():

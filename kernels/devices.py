@@ -46,7 +46,7 @@ class Local:
         """Why JAX cannot make it, or None."""
         if not (compat.RESHAPES_REFERENCES or compat.interpreting()):
             return f"needs JAX 0.11 or newer, and this is {jax.__version__}"
-        if not (self.by_copies or compat.HAS_MMA or compat.interpreting()):
+        if not (self.by_copies or compat.multiplies_registers()):
             return f"needs JAX 0.11.2 or newer on GPUs without wgmma, and this is {jax.__version__}"
         return None
 

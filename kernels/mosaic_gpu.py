@@ -24,11 +24,12 @@ def caveat() -> str | None:
     if device.expanding:
         return None
     but = "" if device.local.missing else f", but for chunk={local.CHUNK}"
-    return f"{_no_wgmma(device)}: XLA expands the proxies of propagate_low_rank{but}"
+    return f"{_no_wgmma(device)}: XLA expands them for propagate_low_rank{but}"
 
 
 def _no_wgmma(device: devices.Device) -> str:
-    return f"needs wgmma to expand proxies, which compute capability {device.capability} does not have"
+    wider = f" wider than {narrow.RANK}" if compat.multiplies_registers() else ""
+    return f"needs wgmma to expand proxies{wider}, which compute capability {device.capability} does not have"
 
 
 def refuses(x: Float[Array, "B H W C"], directions: int) -> str | None:
@@ -48,10 +49,10 @@ def refuses_low_rank(
     refused = local.refuses(x, proxy, kinds) if chunk == local.CHUNK else _no_wgmma(device)
     if refused is None or _narrow_plan(x, proxy, kinds):
         return None
-    if device.expanding is None:
-        return refused
     if x.dtype != jnp.bfloat16:
         return f"takes bfloat16, not {x.dtype}"
+    if device.expanding is None:
+        return refused
     if tiles.make_expanding_plan(*x.shape[1:], device=device) is None:
         return f"takes square maps of 16, 32 or 64 and an even number of channels from 64, not {list(x.shape[1:])}"
     passes = expansion, pullback
@@ -185,8 +186,7 @@ def propagate_low_rank(
 
 def _narrow_plan(x: Float[Array, "B H W C"], proxy: Float[Array, "B H W d"], kinds: int) -> tiles.Plan | None:
     """The plan of a kernel that expands the proxy in registers, or None where there is none."""
-    can = compat.HAS_MMA or compat.interpreting()
-    if not can or x.dtype != jnp.bfloat16 or proxy.shape[-1] > narrow.RANK:
+    if not compat.multiplies_registers() or x.dtype != jnp.bfloat16 or proxy.shape[-1] > narrow.RANK:
         return None
     make_plan = functools.partial(tiles.make_plan, *x.shape[1:], directions=len(DIRECTIONS))
     return make_plan(device=devices.current(), narrow=True, skip=kinds > SKIP)
