@@ -50,6 +50,7 @@ from gspn_jax.kernels import (
     depthwise_gpu,
     devices,
     mosaic_gpu,
+    narrow,
     propagate,
     propagate_low_rank,
 )

@@ -67,11 +67,13 @@ def _multiply(_: Any, factors: mgpu.FragmentedArray, proxy: mgpu.FragmentedArray
     """What registers hold is named anew, twice, and nothing moves: a proxy is read as the right operand lies, and the
     products of two rows are pairs of channels."""
     (slab, _), (positions, rank) = factors.shape, proxy.shape
-    layouts = mgpu.MMALayouts(factors.mlir_dtype, m_warps=slab // 16)
+    right_layout, sum_layout = (
+        layout(jnp.bfloat16, m_warps=slab // 16).to_mgpu() for layout in (plgpu.Layout.MMA_RHS, plgpu.Layout.MMA_ACC)
+    )
     tiles_along = positions * slab // 512
     columns = np.asarray(proxy.registers).reshape(tiles_along, rank // 16, 2).swapaxes(0, 1)
-    right = _fragmented(columns, layouts.rhs, (rank, positions))
-    total = mgpu.FragmentedArray.splat(instructions.zero(), (slab, positions), layouts.acc)
+    right = _fragmented(columns, right_layout, (rank, positions))
+    total = mgpu.FragmentedArray.splat(instructions.zero(), (slab, positions), sum_layout)
     rows = np.asarray(mgpu.mma(total, factors, right).registers).reshape(tiles_along, 2)
     pairs = [instructions.crossed(*both) for both in rows]
     return _fragmented(np.array(pairs, object), tiles.product_layout(slab).to_mgpu(), (positions, slab))

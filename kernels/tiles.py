@@ -27,8 +27,9 @@ APART = 3
 """Bytes of a map whose directions do not meet on chip, where one whose directions do has 2: 66 an element and 44."""
 SLABS = (64, 32, 16, 8)
 """Channels that a block may take, best first: 64 of bfloat16 are a whole 128-byte cache line."""
-BANKS = 4
-"""Banks by which every second row of shared memory is to be apart from another, modulo 32, times 2: see `Plan.row`."""
+SPARE = 4
+"""Numbers between positions in shared memory of which a warp reads every second: two of them are then 8 banks apart,
+the width of what it reads of each."""
 NARROW = 32
 """Directions meet on chip in no narrower slabs, unless there are no more channels, or none that share weights."""
 PRODUCT = 512
@@ -92,15 +93,14 @@ class Plan:
 
     @property
     def total(self) -> tuple[int, int, int]:
-        """Numbers that shared memory has for a map, by height, width and channel, where directions meet. Neighbouring
-        rows are in different banks, too."""
-        return self.height, self.room(self.rows) + (1 if self.narrow else 0), self.row
+        """Numbers that shared memory has for a map where directions meet, by height, width and channel; with a
+        position that is spare lines that are columns find other banks as well."""
+        return self.height, self.room(self.rows) + self.narrow, self.row
 
     @property
     def row(self) -> int:
-        """Numbers of a position in shared memory: those of a slab, and where a warp reads every second of eight
-        positions some more, so that they are in different banks."""
-        return self.slab + (BANKS if self.narrow else 0)
+        """Numbers of a position in shared memory: those of a slab and what is spare."""
+        return self.slab + (SPARE if self.narrow else 0)
 
     @property
     def computed(self) -> int:

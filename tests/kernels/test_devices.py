@@ -120,8 +120,8 @@ def test_only_compute_capability_9_0_expands_proxies_and_elsewhere_xla_does(capa
     assert wide == (capability != "9.0")
     wider = " wider than 16" if compat.HAS_MMA else ""
     line = (
-        f"XLA expands the proxy, and the plain kernel scans: the one that does both needs wgmma to expand proxies{wider}, "
-        f"which compute capability {capability} does not have."
+        f"XLA expands the proxy, and the plain kernel scans: the one that does both needs wgmma to expand proxies"
+        f"{wider}, which compute capability {capability} does not have."
     )
     assert (line in caplog.messages) == wide
     with devices.for_device(capability):
