@@ -74,8 +74,8 @@ class Device:
     shared_tile: int | None = None
     """`apart_tile` for weights that channels share, if another one, lest the backward kernel spill."""
     expanding: Expanding | None = None
-    """None without wgmma, the tensor cores of compute capability 9.0 alone: there XLA expands proxies, but for
-    chunk=2."""
+    """None without wgmma, the tensor cores of compute capability 9.0 alone: there XLA expands proxies that are not
+    narrow, but for chunk=2."""
     local: Local = Local()
     oldest_jax: tuple[int, ...] = (0, 10, 2)
     """The first version whose Pallas can assemble for it."""

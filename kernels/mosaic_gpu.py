@@ -172,12 +172,13 @@ def propagate_low_rank(
     others = [a[:, :, None].astype(jnp.float32) for a in (lam, out_gate, skip) if a is not None]
     # in float32, so that gradients of weights that channels share are summed in it
     up = jnp.concatenate([gates, *others], axis=2).transpose(1, 2, 3, 0)
-    if (chunk != local.CHUNK or local.refuses(x, proxy, up.shape[1])) and (plan := _narrow_plan(x, proxy, up.shape[1])):
+    is_local = chunk == local.CHUNK and local.refuses(x, proxy, up.shape[1]) is None
+    if not is_local and (plan := _narrow_plan(x, proxy, up.shape[1])):
         return _run_narrow(job, plan, x, proxy, up, merge)
     # a proxy that is as wide as the tensor cores take it
     width = ((0, 0),) * 3 + ((0, -proxy.shape[-1] % expansion.QUANTUM),)
     proxy, up = jnp.pad(proxy.astype(x.dtype), width), jnp.pad(up, width)
-    if chunk == local.CHUNK and local.refuses(x, proxy, up.shape[1]) is None:
+    if is_local:
         return local.propagate(job, x, proxy, up, merge)
     plan = tiles.make_expanding_plan(*size, channels, device=devices.current())
     images = (0, -batch % plan.images), (0, 0), (0, 0), (0, 0)  # whole blocks of them
