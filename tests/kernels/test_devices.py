@@ -128,7 +128,9 @@ def test_only_compute_capability_9_0_expands_proxies_and_elsewhere_xla_does(capa
         assert ("mosaic_gpu" in kernels.backend_caveats()) == wide
 
 
-@pytest.mark.parametrize("capability", devices.DEVICES)
+@pytest.mark.parametrize("capability", [
+    "8.9", *(pytest.param(c, marks=pytest.mark.slow) for c in devices.DEVICES if c != "8.9")
+])  # fmt: skip
 def test_all_expand_proxies_for_chunk_2_with_a_jax_that_can(capability):
     shapes = low_rank_terms(16, 64, 32)
     with devices.for_device(capability):
