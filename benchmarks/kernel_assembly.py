@@ -111,7 +111,6 @@ QUICK = [
     Case("line_scan", 16, 16, 64, "bfloat16"),
     Case("propagate_low_rank", 16, 16, 64, "bfloat16", rank=32),
     Case("propagate_low_rank", 16, 16, 64, "bfloat16", rank=32, chunk=2),
-    Case("propagate_low_rank", 14, 14, 64, "bfloat16", rank=16),
     Case("depthwise_conv", 4, 4, 256, "bfloat16", side=3),
     Case("depthwise_conv", 4, 4, 256, "bfloat16", side=3, squared_relu=True),
 ]

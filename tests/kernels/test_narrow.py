@@ -102,7 +102,9 @@ def test_models_read_no_terms_and_save_none(capability, size, channels):
         saved = jax.tree.leaves(jax.eval_shape(lambda a: jax.vjp(operator, a)[1], shapes))
     assert (forward.count("@mosaic_gpu"), both.count("@mosaic_gpu")) == (1, 2)
     assert f"{size}x{size}x4x3x{channels}xbf16" not in forward  # logits
-    assert max(array.size for array in saved) < 1.3 * shapes["x"].size  # the states of a direction
+    assert (
+        max(array.size for array in saved) < 1.7 * shapes["x"].size
+    )  # a direction's states, filled up, and their halo
 
 
 @pytest.mark.parametrize(("change", "taken"), [

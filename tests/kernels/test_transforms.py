@@ -130,7 +130,7 @@ def shifted(buffers):
     lower_few_channels,
     lower_line_scan,
     lower_low_rank,
-    lower_local,
+    pytest.param(lower_local, marks=pytest.mark.skipif(not compat.RESHAPES_REFERENCES, reason="as low rank")),
     pytest.param(lower_local_in_pieces, marks=pytest.mark.skipif(not compat.RESHAPES_REFERENCES, reason="refused")),
     pytest.param(lower_local_without_wgmma, marks=pytest.mark.skipif(not compat.HAS_MMA, reason="refused")),
 ])  # fmt: skip

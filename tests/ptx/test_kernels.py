@@ -47,9 +47,9 @@ def with_local(**tuning):
 
 
 @pytest.mark.parametrize("case", [
-    cases.Case(5, 16, 16, 24, rank=40, chunk=2),
     cases.Case(1, 28, 26, 16, rank=24, skip=True, chunk=2),
     *(pytest.param(case, marks=pytest.mark.slow) for case in (
+        cases.Case(5, 16, 16, 24, rank=40, chunk=2),
         cases.Case(8, 16, 16, 96, rank=128, chunk=2),
         cases.Case(2, 32, 48, 32, rank=96, chunk=2),
         cases.Case(3, 48, 16, 16, rank=32, skip=True, chunk=2),
