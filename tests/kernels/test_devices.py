@@ -103,7 +103,9 @@ def test_it_is_the_mesh_that_counts(monkeypatch):
             assert devices.missing() is None if reason is None else reason in devices.missing()
 
 
-@pytest.mark.parametrize("capability", devices.DEVICES)
+@pytest.mark.parametrize("capability", [
+    pytest.param(c, marks=pytest.mark.slow) if c in ("8.6", "10.3", "12.1") else c for c in devices.DEVICES
+])  # fmt: skip
 def test_only_compute_capability_9_0_expands_proxies_and_elsewhere_xla_does(capability, caplog):
     api._log_expansion.cache_clear()
     with devices.for_device(capability), caplog.at_level(logging.INFO, logger="gspn_jax.kernels.api"):

@@ -70,7 +70,7 @@ GENERATIONS = [
     for case in cases.CASES
     if case.quick and (case.rank is None or case.chunk == local.CHUNK or case.rank <= narrow.RANK)
 ]
-QUICK = {("8.0", "1x16x16x64-bfloat16"), ("8.9", "1x28x26x24-bfloat16-d24-chunk2"), ("12.0", "1x14x14x64-bfloat16-d16")}
+QUICK = {("8.0", "1x16x16x64-bfloat16"), ("8.9", "1x28x26x24-bfloat16-d24-chunk2")}
 
 
 @pytest.mark.parametrize(
