@@ -62,7 +62,7 @@ def test_the_kernel_expands_as_xla_does(few_rows):
 @pytest.mark.slow
 @pytest.mark.parametrize("case", [
     dict(batch=2, size=4, channels=64, rank=40, skip=True),  # six kinds
-    dict(batch=3, size=4, channels=64, rank=24),  # a batch that is no whole number of blocks
+    dict(batch=3, size=4, channels=64, rank=24, merge=(4, 64)),  # a batch that is no whole number of blocks
     dict(batch=1, size=8, channels=64, rank=24, groups=4),  # a line shared by the warpgroups
 ], ids=lambda case: "-".join(map(str, case.values())))  # fmt: skip
 def test_other_maps_and_kinds(few_rows, case):
