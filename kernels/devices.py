@@ -43,7 +43,7 @@ class Local:
 
     @property
     def missing(self) -> str | None:
-        """Why JAX cannot make it, or None."""
+        """Reason why JAX cannot make it, or None."""
         if not (compat.RESHAPES_REFERENCES or compat.interpreting()):
             return f"needs JAX 0.11 or newer, and this is {jax.__version__}"
         if not (self.by_copies or compat.multiplies_registers()):

@@ -19,17 +19,11 @@ from jaxtyping import Array, Float
 
 from gspn_jax.kernels import devices, expansion, launch, local_pieces
 from gspn_jax.kernels.derivatives import differentiable
-from gspn_jax.kernels.local_block import (
-    Arrivals,
-    ByCopies,
-    ByThreads,
-    Given,
-    Shared,
-    exchanged_channels,
-    exchanged_rows,
-)
+from gspn_jax.kernels.local_block import Arrivals, Given, Shared, exchanged_channels, exchanged_rows
 from gspn_jax.kernels.local_bodies import LOGITS, Cotangents, local_backward, local_forward, pairs
+from gspn_jax.kernels.local_copies import ByCopies
 from gspn_jax.kernels.local_pieces import AXES, CLASSES, GRID, MOST_FILLED, PIXELS, Cut
+from gspn_jax.kernels.local_threads import ByThreads
 from gspn_jax.kernels.terms import OUT_GATE, Job
 from gspn_jax.kernels.weights import DIRECTIONS
 

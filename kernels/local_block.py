@@ -1,9 +1,7 @@
 """A block of the kernel for chunk=2, as each of its warpgroups sees it: a class of pixels, its neighbours in the other
 classes, and what the block shares.
 
-How arrays come to the chip, and to its tensor cores, differs between GPUs. `ByCopies`, for compute capability 9.0: the
-copy engine brings the next piece while this one is computed, and tensor cores read shared memory (wgmma). `ByThreads`,
-for all others: threads load and store, and tensor cores read registers (mma.sync).
+How arrays come to the chip, and to its tensor cores, differs between GPUs: see `local_copies` and `local_threads`.
 """
 
 import functools
@@ -16,7 +14,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float
 
-from gspn_jax.kernels import compat, expansion, instructions
+from gspn_jax.kernels import compat, instructions
 from gspn_jax.kernels.local_pieces import CLASSES, GRID, PIXELS, Cut
 from gspn_jax.kernels.terms import Job
 
@@ -42,7 +40,7 @@ class Given(NamedTuple):
 
     @property
     def sources(self) -> list[Any]:
-        """What is read of every pixel: x and, backward, the cotangent of y."""
+        """Arrays of which every pixel is read: x and, backward, the cotangent of y."""
         return [array for array in (self.x, self.cotangent) if array is not None]
 
 
@@ -107,7 +105,7 @@ def tile_at(tile: Any, slab: int) -> Any:
 
 
 def pixel_layout(slab: int) -> Any:
-    """How [GRID, GRID, slab] is spread to be loaded and stored: a warp takes a quarter of the rows, a thread 16 bytes
+    """Layout of [GRID, GRID, slab] that is loaded or stored: a warp takes a quarter of the rows, a thread 16 bytes
     of a slab of 16, 8 of one of 8."""
     tiling = plgpu.Tiling(((GRID, GRID, slab), (GRID // 4, GRID, slab), (slab // 2,)))
     return plgpu.Layout.TILED(tiling, warp_dims=(-7,), lane_dims=(-4, -3, -2), vector_dim=-1)
@@ -191,7 +189,7 @@ class Class(NamedTuple):
 
     @classmethod
     def of(cls, job: Job, given: Given, shared: Shared, cut: Cut) -> "Class":
-        """That of this warpgroup, before the first piece."""
+        """Class of this warpgroup, before the first piece."""
         slab, index = lax.axis_index("slab"), lax.axis_index("warpgroup")
         start = pl.multiple_of(lax.min(slab * shared.slab, given.x.shape[-1] - shared.slab), 8)
         return cls(job, given, shared, index, start, cut)
@@ -294,7 +292,7 @@ class Class(NamedTuple):
         return GRID + (slot * (rows + GRID) if self.shared.beyond.shape[0] > 2 * GRID + rows else 0)
 
     def _quarter_beyond(self, piece: Array, slot: Array) -> tuple[Any, Any]:
-        """Where a quarter of `Given.beyond` comes from and goes to, for all classes."""
+        """Source and target of a quarter of `Given.beyond`, for all classes."""
         count = self.given.beyond.shape[1] // CLASSES
         source = self.given.beyond.at[piece, pl.ds(self.index * count, count), pl.ds(self.start, self.slab)]
         return source, self.shared.beyond.at[pl.ds(self._beyond(slot) + self.index * count, count)]
@@ -314,19 +312,11 @@ class Class(NamedTuple):
         for n in range(ref.shape[1] // self.slab):
             ref[rows, self.tile(n)] = zeros
 
-    def _kinds(self, wanted: tuple[tuple[Array, slice], ...]) -> list[range]:
-        return [range(self.shared.up.shape[1] // self.slab)[found] for _, found in wanted]
-
-    def _factors(self, direction: Array, kinds: range) -> tuple[Array, Any]:
-        """Index of theirs in `Shared.up`."""
-        return direction, pl.ds(kinds[0] * self.slab, len(kinds) * self.slab)
-
-    def _tiles(self, products: Float[Array, "64 columns"]) -> list[Float[Array, "64 slab"]]:
-        """One for each kind."""
-        return [products[:, start : start + self.slab] for start in range(0, products.shape[1], self.slab)]
+    def _kinds(self, found: slice) -> range:
+        return range(self.shared.up.shape[1] // self.slab)[found]
 
 
-def _piece(pieces: int, n: Any) -> Array:
+def piece_at(pieces: int, n: Any) -> Array:
     """The n-th of this block. Past the last one that comes again, so that every wait has its arrival."""
     return lax.axis_index("split") * pieces + lax.min(jnp.int32(n), pieces - 1)
 
@@ -341,183 +331,3 @@ class Next(NamedTuple):
     beyond: Callable[[], None]
     """After all classes have read what is beyond this piece, if there is one slot for it, beyond the piece before, if
     there are two."""
-
-
-class ByCopies(Class):
-    """Copies of the next piece are on their way while this one is computed."""
-
-    def walk(self, pieces: int, visit: Callable[[Class, Next], Any]) -> None:
-        """Calls `visit` for each piece of this block."""
-        proxies, piece_at = self.shared.proxy.shape[0], functools.partial(_piece, pieces)
-        self._send_for_factors()
-        for n in range(proxies):
-            self._send_for_proxy(piece_at(n), jnp.int32(n))
-        self._send_for_pixels(piece_at(0), jnp.int32(0))
-        self._clear()
-        if not self.cut.single:
-            plgpu.commit_smem()
-            self.meet()  # copies overwrite most of it
-        self._send_for_beyond(piece_at(0), jnp.int32(0))
-        self._await_factors()
-
-        @pl.loop(0, pieces)
-        def _(n):
-            here = self.asked_again()._replace(
-                piece=piece_at(n), slot=lax.rem(n, jnp.int32(2)), proxy_slot=lax.rem(n, jnp.int32(proxies))
-            )
-            plgpu.commit_smem()  # all threads have read the piece that the next copy overwrites
-            here._send_for_pixels(piece_at(n + 1), 1 - here.slot)
-            here._await_pixels(here.slot)
-            here._await_proxy(here.proxy_slot)
-
-            def proxy():
-                compat.warpgroup_barrier()
-                here._send_for_proxy(piece_at(n + proxies), here.proxy_slot)
-
-            def beyond():
-                here._send_for_beyond(piece_at(n + 1), 1 - here.slot)
-
-            visit(here, Next(pixels=tuple, proxy=proxy, beyond=beyond))
-
-        for n in range(proxies):  # no copy may outlive the block
-            self._await_proxy(jnp.int32((pieces + n) % proxies))
-        self._await_pixels(jnp.int32(pieces % 2))
-
-    def expand(self, *wanted: tuple[Array, slice], meanwhile: Callable = tuple) -> tuple[list, Any]:
-        """Products of proxy and factors for each direction and kinds that are wanted, and the value of `meanwhile`,
-        which runs beside them. lam and out_gate are 1 more than theirs.
-        """
-        kinds = self._kinds(wanted)
-
-        def product(*accumulators):
-            for accumulator, (direction, _), found in zip(accumulators, wanted, kinds, strict=True):
-                factors = self.shared.up.at[*self._factors(direction, found)]
-                compat.wgmma(accumulator, self.shared.proxy.at[self.proxy_slot, self.index], factors, transpose_b=True)
-            value = meanwhile()
-            return [accumulator[...] for accumulator in accumulators], value
-
-        shapes = [plgpu.ACC((PIXELS, len(found) * self.slab), jnp.float32) for found in kinds]
-        products, value = pl.run_scoped(product, *shapes)
-        return list(map(self._tiles, products)), value
-
-    def _send_for_factors(self) -> None:
-        """Each class has one direction's."""
-        plgpu.copy_gmem_to_smem(
-            self.given.up.at[lax.axis_index("slab"), self.index],
-            self.shared.up.at[self.index],
-            self.shared.arrivals.up.at[self.index],
-        )
-
-    def _await_factors(self) -> None:
-        for direction in range(CLASSES):
-            plgpu.barrier_wait(self.shared.arrivals.up.at[direction])
-
-    def _send_for_proxy(self, piece: Array, slot: Array) -> None:
-        plgpu.copy_gmem_to_smem(
-            self.given.proxy.at[piece, self.index],
-            self.shared.proxy.at[slot, self.index],
-            self.shared.arrivals.proxy.at[slot * CLASSES + self.index],
-        )
-
-    def _await_proxy(self, slot: Array) -> None:
-        plgpu.barrier_wait(self.shared.arrivals.proxy.at[slot * CLASSES + self.index])
-
-    def _send_for_pixels(self, piece: Array, slot: Array) -> None:
-        for n, source in enumerate(self.given.sources):
-            plgpu.copy_gmem_to_smem(
-                source.at[self.place(piece)],
-                self.shared.pixels.at[slot, n, self.index],
-                self.shared.arrivals.pixels.at[slot * CLASSES + self.index],
-            )
-
-    def _await_pixels(self, slot: Array) -> None:
-        """Those of this class, and its quarter of what is beyond the piece."""
-        plgpu.barrier_wait(self.shared.arrivals.pixels.at[slot * CLASSES + self.index])
-
-    def _send_for_beyond(self, piece: Array, slot: Array) -> None:
-        """A quarter for all classes, which are done with the slot; it arrives with the pixels."""
-        if self.given.beyond is None:
-            return
-        plgpu.commit_smem()  # all have read what this overwrites
-        source, target = self._quarter_beyond(piece, slot)
-        plgpu.copy_gmem_to_smem(source, target, self.shared.arrivals.pixels.at[slot * CLASSES + self.index])
-
-
-LEFT, RIGHT, SUM = (
-    getattr(plgpu.Layout, name)(jnp.bfloat16) if hasattr(plgpu.Layout, name) else None
-    for name in ("MMA_LHS", "MMA_RHS", "MMA_ACC")
-)
-"""Layouts of the operands and the sum of `compat.mma`; JAX has them since 0.11.2."""
-
-BY_ROWS = plgpu.Layout.TILED(plgpu.Tiling(((32, 8), (8, 8), (2,))), warp_dims=(-5,), lane_dims=(-3, -2), vector_dim=-1)
-"""How [rows, slab] beyond a piece is spread to be copied."""
-FACTORS = plgpu.Layout.TILED(
-    plgpu.Tiling(((8, expansion.QUANTUM), (2, expansion.QUANTUM), (2,))),
-    warp_dims=(-5,), lane_dims=(-3, -2), vector_dim=-1,
-)  # fmt: skip
-"""How [kinds * slab, d] is spread to be copied."""
-
-
-class ByThreads(Class):
-    """Threads load the next pixels to registers while this piece is computed, and the proxy where products take it."""
-
-    def walk(self, pieces: int, visit: Callable[[Class, Next], Any]) -> None:
-        """As `ByCopies.walk`."""
-        self._bring_factors()
-        self._clear()
-        self.meet()
-        self._bring_beyond(_piece(pieces, 0), jnp.int32(0))
-        self._put_pixels(self._load_pixels(_piece(pieces, 0)))
-
-        @pl.loop(0, pieces)
-        def _(n):
-            here = self.asked_again()._replace(piece=_piece(pieces, n), slot=lax.rem(n, jnp.int32(2)))
-
-            def pixels():
-                return here._load_pixels(_piece(pieces, n + 1))
-
-            def beyond():
-                here._bring_beyond(_piece(pieces, n + 1), 1 - here.slot)
-
-            here._put_pixels(visit(here, Next(pixels=pixels, proxy=lambda: None, beyond=beyond)))
-
-    def expand(self, *wanted: tuple[Array, slice], meanwhile: Callable = tuple) -> tuple[list, Any]:
-        """As `ByCopies.expand`, one after the other."""
-        value = meanwhile()
-        products = []
-        for (direction, _), kinds in zip(wanted, self._kinds(wanted), strict=True):
-            if products and not self.job.skip:
-                compat.warpgroup_barrier()  # or ptxas loads the proxy ahead, and spills; with skip it spills more so
-            products.append(self._products(direction, kinds))
-        return products, value
-
-    def _products(self, direction: Array, kinds: range) -> list[Float[Array, "64 slab"]]:
-        sums, step = [compat.zeros((PIXELS, self.slab), SUM) for _ in kinds], expansion.QUANTUM
-        for start in range(0, self.given.proxy.shape[-1], step):
-            part = pl.ds(start, step)
-            proxy = compat.load(self.given.proxy, (self.piece, self.index, slice(None), part), LEFT)
-            for n, kind in enumerate(kinds):
-                place = direction, pl.ds(kind * self.slab, self.slab), part
-                sums[n] = compat.mma(sums[n], proxy, compat.load_transposed(self.shared.up, place, RIGHT))
-        return [compat.layout_cast(total, LAYOUT) for total in sums]
-
-    def _bring_factors(self) -> None:
-        """Each class has one direction's."""
-        whole = (slice(None),) * 2
-        factors = compat.load(self.given.up.at[lax.axis_index("slab"), self.index], whole, FACTORS)
-        compat.store(self.shared.up.at[self.index], whole, factors)
-
-    def _load_pixels(self, piece: Array) -> list[Array]:
-        return [compat.load(source, self.place(piece), pixel_layout(self.slab)) for source in self.given.sources]
-
-    def _put_pixels(self, tiles: list[Array]) -> None:
-        for n, tile in enumerate(tiles):
-            compat.store(self._pixels(n), (slice(None),) * 3, tile)
-        compat.warpgroup_barrier()
-
-    def _bring_beyond(self, piece: Array, slot: Array) -> None:
-        """A quarter for all classes, which are done with the slot; they see it after they have met."""
-        if self.given.beyond is not None:
-            source, target = self._quarter_beyond(piece, slot)
-            whole = (slice(None),) * 2
-            compat.store(target, whole, compat.load(source, whole, BY_ROWS))

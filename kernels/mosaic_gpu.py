@@ -5,6 +5,7 @@ docs/kernel.md shows how it walks the image, what is kept where, and the bytes a
 
 import dataclasses
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -100,18 +101,24 @@ def _padded(job: Job, inputs: Inputs) -> Float[Array, "B H W C"]:
         # in float32, so that their gradients are summed in it
         spread = jnp.repeat(inputs.weights.astype(jnp.float32), channels // groups, axis=-1)
         inputs = inputs._replace(weights=spread.astype(inputs.weights.dtype))
-    more = (0, plan.height - height), (0, plan.width - width)
-    wider = (0, plan.channels - channels)
+    wider = plan.channels - channels
 
     def fill(array: Array | None) -> Array | None:
         if array is None:
             return None
-        in_channels = wider if array.shape[-1] == channels else (0, 0)
-        return jnp.pad(array, ((0, 0), *more, *((0, 0),) * (array.ndim - 4), in_channels))
+        return _filled(plan, array, wider if array.shape[-1] == channels else 0)
 
-    merge = None if inputs.merge is None else jnp.pad(inputs.merge, ((0, 0), wider))
+    merge = None if inputs.merge is None else jnp.pad(inputs.merge, ((0, 0), (0, wider)))
     filled = Inputs(*map(fill, inputs[:5]), merge)
     return _run(job, plan, filled)[:, :height, :width, :channels]
+
+
+def _filled(plan: tiles.Plan, array: Float[Array, "B H W ..."], more: int = 0) -> Float[Array, "B H W ..."]:
+    """Zeros in what the plan has and the map has not, and in so many more of the last axis."""
+    axes = [(0, 0)] * array.ndim
+    axes[1:3] = (0, plan.height - array.shape[1]), (0, plan.width - array.shape[2])
+    axes[-1] = 0, more
+    return jnp.pad(array, axes)
 
 
 def _plan(job: Job, height: int, width: int, channels: int, groups: int) -> tuple[tiles.Plan, Job]:
@@ -135,12 +142,17 @@ def _run(job: Job, plan: tiles.Plan, inputs: Inputs) -> Float[Array, "B H W C"]:
     def pull_back(inputs: Inputs, states: tuple[Array, ...], cotangent: Array) -> Inputs:
         return launch.backward(job, plan, inputs, states, cotangent)
 
+    return _differentiable(forward, functools.partial(_plain, job, plan), pull_back)(inputs)
+
+
+def _differentiable(forward: Callable, plain: Callable, pull_back: Callable) -> Callable:
+    """`differentiable` of forward(arrays, save=...), which gives (y, states)."""
     return differentiable(
-        lambda inputs: forward(inputs, save=False)[0],
-        plain=functools.partial(_plain, job, plan),
+        lambda arrays: forward(arrays, save=False)[0],
+        plain=plain,
         pull_back=pull_back,
         save=functools.partial(forward, save=True),
-    )(inputs)
+    )
 
 
 def _plain(job: Job, plan: tiles.Plan, inputs: Inputs) -> Float[Array, "B H W C"]:
@@ -205,16 +217,13 @@ def _run_narrow(
     if job.chunk is None:  # of what fills the map up nothing reaches it, there or back
         plan = plan.walked_whole()
 
-    def fill(array: Array, *last: int) -> Array:
-        """Zeros in what the plan has and the map has not, and in so many more of the last axis."""
-        axes = (0, 0), (0, plan.height - height), (0, plan.width - width)
-        return jnp.pad(array, (*axes, *((0, 0),) * (array.ndim - 3 - len(last)), *((0, n) for n in last)))
+    fill, wider = functools.partial(_filled, plan), plan.channels - channels
 
     def cut(array: Array) -> Array:
         return array[:, :height, :width, ..., :channels]
 
     def inputs(x: Array, proxy: Array, up: Array, merge: Array) -> Inputs:
-        wider, deeper = plan.channels - channels, narrow.RANK - proxy.shape[-1]
+        deeper = narrow.RANK - proxy.shape[-1]
         up = jnp.pad(up, ((0, 0), (0, 0), (0, wider), (0, deeper)))
         return Inputs(
             fill(x, wider),
@@ -230,9 +239,7 @@ def _run_narrow(
 
     def pull_back(arrays: tuple[Array, ...], states: tuple[Array, ...], cotangent: Array) -> tuple[Array, ...]:
         _, proxy, up, _ = arrays
-        by = launch.backward(
-            job, plan, inputs(*arrays), states, fill(cotangent.astype(x.dtype), plan.channels - channels)
-        )
+        by = launch.backward(job, plan, inputs(*arrays), states, fill(cotangent.astype(x.dtype), wider))
         terms = by.weights, by.lam, by.out_gate, by.skip
         if job.chunk is not None:  # lines that nobody walked have no values
             terms = jax.tree.map(lambda array: fill(cut(array)), terms)
@@ -240,12 +247,7 @@ def _run_narrow(
         _, pull = jax.vjp(lambda proxy, up: _expand(job, fill(proxy.astype(x.dtype)), up), proxy, up)
         return cut(by.x), *pull(terms), by.merge[:, :channels]
 
-    return differentiable(
-        lambda arrays: forward(arrays, save=False)[0],
-        plain=functools.partial(expansion.plain, job),
-        pull_back=pull_back,
-        save=functools.partial(forward, save=True),
-    )((x, proxy, up, merge))
+    return _differentiable(forward, functools.partial(expansion.plain, job), pull_back)((x, proxy, up, merge))
 
 
 def _run_low_rank(
@@ -271,12 +273,7 @@ def _run_low_rank(
         grad_x, adjoints = launch.adjoint(job, plan, inputs, cotangent)
         return grad_x, *pullback.pull_back(job, plan, inputs, up, merge, adjoints, states, cotangent)
 
-    return differentiable(
-        lambda arrays: forward(arrays, save=False)[0],
-        plain=functools.partial(expansion.plain, job),
-        pull_back=pull_back,
-        save=functools.partial(forward, save=True),
-    )((x, proxy, up, merge))
+    return _differentiable(forward, functools.partial(expansion.plain, job), pull_back)((x, proxy, up, merge))
 
 
 def _pull_back_by_xla(

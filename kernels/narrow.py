@@ -70,11 +70,9 @@ def _multiply(_: Any, factors: mgpu.FragmentedArray, proxy: mgpu.FragmentedArray
     right_layout, sum_layout = (
         layout(jnp.bfloat16, m_warps=slab // 16).to_mgpu() for layout in (plgpu.Layout.MMA_RHS, plgpu.Layout.MMA_ACC)
     )
-    tiles_along = positions * slab // 512
-    columns = np.asarray(proxy.registers).reshape(tiles_along, rank // 16, 2).swapaxes(0, 1)
-    right = _fragmented(columns, right_layout, (rank, positions))
+    right = _fragmented(np.asarray(proxy.registers), right_layout, (rank, positions))
     total = mgpu.FragmentedArray.splat(instructions.zero(), (slab, positions), sum_layout)
-    rows = np.asarray(mgpu.mma(total, factors, right).registers).reshape(tiles_along, 2)
+    rows = np.asarray(mgpu.mma(total, factors, right).registers).reshape(-1, 2)
     pairs = [instructions.crossed(*both) for both in rows]
     return _fragmented(np.array(pairs, object), tiles.product_layout(slab).to_mgpu(), (positions, slab))
 
@@ -85,14 +83,13 @@ def _fragmented(registers: np.ndarray, layout: Any, shape: tuple[int, int]) -> m
 
 
 def _layouts(slab: int) -> tuple[Any, Any]:
-    """How factors [slab, d] and a proxy [positions, d] are spread to be multiplied; None where the interpreter runs
-    under a JAX without such products."""
+    """Layouts of factors [slab, d] and a proxy [positions, d] that are to be multiplied; None where the interpreter
+    runs under a JAX without such products."""
     if not compat.HAS_MMA:
         return None, None
-    warps = slab // 16
-    others, tiling = 4 // warps, ((8, RANK), (8, 8), (2,))  # other warps take other positions
-    if others > 1:
-        tiling = ((8 * others, RANK), *tiling)
-    spread = (plgpu.Replicated(warps), -7) if others > 1 else (plgpu.Replicated(warps),)
+    warps, positions, tiling = slab // 16, tiles.PRODUCT // slab, ((8, RANK), (8, 8), (2,))
+    spread = (plgpu.Replicated(warps),)
+    if positions > 8:  # some warps have other positions
+        tiling, spread = ((positions, RANK), *tiling), (*spread, -7)
     columns = plgpu.Layout.TILED(plgpu.Tiling(tiling), warp_dims=spread, lane_dims=(-3, -2), vector_dim=-1)
     return plgpu.Layout.MMA_LHS(jnp.bfloat16, m_warps=warps), columns

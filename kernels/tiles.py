@@ -291,7 +291,7 @@ def layout(slab: int) -> object:
 def product_layout(slab: int) -> object:
     """Spreads a tile [positions, slab] as a product of a narrow proxy leaves it: a warp has 16 channels, a thread two
     positions of two channels of every 8 positions. A warp reads 32 contiguous bytes of bfloat16 a position."""
-    others = 64 // slab  # warps that have other positions
-    tiling = plgpu.Tiling(((8 * others, slab), (8, 16), (VECTOR, VECTOR)))
-    warps = (-5,) if others == 1 else (-5, -6)
+    positions = PRODUCT // slab
+    tiling = plgpu.Tiling(((positions, slab), (8, 16), (VECTOR, VECTOR)))
+    warps = (-5, -6) if positions > 8 else (-5,)  # some have other positions
     return plgpu.Layout.TILED(tiling, warp_dims=warps, lane_dims=(-3, -4), vector_dim=-1)

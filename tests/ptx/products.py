@@ -40,7 +40,7 @@ class Product:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Of b as it lies in memory."""
+        """Shape of b as it lies in memory."""
         return (self.columns, self.depth) if self.transposed else (self.depth, self.columns)
 
     def program(self) -> Callable[[Array, Array], Array]:

@@ -59,6 +59,7 @@ INSTRUCTIONS = {  # what stands before the result in %r8: its value
         (b.astype(np.float32).astype(np.float64) ** -0.5).astype(np.float32).view(np.uint32)
     ),
     "cvt.rzi.s32.f32 %r8, %r6;": truncated,
+    "mov.b32 %r8, 0x7fc00000; cvt.rzi.s32.f32 %r8, %r8;": lambda a, b: np.zeros_like(a),  # of a NaN
 }
 
 
@@ -86,7 +87,7 @@ def holds(comparison, a, b):
 
 @pytest.mark.parametrize("comparison", ["eq", "ne", "gt", "ge", "equ", "neu", "ltu", "leu", "gtu", "geu", "num", "nan"])
 def test_a_comparison_of_floats_with_a_nan(comparison):
-    """Of 0 to 3 with 1, where 3 stands for a NaN."""
+    """Comparisons of 0 to 3 with 1, where 3 stands for a NaN."""
     faults, output = run(f"""
         and.b32 %r6, %r0, 3;
         cvt.rn.f32.s32 %r7, %r6;
