@@ -113,7 +113,7 @@ def _padded(job: Job, inputs: Inputs) -> Float[Array, "B H W C"]:
     return _run(job, plan, filled)[:, :height, :width, :channels]
 
 
-def _filled(plan: tiles.Plan, array: Float[Array, "B H W ..."], more: int = 0) -> Float[Array, "B H W ..."]:
+def _filled(plan: tiles.Plan, array: Float[Array, "B H W ..."], more: int = 0) -> Float[Array, "B P Q ..."]:
     """Zeros in what the plan has and the map has not, and in so many more of the last axis."""
     axes = [(0, 0)] * array.ndim
     axes[1:3] = (0, plan.height - array.shape[1]), (0, plan.width - array.shape[2])
