@@ -9,8 +9,8 @@ and 3x3 by cuDNN, as sums of shifted products and by our kernel, in float32 and 
 backward, milliseconds, share of the copy's bandwidth (each input read once, each output written once) and, without
 `--quick`, the ratio to the scan backend compiled by XLA; overlapping slabs, maps that are filled up and weights
 that are spread over channels have rows of their own, which is what they cost. (5) low_rank: the kernel that expands
-the proxy by itself against XLA's product and the plain kernel, alone, with either way back, and (6) blocks: within
-the mixer of a GSPN block. (7) attention at equal tokens and width, 256 to 65,536 tokens, and where the lines cross;
+the proxy by itself against XLA's product and the plain kernel, alone, and (6) blocks: within the mixer of a GSPN
+block. (7) attention at equal tokens and width, 256 to 65,536 tokens, and where the lines cross;
 only cuDNN's flash attention is compared with.
 
 All sides of a ratio run in turns in this process; times are the best of `--repeats` of up to ten calls in a row.
@@ -48,9 +48,7 @@ from gspn_jax.kernels import (
     available_backends,
     depthwise_conv,
     depthwise_gpu,
-    devices,
     mosaic_gpu,
-    narrow,
     propagate,
     propagate_low_rank,
 )
@@ -352,12 +350,6 @@ def low_rank(sizes: Sizes, repeats: int) -> Rows:
         if mosaic_gpu.refuses_low_rank(*arrays[:2], 5, chunk):
             what += " (by XLA both times)"
         yield from fused_against_unfused(what, scans, arrays, sizes, repeats)
-        device = devices.current()
-        if chunk is None and device.expanding and case[-1] > narrow.RANK:
-            expanding = dataclasses.replace(device.expanding, backward_on_chip=not device.expanding.backward_on_chip)
-            way = "on chip" if expanding.backward_on_chip else "by XLA"
-            with devices.for_device(dataclasses.replace(device, expanding=expanding)):
-                yield from fused_against_unfused(f"{what}, backward {way}", scans, arrays, sizes, repeats)
 
 
 def block_mixer(preset: str, sizes: Sizes) -> tuple[GSPNMixer, int]:

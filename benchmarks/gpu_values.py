@@ -108,7 +108,7 @@ def cases() -> list[Case]:
             ((8, 16, 16, 72), 24, True, 2),
             ((2, 32, 32, 64), 32, False, None),
             ((1, 64, 64, 64), 24, True, None),
-            ((3, 14, 14, 100), 16, False, None),  # narrow enough for registers
+            ((3, 14, 14, 100), 16, False, None),  # factors in registers
             ((2, 28, 28, 96), 8, True, None),
         ]
     ]

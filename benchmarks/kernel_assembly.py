@@ -150,9 +150,6 @@ CASES = [
 def assemble(case: Case, device: devices.Device | str) -> Iterator[dict[str, Any]]:
     """A row for each kernel of a case, and one for a refusal."""
     device = devices.DEVICES[device] if isinstance(device, str) else device
-    if device.expanding:  # that of every chunk in all its launches
-        expanding = dataclasses.replace(device.expanding, backward_on_chip=True)
-        device = dataclasses.replace(device, expanding=expanding)
     with toolchain.for_device(device) as device:
         about = {"case": str(case)}
         if reason := devices.missing() or _refusal(case):

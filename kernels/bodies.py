@@ -9,9 +9,11 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Float
 
-from gspn_jax.kernels import compat, narrow, tiles
+from gspn_jax.kernels import compat, tiles
+from gspn_jax.kernels.from_memory import FromMemory
+from gspn_jax.kernels.from_proxy import FromProxy
 from gspn_jax.kernels.terms import KINDS, LAM, OUT_GATE, SKIP, Inputs, Job
-from gspn_jax.kernels.walk import Shared, Walk, begin_line, clear, finish, meet, take_turn, visit_mine
+from gspn_jax.kernels.walk import Shared, Walk, begin_line, clear, finish, take_turn, visit_mine
 from gspn_jax.kernels.weights import LOGIT_FLOOR
 
 
@@ -79,40 +81,28 @@ def _tile_by_tile(walk: Walk, do: Callable, carry: Any, queue: tuple) -> tuple[A
     return lax.fori_loop(0, len(queue), step, (carry, queue))
 
 
-def forward(inputs: Inputs, outputs, shared: Shared, *, job: Job, plan: tiles.Plan, save: bool):
-    state, expansion = shared.state, shared.expansion
+def _source(inputs: Inputs, walk: Walk, shared: Shared) -> FromMemory | FromProxy:
+    """Where the terms of tiles come from."""
+    return FromProxy.begin(inputs, walk, shared.factors) if walk.plan.rank else FromMemory(inputs, walk)
 
-    def fetch(walk: Walk, t: Array, position: Any) -> tuple[Array, ...]:
-        """The tiles of an input line, as they are in memory."""
-        t = lax.min(t, walk.lines.count - 1)
-        read = functools.partial(compat.load, layout=plan.layout)
-        per_direction = walk.index(t, position, walk.k)
-        fetched = [read(inputs.x, walk.index(t, position))]
-        if plan.narrow:
-            return *fetched, narrow.load_proxy(inputs, walk, t, position)
-        if not plan.expands:
-            fetched += [walk.load_weight(inputs.weights, t, position, kind) for kind in range(3)]
-        fetched += [read(ref, per_direction) for ref in (inputs.lam, inputs.out_gate, inputs.skip) if ref is not None]
-        return tuple(fetched)
+
+def forward(inputs: Inputs, outputs, shared: Shared, *, job: Job, plan: tiles.Plan, save: bool):
+    state = shared.state
 
     def visit(walk: Walk) -> None:
-        lines, merge = walk.lines, walk.read_merge(inputs.merge)
-        factors = narrow.load_factors(inputs, walk) if plan.narrow else []
+        lines, merge, source = walk.lines, walk.read_merge(inputs.merge), _source(inputs, walk, shared)
 
-        def scan_tile(t: Array, position: Any, fetched: tuple[Array, ...]) -> Float[Array, "P slab"]:
+        def fetch(t: Array, position: Any) -> tuple[Array, Any]:
+            """The tiles of an input line, as they are in memory."""
+            t = lax.min(t, lines.count - 1)
+            x = compat.load(inputs.x, walk.index(t, position), plan.layout)
+            return x, source.load(t, position, range(len(KINDS)))
+
+        def scan_tile(t: Array, position: Any, fetched: tuple[Array, Any]) -> Float[Array, "P slab"]:
             """A tile of y, stored if the directions do not meet."""
-            parity, kinds = lax.rem(t, 2), iter(range(len(KINDS)))
-            x, *fetched = fetched
-
-            def term() -> Array:
-                """The next one that the job has; what is expanded is so, or is read, when it is needed."""
-                if plan.expands:
-                    return expansion.read(walk, t, position, next(kinds))
-                if plan.narrow:
-                    return narrow.term(factors, fetched[0], next(kinds))
-                return walk.widened(fetched.pop(0))
-
-            x, left, center, right = walk.widened(x), term(), term(), term()
+            parity, (x, loaded) = lax.rem(t, 2), fetched
+            term = functools.partial(source.term, loaded)
+            x, left, center, right = walk.widened(x), *map(term, range(LAM))
             has_left, has_right = walk.neighbours(position, shared=job.shared)
             if job.logits:
                 a, b, c = (1.0 + odds(logits) for logits in (left, center, right))
@@ -130,15 +120,15 @@ def forward(inputs: Inputs, outputs, shared: Shared, *, job: Job, plan: tiles.Pl
                 h = h * scale
             if job.chunk is not None:
                 h = walk.unless_first(t, h)
-            h = h + (x * term() if job.lam else x)
+            h = h + (x * term(LAM) if job.lam else x)
             state[walk.state(1 - parity, 0, position, 1)] = h
             if save:
                 compat.store(outputs[1 + walk.k], walk.index(t, position, halo=1), h)
             y = h
             if job.out_gate:
-                y = y * term()
+                y = y * term(OUT_GATE)
             if job.skip:
-                y = y + term() * x
+                y = y + term(SKIP) * x
             if inputs.merge is not None:
                 y = y * merge
             if not plan.joint:
@@ -155,34 +145,15 @@ def forward(inputs: Inputs, outputs, shared: Shared, *, job: Job, plan: tiles.Pl
                 walk.await_tile_before(m)
                 results.append((position, scan_tile(t, position, tile)))
                 lines_ahead, at = divmod(m + 1 + len(queue), len(positions))
-                queue.append(fetch(walk, t + lines_ahead, positions[at]))
+                queue.append(fetch(t + lines_ahead, positions[at]))
             if plan.joint:
                 take_turn(walk, shared, t, results)
             return tuple(queue)
 
-        def expanding_step(t, fetched):
-            def scan_and_fetch(position, nothing, tile):
-                scan_tile(t, position, tile)
-                return nothing, fetch(walk, t + 1, position)
-
-            _, following = expansion.expand(
-                inputs, walk, t + 1, meanwhile=lambda: _tile_by_tile(walk, scan_and_fetch, (), fetched)
-            )
-            meet(plan, shared)
-            return following
-
         clear(walk, shared, 1)
-        if plan.expands:
-            expansion.begin(inputs, walk)
-            expansion.expand(inputs, walk, 0)
-            meet(plan, shared)
-            first = tuple(fetch(walk, jnp.int32(0), position) for position in walk.positions())
-            lax.fori_loop(0, lines.count, expanding_step, first)
-            expansion.end(lines.count)
-        else:
-            positions = walk.positions()
-            first = [divmod(m, len(positions)) for m in range(2 if _loads_ahead(inputs) else 1)]
-            lax.fori_loop(0, lines.count, step, tuple(fetch(walk, jnp.int32(t), positions[m]) for t, m in first))
+        positions = walk.positions()
+        first = [divmod(m, len(positions)) for m in range(2 if _loads_ahead(inputs) else 1)]
+        lax.fori_loop(0, lines.count, step, tuple(fetch(jnp.int32(t), positions[m]) for t, m in first))
         finish(walk, shared, outputs[0])
 
     visit_mine(job, plan, visit)
@@ -205,43 +176,33 @@ def backward(inputs, outputs, shared: Shared, *, job: Job, plan: tiles.Plan):
         early = _loads_ahead(inputs) and len(walk.positions()) <= 2
         zeros = compat.zeros((lines.positions, plan.slab), plan.layout)
         merge = walk.read_merge(inputs.merge)
-        factors = narrow.load_factors(inputs, walk) if plan.narrow else []
+        source = _source(inputs, walk, shared)
 
-        def fetch_pixel(n: Array, position: Any) -> dict[str, Array]:
+        def fetch_pixel(n: Array, position: Any) -> tuple[dict[str, Array], Any]:
             """Loads what the cotangents of a pixel's own terms need, as it is in memory."""
             t = walk.visited(lax.min(n, lines.count - 1))
             read = functools.partial(compat.load, layout=plan.layout)
             found = {"x": read(inputs.x, walk.index(t, position)), "gy": read(cotangent, walk.index(t, position))}
             if job.out_gate:
                 found["h"] = read(saved[k], walk.index(t, position, halo=1))
-            if plan.narrow:
-                return found | {"proxy": narrow.load_proxy(inputs, walk, t, position)}
-            terms = {name: getattr(inputs, name) for name in ("lam", "out_gate", "skip")}
-            at = walk.index(t, position, k)
-            return found | {name: read(ref, at) for name, ref in terms.items() if ref is not None}
+            return found, source.load(t, position, (LAM, OUT_GATE, SKIP))
 
-        def fetch_weights(n: Array, position: Any) -> tuple[list[Array], list[Array]]:
+        def fetch_weights(n: Array, position: Any) -> tuple[Any, list[Array]]:
             """The weights of a tile, and the states of the line before to their left, in the middle and to their right;
             for the first line of a chunk these are not used."""
             t = walk.visited(n)
-            if plan.narrow:
-                weights = [narrow.load_proxy(inputs, walk, t, position)]
-            else:
-                weights = [walk.load_weight(inputs.weights, t, position, kind) for kind in range(3)]
+            weights = source.load(t, position, range(LAM))
             index = functools.partial(walk.index, lax.max(t - 1, 0), position)
             return weights, [compat.load(saved[k], index(halo=halo), plan.layout) for halo in range(3)]
 
         def pull_pixel(
-            n: Array, position: Any, fetched: dict[str, Array], by_merge: Array, from_center: Array | None
+            n: Array, position: Any, fetched: tuple[dict[str, Array], Any], by_merge: Array, from_center: Array | None
         ) -> tuple[Array, Array, Array]:
             """(by_merge, adjoint of h, adjoint of x), the latter stored if the directions do not meet."""
             t, parity = walk.visited(n), lax.rem(n, 2)
-            proxy = fetched.get("proxy")
-            fetched = {name: walk.widened(tile) for name, tile in fetched.items() if name != "proxy"}
-            x, gy = fetched["x"], fetched["gy"]
-
-            def term(kind: int) -> Array:
-                return narrow.term(factors, proxy, kind) if plan.narrow else fetched[KINDS[kind]]
+            found, loaded = fetched
+            found = {name: walk.widened(tile) for name, tile in found.items()}
+            term, x, gy = functools.partial(source.term, loaded), found["x"], found["gy"]
 
             def write(kind: int, tile: Array) -> None:
                 compat.store(getattr(by, KINDS[kind]), walk.index(t, position, k), tile)
@@ -253,7 +214,7 @@ def backward(inputs, outputs, shared: Shared, *, job: Job, plan: tiles.Plan):
             adjoint = adjoint + walk.read(state, walk.state(parity, 1, position, 0))
             by_x = None
             if job.out_gate:
-                out_gate, h, scaled = term(OUT_GATE), fetched["h"], gy * merge
+                out_gate, h, scaled = term(OUT_GATE), found["h"], gy * merge
                 y = out_gate * h
                 write(OUT_GATE, scaled * h)
                 if job.skip:
@@ -275,9 +236,7 @@ def backward(inputs, outputs, shared: Shared, *, job: Job, plan: tiles.Plan):
                 compat.store(by.x, walk.index(t, position, k), adjoint_x)
             return by_merge, adjoint, adjoint_x
 
-        def pull_weights(
-            n: Array, position: Any, weights: list[Array], before: list[Array], adjoint: Array
-        ) -> Array | None:
+        def pull_weights(n: Array, position: Any, loaded: Any, before: list[Array], adjoint: Array) -> Array | None:
             """Computes the weights once more and what they get; returns what center hands on, if in registers."""
             t, parity = walk.visited(n), lax.rem(n, 2)
 
@@ -286,10 +245,7 @@ def backward(inputs, outputs, shared: Shared, *, job: Job, plan: tiles.Plan):
                 at = lax.axis_index("slab") if job.shared else channels
                 compat.store(by.weights, (*pixel, at), tile)
 
-            if plan.narrow:
-                weights = [narrow.term(factors, *weights, kind) for kind in range(3)]
-            else:
-                weights = [walk.widened(weight) for weight in weights]
+            weights = [source.term(loaded, kind) for kind in range(LAM)]
             has_left, has_right = walk.neighbours(position, shared=job.shared)
             if job.logits:
                 weights, complements = normalised(weights, has_left, has_right, walk.reciprocal)
@@ -375,55 +331,5 @@ def backward(inputs, outputs, shared: Shared, *, job: Job, plan: tiles.Plan):
             mine = pl.ds(writer * lines.positions, lines.positions)
             compat.store(by.merge, (lax.axis_index("image"), k, lax.axis_index("slab"), mine, slice(None)), by_merge)
         finish(walk, shared, by.x)
-
-    visit_mine(job, plan, visit)
-
-
-def adjoint(inputs, outputs, shared: Shared, *, job: Job, plan: tiles.Plan):
-    """The adjoint scan of a block that expands its terms: what x gets and the adjoint of every state, and no more.
-
-    What the terms get from these needs no scan; `pullback` makes it.
-    """
-    state, expansion = shared.state, shared.expansion
-    inputs, cotangent = inputs
-    by_x, adjoints = outputs
-
-    def visit(walk: Walk) -> None:
-        walk = walk._replace(backwards=True)
-        lines = walk.lines
-        zeros = compat.zeros((lines.positions, plan.slab), plan.layout)
-        merge = walk.read_merge(inputs.merge)
-
-        def scan_tile(n: Array, position: Any, from_center: Array) -> Array:
-            """What center hands on."""
-            t, parity = walk.visited(n), lax.rem(n, 2)
-            scaled = walk.read(cotangent, walk.index(t, position)) * merge
-            found = from_center + walk.read(state, walk.state(parity, 0, position, 2))
-            found = found + walk.read(state, walk.state(parity, 1, position, 0))
-            found = found + scaled * expansion.read(walk, n, position, OUT_GATE)
-            compat.store(adjoints, walk.index(t, position, walk.k), found)
-            found_x = found * expansion.read(walk, n, position, LAM)
-            if job.skip:
-                found_x = found_x + scaled * expansion.read(walk, n, position, SKIP)
-            compat.store(by_x, walk.index(t, position, walk.k), found_x)
-
-            logits = [expansion.read(walk, n, position, kind) for kind in range(3)]
-            weights, _ = normalised(logits, *walk.neighbours(position), walk.reciprocal)
-            left, center, right = (walk.unless_first(t, weight * found) for weight in weights)
-            state[walk.state(1 - parity, 0, position, 1)] = left
-            state[walk.state(1 - parity, 1, position, 1)] = right
-            return center
-
-        def step(n, carried):
-            expansion.expand(inputs, walk, n)
-            meet(plan, shared)
-            _, carried = _tile_by_tile(walk, lambda position, _, own: ((), scan_tile(n, position, own)), (), carried)
-            meet(plan, shared)
-            return carried
-
-        clear(walk, shared, plan.handed_on)
-        expansion.begin(inputs, walk)
-        lax.fori_loop(0, lines.count, step, (zeros,) * len(walk.positions()))
-        expansion.end(lines.count - 1)
 
     visit_mine(job, plan, visit)

@@ -39,7 +39,6 @@ PALLAS_NAMES = (
     "layout_cast",
     "load",
     "wgmma",
-    "wgmma_wait",
 )
 """What the kernels use of Pallas' Mosaic GPU dialect, an experimental interface."""
 
@@ -231,23 +230,14 @@ def iota(shape: tuple[int, ...], dimension: int, layout: Any) -> Array:
     return plgpu.broadcasted_iota("int32", shape, dimension, layout=layout)
 
 
-def wgmma(total: Any, a: Any, b: Any, *, transpose_a: bool = False, transpose_b: bool = False) -> None:
-    """total += a @ b on tensor cores, where `total` is an accumulator and a and b are in shared memory."""
-
-    def begin(a, b):
-        plgpu.wgmma(total, a, b)
-
-    def transposed(ref):
-        return plgpu.transpose_ref(ref, (1, 0)) if jax.__version_info__ < (0, 11) else ref.transpose((1, 0))
-
-    if not (interpreting() and jax.__version_info__ < (0, 11)):
-        begin(transposed(a) if transpose_a else a, transposed(b) if transpose_b else b)
-    elif transpose_a:  # the interpreter of 0.10 multiplies what lies in memory
-        _copy_transposed(a, lambda a: begin(a, b))
-    elif transpose_b:
-        _copy_transposed(b, lambda b: begin(a, b))
-    else:
-        begin(a, b)
+def wgmma(total: Any, a: Any, b: Any) -> None:
+    """total += a @ b.T on tensor cores, where `total` is an accumulator and a and b are in shared memory."""
+    if jax.__version_info__ >= (0, 11):
+        plgpu.wgmma(total, a, b.transpose((1, 0)))
+    elif not interpreting():
+        plgpu.wgmma(total, a, plgpu.transpose_ref(b, (1, 0)))
+    else:  # the interpreter of 0.10 multiplies what lies in memory
+        _copy_transposed(b, lambda b: plgpu.wgmma(total, a, b))
 
 
 HAS_MMA = hasattr(plgpu, "mma")

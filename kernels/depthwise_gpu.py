@@ -16,7 +16,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Float
 
-from gspn_jax.kernels import compat, launch, reference
+from gspn_jax.kernels import compat, launch, reference, shared_memory
 from gspn_jax.kernels.depthwise_plan import Plan, apply_if, correlate_gradient, correlate_row
 from gspn_jax.kernels.derivatives import differentiable
 
@@ -203,7 +203,7 @@ def squared_relu_gradients(x: Array, kernel: Array, cotangent: Array) -> tuple[A
     parts = math.ceil(lines / share)
     grid = {"slab": plan.slabs, "part": parts}
     outputs = (jax.ShapeDtypeStruct(x.shape, x.dtype), jax.ShapeDtypeStruct((parts, *kernel.shape), jnp.float32))
-    held = launch.row_major((plan.kernel_height, plan.width, plan.slab))
+    held = shared_memory.row_major((plan.kernel_height, plan.width, plan.slab))
     body = functools.partial(pull_back_squared_relu, plan=plan, share=share)
     arrays = x, kernel.astype(jnp.float32), cotangent
     grad_x, by_part = launch.run(body, grid, 1, arrays, outputs, held, name="depthwise")

@@ -18,19 +18,6 @@ KIB = 1024
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Expanding:
-    """Tuning of the kernel that expands a proxy by itself."""
-
-    warpgroups: int = 4
-    """Of a block."""
-    blocks: int = 264
-    """Blocks of the sums over lines that there should be, two for each multiprocessor: batches are split for it."""
-    backward_on_chip: bool = False
-    """Whether the backward pass of the kernel of every chunk expands too (`pullback`). Where not, XLA expands the proxy
-    once more, 40 bytes an element of x, and the plain kernel goes back: on an H100 about 2.1 ms in place of 3.85."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
 class Local:
     """Tuning of the kernel for chunk=2."""
 
@@ -69,13 +56,10 @@ class Device:
     shared_joint: bool = True
     """Whether a block whose directions meet takes weights that its channels share; where it would spill registers,
     directions do not meet for them."""
-    narrow_skip_joint: bool = True
-    """The same for a skip term from a narrow proxy."""
+    skip_joint: bool = True
+    """The same for a skip term that is expanded in registers."""
     shared_tile: int | None = None
     """`apart_tile` for weights that channels share, if another one, lest the backward kernel spill."""
-    expanding: Expanding | None = None
-    """None without wgmma, the tensor cores of compute capability 9.0 alone: there XLA expands proxies that are not
-    narrow, but for chunk=2."""
     local: Local = Local()
     oldest_jax: tuple[int, ...] = (0, 10, 2)
     """The first version whose Pallas can assemble for it."""
@@ -92,14 +76,13 @@ DEVICES = {
     device.capability: device
     for device in (
         Device(capability="8.0", examples="A100", shared_bytes=162 * KIB, scan_bytes=160 * KIB,
-               joint_tile=512, apart_tile=256, shared_joint=False, narrow_skip_joint=False, oldest_jax=_AMPERE,
+               joint_tile=512, apart_tile=256, shared_joint=False, skip_joint=False, oldest_jax=_AMPERE,
                local=Local(multiprocessors=108)),
         Device(capability="8.6", examples="RTX 3090, A10", **_SMALL, shared_tile=256, oldest_jax=_AMPERE,
                local=Local(multiprocessors=82)),
         Device(capability="8.9", examples="RTX 4090, L4, L40S", **_SMALL, shared_tile=256, oldest_jax=_AMPERE,
                local=Local(multiprocessors=128)),
-        Device(capability="9.0", examples="H100, H200", **_LARGE, expanding=Expanding(),
-               local=Local(slab=16, by_copies=True)),
+        Device(capability="9.0", examples="H100, H200", **_LARGE, local=Local(slab=16, by_copies=True)),
         Device(capability="10.0", examples="B200", **_LARGE, local=Local(multiprocessors=148)),
         Device(capability="10.3", examples="B300", **_LARGE, local=Local(multiprocessors=148)),
         Device(capability="12.0", examples="RTX 5090", **_SMALL, local=Local(multiprocessors=170)),

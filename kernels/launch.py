@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float
 
-from gspn_jax.kernels import bodies, compat, devices, expansion, tiles
+from gspn_jax.kernels import bodies, compat, devices, from_proxy, shared_memory, tiles
 from gspn_jax.kernels.terms import LAM, Inputs, Job
 from gspn_jax.kernels.walk import Shared
 
@@ -31,7 +31,7 @@ def backward(job: Job, plan: tiles.Plan, inputs: Inputs, states: tuple[Array, ..
     batch = inputs.x.shape[0]
     body = functools.partial(bodies.backward, job=job, plan=plan)
     outputs = jax.tree.map(lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype), inputs._replace(merge=None))
-    if plan.narrow:
+    if plan.rank:
         outputs = _expanded(job, inputs)
     if not plan.joint:
         outputs = outputs._replace(x=_terms(job, inputs))
@@ -50,16 +50,6 @@ def backward(job: Job, plan: tiles.Plan, inputs: Inputs, states: tuple[Array, ..
     if by.merge is not None:
         by = by._replace(merge=_merge_cotangent(by.merge, job, plan))
     return by
-
-
-def adjoint(
-    job: Job, plan: tiles.Plan, inputs: Inputs, cotangent: Array
-) -> tuple[Float[Array, "B H W C"], Float[Array, "B H W K C"]]:
-    """(cotangent of x, adjoint of every state) of a plan that expands its terms."""
-    body = functools.partial(bodies.adjoint, job=job, plan=plan)
-    outputs = _terms(job, inputs), _terms(job, inputs)
-    by_x, adjoints = _scan(body, job, plan, (inputs, cotangent), outputs, states=plan.handed_on)
-    return _sum_directions(by_x), adjoints
 
 
 def _terms(job: Job, inputs: Inputs) -> jax.ShapeDtypeStruct:
@@ -106,21 +96,14 @@ def _merge_cotangent(partial: Float[Array, "B K S P slab"], job: Job, plan: tile
             for k, direction in enumerate(job.directions)
         ]
     )
-    return join_slabs(plan, by_slab, axis=1)
-
-
-def join_slabs(plan: tiles.Plan, by_slab: Array, axis: int) -> Array:
-    """[..., slabs, slab, ...] to [..., C, ...]; channels that the last slab shares with the one before count once."""
-    by_slab = jnp.moveaxis(by_slab, (axis, axis + 1), (0, 1))
-    whole = by_slab[:-1].reshape(-1, *by_slab.shape[2:])
-    last = by_slab[-1, plan.slabs * plan.slab - plan.channels :]
-    return jnp.moveaxis(jnp.concatenate([whole, last]), 0, axis)
+    whole = by_slab[:, :-1].reshape(len(by_slab), -1)
+    return jnp.concatenate([whole, by_slab[:, -1, plan.slabs * plan.slab - plan.channels :]], axis=1)
 
 
 def _scan(body: Callable, job: Job, plan: tiles.Plan, inputs: Any, outputs: Any, *, states: int) -> Any:
     """Runs a program of `bodies`, whose lines hand on so many states."""
     shared = _shared(job, plan, inputs if isinstance(inputs, Inputs) else inputs[0], states)
-    grid = {"image": jax.tree.leaves(inputs)[0].shape[0] // plan.images, "slab": plan.slabs}
+    grid = {"image": jax.tree.leaves(inputs)[0].shape[0], "slab": plan.slabs}
     if not plan.joint:
         grid["direction"] = len(job.directions)
     return run(body, grid, plan.warpgroups, inputs, outputs, shared)
@@ -174,19 +157,9 @@ def _shared(job: Job, plan: tiles.Plan, inputs: Inputs, states: int) -> Shared:
     total = plan.total if plan.joint else (1, 1, tiles.QUANTUM)
     held = len(job.directions) if plan.joint else 1
     return Shared(
-        state=row_major((held, 2, states, plan.state_positions, plan.row)),
-        total=row_major(total),
+        state=shared_memory.row_major((held, 2, states, plan.state_positions, plan.row)),
+        total=shared_memory.row_major(total),
         turn=plgpu.Barrier(num_arrivals=1, num_barriers=4),
         meeting=plgpu.Barrier(num_arrivals=plan.warpgroups),
-        expansion=expansion.scratch(inputs, states) if plan.expands else (),
+        factors=from_proxy.scratch(plan, inputs) if plan.rank else (),
     )
-
-
-def row_major(shape: tuple[int, ...]) -> Any:
-    """float32 shared memory whose slices may start at any row.
-
-    Without transforms JAX infers a swizzle, whose pattern repeats every 8 rows, and a slice that starts at another row
-    is read and written at wrong addresses: a defect of JAX 0.10 to 0.12, see docs/kernel.md. Tiles of a row say that
-    nothing is exchanged, and those of two channels do so in JAX 0.10 too, which swizzles tiles of 32, 64 or 128 bytes.
-    """
-    return plgpu.SMEM(shape, jnp.float32, transforms=(plgpu.TilingTransform((tiles.VECTOR,)),))

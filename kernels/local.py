@@ -17,7 +17,7 @@ from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float
 
-from gspn_jax.kernels import devices, expansion, launch, local_pieces
+from gspn_jax.kernels import devices, launch, local_pieces, low_rank, shared_memory
 from gspn_jax.kernels.derivatives import differentiable
 from gspn_jax.kernels.local_block import Arrivals, Given, Shared, exchanged_channels, exchanged_rows
 from gspn_jax.kernels.local_bodies import LOGITS, Cotangents, local_backward, local_forward, pairs
@@ -57,9 +57,11 @@ def propagate(
     up: Float[Array, "4 N C d"],
     merge: Float[Array, "4 C"],
 ) -> Float[Array, "B H W C"]:
-    """The operator with chunk=2; `proxy` and `up` are as wide as the tensor cores take them."""
+    """The operator with chunk=2."""
+    width = ((0, 0),) * 3 + ((0, -proxy.shape[-1] % shared_memory.QUANTUM),)  # as the tensor cores take them
+    proxy, up = jnp.pad(proxy.astype(x.dtype), width), jnp.pad(up, width)
     forward, plain, pull_back = (
-        functools.partial(program, job) for program in (_propagate_forward, expansion.plain, _propagate_backward)
+        functools.partial(program, job) for program in (_propagate_forward, low_rank.plain, _propagate_backward)
     )
     return differentiable(forward, plain=plain, pull_back=pull_back)((x, proxy, up, merge))
 
@@ -130,17 +132,17 @@ def _shared(cut: Cut, given: Given) -> Shared:
     proxies, slots, sources = 1 if backward else 2, 2 if local.by_copies else 1, len(given.sources)
     proxy, arrivals = (), ()
     if local.by_copies:
-        proxy = expansion.swizzled((proxies, CLASSES, PIXELS, rank), dtype)
+        proxy = shared_memory.swizzled((proxies, CLASSES, PIXELS, rank), dtype)
         arrivals = Arrivals(
             up=plgpu.Barrier(num_barriers=CLASSES),
             proxy=plgpu.Barrier(num_barriers=proxies * CLASSES),
             pixels=plgpu.Barrier(num_arrivals=sources + (not cut.single), num_barriers=slots * CLASSES),
         )
     return Shared(
-        up=expansion.swizzled((CLASSES, rows, rank), dtype),
+        up=shared_memory.swizzled((CLASSES, rows, rank), dtype),
         proxy=proxy,
         pixels=plgpu.SMEM((slots, sources, CLASSES, GRID, GRID, local.slab), dtype),
-        exchanged=launch.row_major((exchanged_rows(cut), exchanged)),
+        exchanged=shared_memory.row_major((exchanged_rows(cut), exchanged)),
         beyond=_beyond(given, 1 if backward else 2),
         arrivals=arrivals,
         meeting=plgpu.Barrier(num_arrivals=CLASSES),
@@ -148,7 +150,7 @@ def _shared(cut: Cut, given: Given) -> Shared:
 
 
 def _beyond(given: Given, slots: int) -> Any:
-    """Rows may start anywhere, and slabs at any eighth channel: see `launch.row_major`."""
+    """Rows may start anywhere, and slabs at any eighth channel: see `shared_memory.row_major`."""
     if given.beyond is None:
         return ()
     shape = (GRID + slots * (given.beyond.shape[1] + GRID), devices.current().local.slab)
@@ -218,7 +220,7 @@ def _by_up(
 
 def _shared_bytes(cut: Cut, kinds: int, rank: int, *, backward: bool) -> int:
     """Bytes of shared memory for a proxy of `rank` that expands to so many kinds of terms: see `_shared`."""
-    rank += -rank % expansion.QUANTUM
+    rank += -rank % shared_memory.QUANTUM
     local = devices.current().local
     proxies, exchanged, sources = (1, 1 + LOGITS, 2) if backward else (2, AXES, 1)
     operands = 2 * rank * CLASSES * (kinds * local.slab + (proxies * PIXELS if local.by_copies else 0))

@@ -66,7 +66,7 @@ class ByCopies(Class):
         def product(*accumulators):
             for accumulator, (direction, _), found in zip(accumulators, wanted, kinds, strict=True):
                 factors = self.shared.up.at[direction, pl.ds(found[0] * self.slab, len(found) * self.slab)]
-                compat.wgmma(accumulator, self.shared.proxy.at[self.proxy_slot, self.index], factors, transpose_b=True)
+                compat.wgmma(accumulator, self.shared.proxy.at[self.proxy_slot, self.index], factors)
             value = meanwhile()
             return [accumulator[...] for accumulator in accumulators], value
 

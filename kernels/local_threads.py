@@ -11,7 +11,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float
 
-from gspn_jax.kernels import compat, expansion
+from gspn_jax.kernels import compat, shared_memory
 from gspn_jax.kernels.local_block import LAYOUT, Class, Next, piece_at, pixel_layout
 from gspn_jax.kernels.local_pieces import PIXELS
 
@@ -23,11 +23,6 @@ LEFT, RIGHT, SUM = (
 
 BY_ROWS = plgpu.Layout.TILED(plgpu.Tiling(((32, 8), (8, 8), (2,))), warp_dims=(-5,), lane_dims=(-3, -2), vector_dim=-1)
 """How [rows, slab] beyond a piece is spread to be copied."""
-FACTORS = plgpu.Layout.TILED(
-    plgpu.Tiling(((8, expansion.QUANTUM), (2, expansion.QUANTUM), (2,))),
-    warp_dims=(-5,), lane_dims=(-3, -2), vector_dim=-1,
-)  # fmt: skip
-"""How [kinds * slab, d] is spread to be copied."""
 
 
 class ByThreads(Class):
@@ -64,7 +59,7 @@ class ByThreads(Class):
         return products, value
 
     def _products(self, direction: Array, kinds: range) -> list[Float[Array, "64 slab"]]:
-        sums, step = [compat.zeros((PIXELS, self.slab), SUM) for _ in kinds], expansion.QUANTUM
+        sums, step = [compat.zeros((PIXELS, self.slab), SUM) for _ in kinds], shared_memory.QUANTUM
         for start in range(0, self.given.proxy.shape[-1], step):
             part = pl.ds(start, step)
             proxy = compat.load(self.given.proxy, (self.piece, self.index, slice(None), part), LEFT)
@@ -76,7 +71,7 @@ class ByThreads(Class):
     def _bring_factors(self) -> None:
         """Each class has one direction's."""
         whole = (slice(None),) * 2
-        factors = compat.load(self.given.up.at[lax.axis_index("slab"), self.index], whole, FACTORS)
+        factors = compat.load(self.given.up.at[lax.axis_index("slab"), self.index], whole, shared_memory.COPIED)
         compat.store(self.shared.up.at[self.index], whole, factors)
 
     def _load_pixels(self, piece: Array) -> list[Array]:

@@ -3,6 +3,9 @@
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from gspn_jax.kernels import reference
+from gspn_jax.kernels.terms import LAM, OUT_GATE, SKIP, Job
+
 
 def expand(
     proxy: Float[Array, "B H W d"],
@@ -37,3 +40,19 @@ def expand_at_once(
         return jnp.tensordot(wider, jnp.pad(factor, ((0, more - 1), *rest)), 1)
 
     return product(gates, 0), product(lam, 1), product(out_gate, 1), None if skip is None else product(skip, 0)
+
+
+def expand_all(job: Job, proxy: Float[Array, "B H W d"], up: Float[Array, "4 N C d"]) -> tuple[Array | None, ...]:
+    """Terms as `Inputs` has them: weights, lam, out_gate, skip."""
+    factors = up.transpose(3, 0, 1, 2)
+    lam, out_gate, *skip = (factors[:, :, kind] for kind in range(LAM, job.kinds))
+    return expand_at_once(proxy, factors[:, :, :LAM], lam, out_gate, skip[0] if job.skip else None)
+
+
+def plain(job: Job, arrays: tuple[Array, ...]) -> Float[Array, "B H W C"]:
+    """The operator by `reference`, from x, proxy, up [4, N, C, d] and merge [4, C]; the terms are float32."""
+    x, proxy, up, merge = arrays
+    up = up.astype(x.dtype).astype(jnp.float32)
+    terms = jnp.einsum("bhwd,kncd->nbhwkc", proxy.astype(jnp.float32), up)
+    gates, skip = jnp.moveaxis(terms[:LAM], 0, 4), terms[SKIP] if job.skip else None
+    return reference.propagate(x, gates, 1 + terms[LAM], 1 + terms[OUT_GATE], merge, skip, job.chunk)

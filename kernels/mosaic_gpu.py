@@ -11,26 +11,24 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from gspn_jax.kernels import compat, devices, expansion, launch, local, low_rank, narrow, pullback, reference, tiles
+from gspn_jax.kernels import compat, devices, from_proxy, launch, local, low_rank, reference, tiles
 from gspn_jax.kernels.derivatives import differentiable
-from gspn_jax.kernels.terms import LAM, SKIP, Inputs, Job
+from gspn_jax.kernels.terms import Inputs, Job
 from gspn_jax.kernels.weights import DIRECTIONS
 
 missing = devices.missing
 
 
 def caveat() -> str | None:
-    """What of the kernel this GPU cannot run, and what runs instead, or None."""
-    device = devices.current()
-    if device.expanding:
+    """What of the kernel this JAX cannot make, and what runs instead, or None."""
+    if compat.multiplies_registers():
         return None
-    but = "" if device.local.missing else f", but for chunk={local.CHUNK}"
-    return f"{_no_wgmma(device)}: XLA expands them for propagate_low_rank{but}"
+    but = "" if devices.current().local.missing else f", but for chunk={local.CHUNK}"
+    return f"{_too_old()}: XLA expands them for propagate_low_rank{but}"
 
 
-def _no_wgmma(device: devices.Device) -> str:
-    wider = f" wider than {narrow.RANK}" if compat.multiplies_registers() else ""
-    return f"needs wgmma to expand proxies{wider}, which compute capability {device.capability} does not have"
+def _too_old() -> str:
+    return f"needs JAX 0.11.2 or newer to expand proxies, and this is {jax.__version__}"
 
 
 def refuses(x: Float[Array, "B H W C"], directions: int) -> str | None:
@@ -46,19 +44,14 @@ def refuses_low_rank(
     x: Float[Array, "B H W C"], proxy: Float[Array, "B H W d"], kinds: int, chunk: int | None
 ) -> str | None:
     """Why the kernel cannot expand `proxy` to so many kinds of terms by itself, or None."""
-    device = devices.current()
-    refused = local.refuses(x, proxy, kinds) if chunk == local.CHUNK else _no_wgmma(device)
-    if refused is None or _narrow_plan(x, proxy, kinds):
+    if chunk == local.CHUNK and local.refuses(x, proxy, kinds) is None:
         return None
     if x.dtype != jnp.bfloat16:
         return f"takes bfloat16, not {x.dtype}"
-    if device.expanding is None:
-        return refused
-    if tiles.make_expanding_plan(*x.shape[1:], device=device) is None:
-        return f"takes square maps of 16, 32 or 64 and an even number of channels from 64, not {list(x.shape[1:])}"
-    passes = expansion, pullback
-    if max(part.shared_bytes(kinds, proxy.shape[-1]) for part in passes) > device.shared_bytes:
-        return f"has no room on chip for a proxy of {proxy.shape[-1]}"
+    if not compat.multiplies_registers():
+        return _too_old()
+    if _expanding_plan(x, proxy, kinds) is None:
+        return f"has no room on chip for a proxy of {proxy.shape[-1]} and lines of {max(x.shape[1:3])} positions"
     return None
 
 
@@ -177,35 +170,25 @@ def propagate_low_rank(
     chunk: int | None,
 ) -> Float[Array, "B H W C"]:
     """See `gspn_jax.kernels.propagate_low_rank`; arguments are checked there."""
-    batch, *size, channels = x.shape
+    channels = x.shape[-1]
     job = Job(directions=DIRECTIONS, chunk=chunk, logits=True, lam=True, out_gate=True, skip=skip is not None)
     merge = jnp.broadcast_to(merge.astype(jnp.float32).reshape(4, -1), (4, channels))
     gates = jnp.repeat(gates.astype(jnp.float32), channels // gates.shape[-1], axis=-1)
     others = [a[:, :, None].astype(jnp.float32) for a in (lam, out_gate, skip) if a is not None]
     # in float32, so that gradients of weights that channels share are summed in it
     up = jnp.concatenate([gates, *others], axis=2).transpose(1, 2, 3, 0)
-    is_local = chunk == local.CHUNK and local.refuses(x, proxy, up.shape[1]) is None
-    if not is_local and (plan := _narrow_plan(x, proxy, up.shape[1])):
-        return _run_narrow(job, plan, x, proxy, up, merge)
-    # a proxy that is as wide as the tensor cores take it
-    width = ((0, 0),) * 3 + ((0, -proxy.shape[-1] % expansion.QUANTUM),)
-    proxy, up = jnp.pad(proxy.astype(x.dtype), width), jnp.pad(up, width)
-    if is_local:
+    if chunk == local.CHUNK and local.refuses(x, proxy, up.shape[1]) is None:
         return local.propagate(job, x, proxy, up, merge)
-    plan = tiles.make_expanding_plan(*size, channels, device=devices.current())
-    images = (0, -batch % plan.images), (0, 0), (0, 0), (0, 0)  # whole blocks of them
-    return _run_low_rank(job, plan, jnp.pad(x, images), jnp.pad(proxy, images), up, merge)[:batch]
+    return _run_low_rank(job, _expanding_plan(x, proxy, up.shape[1]), x, proxy, up, merge)
 
 
-def _narrow_plan(x: Float[Array, "B H W C"], proxy: Float[Array, "B H W d"], kinds: int) -> tiles.Plan | None:
-    """The plan of a kernel that expands the proxy in registers, or None where there is none."""
-    if not compat.multiplies_registers() or x.dtype != jnp.bfloat16 or proxy.shape[-1] > narrow.RANK:
-        return None
+def _expanding_plan(x: Float[Array, "B H W C"], proxy: Float[Array, "B H W d"], kinds: int) -> tiles.Plan | None:
+    """The plan of a kernel that expands the proxy, or None where that has no room on chip."""
     make_plan = functools.partial(tiles.make_plan, *x.shape[1:], directions=len(DIRECTIONS))
-    return make_plan(device=devices.current(), narrow=True, skip=kinds > SKIP)
+    return make_plan(device=devices.current(), rank=from_proxy.filled_up(proxy.shape[-1]), kinds=kinds)
 
 
-def _run_narrow(
+def _run_low_rank(
     job: Job,
     plan: tiles.Plan,
     x: Float[Array, "B H W C"],
@@ -223,14 +206,14 @@ def _run_narrow(
         return array[:, :height, :width, ..., :channels]
 
     def inputs(x: Array, proxy: Array, up: Array, merge: Array) -> Inputs:
-        deeper = narrow.RANK - proxy.shape[-1]
+        deeper = plan.rank - proxy.shape[-1]
         up = jnp.pad(up, ((0, 0), (0, 0), (0, wider), (0, deeper)))
         return Inputs(
             fill(x, wider),
             *(None,) * 4,
             merge=jnp.pad(merge, ((0, 0), (0, wider))),
             proxy=fill(proxy.astype(x.dtype), deeper),
-            up=narrow.by_slab(plan, up, x.dtype),
+            up=from_proxy.by_slab(plan, up, x.dtype),
         )
 
     def forward(arrays: tuple[Array, ...], *, save: bool) -> tuple[Array, tuple[Array, ...]]:
@@ -244,50 +227,7 @@ def _run_narrow(
         if job.chunk is not None:  # lines that nobody walked have no values
             terms = jax.tree.map(lambda array: fill(cut(array)), terms)
         terms = jax.tree.map(lambda array: array[..., :channels], terms)
-        _, pull = jax.vjp(lambda proxy, up: _expand(job, fill(proxy.astype(x.dtype)), up), proxy, up)
+        _, pull = jax.vjp(lambda proxy, up: low_rank.expand_all(job, fill(proxy.astype(x.dtype)), up), proxy, up)
         return cut(by.x), *pull(terms), by.merge[:, :channels]
 
-    return _differentiable(forward, functools.partial(expansion.plain, job), pull_back)((x, proxy, up, merge))
-
-
-def _run_low_rank(
-    job: Job,
-    plan: tiles.Plan,
-    x: Float[Array, "B H W C"],
-    proxy: Float[Array, "B H W d"],
-    up: Float[Array, "4 N C d"],
-    merge: Float[Array, "4 C"],
-) -> Float[Array, "B H W C"]:
-    def forward(arrays: tuple[Array, ...], *, save: bool) -> tuple[Array, tuple[Array, ...]]:
-        return launch.forward(job, plan, expansion.inputs(plan, *arrays), save=save)
-
-    plain_plan, _ = _plan(job, *x.shape[1:], groups=x.shape[-1])
-    on_chip = devices.current().expanding.backward_on_chip
-
-    def pull_back(arrays: tuple[Array, ...], states: tuple[Array, ...], cotangent: Array) -> tuple[Array, ...]:
-        x, _, up, merge = arrays
-        cotangent = cotangent.astype(x.dtype)
-        if not on_chip:
-            return _pull_back_by_xla(job, plain_plan, arrays, states, cotangent)
-        inputs = expansion.inputs(plan, *arrays)
-        grad_x, adjoints = launch.adjoint(job, plan, inputs, cotangent)
-        return grad_x, *pullback.pull_back(job, plan, inputs, up, merge, adjoints, states, cotangent)
-
-    return _differentiable(forward, functools.partial(expansion.plain, job), pull_back)((x, proxy, up, merge))
-
-
-def _pull_back_by_xla(
-    job: Job, plan: tiles.Plan, arrays: tuple[Array, ...], states: tuple[Array, ...], cotangent: Float[Array, "B H W C"]
-) -> tuple[Array, ...]:
-    """Gradients of x, proxy, up and merge by the plain kernel, with terms that XLA expands."""
-    x, proxy, up, merge = arrays
-    terms, pull = jax.vjp(functools.partial(_expand, job), proxy, up)
-    by = launch.backward(job, plan, Inputs(x, *terms, merge), states, cotangent)
-    return by.x, *pull((by.weights, by.lam, by.out_gate, by.skip)), by.merge
-
-
-def _expand(job: Job, proxy: Float[Array, "B H W d"], up: Float[Array, "4 N C d"]) -> tuple[Array | None, ...]:
-    """Terms by XLA."""
-    factors = up.transpose(3, 0, 1, 2)
-    lam, out_gate, *skip = (factors[:, :, kind] for kind in range(LAM, job.kinds))
-    return low_rank.expand_at_once(proxy, factors[:, :, :LAM], lam, out_gate, skip[0] if job.skip else None)
+    return _differentiable(forward, functools.partial(low_rank.plain, job), pull_back)((x, proxy, up, merge))

@@ -43,7 +43,7 @@ class Inputs(NamedTuple):
     merge: Any
     """[K, C] float32"""
     proxy: Any = None
-    """[2, B / n, lines, n L, d]: lines of n images side by side, rows and then columns; see `Expansion`. A narrow one
-    is [B, H, W, d]."""
+    """[2, B / n, lines, n L, d]: lines of n images side by side, rows and then columns; see `Expansion`. One that
+    is expanded in registers is [B, H, W, d]."""
     up: Any = None
-    """[K, slabs, kinds, d, slab]; for a narrow proxy [K, slabs, kinds, slab, d]: see `narrow.by_slab`"""
+    """[K, slabs, kinds, d, slab]; in registers [K, slabs, kinds, slab, d]: see `from_proxy.by_slab`"""

@@ -12,11 +12,12 @@ from typing import Any
 from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from gspn_jax.kernels import compat
+from gspn_jax.kernels import compat, shared_memory
 from gspn_jax.kernels.devices import Device
+from gspn_jax.kernels.terms import SKIP
 
 WARPGROUP = 128
-VECTOR = 2
+VECTOR = shared_memory.PAIR
 """Neighbouring channels that one thread takes: 4 bytes of bfloat16 at a time."""
 QUANTUM = WARPGROUP * VECTOR
 """Elements of a line that one warpgroup takes at once: positions along the line times channels."""
@@ -33,11 +34,11 @@ the width of what it reads of each."""
 NARROW = 32
 """Directions meet on chip in no narrower slabs, unless there are no more channels, or none that share weights."""
 PRODUCT = 512
-"""Elements of the smallest product that a warpgroup makes of a narrow proxy."""
+"""Elements of the smallest product that a warpgroup makes of a proxy in registers."""
 PRODUCTS = (64, 32)
 """Channels that its rows may be."""
-ROWS = 64
-"""Positions of a line that a block expands from a proxy at once: the rows of the tensor cores' instruction."""
+DEPTH = 16
+"""The width of a proxy of which tensor cores make one product at a time."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -56,17 +57,15 @@ class Plan:
     rows: "Lines"
     columns: "Lines"
     warpgroups: int
-    images: int = 1
-    """Images whose lines a block takes side by side."""
-    expands: bool = False
-    """Whether a block expands its terms from a proxy; its warpgroups then share a line of ROWS positions."""
-    across: int = 0
-    """Channels that a warp's threads lie across, if not the whole slab: those of a row of shared memory that threads
-    write for the tensor cores."""
-    blocks: int = 0
-    """Blocks that a launch should have at least where that can be chosen."""
-    narrow: bool = False
-    """Whether threads expand terms from a narrow proxy, in registers."""
+    rank: int = 0
+    """Width of the proxy from which threads expand terms in registers, if they do."""
+    kinds: int = 0
+    """Terms of a pixel that they expand it to."""
+
+    @property
+    def keeps_factors(self) -> bool:
+        """Whether the factors by which a proxy is expanded are in shared memory, for they would fill the registers."""
+        return self.rank > DEPTH
 
     @property
     def slabs(self) -> int:
@@ -89,18 +88,20 @@ class Plan:
     def scan_bytes(self, directions: int) -> int:
         """Bytes of shared memory in the backward pass, which takes more."""
         state = 2 * self.handed_on * self.state_positions * self.row * 4
+        if self.keeps_factors:
+            state += 2 * self.kinds * self.slab * self.rank
         return directions * state + 4 * math.prod(self.total) if self.joint else state
 
     @property
     def total(self) -> tuple[int, int, int]:
         """Numbers that shared memory has for a map where directions meet, by height, width and channel; with a
         position that is spare lines that are columns find other banks as well."""
-        return self.height, self.room(self.rows) + self.narrow, self.row
+        return self.height, self.room(self.rows) + (self.rank > 0), self.row
 
     @property
     def row(self) -> int:
         """Numbers of a position in shared memory: those of a slab and what is spare."""
-        return self.slab + (SPARE if self.narrow else 0)
+        return self.slab + (SPARE if self.rank else 0)
 
     @property
     def computed(self) -> int:
@@ -111,13 +112,13 @@ class Plan:
     @property
     def layout(self) -> object:
         """How a tile is spread over the threads of a warpgroup."""
-        if self.narrow:
+        if self.rank:
             return product_layout(self.slab)
-        return layout(self.across or self.slab)
+        return layout(self.slab)
 
     @property
     def handed_on(self) -> int:
-        return HANDED_ON[self.joint or self.expands]
+        return HANDED_ON[self.joint]
 
     @property
     def state_positions(self) -> int:
@@ -126,8 +127,6 @@ class Plan:
 
     def room(self, lines: "Lines") -> int:
         """Positions that shared memory has for a line: whole tiles."""
-        if self.expands:
-            return ROWS
         return _up(self.sharing * lines.stretch, lines.positions)
 
 
@@ -169,29 +168,29 @@ def make_plan(
     directions: int,
     device: Device,
     group: int | None = None,
-    narrow: bool = False,
-    skip: bool = False,
+    rank: int = 0,
+    kinds: int = 0,
 ) -> Plan | None:
     """The plan with the least padding, then the fewest bytes and positions computed, then the widest slab; None when
     no line of the map fits in shared memory.
 
     `group`: channels that share their weights, to which a block's belong; None if each has its own.
-    `narrow`: threads expand terms from a narrow proxy, with `skip` one for skip, too.
+    `rank`: threads expand a proxy of that width to so many `kinds` of terms of a pixel.
     """
     best, least = None, (math.inf, math.inf)
     may_be_joint = directions > 1 and (device.shared_joint or not group)
-    may_be_joint = may_be_joint and (device.narrow_skip_joint or not (narrow and skip))
+    may_be_joint = may_be_joint and (device.skip_joint or kinds <= SKIP)
     apart_tile = (group and device.shared_tile) or device.apart_tile
     any_layout = compat.STORES_ANY_LAYOUT or compat.interpreting()
     slabs = [slab for slab in SLABS if group in (None, channels) or group % slab == 0]
-    if narrow:
+    if rank:
         slabs = [slab for slab in slabs if slab in PRODUCTS]
     for joint, slab in itertools.product((True, False), slabs):
         if joint and not (may_be_joint and slab >= min(NARROW, group or channels)):
             continue
         if slab < NARROW and (joint or group) and not any_layout:
             continue  # does not lower for every map
-        quantum = (PRODUCT if narrow else QUANTUM) // slab
+        quantum = (PRODUCT if rank else QUANTUM) // slab
         sides = max(height, quantum), max(width, quantum)
         tile = device.joint_tile if joint else apart_tile
         shares, stretches = _cut(sides[::-1], quantum, tile // slab, (1,) if joint else (1, 2, 4))
@@ -208,41 +207,15 @@ def make_plan(
             rows=rows,
             columns=columns,
             warpgroups=directions if joint else shares,
-            narrow=narrow,
+            rank=rank,
+            kinds=kinds,
         )
-        if plan.scan_bytes(directions) > (device.shared_bytes if narrow else device.scan_bytes):
+        if plan.scan_bytes(directions) > (device.shared_bytes if rank else device.scan_bytes):
             continue
         cost = plan.height * plan.width * plan.channels, plan.computed * plan.channels * (2 if joint else APART)
         if cost < least:
             best, least = plan, cost
     return best
-
-
-def make_expanding_plan(height: int, width: int, channels: int, *, device: Device) -> Plan | None:
-    """The plan of a kernel that expands its terms from a proxy; None for maps and devices that it is not made for.
-
-    A warpgroup takes its positions in two tiles: with one it would spill registers.
-    """
-    if device.expanding is None:
-        return None
-    warpgroups, blocks = device.expanding.warpgroups, device.expanding.blocks
-    slab, positions = SLABS[0], ROWS // warpgroups
-    if height != width or width % positions or ROWS % width or channels < slab or channels % VECTOR:
-        return None
-    lines = Lines(count=height, length=width, stretch=positions, positions=positions // 2)
-    return Plan(
-        height=height,
-        width=width,
-        channels=channels,
-        slab=slab,
-        joint=False,
-        rows=lines,
-        columns=lines,
-        warpgroups=warpgroups,
-        images=ROWS // width,
-        expands=True,
-        blocks=blocks,
-    )
 
 
 def _cut(lengths: Sequence[int], quantum: int, most: int, shares: Sequence[int]) -> tuple[int, list[tuple[int, int]]]:
@@ -289,7 +262,7 @@ def layout(slab: int) -> object:
 
 
 def product_layout(slab: int) -> object:
-    """Spreads a tile [positions, slab] as a product of a narrow proxy leaves it: a warp has 16 channels, a thread two
+    """Spreads a tile [positions, slab] as a product of a proxy leaves it: a warp has 16 channels, a thread two
     positions of two channels of every 8 positions. A warp reads 32 contiguous bytes of bfloat16 a position."""
     positions = PRODUCT // slab
     tiling = plgpu.Tiling(((positions, slab), (8, 16), (VECTOR, VECTOR)))

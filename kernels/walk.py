@@ -38,22 +38,11 @@ class Walk(NamedTuple):
 
     def positions(self) -> list[Any]:
         """First positions of the tiles of a line that this warpgroup takes."""
-        if self.plan.expands:
-            mine = tiles.ROWS // self.plan.warpgroups
-            first = lax.rem(self.warpgroup * mine, self.lines.length)
-            return [pl.multiple_of(first + n, self.lines.positions) for n in range(0, mine, self.lines.positions)]
         if self.lines.overlap:
             first = 0 if self.plan.joint else self.warpgroup * self.lines.stretch
             return [first + self.lines.start(n) for n in range(self.lines.tiles)]
         first = 0 if self.plan.joint else self.warpgroup * self.lines.tiles
         return [(first + n) * self.lines.positions for n in range(self.lines.tiles)]
-
-    def row(self, position: Any) -> Any:
-        """Where a tile is in the block's line, in which several images may lie side by side."""
-        if self.plan.expands:
-            image_on_line = lax.div(self.warpgroup * (tiles.ROWS // self.plan.warpgroups), self.lines.length)
-            return pl.multiple_of(image_on_line * self.lines.length + position, self.lines.positions)
-        return position
 
     def once(self, position: Any, tile: Float[Array, "P slab"]) -> Float[Array, "P slab"]:
         """The tile at `position`, or zeros at positions that the tile before it has too."""
@@ -138,13 +127,13 @@ class Walk(NamedTuple):
 
     def state(self, parity: Array | int, kind: int, position: Any, offset: int) -> tuple:
         """Index in the state of the tile at `position`, or of its left (offset 0) or right (2) neighbours."""
-        at = pl.ds(self.row(position) + offset, self.lines.positions)
+        at = pl.ds(position + offset, self.lines.positions)
         return (self.k if self.plan.joint else 0, parity, kind, at, self.channels)
 
     @property
     def channels(self) -> Any:
         """Those of a tile in shared memory."""
-        return pl.ds(0, self.plan.slab) if self.plan.narrow else slice(None)
+        return pl.ds(0, self.plan.slab) if self.plan.rank else slice(None)
 
     def neighbours(self, position: Any, *, shared: bool = False) -> tuple[Array, Array]:
         """Whether each element of a tile, or position if `shared`, has a left and a right neighbour in the map."""
@@ -162,8 +151,6 @@ def visit_mine(job: Job, plan: tiles.Plan, visit: Callable[[Walk], None]) -> Non
     mine = warpgroup if plan.joint else lax.axis_index("direction")
     # the last slab overlaps the one before it where the slab does not divide the channels
     start = pl.multiple_of(lax.min(slab * plan.slab, plan.channels - plan.slab), tiles.VECTOR)
-    if plan.expands:
-        image = image * plan.images + lax.div(warpgroup * (tiles.ROWS // plan.warpgroups), plan.width)
     for k, direction in enumerate(job.directions):
         walk = Walk(k=k, direction=direction, job=job, plan=plan, image=image, start=start, warpgroup=warpgroup)
         if len(job.directions) == 1:
@@ -183,8 +170,8 @@ class Shared(NamedTuple):
     """One barrier for each direction: its turn to add to `total`."""
     meeting: Any
     """All warpgroups are here."""
-    expansion: Any
-    """What they need to expand a proxy, if the plan says so."""
+    factors: Any
+    """By which they expand a proxy in registers, where those have no room: see `from_proxy.scratch`."""
 
 
 def meet(plan: tiles.Plan, shared: Shared) -> None:
@@ -230,11 +217,6 @@ def clear(walk: Walk, shared: Shared, kinds: int) -> None:
         pl.loop(0, tiles)(lambda n: clear_at(n * positions, 0))
         clear_end((tiles - 1) * positions)
 
-    if plan.expands:  # each warpgroup its part
-        for position in walk.positions():
-            clear_at(position, 0)
-        pl.when(walk.warpgroup == plan.warpgroups - 1)(lambda: clear_end(walk.positions()[-1]))
-        return
     if not plan.joint:
         pl.when(walk.warpgroup == 0)(clear_line)
         return

@@ -106,7 +106,7 @@ def test_it_is_the_mesh_that_counts(monkeypatch):
 @pytest.mark.parametrize("capability", [
     pytest.param(c, marks=pytest.mark.slow) if c in ("8.6", "10.3", "12.1") else c for c in devices.DEVICES
 ])  # fmt: skip
-def test_only_compute_capability_9_0_expands_proxies_and_elsewhere_xla_does(capability, caplog):
+def test_all_expand_proxies_with_a_jax_that_can(capability, caplog):
     api._log_expansion.cache_clear()
     with devices.for_device(capability), caplog.at_level(logging.INFO, logger="gspn_jax.kernels.api"):
         if devices.missing():
@@ -117,17 +117,14 @@ def test_only_compute_capability_9_0_expands_proxies_and_elsewhere_xla_does(capa
             .lower(lowering_platforms=("cuda",))
             .as_text()
         )
+        caveat = kernels.backend_caveats().get("mosaic_gpu")
     assert text.count("custom_call @mosaic_gpu") == 1
     wide = "4x16x16x4x3x64xbf16" in text  # logits in device memory
-    assert wide == (capability != "9.0")
-    wider = " wider than 16" if compat.HAS_MMA else ""
-    line = (
-        f"XLA expands the proxy, and the plain kernel scans: the one that does both needs wgmma to expand proxies"
-        f"{wider}, which compute capability {capability} does not have."
-    )
+    assert wide != compat.HAS_MMA
+    reason = f"needs JAX 0.11.2 or newer to expand proxies, and this is {jax.__version__}"
+    line = f"XLA expands the proxy, and the plain kernel scans: the one that does both {reason}."
     assert (line in caplog.messages) == wide
-    with devices.for_device(capability):
-        assert ("mosaic_gpu" in kernels.backend_caveats()) == wide
+    assert (caveat or "").startswith(f"{reason}: XLA expands them") == wide
 
 
 @pytest.mark.parametrize("capability", [

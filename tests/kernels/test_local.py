@@ -174,10 +174,10 @@ def test_what_it_cannot_take(change, reason):
         assert reason in local.refuses(shapes["x"], shapes["proxy"], 5)
 
 
-def test_maps_that_no_other_kernel_expands_are_taken_with_chunk_2():
-    shapes = jax.eval_shape(lambda: of_size(1, 28, 28))
-    shapes["proxy"] = jax.ShapeDtypeStruct((1, 28, 28, 24), jnp.bfloat16)
+@pytest.mark.parametrize("size", [(15, 16), (26, 34)])
+def test_the_kernel_of_every_chunk_takes_what_this_one_refuses(size):
+    """Odd numbers of lines, and maps that would be filled up too much."""
+    shapes = jax.eval_shape(lambda: of_size(1, *size))
     with compat.interpreted():
-        taken = {chunk: mosaic_gpu.refuses_low_rank(shapes["x"], shapes["proxy"], 5, chunk) for chunk in (2, None)}
-    assert taken[2] is None
-    assert "takes square maps of 16, 32 or 64" in taken[None]
+        assert local.refuses(shapes["x"], shapes["proxy"], 5)
+        assert mosaic_gpu.refuses_low_rank(shapes["x"], shapes["proxy"], 5, local.CHUNK) is None

@@ -5,7 +5,6 @@ where slices of it start at rows that are no multiples of 8, and then reads and 
 (docs/kernel.md, "A defect of JAX"). The interpreter knows no swizzles, so only the lowering shows it.
 """
 
-import dataclasses
 import functools
 import re
 
@@ -88,13 +87,9 @@ def lower_line_scan():
 
 
 def lower_low_rank(rank=24, side=16, channels=68, chunk=None, capability="9.0"):
-    """With every kernel that expands on chip."""
     array = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.bfloat16)
     pixels = (4, side, side)
-    device = devices.DEVICES[capability]
-    if device.expanding:
-        device = dataclasses.replace(device, expanding=devices.Expanding(backward_on_chip=True))
-    with devices.for_device(device):
+    with devices.for_device(capability):
         lower_with_gradients(
             lambda *a: mosaic_gpu.propagate_low_rank(*a[:6], a[6], chunk),
             array((*pixels, channels)),
@@ -129,8 +124,8 @@ def shifted(buffers):
     lower_narrow_slabs,
     lower_few_channels,
     lower_line_scan,
-    lower_low_rank,
-    pytest.param(lower_local, marks=pytest.mark.skipif(not compat.RESHAPES_REFERENCES, reason="as low rank")),
+    pytest.param(lower_low_rank, marks=pytest.mark.skipif(not compat.HAS_MMA, reason="refused")),
+    pytest.param(lower_local, marks=pytest.mark.skipif(not compat.RESHAPES_REFERENCES, reason="refused")),
     pytest.param(lower_local_in_pieces, marks=pytest.mark.skipif(not compat.RESHAPES_REFERENCES, reason="refused")),
     pytest.param(lower_local_without_wgmma, marks=pytest.mark.skipif(not compat.HAS_MMA, reason="refused")),
 ])  # fmt: skip

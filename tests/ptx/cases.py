@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gspn_jax.kernels import devices, local, mosaic_gpu, narrow, propagate, propagate_low_rank
+from gspn_jax.kernels import devices, mosaic_gpu, propagate, propagate_low_rank
 from tests.kernels import numpy_scan
 from tests.ptx import emulation, toolchain
 
@@ -40,8 +40,6 @@ class Case:
     skip: bool = False
     chunk: int | None = None
     rank: int | None = None
-    backward_by_xla: bool = False
-    """Whether XLA expands the proxy for the backward pass of every chunk, as `Expanding` says by default."""
     quick: bool = False
 
     def __str__(self) -> str:
@@ -51,24 +49,8 @@ class Case:
             for name, value in (("d", self.rank), ("groups", self.groups), ("chunk", self.chunk))
             if value
         ]
-        parts += ["skip"] * self.skip + ["backward_by_xla"] * self.backward_by_xla
+        parts += ["skip"] * self.skip
         return "-".join(parts)
-
-    @property
-    def launches(self) -> int:
-        """Kernels forward and backward."""
-        wide = self.rank and self.rank > narrow.RANK
-        expands_line_by_line = wide and (self.chunk != local.CHUNK or self.rank > 96)
-        return 5 if expands_line_by_line and not self.backward_by_xla else 2
-
-    @property
-    def device(self) -> devices.Device:
-        """The one that kernels are made for, with the way back of this case."""
-        device = devices.current()
-        if device.expanding is None:
-            return device
-        expanding = dataclasses.replace(device.expanding, backward_on_chip=not self.backward_by_xla)
-        return dataclasses.replace(device, expanding=expanding)
 
     def arrays(self) -> dict[str, jax.Array]:
         """The arguments by name; terms of low rank have factors [d, ...] instead of maps."""
@@ -100,7 +82,6 @@ CASES = [
     Case(1, 16, 16, 64, groups=1, skip=True, quick=True),
     Case(1, 16, 16, 16, groups=2, quick=True),  # XLA spreads the weights, and sums their gradients
     Case(4, 16, 16, 64, rank=24, quick=True),
-    Case(4, 16, 16, 64, rank=24, backward_by_xla=True, quick=True),
     Case(2, 16, 16, 40, rank=24, chunk=2),  # slabs that overlap
     Case(1, 28, 26, 24, rank=24, chunk=2, quick=True),  # four pieces, three of which are filled up
     Case(1, 14, 14, 64, rank=16, quick=True),  # a proxy that is expanded in registers, tiles that overlap
@@ -146,8 +127,6 @@ CASES = [
     Case(5, 16, 16, 64, rank=32, skip=True, chunk=2),
     Case(8, 16, 16, 96, rank=128, chunk=2),  # has no room in the kernel of its own
     Case(2, 32, 32, 64, rank=32),
-    Case(2, 32, 32, 64, rank=32, backward_by_xla=True),
-    Case(4, 16, 16, 100, rank=93, skip=True, backward_by_xla=True),
     Case(1, 64, 64, 64, rank=24),
     Case(4, 16, 16, 64, rank=128),
 ]
@@ -202,7 +181,7 @@ def run(case: Case, **options: Any) -> Outcome:
     """Emulates a case forward and backward; `options` are those of `emulation.emulated`."""
     arrays = case.arrays()
     cotangent = np.asarray(jnp.asarray(np.random.default_rng(1).normal(size=arrays["x"].shape), case.dtype), np.float64)
-    with devices.for_device(case.device), emulation.emulated(**options) as runs:
+    with emulation.emulated(**options) as runs:
         kernel = _values(_by_kernel(case), arrays, cotangent)
     scan = _values(_by_scan(case), arrays, cotangent)
     wide = {name: np.asarray(array, np.float64) for name, array in arrays.items()}

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from gspn_jax.kernels import devices, local, narrow
+from gspn_jax.kernels import devices
 from tests.ptx import cases, emulation, toolchain
 
 pytestmark = [pytest.mark.ptx, pytest.mark.timeout(1200)]
@@ -21,7 +21,7 @@ def test_values_and_gradients_are_those_of_float64(case):
     outcome = cases.run(case)
     outcome.save()
     assert not outcome.wrong()
-    assert len(outcome.runs) == case.launches
+    assert len(outcome.runs) == 2
 
 
 @pytest.mark.parametrize(
@@ -65,10 +65,7 @@ def test_chunk_2_by_threads_and_mma(case):
 
 
 GENERATIONS = [
-    (capability, str(case))
-    for capability in ("8.0", "8.9", "10.0", "12.0")
-    for case in cases.CASES
-    if case.quick and (case.rank is None or case.chunk == local.CHUNK or case.rank <= narrow.RANK)
+    (capability, str(case)) for capability in ("8.0", "8.9", "10.0", "12.0") for case in cases.CASES if case.quick
 ]
 QUICK = {("8.0", "1x16x16x64-bfloat16"), ("8.9", "1x28x26x24-bfloat16-d24-chunk2")}
 

@@ -3,12 +3,11 @@
 import functools
 import re
 
-import jax
 import jax.numpy as jnp
 import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from gspn_jax.kernels import devices, launch, mosaic_gpu, propagate, propagate_low_rank
+from gspn_jax.kernels import mosaic_gpu, propagate, propagate_low_rank, shared_memory
 from tests.ptx import cases, emulation
 
 pytestmark = pytest.mark.ptx
@@ -74,10 +73,6 @@ def test_a_barrier_between_tiles_that_overlap_left_out(which):
     assert any_race(forward(OVERLAPPING, replace(r"bar\.sync[^;]*;", "", which))[1])
 
 
-def test_a_wait_for_a_copy_left_out():
-    assert any_race(forward(LOW_RANK, replace(WAIT, PASSES), emulation.Policy.LATE_COPIES)[1])
-
-
 @pytest.mark.parametrize("policy", [emulation.Policy.LATE_COPIES, emulation.Policy.RANDOM])
 def test_waits_left_out_of_the_kernel_of_two_lines(policy):
     """For copies, and for the classes of pixels to meet."""
@@ -90,23 +85,15 @@ def test_products_not_waited_for_in_the_kernel_of_two_lines():
 
 @pytest.mark.slow
 def test_a_fence_of_the_proxy_left_out():
-    """Of those behind the stores of `commit_smem`: the sums of the backward pass multiply what threads wrote."""
-    arrays = LOW_RANK.arrays()
-    edit = replace(r"fence\.proxy\.async[^;]*;", "")
-    edited = emulation.emulated(edit=lambda source: edit(source) if "sum_over" in source else source)
-    with devices.for_device(LOW_RANK.device), edited as runs:
-        y, pull = jax.vjp(
-            lambda x: mosaic_gpu.propagate_low_rank(
-                x, *(arrays[name] for name in ("proxy", "gates", "lam", "out_gate", "merge")), None, None
-            ),
-            arrays["x"],
-        )
-        pull(y)
-    assert "missing proxy fence" in {fault.kind for run in runs for fault in run.faults}
+    """Of those of `commit_smem`: the copy engine overwrites what threads wrote."""
+    case = cases.Case(3, 32, 16, 16, rank=24, chunk=2)
+    assert "missing proxy fence" in forward(case, replace(r"fence\.proxy\.async[^;]*;", ""))[1]
 
 
-def test_a_wait_for_products_left_out():
-    assert not forward(LOW_RANK, replace(r"wgmma\.wait_group\S* 0;", ""))[0] < RIGHT[LOW_RANK]
+def test_factors_that_nobody_waited_for():
+    """Threads copy them to shared memory; the barrier of the first line lets all read them."""
+    assert not forward(LOW_RANK)[1]
+    assert any_race(forward(LOW_RANK, replace(r"bar\.sync[^;]*;", ""))[1])
 
 
 @pytest.mark.parametrize("which", [20, -20])
@@ -127,7 +114,7 @@ def test_a_result_not_stored():
 
 def test_buffers_left_to_jax(monkeypatch):
     """It swizzles them: values are wrong, and no detector of memory can tell."""
-    monkeypatch.setattr(launch, "row_major", lambda shape: plgpu.SMEM(shape, jnp.float32))
+    monkeypatch.setattr(shared_memory, "row_major", lambda shape: plgpu.SMEM(shape, jnp.float32))
     error, faults = forward(PLAIN)
     assert error > 0.1
     assert not faults

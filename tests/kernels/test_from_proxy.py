@@ -1,14 +1,15 @@
-"""Narrow proxies, expanded in registers, interpreted against the scan backend, and lowered; in machine code they are
-in tests/ptx."""
+"""Proxies expanded in registers, interpreted against the scan backend, and lowered; in machine code they are in
+tests/ptx."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gspn_jax.kernels import compat, devices, mosaic_gpu, narrow, propagate_low_rank, tiles
+from gspn_jax.kernels import compat, devices, from_proxy, mosaic_gpu, propagate_low_rank, sharded, tiles
 from tests.kernels.low_rank_cases import NAMES, arguments, error, value_and_gradients
 from tests.kernels.mosaic import interpreted
 
@@ -29,10 +30,12 @@ def assert_same_as_the_scan_in_float32(arrays, chunk=None, races=True):
 
 @pytest.mark.parametrize("case", [
     dict(batch=1, size=7, channels=34, rank=5, skip=True, merge=(4, 34)),  # all of it is filled up
+    dict(batch=1, size=8, channels=64, rank=24, merge=(4, 64)),  # factors in shared memory
     *(pytest.param(case, marks=pytest.mark.slow) for case in (
         dict(batch=1, size=8, channels=64, rank=16, groups=4, merge=(4, 64)),
         dict(batch=1, size=12, channels=64, rank=8, merge=(4, 64)),  # tiles that overlap
         dict(batch=1, size=14, channels=32, rank=16, merge=(4, 32)),
+        dict(batch=2, size=14, channels=100, rank=93, skip=True, merge=(4, 100)),
     )),
 ], ids=lambda case: "-".join(map(str, case.values())))  # fmt: skip
 def test_values_and_gradients_are_those_of_the_scan(case, capsys):
@@ -48,16 +51,29 @@ def test_lines_that_begin_anew(size):
 
 
 @pytest.mark.slow
-def test_directions_that_do_not_meet():
-    with devices.for_device(dataclasses.replace(devices.DEVICES["9.0"], shared_bytes=20 * 1024)):
-        assert not tiles.make_plan(16, 16, 64, directions=4, device=devices.current(), narrow=True).joint
-        assert_same_as_the_scan_in_float32(arguments(1, 16, 64, 16, skip=True, merge=(4, 64)))
+@pytest.mark.parametrize("rank", [16, 40])
+def test_directions_that_do_not_meet(rank):
+    """Warpgroups that share lines share the factors too."""
+    with devices.for_device(dataclasses.replace(devices.DEVICES["9.0"], shared_bytes=48 * 1024)):
+        plan = tiles.make_plan(16, 16, 64, directions=4, device=devices.current(), rank=from_proxy.filled_up(rank))
+        assert not plan.joint and plan.sharing > 1
+        assert_same_as_the_scan_in_float32(arguments(1, 16, 64, rank, skip=True, merge=(4, 64)))
+
+
+@pytest.mark.slow
+def test_over_a_mesh():
+    """Two devices, each with half of the channels and the whole proxy, whose gradient is the sum of theirs."""
+    mesh = jax.make_mesh(
+        (1, 2), ("data", "tensor"), devices=jax.devices()[:2], axis_types=(jax.sharding.AxisType.Auto,) * 2
+    )
+    with sharded(mesh, batch=("data",), channels=("tensor",)):
+        assert_same_as_the_scan_in_float32(arguments(2, 8, 128, 24, merge=(4, 128)), races=False)
 
 
 @pytest.mark.parametrize("slab", tiles.PRODUCTS)
 def test_rows_of_factors_are_the_channels_of_a_slab(slab):
     """A product leaves a thread rows n and n + 8 of every 16, which are neighbours."""
-    channels = narrow.channels(slab)
+    channels = from_proxy.channels(slab)
     assert sorted(channels) == list(range(slab))
     for first in range(slab):
         if first % 16 < 8:
@@ -68,7 +84,7 @@ def test_rows_of_factors_are_the_channels_of_a_slab(slab):
 @pytest.mark.parametrize(("size", "channels"), [(7, 1152), (14, 576), (28, 288), (32, 96), (16, 64)])
 def test_shared_memory_is_read_from_all_banks(size, channels):
     """A half warp reads four pairs of channels of every second of eight positions, along rows and along columns."""
-    plan = tiles.make_plan(size, size, channels, directions=4, device=devices.DEVICES["9.0"], narrow=True)
+    plan = tiles.make_plan(size, size, channels, directions=4, device=devices.DEVICES["9.0"], rank=16)
     assert plan.joint
     _, positions, row = plan.total
     for step in (row, positions * row):
@@ -81,14 +97,18 @@ def operator(a):
 
 
 @pytest.mark.skipif(not compat.HAS_MMA, reason="needs JAX 0.11.2")
-@pytest.mark.parametrize(("capability", "size", "channels"), [
-    ("9.0", 14, 576),
+@pytest.mark.parametrize(("capability", "size", "channels", "rank", "chunk"), [
+    ("9.0", 16, 1500, 93, None),
     *(pytest.param(*case, marks=pytest.mark.slow) for case in (
-        ("8.0", 14, 576), ("8.9", 28, 288), ("12.0", 56, 144), ("10.0", 7, 1152),
+        ("9.0", 14, 576, 16, None), ("8.0", 14, 576, 16, None), ("8.9", 28, 288, 16, None), ("12.0", 56, 144, 16, None),
+        ("10.0", 7, 1152, 16, None), ("8.9", 64, 368, 23, None), ("9.0", 15, 1536, 96, 2),
     )),
 ])  # fmt: skip
-def test_models_read_no_terms_and_save_none(capability, size, channels):
-    shapes = jax.eval_shape(lambda: arguments(4, size, channels, 16))
+def test_models_read_no_terms_and_save_none(capability, size, channels, rank, chunk):
+    shapes = jax.eval_shape(lambda: arguments(4, size, channels, rank))
+
+    def operator(a):
+        return mosaic_gpu.propagate_low_rank(*(a.get(name) for name in NAMES), chunk)
 
     def with_gradients(a):
         y, pull = jax.vjp(operator, a)
@@ -102,13 +122,13 @@ def test_models_read_no_terms_and_save_none(capability, size, channels):
         saved = jax.tree.leaves(jax.eval_shape(lambda a: jax.vjp(operator, a)[1], shapes))
     assert (forward.count("@mosaic_gpu"), both.count("@mosaic_gpu")) == (1, 2)
     assert f"{size}x{size}x4x3x{channels}xbf16" not in forward  # logits
-    assert (
-        max(array.size for array in saved) < 1.7 * shapes["x"].size
-    )  # a direction's states, filled up, and their halo
+    # a direction's states, filled up, and their halo, or the factors
+    assert max(array.size for array in saved) < max(1.7 * shapes["x"].size, 20 * channels * 96 + 1)
 
 
 @pytest.mark.parametrize(("change", "taken"), [
-    ({}, True), (dict(rank=17), False), (dict(dtype=jnp.float32), False), (dict(size=13, channels=30), True),
+    ({}, True), (dict(rank=17), True), (dict(rank=128), True), (dict(dtype=jnp.float32), False),
+    (dict(size=13, channels=30), True), (dict(size=64, rank=96, channels=1536), True),
 ], ids=str)  # fmt: skip
 def test_what_it_takes(change, taken):
     """On every generation, where what it cannot take is expanded by XLA."""
@@ -118,6 +138,15 @@ def test_what_it_takes(change, taken):
         with compat.interpreted(), devices.for_device(capability):
             reason = mosaic_gpu.refuses_low_rank(shapes["x"], shapes["proxy"], 5, None)
         assert (reason is None) == taken
+
+
+def test_four_directions_meet_on_chip_where_shared_memory_allows():
+    """16 x 16 of GSPN-XL/2 on GPUs with the most of it, with a skip term too."""
+    for kinds in (5, 6):
+        for capability in ("9.0", "10.0"):
+            make_plan = functools.partial(tiles.make_plan, 16, 16, 1536, directions=4, rank=96, kinds=kinds)
+            plan = make_plan(device=devices.DEVICES[capability])
+            assert plan.joint and plan.slab == 32
 
 
 @pytest.mark.slow
