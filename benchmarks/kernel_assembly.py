@@ -133,6 +133,8 @@ CASES = [
         Case("propagate", 16, 16, 1536, dtype, groups=1),
         Case("propagate", 32, 32, 1152, dtype, groups=1),
         Case("propagate_low_rank", 16, 16, 1500, dtype, rank=93),
+        Case("propagate_low_rank", 64, 64, 1152, dtype, rank=72),
+        Case("propagate_low_rank", 128, 128, 640, dtype, rank=40),
         Case("propagate_low_rank", 16, 16, 1536, dtype, rank=93, chunk=2),
         Case("propagate_low_rank", 32, 32, 1200, dtype, rank=75, chunk=2),
         Case("propagate_low_rank", 7, 7, 1152, dtype, rank=16),

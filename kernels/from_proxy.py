@@ -126,8 +126,8 @@ def _layouts(slab: int) -> tuple[Any, Any]:
     if not compat.HAS_MMA:
         return None, None
     warps, positions, tiling = slab // 16, tiles.PRODUCT // slab, ((8, tiles.DEPTH), (8, 8), (2,))
-    spread = (plgpu.Replicated(warps),)
-    if positions > 8:  # some warps have other positions
+    spread = (plgpu.Replicated(warps),) if warps > 1 else ()  # they have other channels
+    if positions > 8:  # and others other positions
         tiling, spread = ((positions, tiles.DEPTH), *tiling), (*spread, -7)
     columns = plgpu.Layout.TILED(plgpu.Tiling(tiling), warp_dims=spread, lane_dims=(-3, -2), vector_dim=-1)
     return plgpu.Layout.MMA_LHS(jnp.bfloat16, m_warps=warps), columns

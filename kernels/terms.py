@@ -43,7 +43,6 @@ class Inputs(NamedTuple):
     merge: Any
     """[K, C] float32"""
     proxy: Any = None
-    """[2, B / n, lines, n L, d]: lines of n images side by side, rows and then columns; see `Expansion`. One that
-    is expanded in registers is [B, H, W, d]."""
+    """[B, H, W, d], in place of weights, lam, out_gate and skip"""
     up: Any = None
-    """[K, slabs, kinds, d, slab]; in registers [K, slabs, kinds, slab, d]: see `from_proxy.by_slab`"""
+    """[K, slabs, kinds, slab, d], by which a proxy is expanded: see `from_proxy.by_slab`"""

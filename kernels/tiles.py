@@ -35,7 +35,7 @@ NARROW = 32
 """Directions meet on chip in no narrower slabs, unless there are no more channels, or none that share weights."""
 PRODUCT = 512
 """Elements of the smallest product that a warpgroup makes of a proxy in registers."""
-PRODUCTS = (64, 32)
+PRODUCTS = (64, 32, 16)
 """Channels that its rows may be."""
 DEPTH = 16
 """The width of a proxy of which tensor cores make one product at a time."""
@@ -266,5 +266,5 @@ def product_layout(slab: int) -> object:
     positions of two channels of every 8 positions. A warp reads 32 contiguous bytes of bfloat16 a position."""
     positions = PRODUCT // slab
     tiling = plgpu.Tiling(((positions, slab), (8, 16), (VECTOR, VECTOR)))
-    warps = (-5, -6) if positions > 8 else (-5,)  # some have other positions
+    warps = (*[-5] * (slab > 16), *[-6] * (positions > 8))  # by channels, and by positions
     return plgpu.Layout.TILED(tiling, warp_dims=warps, lane_dims=(-3, -4), vector_dim=-1)

@@ -110,10 +110,9 @@ def test_several_images_of_several_pieces_with_skip(few_blocks):
     assert_same_as_the_scan_in_float32(of_size(3, 32, 16, skip=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("batch", "size", "skip"), [
-    (2, (16, 16), True),
-    pytest.param(1, (28, 14), False, marks=pytest.mark.slow),
-    pytest.param(3, (32, 16), True, marks=pytest.mark.slow),
+    (2, (16, 16), True), (1, (28, 14), False), (3, (32, 16), True),
 ], ids=str)  # fmt: skip
 def test_gpus_without_wgmma(few_blocks_without_wgmma, batch, size, skip, capsys):
     assert_same_as_the_scan_in_float32(of_size(batch, *size, skip=skip))

@@ -229,7 +229,7 @@ def test_the_interpreter_sees_a_missing_barrier(small_memory, monkeypatch):
         assert compat.races_found()
 
 
-@pytest.mark.parametrize("memory", ["plenty", "little"])
+@pytest.mark.parametrize("memory", ["plenty", pytest.param("little", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     ("dtype", "groups"),
     [(jnp.float32, None), (jnp.bfloat16, 1), pytest.param(jnp.bfloat16, None, marks=pytest.mark.slow)],

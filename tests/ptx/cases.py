@@ -128,6 +128,9 @@ CASES = [
     Case(8, 16, 16, 96, rank=128, chunk=2),  # has no room in the kernel of its own
     Case(2, 32, 32, 64, rank=32),
     Case(1, 64, 64, 64, rank=24),
+    Case(1, 128, 20, 16, rank=24, skip=True),
+    Case(2, 15, 16, 64, rank=40, chunk=2),  # an odd number of lines
+    Case(1, 9, 40, 64, rank=20, chunk=3),
     Case(4, 16, 16, 64, rank=128),
 ]
 
