@@ -36,22 +36,19 @@ def normalised(
     return (left * scale, center * scale, right * scale), complements
 
 
-def by_weights(adjoint: Array, before: Sequence[Array], has_left: Array, has_right: Array) -> list[Array]:
-    """What the three weights get, from the states before of the left, the same and the right position."""
-    return [
-        jnp.where(has_left, adjoint * before[0], 0.0),
-        adjoint * before[1],
-        jnp.where(has_right, adjoint * before[2], 0.0),
-    ]
+def by_weights(adjoints: Sequence[Array], before: Sequence[Array], has_left: Array, has_right: Array) -> list[Array]:
+    """Adjoints, of three, times the states before of the left, the same and the right position: what weights get."""
+    left, center, right = (adjoint * state for adjoint, state in zip(adjoints, before, strict=True))
+    return [jnp.where(has_left, left, 0.0), center, jnp.where(has_right, right, 0.0)]
 
 
-def by_logits(weights: Sequence[Array], complements: Sequence[Array], gradients: Sequence[Array]) -> list[Array]:
-    """What the three logits get, from what their weights get."""
-    first, second, third = (weight * gradient for weight, gradient in zip(weights, gradients, strict=True))
-    mean = first + second + third
+def by_logits(weights: Sequence[Array], complements: Sequence[Array], shares: Sequence[Array]) -> list[Array]:
+    """What the three logits get, from what their weights get times each weight."""
+    left, center, right = shares
+    mean = left + center + right
     return [
-        weight * complement * (gradient - mean)
-        for weight, complement, gradient in zip(weights, complements, gradients, strict=True)
+        complement * (share - weight * mean)
+        for weight, complement, share in zip(weights, complements, shares, strict=True)
     ]
 
 
@@ -254,19 +251,22 @@ def backward(inputs, outputs, shared: Shared, *, job: Job, plan: tiles.Plan):
                 left, center, right = weights
                 left, right = jnp.where(has_left, left, 0.0), jnp.where(has_right, right, 0.0)
             left, center, right = map(walk.spread, (left, center, right))
-            state[walk.state(1 - parity, 0, position, 1)] = walk.unless_first(t, left * adjoint)
-            state[walk.state(1 - parity, 1, position, 1)] = walk.unless_first(t, right * adjoint)
+            passed = [weight * adjoint for weight in (left, center, right)]
+            state[walk.state(1 - parity, 0, position, 1)] = walk.unless_first(t, passed[0])
+            state[walk.state(1 - parity, 1, position, 1)] = walk.unless_first(t, passed[2])
             before = [walk.widened(tile) for tile in before]
-            if job.shared:
-                gradients = by_weights(adjoint, before, *walk.neighbours(position))
-                gradients = [walk.sum_of_channels(gradient) for gradient in gradients]
+            if job.logits and not job.shared:
+                gradients = by_logits(weights, complements, by_weights(passed, before, has_left, has_right))
             else:
-                gradients = by_weights(adjoint, before, has_left, has_right)
-            if job.logits:
-                gradients = by_logits(weights, complements, gradients)
+                gradients = by_weights((adjoint,) * 3, before, *walk.neighbours(position))
+            if job.shared:
+                gradients = [walk.sum_of_channels(gradient) for gradient in gradients]
+                if job.logits:
+                    shares = [weight * gradient for weight, gradient in zip(weights, gradients, strict=True)]
+                    gradients = by_logits(weights, complements, shares)
             for kind, gradient in enumerate(gradients):
                 write_weight(kind, walk.unless_first(t, gradient))
-            from_center = walk.unless_first(t, center * adjoint)
+            from_center = walk.unless_first(t, passed[1])
             if not center_in_registers:
                 state[walk.state(1 - parity, 2, position, 1)] = from_center
                 from_center = None
