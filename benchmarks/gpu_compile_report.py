@@ -88,17 +88,20 @@ Each row has what is in the rows above it.
 | the layer norm's derivative by its result | 182.3 | 150.0 | 20.0 |
 | the 3x3 convolution kept, the layer norm's sums in one pass | 179.8 | 148.2 | 22.8 |
 | the gradients of the 3x3 convolution in one launch | 175.8 | 145.4 | 22.8 |
+| proxies of every chunk expanded in registers, both ways | 174.0 | 144.2 | 21.8 |
 
 These count bytes. The instructions of our kernels (docs/kernel.md), one a clock and scheduler at 1.7 GHz, take longer
 than their bytes on an H200 in three places: `chunk=2` forward 111 us in place of 27, the 7x7 convolution 142 in place
-of 74 for its three passes, and the gradients of the 3x3 39 in place of 37. That would add 8.6 ms to the step: 154 ms.
+of 74 for its three passes, and the gradients of the 3x3 39 in place of 37; in the two blocks of every chunk reads of
+shared memory do, 500 us in place of 70 forward and 500 in place of 330 backward. That would add 9.8 ms to the step: 154
+ms.
 (Counted in the same way, it was 128 and 165, and 230 in place of 212 for `chunk=2` backward, before instructions were
 saved: 162 of 150.0.)
 
 An evaluation of GSPN-L/2 with 64 images: 47.1 ms on H100 and 37.5 on H200 as it was; 35.9 and 29.7 with convolutions in
 bfloat16, proxies of 75 computed as 96 and tokens row by row; 34.8 and 28.9 with weights cast once for all evaluations
 and the join as two products; 33.5 and 28.0 with long skips and weights read where they are; 25.8 and 22.6 with the two
-kernels.
+kernels; 25.5 and 22.5 with proxies of every chunk expanded in registers.
 
 - **No loop over blocks**: a loop stacks what the backward pass needs, in arrays that it first fills with zeros, and
   takes it out again, 14 ms a step. Without one each value stays where it was computed, and norms join what is before
@@ -136,18 +139,18 @@ Left out:
 """
 
 
-RTX_4090 = """Until 2026-11-27 XLA expanded the proxies of `chunk=2` there. The same step, compiled one after the other:
+RTX_4090 = """Until 2026-11-27 XLA expanded all proxies there. The same step, compiled on that day before and after:
 
 | kind of work | ms, before | ms | GB, before | GB |
 |---|---|---|---|---|
-| products | 152.8 | 112.1 | 84.0 | 49.1 |
+| products | 152.8 | 110.9 | 84.0 | 48.1 |
 | outside of blocks | 71.1 | 47.2 | 60.9 | 40.4 |
-| scans | 62.4 | 18.4 | 53.4 | 15.8 |
-| around scans | 39.2 | 14.3 | 33.6 | 12.3 |
+| scans | 62.4 | 17.4 | 53.4 | 14.9 |
+| around scans | 39.2 | 13.2 | 33.6 | 11.3 |
 | convolutions | 9.9 | 9.9 | 8.5 | 8.5 |
 | elementwise | 8.8 | 9.0 | 7.5 | 7.7 |
 | others | 4.8 | 4.8 | 4.1 | 4.1 |
-| **all** | **348.9** | **215.7** | **252.0** | **137.9** |
+| **all** | **348.9** | **212.4** | **252.0** | **135.0** |
 
 Temporary memory was 9.52 GB, more than XLA gives a program of this GPU: it computed some values again, 20 GB of those
 "outside of blocks" (padded weights, copies). Products on chip are not among the operations.

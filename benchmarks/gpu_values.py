@@ -108,6 +108,8 @@ def cases() -> list[Case]:
             ((8, 16, 16, 72), 24, True, 2),
             ((2, 32, 32, 64), 32, False, None),
             ((1, 64, 64, 64), 24, True, None),
+            ((1, 128, 128, 16), 24, False, None),
+            ((2, 15, 15, 100), 40, True, 2),  # an odd number of lines
             ((3, 14, 14, 100), 16, False, None),  # factors in registers
             ((2, 28, 28, 96), 8, True, None),
         ]
