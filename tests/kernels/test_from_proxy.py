@@ -92,10 +92,6 @@ def test_shared_memory_is_read_from_all_banks(size, channels):
         assert len(banks) == 32
 
 
-def operator(a):
-    return mosaic_gpu.propagate_low_rank(*(a.get(name) for name in NAMES), None)
-
-
 @pytest.mark.skipif(not compat.HAS_MMA, reason="needs JAX 0.11.2")
 @pytest.mark.parametrize(("capability", "size", "channels", "rank", "chunk"), [
     ("9.0", 16, 1500, 93, None),
