@@ -47,6 +47,7 @@ from gspn_jax.parallel import sharding
 from gspn_jax.runs import checkpoints
 from gspn_jax.sampling.drawing import Drawing
 from gspn_jax.sampling.grid import grid
+from gspn_jax.sampling.weights import Weights
 from gspn_jax.training.loop import Interrupted
 from gspn_jax.training.train import train
 
@@ -141,9 +142,8 @@ def draw(config: Config, count: int, batch_size: int) -> tuple[np.ndarray, np.nd
     """Images of the newest checkpoint's average, of every class in turn, and the classes."""
     step, _ = checkpoints.read_config(config.run_dir)
     labels, images = np.arange(count) % config.data.num_classes, []
-    with Drawing(
-        config.run_dir, step, config, sharding.make_mesh(config.mesh), total=count, batch_size=batch_size
-    ) as drawing:
+    weights = Weights(config.run_dir, step, config, sharding.make_mesh(config.mesh))
+    with Drawing(weights, config.sampler, total=count, batch_size=batch_size) as drawing:
         for start in range(0, count, batch_size):
             rows = np.arange(start, min(start + batch_size, count))
             images.append(drawing(labels[rows], rows))

@@ -15,6 +15,7 @@ from gspn_jax.runs import checkpoints
 from gspn_jax.sampling.files import PARTIAL
 from gspn_jax.sampling.sampler import Sampler
 from gspn_jax.training.train import train
+from tests.benchmarks import scripts
 from tests.training import tiny
 
 
@@ -37,6 +38,16 @@ def test_each_grid_without_a_name_gets_a_file_of_its_own(run_dir):
     for _ in range(2):
         sample.main(["--run", str(run_dir), "--classes", "1", "--per-class", "1"])
     assert sorted(path.name for path in run_dir.glob("grid_*")) == ["grid_0.png", "grid_1.png"]
+
+
+def test_a_benchmark_draws_what_the_command_draws(run_dir, tmp_path):
+    path = tmp_path / "ten.npz"
+    sample.main(["--run", str(run_dir), "--num-samples", "10", "--labels", "balanced", "--output", str(path)])
+    config = dataclasses.replace(checkpoints.read_config(run_dir)[1], run_dir=str(run_dir))
+    images, labels = scripts.load("gpu_run").draw(config, 10, 4)
+    with np.load(path) as found:
+        np.testing.assert_array_equal(labels, found["arr_1"])
+        np.testing.assert_array_equal(images, found["arr_0"])
 
 
 def test_thousands_go_to_an_adm_npz_and_a_kill_loses_nothing(run_dir, tmp_path, monkeypatch):
