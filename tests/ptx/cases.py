@@ -131,6 +131,7 @@ CASES = [
     Case(1, 128, 20, 16, rank=24, skip=True),
     Case(2, 15, 16, 64, rank=40, chunk=2),  # an odd number of lines
     Case(1, 9, 40, 64, rank=20, chunk=3),
+    Case(1, 16, 8, 64, rank=24, quick=True),  # tiles of two products
     Case(4, 16, 16, 64, rank=128),
 ]
 
