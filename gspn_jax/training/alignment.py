@@ -69,6 +69,11 @@ class AlignmentTask(DiffusionTask):
             "'error' with align.features: an image that takes another's place has not its features",
             config.data.bad_images,
         )
+        extras.require("train", "array_record", by="align.features")
+        from gspn_jax.data.features import FeatureSet
+
+        # here, where hosts can speak to one another: not in a function that is traced
+        self._features = on_every_host(lambda: FeatureSet(settings.features))
 
     # --- parameters
     @functools.cached_property
@@ -127,14 +132,6 @@ class AlignmentTask(DiffusionTask):
 
         self._features.check(self._source, self.config.data, self.config.data.image_size // self._arch.patch)
         return Featured(self._source, self._features)
-
-    @functools.cached_property
-    def _features(self) -> Any:
-        """The `data.features.FeatureSet` of the config."""
-        extras.require("train", "array_record", by="align.features")
-        from gspn_jax.data.features import FeatureSet
-
-        return on_every_host(lambda: FeatureSet(self.config.align.features))
 
     def loader(self, source: Any, **place: int) -> data.Loader:
         batch_size = self.config.train.batch_size

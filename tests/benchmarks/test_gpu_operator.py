@@ -41,7 +41,7 @@ def test_every_table_is_filled(tmp_path, monkeypatch):
         "products": 2,
         "convolutions": 5,
         "operator": 2,
-        "low_rank": 4,
+        "low_rank": 2,
         "attention": 4,
         "blocks": 2,
     }

@@ -201,7 +201,7 @@ def test_a_run_goes_on_to_the_bit_and_leaves_its_projector_out(features, tmp_pat
 
 @pytest.mark.slow
 def test_two_hosts_are_one_run(features, tmp_path):
-    flags = ("--align.features", features.path, "--align.depth", "2", "--align.hidden", "32", "--data.flip", "True")
+    flags = ("--align.features", features.path, "--align.depth", "2", "--align.hidden", "32", "--data.flip")
     for name, place in (("alone", {"devices": 2}), ("together", {"hosts": 2})):
         processes.finish(tmp_path / name, *flags, **place)
     processes.assert_same_run(tmp_path / "together", tmp_path / "alone")
