@@ -5,7 +5,8 @@
 for the parameters, images and widths of one device, with per_block and once by mixer and remat. The numbers are those
 that `benchmarks/memory_gpu.py fit` makes of programs that XLA:GPU compiled for an H200 and an RTX 4090; none was run.
 GSPN-B/2 with 64 images takes 1.9 ("names") and 3.5 % ("full") more on the latter, where the directions of the two
-blocks that scan every line do not meet on chip. Both take bfloat16, and the RTX 4090 JAX 0.11.2 or newer, for kernels at all.
+blocks that scan every line do not meet on chip. Both take bfloat16, and the RTX 4090 JAX 0.11.2 or newer, for kernels
+at all.
 """
 
 from typing import NamedTuple
