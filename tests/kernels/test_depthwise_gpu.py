@@ -47,7 +47,7 @@ def arguments(size, kernel, dtype):
         ((2, 5, 4, 128), (3, 3), "float32", 16),
         ((2, 7, 2, 256), (7, 7), "bfloat16", 16),  # 2 channels a thread; an odd number of rows
         ((1, 3, 8, 128), (5, 3), "float32", 4),  # two segments: a halo is inside or outside of the image
-        ((3, 17, 2, 256), (3, 5), "bfloat16", 16),  # three strips, the last one shorter
+        pytest.param((3, 17, 2, 256), (3, 5), "bfloat16", 16, marks=pytest.mark.slow),  # three strips, the last shorter
     ],
 )
 def test_values_and_gradients_are_those_of_the_float64_loop(monkeypatch, size, kernel, dtype, segment):

@@ -30,8 +30,8 @@ def assert_same_as_the_scan_in_float32(arrays, chunk=None, races=True):
 
 @pytest.mark.parametrize("case", [
     dict(batch=1, size=7, channels=34, rank=5, skip=True, merge=(4, 34)),  # all of it is filled up
-    dict(batch=1, size=8, channels=64, rank=24, merge=(4, 64)),  # factors in shared memory
     *(pytest.param(case, marks=pytest.mark.slow) for case in (
+        dict(batch=1, size=8, channels=64, rank=24, merge=(4, 64)),  # factors in shared memory
         dict(batch=1, size=8, channels=64, rank=16, groups=4, merge=(4, 64)),
         dict(batch=1, size=12, channels=64, rank=8, merge=(4, 64)),  # tiles that overlap
         dict(batch=1, size=14, channels=32, rank=16, merge=(4, 32)),

@@ -96,10 +96,8 @@ def test_slabs_that_overlap():
     assert_same_as_the_scan_in_float32(arguments(1, 16, 24, 16), races=False)
 
 
-@pytest.mark.parametrize("size", [
-    (28, 14),  # two pieces that are filled up
-    *(pytest.param(size, marks=pytest.mark.slow) for size in ((28, 26), (32, 32), (16, 48), (48, 16), (14, 14))),
-], ids=str)  # fmt: skip
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [(28, 14), (28, 26), (32, 32), (16, 48), (48, 16), (14, 14)], ids=str)
 def test_maps_of_several_pieces(few_blocks, size, capsys):
     assert_same_as_the_scan_in_float32(of_size(1, *size))
     assert "RACE" not in capsys.readouterr().out  # in the forward kernel, which is not the last one

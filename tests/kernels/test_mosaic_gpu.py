@@ -97,6 +97,7 @@ def small_memory():
         yield
 
 
+@pytest.mark.slow
 def test_directions_apart_and_lines_shared_by_warpgroups(small_memory):
     assert_same_as_the_scan(arguments(1, 8, 8, 64, dtype=jnp.bfloat16))
 
@@ -168,6 +169,7 @@ def test_other_maps(height, width, channels, groups):
     assert_same_as_the_scan(arguments(1, height, width, channels, groups=groups, skip=True))
 
 
+@pytest.mark.slow
 def test_tiles_of_a_line_that_overlap():
     """Rows of 5 positions and columns of 7, each two tiles of 4. What both tiles have is summed once."""
     plan = tiles.make_plan(7, 5, 64, directions=4, device=devices.current())

@@ -50,7 +50,7 @@ def gradients(*operands):
     return jax.grad(lambda *operands: (propagate(*operands, chunk=3) ** 2).sum(), argnums=(0, 1, 2, 3, 4))(*operands)
 
 
-@pytest.mark.parametrize("groups", [CHANNELS, 2, 1])
+@pytest.mark.parametrize("groups", [CHANNELS, *(pytest.param(n, marks=pytest.mark.slow) for n in (2, 1))])
 def test_four_devices_give_the_values_and_gradients_of_one(groups):
     mesh = Mesh(np.asarray(jax.devices()[:4]).reshape(2, 2), ("data", "tensor"))
     one = arrays(groups)
@@ -128,7 +128,7 @@ def test_what_a_kernel_is_given_inside_sharded(groups, merge, batch):
         assert relative_error(found, right) < 1e-6
 
 
-@pytest.mark.parametrize("groups", [CHANNELS, 1])
+@pytest.mark.parametrize("groups", [CHANNELS, pytest.param(1, marks=pytest.mark.slow)])
 def test_what_a_low_rank_kernel_is_given_inside_sharded(groups):
     """Every device has the proxy of its images and the factors of its channels; gradients are sums over the parts."""
     mesh = jax.make_mesh(

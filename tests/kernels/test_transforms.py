@@ -16,7 +16,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.mosaic.gpu import dialect_lowering
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from gspn_jax.kernels import compat, devices, launch, mosaic_gpu, tiles
+from gspn_jax.kernels import compat, devices, mosaic_gpu, shared_memory, tiles
 
 PATTERN = 8
 """Rows after which a swizzle repeats."""
@@ -144,7 +144,7 @@ def test_none_where_directions_do_not_meet_on_chip(buffers):
 
 def test_the_test_sees_a_buffer_left_to_jax(buffers, monkeypatch):
     """If this fails alone, JAX infers other transforms, and the row-major ones may no longer be needed."""
-    monkeypatch.setattr(launch, "row_major", lambda shape: plgpu.SMEM(shape, jnp.float32))
+    monkeypatch.setattr(shared_memory, "row_major", lambda shape: plgpu.SMEM(shape, jnp.float32))
     lower_propagate()
     assert shifted(buffers)
 
