@@ -80,6 +80,7 @@ def test_directions_meet_in_shared_memory(monkeypatch):
     assert_same_as_the_scan(arrays, chunk=3)
 
 
+@pytest.mark.slow
 def test_terms_may_have_another_type_than_x():
     """Their cotangents then have it too."""
     x, *terms = arguments(1, 4, 4, 64)

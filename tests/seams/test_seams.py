@@ -166,6 +166,7 @@ class Distillation(DiffusionTask):
         return jnp.square(found - wanted).mean() + near, {"near": near}
 
 
+@pytest.mark.slow
 def test_two_stacks_of_different_width_are_those_of_one_device():
     batch = {"image": jnp.zeros((8, 8, 8, 1), jnp.uint8), "label": jnp.arange(8) % 2}
 

@@ -278,6 +278,7 @@ def test_a_run_on_photographs_from_pixels_to_fid_on_eight_devices_as_on_one(file
     assert one["is"] == pytest.approx(line["eval/is"], rel=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("small_extractor")
 def test_latents_are_decoded_and_grey_images_repeated(files, tmp_path, monkeypatch):
     """What reaches Inception is what the public sampler and autoencoder give, in RGB."""

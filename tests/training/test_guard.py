@@ -152,6 +152,7 @@ def test_a_spike_that_comes_back_stops_the_run(tmp_path, spoiled):
     assert checkpoints.steps(tmp_path / "run") == [10, 20]
 
 
+@pytest.mark.slow
 def test_updates_that_are_not_finite_are_left_out_and_counted(tmp_path, spoiled):
     def broken(metrics):
         return metrics | {"finite": jax.device_put(np.bool_(False)), "loss": jax.device_put(np.float32("nan"))}
