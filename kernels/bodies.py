@@ -37,13 +37,13 @@ def normalised(
 
 
 def by_weights(adjoints: Sequence[Array], before: Sequence[Array], has_left: Array, has_right: Array) -> list[Array]:
-    """Adjoints, of three, times the states before of the left, the same and the right position: what weights get."""
+    """Gradients of the three weights: adjoints times the states before of the left, the same and the right position."""
     left, center, right = (adjoint * state for adjoint, state in zip(adjoints, before, strict=True))
     return [jnp.where(has_left, left, 0.0), center, jnp.where(has_right, right, 0.0)]
 
 
 def by_logits(weights: Sequence[Array], complements: Sequence[Array], shares: Sequence[Array]) -> list[Array]:
-    """What the three logits get, from what their weights get times each weight."""
+    """Gradients of the three logits, from those of their weights times each weight."""
     left, center, right = shares
     mean = left + center + right
     return [
@@ -79,7 +79,7 @@ def _tile_by_tile(walk: Walk, do: Callable, carry: Any, queue: tuple) -> tuple[A
 
 
 def _source(inputs: Inputs, walk: Walk, shared: Shared) -> FromMemory | FromProxy:
-    """Where the terms of tiles come from."""
+    """Source of the terms of tiles."""
     return FromProxy.begin(inputs, walk, shared.factors) if walk.plan.rank else FromMemory(inputs, walk)
 
 

@@ -7,6 +7,7 @@ that makes them neighbours (`channels`).
 """
 
 import functools
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import jax.experimental.mosaic.gpu as mgpu
@@ -24,7 +25,7 @@ from gspn_jax.kernels.walk import Walk
 
 def filled_up(rank: int) -> int:
     """The width to which a proxy of `rank` is filled up."""
-    return tiles.DEPTH if rank <= tiles.DEPTH else rank + -rank % shared_memory.QUANTUM
+    return tiles.DEPTH if rank <= tiles.DEPTH else shared_memory.filled_up(rank)
 
 
 def channels(slab: int) -> np.ndarray:
@@ -33,17 +34,9 @@ def channels(slab: int) -> np.ndarray:
     return row // 16 * 16 + row % 8 * 2 + row % 16 // 8
 
 
-def by_slab(plan: tiles.Plan, up: Float[Array, "K N C d"], dtype: Any) -> Float[Array, "K slabs N slab d"]:
-    """Factors as `Inputs.up` has them, the last slab overlapping the one before it."""
-    starts = jnp.minimum(jnp.arange(plan.slabs) * plan.slab, plan.channels - plan.slab)
-    return up.astype(dtype)[:, :, starts[:, None] + channels(plan.slab)].swapaxes(1, 2)
-
-
 def scratch(plan: tiles.Plan, inputs: Inputs) -> Any:
-    """The shared memory for factors [K or 1, N, slab, d], or () if they are in registers."""
+    """Shared memory for factors [K or 1, N, slab, d]."""
     directions, _, kinds, slab, rank = inputs.up.shape
-    if not plan.keeps_factors:
-        return ()
     return shared_memory.swizzled((directions if plan.joint else 1, kinds, slab, rank), inputs.x.dtype)
 
 
@@ -53,7 +46,7 @@ class FromProxy(NamedTuple):
     inputs: Inputs
     walk: Walk
     factors: Any
-    """Of each kind [slab, d] in registers, or `scratch`."""
+    """Factors [slab, d] of each kind in registers, or `scratch`."""
 
     @classmethod
     def begin(cls, inputs: Inputs, walk: Walk, scratch: Any) -> "FromProxy":
@@ -75,7 +68,7 @@ class FromProxy(NamedTuple):
                 pl.when(walk.warpgroup == kind % walk.plan.sharing)(functools.partial(copy, kind))
         return cls(inputs, walk, scratch.at[held])
 
-    def load(self, t: Array, position: Any, _: Any = None) -> Float[Array, "P d"]:
+    def load(self, t: Array, position: Any, _kinds: Iterable[int]) -> Float[Array, "P d"]:
         """A tile of the proxy, which all kinds of terms are made of."""
         index = (self.walk.image, *self.walk.pixels(t, position), slice(None))
         return compat.load(self.inputs.proxy, index, _layouts(self.walk.plan.slab)[1])
@@ -102,8 +95,8 @@ def _product(factors: Float[Array, "slab d"], proxy: Float[Array, "P d"]) -> Flo
 
 
 def _multiply(_: Any, factors: mgpu.FragmentedArray, proxy: mgpu.FragmentedArray) -> mgpu.FragmentedArray:
-    """What registers hold is named anew, twice, and nothing moves: a proxy is read as the right operand lies, and the
-    products of two rows are pairs of channels."""
+    """Multiplies, and names registers anew before and afterwards, so that nothing moves: a proxy is read as the right
+    operand lies, and the products of two rows are pairs of channels."""
     (slab, _), (positions, rank) = factors.shape, proxy.shape
     right_layout, sum_layout = (
         layout(jnp.bfloat16, m_warps=slab // 16).to_mgpu() for layout in (plgpu.Layout.MMA_RHS, plgpu.Layout.MMA_ACC)

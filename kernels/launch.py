@@ -161,5 +161,5 @@ def _shared(job: Job, plan: tiles.Plan, inputs: Inputs, states: int) -> Shared:
         total=shared_memory.row_major(total),
         turn=plgpu.Barrier(num_arrivals=1, num_barriers=4),
         meeting=plgpu.Barrier(num_arrivals=plan.warpgroups),
-        factors=from_proxy.scratch(plan, inputs) if plan.rank else (),
+        factors=from_proxy.scratch(plan, inputs) if plan.keeps_factors else (),
     )

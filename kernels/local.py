@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float
@@ -58,7 +59,7 @@ def propagate(
     merge: Float[Array, "4 C"],
 ) -> Float[Array, "B H W C"]:
     """The operator with chunk=2."""
-    width = ((0, 0),) * 3 + ((0, -proxy.shape[-1] % shared_memory.QUANTUM),)  # as the tensor cores take them
+    width = ((0, 0),) * 3 + ((0, shared_memory.filled_up(proxy.shape[-1]) - proxy.shape[-1]),)
     proxy, up = jnp.pad(proxy.astype(x.dtype), width), jnp.pad(up, width)
     forward, plain, pull_back = (
         functools.partial(program, job) for program in (_propagate_forward, low_rank.plain, _propagate_backward)
@@ -97,13 +98,9 @@ def _by_parity(x: Float[Array, "B H W C"]) -> Array:
 
 
 def _by_slab(up: Float[Array, "4 N C d"], dtype: Any) -> Float[Array, "slabs 4 rows d"]:
-    """Factors by slab; the last one overlaps the one before it where they do not divide the channels."""
-    directions, kinds, channels, rank = up.shape
-    slab = devices.current().local.slab
-    slabs = math.ceil(channels / slab)
-    starts = jnp.minimum(jnp.arange(slabs) * slab, channels - slab)
-    found = up.astype(dtype)[:, :, starts[:, None] + jnp.arange(slab)]
-    return found.transpose(2, 0, 1, 3, 4).reshape(slabs, directions, kinds * slab, rank)
+    """Factors by slab, all kinds one below the other."""
+    found = low_rank.by_slab(up, np.arange(devices.current().local.slab), dtype).swapaxes(0, 1)
+    return found.reshape(*found.shape[:2], -1, found.shape[-1])
 
 
 def _run(cut: Cut, body: Any, given: Given, outputs: list[Any]) -> list[Array]:
@@ -220,7 +217,7 @@ def _by_up(
 
 def _shared_bytes(cut: Cut, kinds: int, rank: int, *, backward: bool) -> int:
     """Bytes of shared memory for a proxy of `rank` that expands to so many kinds of terms: see `_shared`."""
-    rank += -rank % shared_memory.QUANTUM
+    rank = shared_memory.filled_up(rank)
     local = devices.current().local
     proxies, exchanged, sources = (1, 1 + LOGITS, 2) if backward else (2, AXES, 1)
     operands = 2 * rank * CLASSES * (kinds * local.slab + (proxies * PIXELS if local.by_copies else 0))

@@ -22,7 +22,7 @@ LEFT, RIGHT, SUM = (
 """Layouts of the operands and the sum of `compat.mma`; JAX has them since 0.11.2."""
 
 BY_ROWS = plgpu.Layout.TILED(plgpu.Tiling(((32, 8), (8, 8), (2,))), warp_dims=(-5,), lane_dims=(-3, -2), vector_dim=-1)
-"""How [rows, slab] beyond a piece is spread to be copied."""
+"""Layout of [rows, slab] beyond a piece that threads copy."""
 
 
 class ByThreads(Class):

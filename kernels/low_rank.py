@@ -1,7 +1,11 @@
 """Terms of low rank from a proxy, by XLA."""
 
+import math
+from typing import Any
+
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+import numpy as np
+from jaxtyping import Array, Float, Int
 
 from gspn_jax.kernels import reference
 from gspn_jax.kernels.terms import LAM, OUT_GATE, SKIP, Job
@@ -47,6 +51,16 @@ def expand_all(job: Job, proxy: Float[Array, "B H W d"], up: Float[Array, "4 N C
     factors = up.transpose(3, 0, 1, 2)
     lam, out_gate, *skip = (factors[:, :, kind] for kind in range(LAM, job.kinds))
     return expand_at_once(proxy, factors[:, :, :LAM], lam, out_gate, skip[0] if job.skip else None)
+
+
+def by_slab(
+    up: Float[Array, "K N C d"], order: Int[np.ndarray, "slab"], dtype: Any
+) -> Float[Array, "K slabs N slab d"]:
+    """Factors by slab of channels, in `order` within each; the last slab overlaps the one before it where slabs do not
+    divide the channels."""
+    channels, slab = up.shape[2], len(order)
+    starts = jnp.minimum(jnp.arange(math.ceil(channels / slab)) * slab, channels - slab)
+    return up.astype(dtype)[:, :, starts[:, None] + order].swapaxes(1, 2)
 
 
 def plain(job: Job, arrays: tuple[Array, ...]) -> Float[Array, "B H W C"]:

@@ -20,7 +20,7 @@ missing = devices.missing
 
 
 def caveat() -> str | None:
-    """What of the kernel this JAX cannot make, and what runs instead, or None."""
+    """Reason why this JAX cannot make all of the kernel, with what runs instead, or None."""
     if compat.multiplies_registers():
         return None
     but = "" if devices.current().local.missing else f", but for chunk={local.CHUNK}"
@@ -213,7 +213,7 @@ def _run_low_rank(
             *(None,) * 4,
             merge=jnp.pad(merge, ((0, 0), (0, wider))),
             proxy=fill(proxy.astype(x.dtype), deeper),
-            up=from_proxy.by_slab(plan, up, x.dtype),
+            up=low_rank.by_slab(up, from_proxy.channels(plan.slab), x.dtype),
         )
 
     def forward(arrays: tuple[Array, ...], *, save: bool) -> tuple[Array, tuple[Array, ...]]:

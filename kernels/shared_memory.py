@@ -5,8 +5,8 @@ from typing import Any
 import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-PAIR = 2
-"""Channels that a thread takes at once."""
+from gspn_jax.kernels import tiles
+
 SWIZZLE = 64
 """Bytes of a row that are interleaved with those of other rows, so that the tensor cores read without conflicts."""
 QUANTUM = SWIZZLE // 2
@@ -14,7 +14,12 @@ QUANTUM = SWIZZLE // 2
 COPIED = plgpu.Layout.TILED(
     plgpu.Tiling(((8, QUANTUM), (2, QUANTUM), (2,))), warp_dims=(-5,), lane_dims=(-3, -2), vector_dim=-1
 )
-"""How such a matrix is spread over a warpgroup whose threads copy it."""
+"""Layout of such a matrix that the threads of a warpgroup copy."""
+
+
+def filled_up(width: int) -> int:
+    """The least multiple of QUANTUM that is not below `width`."""
+    return width + -width % QUANTUM
 
 
 def row_major(shape: tuple[int, ...]) -> Any:
@@ -24,7 +29,7 @@ def row_major(shape: tuple[int, ...]) -> Any:
     is read and written at wrong addresses: a defect of JAX 0.10 to 0.12, see docs/kernel.md. Tiles of a row say that
     nothing is exchanged, and those of two channels do so in JAX 0.10 too, which swizzles tiles of 32, 64 or 128 bytes.
     """
-    return plgpu.SMEM(shape, jnp.float32, transforms=(plgpu.TilingTransform((PAIR,)),))
+    return plgpu.SMEM(shape, jnp.float32, transforms=(plgpu.TilingTransform((tiles.VECTOR,)),))
 
 
 def swizzled(shape: tuple[int, ...], dtype: Any) -> Any:

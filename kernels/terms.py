@@ -45,4 +45,4 @@ class Inputs(NamedTuple):
     proxy: Any = None
     """[B, H, W, d], in place of weights, lam, out_gate and skip"""
     up: Any = None
-    """[K, slabs, kinds, slab, d], by which a proxy is expanded: see `from_proxy.by_slab`"""
+    """[K, slabs, kinds, slab, d], by which a proxy is expanded: see `low_rank.by_slab` and `from_proxy.channels`"""

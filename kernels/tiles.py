@@ -12,12 +12,12 @@ from typing import Any
 from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from gspn_jax.kernels import compat, shared_memory
+from gspn_jax.kernels import compat
 from gspn_jax.kernels.devices import Device
 from gspn_jax.kernels.terms import SKIP
 
 WARPGROUP = 128
-VECTOR = shared_memory.PAIR
+VECTOR = 2
 """Neighbouring channels that one thread takes: 4 bytes of bfloat16 at a time."""
 QUANTUM = WARPGROUP * VECTOR
 """Elements of a line that one warpgroup takes at once: positions along the line times channels."""
@@ -64,7 +64,7 @@ class Plan:
 
     @property
     def keeps_factors(self) -> bool:
-        """Whether the factors by which a proxy is expanded are in shared memory, for they would fill the registers."""
+        """True where factors of a proxy are in shared memory, for they would fill the registers."""
         return self.rank > DEPTH
 
     @property

@@ -85,7 +85,7 @@ def test_products_not_waited_for_in_the_kernel_of_two_lines():
 
 @pytest.mark.slow
 def test_a_fence_of_the_proxy_left_out():
-    """Of those of `commit_smem`: the copy engine overwrites what threads wrote."""
+    """Fences of `commit_smem`, behind which the copy engine overwrites what threads wrote."""
     case = cases.Case(3, 32, 16, 16, rank=24, chunk=2)
     assert "missing proxy fence" in forward(case, replace(r"fence\.proxy\.async[^;]*;", ""))[1]
 
