@@ -100,13 +100,12 @@ def mixer_parameters(model: Any) -> int:
     """Parameters of one mixer."""
     import jax
     import jax.numpy as jnp
-    from flax import nnx
 
     from gspn_jax import models
 
     arch = models.resolve(model)
     build = functools.partial(arch.options.build, arch.hidden, dtype=jnp.float32)
-    shapes = models.abstract_of(lambda: build(rngs=nnx.Rngs(0)))[1]
+    shapes = models.abstract_of(lambda rngs: build(rngs=rngs))[1]
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes))
 
 

@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Key
 from gspn_jax import data, extras, models
 from gspn_jax.config import Config, ConfigError, require
 from gspn_jax.models.embeddings import XAVIER
-from gspn_jax.models.parameters import logical
+from gspn_jax.models.parameters import Keys, logical
 from gspn_jax.parallel.agreement import on_every_host
 from gspn_jax.training.diffusion import DiffusionTask
 from gspn_jax.training.task import Batch, Metrics
@@ -78,7 +78,7 @@ class AlignmentTask(DiffusionTask):
     # --- parameters
     @functools.cached_property
     def _projector(self) -> tuple[nnx.GraphDef, Any]:
-        return models.abstract_of(lambda: self._build_projector(nnx.Rngs(0)))
+        return models.abstract_of(self._build_projector)
 
     def _build_projector(self, rngs: nnx.Rngs) -> Projector:
         width = self._features.metadata.shape[-1]
@@ -89,7 +89,7 @@ class AlignmentTask(DiffusionTask):
         return super().shapes | {PROJECTOR: self._projector[1]}
 
     def init(self, key: Key[Array, ""]) -> Any:
-        projector = self._build_projector(nnx.Rngs(jax.random.fold_in(key, 1)))
+        projector = self._build_projector(Keys(jax.random.fold_in(key, 1)))
         return super().init(key) | {PROJECTOR: models.split(projector)[1]}
 
     # --- a step

@@ -245,7 +245,7 @@ def test_over_a_mesh_logits_and_gradients_are_those_of_one_device(options):
 
     gradients, logits = jax.jit(jax.grad(loss, has_aux=True))(params, x)
     mesh = jax.make_mesh((1, 4, 2), sharding.AXES, axis_types=(jax.sharding.AxisType.Auto,) * 3)
-    _, shapes = models.abstract_of(lambda: Classifier(hierarchy, num_classes=CLASSES, rngs=nnx.Rngs(0)))
+    _, shapes = models.abstract_of(lambda rngs: Classifier(hierarchy, num_classes=CLASSES, rngs=rngs))
     where = sharding.param_shardings(shapes, mesh)
     specs = {jax.tree_util.keystr(path): s.spec for path, s in jax.tree_util.tree_leaves_with_path(where)}
     assert sum("tensor" in spec and "fsdp" in spec for spec in specs.values()) >= 6
