@@ -79,13 +79,14 @@ test-slow: $(READY)
 	$(BIN)/python -m pytest -m "slow and not torch and not ptx" -n $(JOBS) --dist loadfile
 
 test-notebook: $(READY)
-	$(BIN)/python -m pytest -m notebook
+	$(BIN)/python -m pytest tests/test_quickstart.py -m notebook
 
 test-newest: $(NEWEST_READY)
 	$(NEWEST_VENV)/bin/python -m pytest $(NEWEST_TESTS) -n $(JOBS) --dist loadfile
 
+# a thread each: two workers with all cores each wait for one another
 test-torch: $(TORCH_READY)
-	$(BIN)/python -m pytest -m "torch and not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "torch and not slow" -n $(JOBS) --dist loadfile
 
 test-torch-slow: $(TORCH_READY)
 	$(BIN)/python -m pytest -m "torch and slow"

@@ -77,7 +77,7 @@ def test_a_table_that_fails_does_not_stop_the_next(tmp_path, monkeypatch):
     assert record["copy_error"].strip().endswith("RuntimeError: out of memory")
 
 
-QUICK = [
+SMALL = [
     case
     for case in gpu_values.cases()
     if not case.by_threads  # the same truth
@@ -87,7 +87,9 @@ QUICK = [
 ]
 
 
-@pytest.mark.parametrize("case", QUICK, ids=str)
+@pytest.mark.parametrize("case", [
+    case if n % 3 == 0 else pytest.param(case, marks=pytest.mark.slow) for n, case in enumerate(SMALL)
+], ids=str)  # fmt: skip
 def test_the_truth_of_every_operator_is_that_of_the_scan(case, monkeypatch):
     """The scan stands in for the kernel, so that no kernel is interpreted."""
     for name in ("propagate", "propagate_low_rank", "line_scan"):

@@ -352,6 +352,7 @@ def kill_during_saves(run_dir, kills, seed):
             assert checkpoints.steps(run_dir)[-1] == found[0] and len(checkpoints.steps(run_dir)) <= 3
 
 
+@pytest.mark.slow
 def test_a_kill_during_a_save_costs_that_save(tmp_path):
     kill_during_saves(tmp_path / "run", kills=2, seed=time.time_ns())
 

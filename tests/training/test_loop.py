@@ -61,6 +61,7 @@ def test_a_run_killed_often_ends_with_the_same_bits(tmp_path, uninterrupted, see
     assert_survives_kills(tmp_path / "run", uninterrupted, kills=6, seed=seed)
 
 
+@pytest.mark.slow  # two hosts that are preempted go the same way
 def test_sigterm_saves_and_the_same_command_goes_on(tmp_path, uninterrupted):
     run_dir = tmp_path / "run"
     process = start(command(run_dir))
@@ -83,6 +84,7 @@ def test_two_processes_are_one_run(tmp_path, uninterrupted):
     assert_same_run_but_for_rounding(run_dir, uninterrupted)
 
 
+@pytest.mark.slow  # in one process: test_faults
 def test_a_damaged_checkpoint_costs_the_steps_since_the_one_before(tmp_path, uninterrupted):
     run_dir = shutil.copytree(uninterrupted, tmp_path / "run")
     newest = run_dir / "checkpoints" / str(STEPS) / "params"
