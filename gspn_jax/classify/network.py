@@ -15,7 +15,7 @@ from gspn_jax.config import ConfigError
 from gspn_jax.data.augment.device import normalise
 from gspn_jax.models.classifier import Classifier, count_multiply_adds, count_parameters, preset
 from gspn_jax.models.hierarchy import Hierarchy
-from gspn_jax.models.parameters import Keys
+from gspn_jax.models.parameters import rngs_of
 from gspn_jax.parallel import fsdp
 
 
@@ -49,7 +49,7 @@ class Network:
         )  # fmt: skip
 
     def init(self, key: Key[Array, ""]) -> Any:
-        return models.split(self._create(Keys(key)))[1]
+        return models.split(self._create(rngs_of(key)))[1]
 
     def apply(
         self, params: Any, images: Float[Array, "B H W C"], drop_path_key: Key[Array, ""] | None = None

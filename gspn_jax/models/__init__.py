@@ -15,7 +15,7 @@ from gspn_jax.models import blocks
 from gspn_jax.models.denoisers import Denoiser
 from gspn_jax.models.embeddings import LabelEmbed
 from gspn_jax.models.flops import forward_flops
-from gspn_jax.models.parameters import Keys, shapes_of
+from gspn_jax.models.parameters import rngs_of, shapes_of
 from gspn_jax.models.presets import PRESETS, Architecture, Preset, resolve
 from gspn_jax.tables import OBJECTIVES
 
@@ -98,8 +98,8 @@ def prepared(config: Config, params: Params) -> Params:
 def init(config: Config, seed: int | Key[Array, ""], *, embedder: Embedder | None = None) -> Params:
     """Fresh parameters from a seed or a key. Can be jitted with `config` static, to be born sharded."""
     is_key = isinstance(seed, jax.Array) and jnp.issubdtype(seed.dtype, jax.dtypes.prng_key)
-    keys = Keys(seed if is_key else jax.random.key(seed))
-    return split(create(config, rngs=keys, embedder=embedder))[1]
+    rngs = rngs_of(seed if is_key else jax.random.key(seed))
+    return split(create(config, rngs=rngs, embedder=embedder))[1]
 
 
 def abstract(config: Config, *, embedder: Embedder | None = None) -> tuple[nnx.GraphDef, Params]:
@@ -110,7 +110,7 @@ def abstract(config: Config, *, embedder: Embedder | None = None) -> tuple[nnx.G
 
 def abstract_of(build: Callable[[nnx.Rngs], nnx.Module]) -> tuple[nnx.GraphDef, Params]:
     """`abstract` for any network, which `build` makes."""
-    graphdef, state = nnx.split(nnx.eval_shape(lambda: build(Keys(jax.random.key(0)))))
+    graphdef, state = nnx.split(nnx.eval_shape(lambda: build(rngs_of(jax.random.key(0)))))
     return graphdef, shapes_of(state)
 
 

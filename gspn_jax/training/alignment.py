@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Key
 from gspn_jax import data, extras, models
 from gspn_jax.config import Config, ConfigError, require
 from gspn_jax.models.embeddings import XAVIER
-from gspn_jax.models.parameters import Keys, logical
+from gspn_jax.models.parameters import logical, rngs_of
 from gspn_jax.parallel.agreement import on_every_host
 from gspn_jax.training.diffusion import DiffusionTask
 from gspn_jax.training.task import Batch, Metrics
@@ -89,7 +89,7 @@ class AlignmentTask(DiffusionTask):
         return super().shapes | {PROJECTOR: self._projector[1]}
 
     def init(self, key: Key[Array, ""]) -> Any:
-        projector = self._build_projector(Keys(jax.random.fold_in(key, 1)))
+        projector = self._build_projector(rngs_of(jax.random.fold_in(key, 1)))
         return super().init(key) | {PROJECTOR: models.split(projector)[1]}
 
     # --- a step
