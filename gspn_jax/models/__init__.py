@@ -15,7 +15,7 @@ from gspn_jax.models import blocks
 from gspn_jax.models.denoisers import Denoiser
 from gspn_jax.models.embeddings import LabelEmbed
 from gspn_jax.models.flops import forward_flops
-from gspn_jax.models.parameters import rngs_of, shapes_of
+from gspn_jax.models.parameters import abstract_of, rngs_of
 from gspn_jax.models.presets import PRESETS, Architecture, Preset, resolve
 from gspn_jax.tables import OBJECTIVES
 
@@ -106,12 +106,6 @@ def abstract(config: Config, *, embedder: Embedder | None = None) -> tuple[nnx.G
     """Result of `split`, with the `ParamShape` of each parameter in its place; allocates nothing."""
     arguments = _arguments(config, embedder)  # outside of the trace, where JAX would add a note to an error
     return abstract_of(lambda rngs: Denoiser(**arguments, rngs=rngs))
-
-
-def abstract_of(build: Callable[[nnx.Rngs], nnx.Module]) -> tuple[nnx.GraphDef, Params]:
-    """`abstract` for any network, which `build` makes."""
-    graphdef, state = nnx.split(nnx.eval_shape(lambda: build(rngs_of(jax.random.key(0)))))
-    return graphdef, shapes_of(state)
 
 
 def count_parameters(config: Config) -> int:

@@ -4,7 +4,6 @@ import collections
 import dataclasses
 import math
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
@@ -13,6 +12,7 @@ from jaxtyping import Array, Float, Key
 from gspn_jax.config import Remat
 from gspn_jax.models.embeddings import NORMAL
 from gspn_jax.models.hierarchy import Backbone, Hierarchy, MixerOptions, Stage, multiply_adds
+from gspn_jax.models.parameters import abstract_of, by_path
 from gspn_jax.models.scan_mixer import AttentionOptions, LayerNorm, LocalOptions, ScanOptions
 
 _GLOBAL = (None,)
@@ -120,10 +120,10 @@ class Classifier(nnx.Module):
 
 def count_parameters(hierarchy: Hierarchy, *, num_classes: int, channels: int = 3) -> dict[str, int]:
     """The number of parameters by part ("stem", "down2", "stage1", ..., "head"), without allocating them."""
-    model = nnx.eval_shape(lambda: Classifier(hierarchy, num_classes=num_classes, channels=channels, rngs=nnx.Rngs(0)))
+    _, shapes = abstract_of(lambda rngs: Classifier(hierarchy, num_classes=num_classes, channels=channels, rngs=rngs))
     counts = collections.Counter()
-    for path, leaf in jax.tree_util.tree_leaves_with_path(nnx.to_pure_dict(nnx.state(model))):
-        top, *inner = (str(key.key) for key in path)
+    for path, leaf in by_path(shapes).items():
+        top, *inner = path.split("/")
         stage, part = inner[:2]
         down = "stem" if stage == "stage1" else stage.replace("stage", "down")
         counts["head" if top == "head" else stage if part == "blocks" else down] += math.prod(leaf.shape)

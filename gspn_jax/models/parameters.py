@@ -92,6 +92,13 @@ def rngs_of(key: Key[Array, ""]) -> nnx.Rngs:
     return rngs
 
 
+def abstract_of(build: Callable[[nnx.Rngs], nnx.Module]) -> tuple[nnx.GraphDef, dict[str, Any]]:
+    """Static part of the network that `build` makes, and the `ParamShape` of each parameter in its place; allocates
+    nothing."""
+    graphdef, state = nnx.split(nnx.eval_shape(lambda: build(rngs_of(jax.random.key(0)))))
+    return graphdef, shapes_of(state)
+
+
 def stack(make: Callable[[nnx.Rngs], nnx.Module], count: int, rngs: nnx.Rngs) -> nnx.Module:
     """`count` blocks made by `make` of an `nnx.Rngs` as one module whose every parameter has a leading axis of that
     length.
