@@ -11,14 +11,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float
 
-from gspn_jax.kernels import compat, instructions
-
-SEGMENT = 16
-"""Columns that a warpgroup takes at most at a time: their sums are in registers."""
-STRIP = 8
-"""Rows that a block takes at most: those it shares with the next one are loaded twice, if from the L2 cache."""
-BLOCKS = 396
-"""Blocks of one warpgroup that keep a GPU busy: three for each multiprocessor of an H100 or H200."""
+from gspn_jax.kernels import compat, devices, instructions
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -30,12 +23,20 @@ class Plan:
     channels: int
     kernel_height: int
     kernel_width: int
+    device: devices.Device
 
     @classmethod
     def of(cls, shape: tuple[int, int, int, int], size: tuple[int, int]) -> "Plan":
-        """The cut of images [B, H, W, C] and a kernel of so many rows and columns."""
+        """The cut of images [B, H, W, C] and a kernel of so many rows and columns, for `devices.current()`."""
         _, height, width, channels = shape
-        return cls(height=height, width=width, channels=channels, kernel_height=size[0], kernel_width=size[1])
+        return cls(
+            height=height,
+            width=width,
+            channels=channels,
+            kernel_height=size[0],
+            kernel_width=size[1],
+            device=devices.current(),
+        )
 
     @property
     def vector(self) -> int:
@@ -55,9 +56,10 @@ class Plan:
     @property
     def length(self) -> int:
         """Columns of a segment: the most of those that leave the least to do twice."""
-        if self.width <= SEGMENT:
+        segment = self.device.depthwise.segment
+        if self.width <= segment:
             return self.width
-        return min(range(SEGMENT, SEGMENT // 2, -1), key=lambda n: math.ceil(self.width / n) * n)
+        return min(range(segment, segment // 2, -1), key=lambda n: math.ceil(self.width / n) * n)
 
     @property
     def segments(self) -> int:
@@ -93,14 +95,14 @@ class Plan:
     @property
     def blocks(self) -> int:
         """Blocks of each slab that keep a GPU busy."""
-        return max(1, BLOCKS // self.slabs)
+        return max(1, self.device.depthwise.blocks * self.device.multiprocessors // self.slabs)
 
     def strips(self, images: int) -> int:
         return math.ceil(self.height / self.rows(images))
 
     def rows(self, images: int) -> int:
         """Rows of a strip, fewer where there are few images; the last strip may have fewer."""
-        strips = max(math.ceil(self.height / STRIP), self.blocks // (images * self.segments))
+        strips = max(math.ceil(self.height / self.device.depthwise.strip), self.blocks // (images * self.segments))
         return math.ceil(self.height / strips / self.together) * self.together
 
     @property

@@ -25,8 +25,6 @@ class Local:
     """Channels of a block, 8 or 16."""
     by_copies: bool = False
     """Whether the copy engine and wgmma do what threads and mma.sync do elsewhere."""
-    multiprocessors: int = 132
-    """Of the largest GPU: batches are split so that few of them are idle at the end."""
 
     @property
     def missing(self) -> str | None:
@@ -36,6 +34,18 @@ class Local:
         if not (self.by_copies or compat.multiplies_registers()):
             return f"needs JAX 0.11.2 or newer on GPUs without wgmma, and this is {jax.__version__}"
         return None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Depthwise:
+    """Tuning of depthwise convolutions."""
+
+    segment: int = 16
+    """Columns that a warpgroup takes at most at a time: their sums are in registers."""
+    strip: int = 8
+    """Rows that a block takes at most: those it shares with the next one are loaded twice, if from the L2 cache."""
+    blocks: int = 3
+    """Blocks of one warpgroup that keep a multiprocessor busy."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -61,6 +71,9 @@ class Device:
     shared_tile: int | None = None
     """`apart_tile` for weights that channels share, if another one, lest the backward kernel spill."""
     local: Local = Local()
+    depthwise: Depthwise = Depthwise()
+    multiprocessors: int
+    """Of the first of the examples, or of the GPU that is there: work is split so that few of them are idle."""
     oldest_jax: tuple[int, ...] = (0, 10, 2)
     """The first version whose Pallas can assemble for it."""
 
@@ -76,17 +89,18 @@ DEVICES = {
     device.capability: device
     for device in (
         Device(capability="8.0", examples="A100", shared_bytes=162 * KIB, scan_bytes=160 * KIB,
-               joint_tile=512, apart_tile=256, shared_joint=False, skip_joint=False, oldest_jax=_AMPERE,
-               local=Local(multiprocessors=108)),
-        Device(capability="8.6", examples="RTX 3090, A10", **_SMALL, shared_tile=256, oldest_jax=_AMPERE,
-               local=Local(multiprocessors=82)),
-        Device(capability="8.9", examples="RTX 4090, L4, L40S", **_SMALL, shared_tile=256, oldest_jax=_AMPERE,
-               local=Local(multiprocessors=128)),
-        Device(capability="9.0", examples="H100, H200", **_LARGE, local=Local(slab=16, by_copies=True)),
-        Device(capability="10.0", examples="B200", **_LARGE, local=Local(multiprocessors=148)),
-        Device(capability="10.3", examples="B300", **_LARGE, local=Local(multiprocessors=148)),
-        Device(capability="12.0", examples="RTX 5090", **_SMALL, local=Local(multiprocessors=170)),
-        Device(capability="12.1", examples="GB10", **_SMALL, local=Local(multiprocessors=48)),
+               joint_tile=512, apart_tile=256, shared_joint=False, skip_joint=False, multiprocessors=108,
+               oldest_jax=_AMPERE),
+        Device(capability="8.6", examples="RTX 3090, A10", **_SMALL, shared_tile=256, multiprocessors=82,
+               oldest_jax=_AMPERE),
+        Device(capability="8.9", examples="RTX 4090, L4, L40S", **_SMALL, shared_tile=256, multiprocessors=128,
+               oldest_jax=_AMPERE),
+        Device(capability="9.0", examples="H100, H200", **_LARGE, multiprocessors=132,
+               local=Local(slab=16, by_copies=True)),
+        Device(capability="10.0", examples="B200", **_LARGE, multiprocessors=148),
+        Device(capability="10.3", examples="B300", **_LARGE, multiprocessors=148),
+        Device(capability="12.0", examples="RTX 5090", **_SMALL, multiprocessors=170),
+        Device(capability="12.1", examples="GB10", **_SMALL, multiprocessors=48),
     )
 }  # fmt: skip
 """By compute capability."""
@@ -122,11 +136,15 @@ def _capability_asked_for() -> tuple[int, int] | None:
 
 
 def current() -> Device:
-    """The device that kernels traced now are made for: that of `for_device`, or else JAX's default device, or DEFAULT
-    where `missing` has a reason against it."""
+    """The device that kernels traced now are made for: that of `for_device`, or else JAX's default device with the
+    multiprocessors that it has, or DEFAULT where `missing` has a reason against it."""
     if _asked.value is not None:
         return _asked.value
-    return DEVICES.get(_capability(get_default_device()), DEVICES[DEFAULT])
+    default = get_default_device()
+    found = DEVICES.get(_capability(default))
+    if found is None:
+        return DEVICES[DEFAULT]
+    return dataclasses.replace(found, multiprocessors=getattr(default, "core_count", found.multiprocessors))
 
 
 def missing() -> str | None:

@@ -114,7 +114,7 @@ def _run(cut: Cut, body: Any, given: Given, outputs: list[Any]) -> list[Array]:
 
 def _splits(pieces: int, slabs: int) -> int:
     """The number of blocks that share the pieces of a slab: their last round should leave few multiprocessors idle."""
-    multiprocessors = devices.current().local.multiprocessors
+    multiprocessors = devices.current().multiprocessors
 
     def time(splits: int) -> int:  # in pieces, and about one more for the factors
         return math.ceil(splits * slabs / multiprocessors) * (pieces // splits + 1)

@@ -1,6 +1,5 @@
 """The scripts that wait for a GPU run to their end: interpreted, at sizes that take seconds."""
 
-import dataclasses
 import itertools
 import json
 import sys
@@ -127,8 +126,7 @@ def test_every_variant_of_the_kernel_is_among_the_cases():
 @pytest.mark.parametrize("case", [case for case in gpu_values.cases() if case.by_threads], ids=str)
 def test_an_h100_is_asked_for_what_other_gpus_run(case):
     with devices.for_device("9.0"), gpu_values.tuned(case):
-        asked, other = devices.current().local, devices.DEVICES["8.9"].local
-        assert dataclasses.replace(asked, multiprocessors=other.multiprocessors) == other
+        assert devices.current().local == devices.DEVICES["8.9"].local
         _, arrays, _ = gpu_values.build(case)
         if jax.__version_info__ >= (0, 11, 2):
             assert gpu_values.mosaic_gpu.refuses_low_rank(*arrays[:2], 5 + case.skip, case.chunk) is None

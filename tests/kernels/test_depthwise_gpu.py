@@ -1,5 +1,6 @@
 """The depthwise convolution's GPU kernels without a GPU: interpreted with race detection against a float64 loop."""
 
+import dataclasses
 import functools
 import itertools
 import logging
@@ -18,10 +19,17 @@ from tests.kernels.numpy_scan import relative_error
 TOLERANCE = {"float32": 1e-6, "bfloat16": 2**-8}
 
 
+def tuned(segment=16):
+    """A GPU that six blocks keep busy: each costs the interpreter time, and so one goes through rows of several images,
+    and not whole ones."""
+    tuning = devices.Depthwise(segment=segment, blocks=3)
+    return devices.for_device(dataclasses.replace(devices.DEVICES["9.0"], multiprocessors=2, depthwise=tuning))
+
+
 @pytest.fixture(autouse=True)
-def few_blocks(monkeypatch):
-    """Each costs the interpreter time; with these one goes through rows of several images, and not whole ones."""
-    monkeypatch.setattr(depthwise_plan, "BLOCKS", 6)
+def few_blocks():
+    with tuned():
+        yield
 
 
 def value_and_gradients(x, kernel, cotangent, **options):
@@ -50,20 +58,18 @@ def arguments(size, kernel, dtype):
         pytest.param((3, 17, 2, 256), (3, 5), "bfloat16", 16, marks=pytest.mark.slow),  # three strips, the last shorter
     ],
 )
-def test_values_and_gradients_are_those_of_the_float64_loop(monkeypatch, size, kernel, dtype, segment):
-    monkeypatch.setattr(depthwise_plan, "SEGMENT", segment)
+def test_values_and_gradients_are_those_of_the_float64_loop(size, kernel, dtype, segment):
     arrays = arguments(size, kernel, dtype)
-    with interpreted():
+    with tuned(segment), interpreted():
         found = jax.block_until_ready(value_and_gradients(*arrays))
         assert not compat.races_found()
     assert_right(found, arrays)
 
 
-def test_slabs_and_segments_that_overlap(monkeypatch):
+def test_slabs_and_segments_that_overlap():
     """They store the same values twice, which counts as a race."""
-    monkeypatch.setattr(depthwise_plan, "SEGMENT", 4)
     arrays = arguments((1, 3, 7, 129), (5, 3), "float32")
-    with interpreted(detect_races=False):
+    with tuned(segment=4), interpreted(detect_races=False):
         found = jax.block_until_ready(value_and_gradients(*arrays))
     assert_right(found, arrays)
 
@@ -87,10 +93,9 @@ def test_segments_cover_a_row_and_no_halo_crosses_an_edge_of_the_image():
         ((1, 2, 8, 128), (3, 3), "float32", 4),  # the gradients one by one
     ],
 )
-def test_squared_relu_is_computed_on_chip(monkeypatch, size, kernel, dtype, segment):
-    monkeypatch.setattr(depthwise_plan, "SEGMENT", segment)
+def test_squared_relu_is_computed_on_chip(size, kernel, dtype, segment):
     arrays = arguments(size, kernel, dtype)
-    with interpreted():
+    with tuned(segment), interpreted():
         found = jax.block_until_ready(value_and_gradients(*arrays, squared_relu=True))
         assert not compat.races_found()
     assert_right(found, arrays, squared_relu_loop)

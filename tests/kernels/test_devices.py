@@ -14,7 +14,19 @@ import numpy as np
 import pytest
 
 from gspn_jax import kernels
-from gspn_jax.kernels import api, compat, devices, launch, mosaic_gpu, propagate, propagate_low_rank, sharded, tiles
+from gspn_jax.kernels import (
+    api,
+    compat,
+    devices,
+    launch,
+    local,
+    mosaic_gpu,
+    propagate,
+    propagate_low_rank,
+    sharded,
+    tiles,
+)
+from gspn_jax.kernels.depthwise_plan import Plan
 from gspn_jax.kernels.terms import Inputs, Job
 from gspn_jax.kernels.weights import DIRECTIONS
 
@@ -65,6 +77,18 @@ def test_the_kernel_is_taken_on_the_gpus_it_is_made_for(monkeypatch, capability)
     assert devices.current().capability == capability
     if old:
         assert f"needs JAX 0.11.2 or newer on GPUs of compute capability {capability}" in devices.missing()
+
+
+def test_work_is_split_for_the_multiprocessors_of_the_gpu_that_is_there(monkeypatch):
+    splits = {}
+    for kind, multiprocessors in (("NVIDIA GeForce RTX 4090", 128), ("NVIDIA L4", 58)):
+        there = gpu("8.9", kind)
+        there.core_count = multiprocessors
+        machine(monkeypatch, there)
+        assert devices.current() == dataclasses.replace(devices.DEVICES["8.9"], multiprocessors=multiprocessors)
+        splits[kind] = local._splits(64, 16), Plan.of((64, 16, 16, 1536), (7, 7)).blocks
+    # 64 images in 16 slabs: 128 blocks of 8 images in one round, or 256 of 4 in five rounds
+    assert splits == {"NVIDIA GeForce RTX 4090": (8, 64), "NVIDIA L4": (16, 29)}
 
 
 @pytest.mark.parametrize("capability", ["7.0", "7.5", "8.7", "11.0", "13.0", "gfx942", "9.0a"])

@@ -18,9 +18,7 @@ from tests.kernels.mosaic import interpreted
 
 @contextlib.contextmanager
 def few_blocks_on(capability):
-    device = devices.DEVICES[capability]
-    local = dataclasses.replace(device.local, multiprocessors=1)
-    with devices.for_device(dataclasses.replace(device, local=local)):
+    with devices.for_device(dataclasses.replace(devices.DEVICES[capability], multiprocessors=1)):
         yield
 
 

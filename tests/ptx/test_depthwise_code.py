@@ -1,11 +1,13 @@
 """The depthwise convolution's machine code, emulated: values and gradients against float64, no fault, no spill."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gspn_jax.kernels import depthwise_gpu, depthwise_plan
+from gspn_jax.kernels import depthwise_gpu, depthwise_plan, devices
 from tests.kernels.numpy_depthwise import inputs, loop, squared_relu_loop
 from tests.ptx import emulation, toolchain
 from tests.ptx.cases import norm_error
@@ -26,10 +28,11 @@ LIMITS = {"float32": 1e-6, "bfloat16": 3e-3}
         ((1, 3, 17, 128), (3, 3), "bfloat16", True, 4),
     ],
 )
-def test_values_and_gradients_are_those_of_float64(monkeypatch, size, kernel, dtype, squared_relu, launches):
-    monkeypatch.setattr(depthwise_plan, "BLOCKS", 24)  # so that a block has several rows, of several images
+def test_values_and_gradients_are_those_of_float64(size, kernel, dtype, squared_relu, launches):
+    # so few that a block has several rows, of several images
+    device = dataclasses.replace(devices.DEVICES[devices.DEFAULT], multiprocessors=8)
     x, taps, _, cotangent = (jnp.asarray(a, dtype) for a in inputs(size, (*kernel, size[3])))
-    with emulation.emulated() as runs:
+    with toolchain.for_device(device), emulation.emulated() as runs:
         y, pull = jax.vjp(lambda *a: depthwise_gpu.correlate(*a, squared_relu), x, taps.astype(jnp.float32))
         found = y, *pull(cotangent)
     assert len(runs) == launches and not [fault for run in runs for fault in run.faults]

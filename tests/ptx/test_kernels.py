@@ -37,13 +37,9 @@ def test_values_and_gradients_are_those_of_float64(case):
 )
 def test_a_block_with_chunk_2_walks_over_several_pieces(case, policy):
     """Copies of the next piece overwrite nothing of this one; in the cases above each block has one."""
-    with toolchain.for_device(with_local(by_copies=True, slab=16, multiprocessors=1)):
+    with toolchain.for_device(dataclasses.replace(devices.DEVICES[devices.DEFAULT], multiprocessors=1)):
         outcome = cases.run(case, policy=policy)
     assert not outcome.wrong()
-
-
-def with_local(**tuning):
-    return dataclasses.replace(devices.DEVICES[devices.DEFAULT], local=devices.Local(**tuning))
 
 
 @pytest.mark.parametrize("case", [
@@ -58,7 +54,8 @@ def with_local(**tuning):
 ], ids=str)  # fmt: skip
 def test_chunk_2_by_threads_and_mma(case):
     """What GPUs without wgmma run, which those of 9.0 could run too."""
-    with toolchain.for_device(with_local(multiprocessors=1)):
+    device = devices.DEVICES[devices.DEFAULT]
+    with toolchain.for_device(dataclasses.replace(device, local=devices.Local(), multiprocessors=1)):
         outcome = cases.run(case)
     assert not outcome.wrong()
     assert len(outcome.runs) == 2
