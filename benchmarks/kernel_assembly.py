@@ -1,6 +1,6 @@
 """Assembles the GPU kernel for every generation of NVIDIA's GPUs that it is made for, on a machine without one.
 
-    python benchmarks/kernel_assembly.py --table docs/kernel.md     # all of it: half an hour on two cores
+    python benchmarks/kernel_assembly.py --table docs/kernel_code.md     # all of it: half an hour on two cores
     python benchmarks/kernel_assembly.py --devices 8.0 12.0 --cases line_scan
 
 Prints registers of a thread, spilled bytes of a thread and shared memory of a block for each kernel, or the sentence

@@ -2,7 +2,8 @@
 gradients of y * relu(y) at once.
 
 A thread has 2 neighbouring channels, or one, of a slab, and everything else is a loop: a warpgroup goes along a row of
-the image with a window of sums (correlation) or of products (gradient) in registers. docs/kernel.md has the arithmetic.
+the image with a window of sums (correlation) or of products (gradient) in registers. docs/kernel_depthwise.md has the
+arithmetic.
 """
 
 import functools

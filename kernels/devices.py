@@ -2,7 +2,7 @@
 
 A number that a measurement on some GPU should change is a field of `Device`, and its value stands in `DEVICES`.
 All of them have 65,536 registers a multiprocessor: 128 for each thread of a block of four warpgroups.
-benchmarks/kernel_assembly.py assembles the kernel for each of them; the table is in docs/kernel.md.
+benchmarks/kernel_assembly.py assembles the kernel for each of them; the table is in docs/kernel_code.md.
 """
 
 import contextlib

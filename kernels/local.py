@@ -4,7 +4,7 @@ With chunk=2 nothing is scanned. In each direction lines come in pairs: on the f
 pixel adds lam x to the weighted sum of three pixels of the first. So the pixels of a map fall into four classes by the
 parities of row and column, each a grid of its own, and each class is first in two directions and second in the two
 others. A block has one warpgroup for each class, keeps a slab of channels with its factors, and walks over images of
-16 x 16 or pieces of larger ones (`local_pieces`). The programs are in `local_bodies`; docs/kernel.md has the picture.
+16 x 16 or pieces of larger ones (`local_pieces`). The programs are in `local_bodies`; docs/kernel_chunk2.md has more.
 """
 
 import functools

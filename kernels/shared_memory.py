@@ -26,8 +26,9 @@ def row_major(shape: tuple[int, ...]) -> Any:
     """float32 whose slices may start at any row.
 
     Without transforms JAX infers a swizzle, whose pattern repeats every 8 rows, and a slice that starts at another row
-    is read and written at wrong addresses: a defect of JAX 0.10 to 0.12, see docs/kernel.md. Tiles of a row say that
-    nothing is exchanged, and those of two channels do so in JAX 0.10 too, which swizzles tiles of 32, 64 or 128 bytes.
+    is read and written at wrong addresses: a defect of JAX 0.10 to 0.12, see docs/kernel_code.md. Tiles of a row say
+    that nothing is exchanged, and those of two channels do so in JAX 0.10 too, which swizzles tiles of 32, 64 or 128
+    bytes.
     """
     return plgpu.SMEM(shape, jnp.float32, transforms=(plgpu.TilingTransform((tiles.VECTOR,)),))
 

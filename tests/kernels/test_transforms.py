@@ -2,7 +2,7 @@
 
 A swizzle exchanges columns in a pattern that repeats every 8 rows. JAX gives one to a buffer without transforms, also
 where slices of it start at rows that are no multiples of 8, and then reads and writes those at wrong addresses
-(docs/kernel.md, "A defect of JAX"). The interpreter knows no swizzles, so only the lowering shows it.
+(docs/kernel_code.md, "A defect of JAX"). The interpreter knows no swizzles, so only the lowering shows it.
 """
 
 import functools

@@ -4,7 +4,7 @@
 
 A tile of 16 rows is stored at row 0 and then at row 1 of a buffer; rows 0 to 15 are loaded. Row 0 must be row 0 of the
 tile and row i + 1 must be row i. Of 1,024 values 960 are others: of the right row, from other columns. Cause and a
-repair are told in docs/kernel.md. Nothing here is of this project but the file.
+repair are told in docs/kernel_code.md. Nothing here is of this project but the file.
 """
 
 import jax

@@ -1,4 +1,4 @@
-"""Prints the errors that `make test-ptx-slow` found, beside those of rounding, as a table for docs/kernel.md.
+"""Prints the errors that `make test-ptx-slow` found, beside those of rounding, as a table for docs/kernel_code.md.
 
 python -m tests.ptx.table
 """

@@ -1,4 +1,4 @@
-"""The defect of JAX that docs/kernel.md reports is there, and the repair it suggests helps."""
+"""The defect of JAX that docs/kernel_code.md reports is there, and the repair it suggests helps."""
 
 import numpy as np
 import pytest
@@ -17,7 +17,7 @@ def wrong_values(*transforms):
 
 
 def test_as_jax_infers_values_come_from_other_columns():
-    """If this fails, JAX was repaired: docs/kernel.md and shared_memory.row_major may then be shorter."""
+    """If this fails, JAX was repaired: docs/kernel_code.md and shared_memory.row_major may then be shorter."""
     assert wrong_values() == 960
 
 
