@@ -142,8 +142,8 @@ def correlate_rows(inputs: Any, y: Any, _: tuple, *, plan: Plan, finish: Callabl
 def kernel_gradient(x: Array, cotangent: Array, size: tuple[int, int]) -> Float[Array, "kh kw C"]:
     """Each block sums over its part of all rows of all images; the parts are added up here, always in one order."""
     plan = Plan.of(x.shape, size)
-    parts = max(1, plan.blocks * (7 // size[0]) // 3)  # of up to four warpgroups
-    parts = min(parts, x.shape[0] * plan.segments * plan.height)
+    blocks = max(1, plan.device.multiprocessors * (max(SIDES) // size[0]) // plan.slabs)  # of up to four warpgroups
+    parts = min(blocks, x.shape[0] * plan.segments * plan.height)
     grid = {"slab": plan.slabs, "part": parts}
     body = functools.partial(sum_kernel_gradient, plan=plan)
     output = jax.ShapeDtypeStruct((parts, *size, plan.channels), jnp.float32)
