@@ -240,14 +240,17 @@ def main() -> None:
                         if name not in ("case", "value")
                     )
                     print(f"{about}, {row['value']}: {said}", flush=True)
+                record["proposed"].pop(knob.field, None)
                 if best := proposed(rows):
-                    record["proposed"][knob.field] = {"value": best[0], "ratio": best[1]}
-                else:
-                    record["proposed"].pop(knob.field, None)
+                    cases = f"{len({row['case'] for row in rows})} of {len(knob.cases)}"
+                    record["proposed"][knob.field] = {"value": best[0], "ratio": best[1], "cases": cases}
                 record.write()
         record.write()
     for field, best in record["proposed"].items():
-        print(f"{field}: {best['value']} is {best['ratio']:.3f} times as fast as what stands in kernels/devices.py")
+        print(
+            f"{field}: {best['value']} is {best['ratio']:.3f} times as fast as what stands in kernels/devices.py, over "
+            f"{best['cases']} cases"
+        )
     if not record["proposed"]:
         print(f"nothing is {WORTH} times as fast as what stands in kernels/devices.py")
     if record["left_out"]:
