@@ -28,6 +28,8 @@ APART = 3
 """Bytes of a map whose directions do not meet on chip, where one whose directions do has 2: 66 an element and 44."""
 SLABS = (64, 32, 16, 8)
 """Channels that a block may take, best first: 64 of bfloat16 are a whole 128-byte cache line."""
+NARROWEST = 4
+"""Channels that a block takes of lines for which it has no room otherwise: 8 bytes of bfloat16 of a sector of 32."""
 SPARE = 4
 """Numbers between positions in shared memory of which a warp reads every second: two of them are then 8 banks apart,
 the width of what it reads of each."""
@@ -174,17 +176,48 @@ def make_plan(
     """The plan with the least padding, then the fewest bytes and positions computed, then the widest slab; None when
     no line of the map fits in shared memory.
 
+    Lines for which `Device.scan_bytes` are too few get all the shared memory that there is, then narrower slabs.
     `group`: channels that share their weights, to which a block's belong; None if each has its own.
     `rank`: threads expand a proxy of that width to so many `kinds` of terms of a pixel.
     """
+    slabs = PRODUCTS if rank else SLABS
+    rooms = [(device.shared_bytes, slabs)]
+    if not rank:
+        rooms = [(device.scan_bytes, slabs), *rooms, (device.shared_bytes, (NARROWEST,))]
+    plans = (
+        _plan_within(
+            room,
+            [slab for slab in slabs if group in (None, channels) or group % slab == 0],
+            (height, width, channels),
+            directions=directions,
+            device=device,
+            group=group,
+            rank=rank,
+            kinds=kinds,
+        )
+        for room, slabs in rooms
+    )
+    return next((plan for plan in plans if plan), None)
+
+
+def _plan_within(
+    room: int,
+    slabs: Sequence[int],
+    size: tuple[int, int, int],
+    *,
+    directions: int,
+    device: Device,
+    group: int | None,
+    rank: int,
+    kinds: int,
+) -> Plan | None:
+    """The best plan whose blocks take so many bytes of shared memory and channels."""
+    height, width, channels = size
     best, least = None, (math.inf, math.inf)
     may_be_joint = directions > 1 and (device.shared_joint or not group)
     may_be_joint = may_be_joint and (device.skip_joint or kinds <= SKIP)
     apart_tile = (group and device.shared_tile) or device.apart_tile
     any_layout = compat.STORES_ANY_LAYOUT or compat.interpreting()
-    slabs = [slab for slab in SLABS if group in (None, channels) or group % slab == 0]
-    if rank:
-        slabs = [slab for slab in slabs if slab in PRODUCTS]
     for joint, slab in itertools.product((True, False), slabs):
         if joint and not (may_be_joint and slab >= min(NARROW, group or channels)):
             continue
@@ -210,7 +243,7 @@ def make_plan(
             rank=rank,
             kinds=kinds,
         )
-        if plan.scan_bytes(directions) > (device.shared_bytes if rank else device.scan_bytes):
+        if plan.scan_bytes(directions) > room:
             continue
         cost = plan.height * plan.width * plan.channels, plan.computed * plan.channels * (2 if joint else APART)
         if cost < least:

@@ -87,10 +87,11 @@ def test_a_gradient_that_is_no_number_is_wrong(monkeypatch):
 
 
 def test_lines_that_the_device_has_no_room_for_are_left_out():
-    (long,) = (case for knob in gpu_tune.KNOBS for case in knob.cases if 512 in case.shape)
-    for capability, fits in (("9.0", True), ("8.9", False)):
+    for capability, longest in (("9.0", 2048), ("8.9", 1024)):
         with devices.for_device(capability):
-            assert (gpu_tune.refusal(long) is None) == fits
+            assert gpu_tune.refusal(gpu_tune.propagate(1, longest, longest, 8)) is None
+            reason = gpu_tune.refusal(gpu_tune.propagate(1, 1, 2 * longest, 8))
+            assert reason == f"has no room on chip for lines of {2 * longest} positions"
 
 
 def run(monkeypatch, *arguments):

@@ -185,17 +185,25 @@ def allocated(shapes):
 @pytest.mark.parametrize("capability", devices.DEVICES)
 def test_what_a_block_takes_fits_into_its_shared_memory(capability):
     """As allocated for the backward pass, which takes more."""
-    device = devices.DEVICES[capability]
     for height, width in [(4, 4), (16, 16), (14, 14), (28, 28), (64, 64), (1024, 1024), (20, 72), (7, 9), (1, 700)]:
         for channels in (1, 8, 64, 72, 1152, 1500):
             for directions in (DIRECTIONS, DIRECTIONS[:1]):
-                plan = tiles.make_plan(height, width, channels, directions=len(directions), device=device)
-                if plan is None:
-                    assert (height, width) == (1024, 1024) or device.scan_bytes < 2**17
-                    continue
-                job = Job(directions=directions, chunk=None, logits=True, lam=True, out_gate=True, skip=False)
-                shared = launch._shared(job, plan, Inputs(*[None] * 6), plan.handed_on)
-                assert 0 < allocated(shared) <= device.shared_bytes
+                assert_block_fits(devices.DEVICES[capability], height, width, channels, directions)
+
+
+def assert_block_fits(device, height, width, channels, directions=DIRECTIONS):
+    plan = tiles.make_plan(height, width, channels, directions=len(directions), device=device)
+    job = Job(directions=directions, chunk=None, logits=True, lam=True, out_gate=True, skip=False)
+    shared = launch._shared(job, plan, Inputs(*[None] * 6), plan.handed_on)
+    assert 0 < allocated(shared) <= device.shared_bytes
+
+
+@pytest.mark.parametrize(("capability", "longest"), [("8.0", 1664), ("8.6", 1024), ("9.0", 2304), ("12.0", 1024)])
+def test_lines_up_to_the_longest_have_a_block(capability, longest):
+    device = devices.DEVICES[capability]
+    for length in (*range(100, longest, 36), longest):
+        assert_block_fits(device, length, 70, 8)
+    assert tiles.make_plan(longest + 1, 70, 8, directions=4, device=device) is None
 
 
 def test_a_function_is_traced_anew_for_another_device():

@@ -189,6 +189,18 @@ def test_tiles_that_overlap_within_the_parts_of_warpgroups(groups):
         assert_same_as_the_scan(arguments(1, 14, 14, 64, groups=groups), chunk=5)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(("channels", "groups"), [(8, None), (6, 1)])
+def test_lines_for_which_no_other_slab_has_room(channels, groups):
+    """Two slabs of four channels. Of six channels the second overlaps the first, which counts as a race."""
+    device = dataclasses.replace(devices.DEVICES["9.0"], scan_bytes=2**13, shared_bytes=2**13)
+    with devices.for_device(device):
+        plan = tiles.make_plan(64, 64, channels, directions=4, device=device)
+        assert not plan.joint and plan.slab == tiles.NARROWEST and plan.slabs == 2
+        arrays = arguments(1, 64, 64, channels, groups=groups, skip=True)
+        assert_same_as_the_scan(arrays, chunk=5, races=channels == 8)
+
+
 def test_groups_of_weights_smaller_than_a_slab(monkeypatch):
     """Two sets for 64 channels: slabs are as narrow as a group, and the kernel gets the weights as they are."""
 

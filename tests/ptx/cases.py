@@ -115,6 +115,7 @@ CASES = [
     Case(1, 64, 64, 64, "float32"),
     Case(1, 64, 64, 64, skip=True, chunk=2),
     Case(1, 128, 128, 8),
+    Case(1, 64, 600, 4),
     Case(1, 16, 16, 100, "float32", groups=1),
     Case(1, 64, 64, 128, groups=2, chunk=3),
     Case(1, 20, 12, 72, "float32", groups=8, skip=True, chunk=3),

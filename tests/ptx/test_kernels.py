@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from gspn_jax.kernels import devices
+from gspn_jax.kernels import devices, tiles
 from tests.ptx import cases, emulation, toolchain
 
 pytestmark = [pytest.mark.ptx, pytest.mark.timeout(1200)]
@@ -61,8 +61,28 @@ def test_chunk_2_by_threads_and_mma(case):
     assert len(outcome.runs) == 2
 
 
+@pytest.mark.parametrize("case", [
+    cases.Case(1, 64, 64, 8),
+    *(pytest.param(case, marks=pytest.mark.slow) for case in (
+        cases.Case(1, 64, 64, 6, "float32", skip=True, chunk=3),  # slabs overlap
+        cases.Case(1, 64, 64, 6, groups=1),
+    )),
+], ids=str)  # fmt: skip
+def test_lines_for_which_only_the_narrowest_slabs_have_room(case):
+    device = dataclasses.replace(devices.DEVICES[devices.DEFAULT], scan_bytes=2**13, shared_bytes=2**13)
+    size = case.height, case.width, case.channels
+    assert tiles.make_plan(*size, directions=4, device=device).slab == tiles.NARROWEST
+    with toolchain.for_device(device):
+        outcome = cases.run(case)
+    assert not outcome.wrong()
+    assert len(outcome.runs) == 2
+
+
+LONG = cases.Case(1, 64, 600, 4)
+"""Lines that have room in the narrowest slabs only, where blocks have 99 KiB."""
 GENERATIONS = [
-    (capability, str(case)) for capability in ("8.0", "8.9", "10.0", "12.0") for case in cases.CASES if case.quick
+    *((capability, str(LONG)) for capability in ("8.9", "12.0")),
+    *((capability, str(case)) for capability in ("8.0", "8.9", "10.0", "12.0") for case in cases.CASES if case.quick),
 ]
 QUICK = {("8.0", "1x16x16x64-bfloat16"), ("8.9", "1x28x26x24-bfloat16-d24-chunk2")}
 
