@@ -180,14 +180,15 @@ def make_plan(
     `group`: channels that share their weights, to which a block's belong; None if each has its own.
     `rank`: threads expand a proxy of that width to so many `kinds` of terms of a pixel.
     """
-    slabs = PRODUCTS if rank else SLABS
+    any_slab = group in (None, channels)
+    slabs = [slab for slab in (PRODUCTS if rank else SLABS) if any_slab or group % slab == 0]
     rooms = [(device.shared_bytes, slabs)]
     if not rank:
-        rooms = [(device.scan_bytes, slabs), *rooms, (device.shared_bytes, (NARROWEST,))]
+        rooms = [(device.scan_bytes, slabs), *rooms, (device.shared_bytes, [NARROWEST] * any_slab)]
     plans = (
         _plan_within(
             room,
-            [slab for slab in slabs if group in (None, channels) or group % slab == 0],
+            slabs,
             (height, width, channels),
             directions=directions,
             device=device,

@@ -206,6 +206,12 @@ def test_lines_up_to_the_longest_have_a_block(capability, longest):
     assert tiles.make_plan(longest + 1, 70, 8, directions=4, device=device) is None
 
 
+def test_weights_of_four_channels_are_spread_as_before():
+    """Their slabs are for long lines, and would leave most of each sector elsewhere."""
+    for length in (64, 2048):
+        assert tiles.make_plan(length, 64, 72, directions=4, device=devices.DEVICES["9.0"], group=4) is None
+
+
 def test_a_function_is_traced_anew_for_another_device():
     @jax.jit
     def slabs():
