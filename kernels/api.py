@@ -167,9 +167,9 @@ def propagate_low_rank(
 
         propagate(x, proxy gates, 1 + proxy lam, 1 + proxy out_gate, merge, skip=proxy skip)
 
-    The "mosaic_gpu" backend expands bfloat16 proxies by itself, on tensor cores: neither the terms, 20 times as wide as
-    x, nor their cotangents are ever in device memory. It takes square maps of 16, 32 or 64, with chunk=2 all with even
-    sides; elsewhere, and on other backends, XLA expands. Products have the dtype of `x`.
+    The "mosaic_gpu" backend expands bfloat16 proxies by itself, on tensor cores: the terms, 20 times as wide as x, are
+    never in device memory; what they get in the backward pass is. Long lines leave no room on chip for the backward
+    pass, and longer ones for neither: then, and on other backends, XLA expands. Products have the dtype of `x`.
 
     The rest is that of `propagate`, the errors included. Source: GSPN, arXiv 2501.12381, section 4.
     """

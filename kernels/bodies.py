@@ -55,6 +55,8 @@ def by_logits(weights: Sequence[Array], complements: Sequence[Array], shares: Se
 MOST_AHEAD = 14
 """Bytes that all terms of an element may take if those of a tile are to be loaded a tile ahead: seven terms in
 bfloat16. With float32 the registers would spill."""
+WIDEST_AHEAD = 128
+"""Width up to which a proxy is loaded so early where a line has several tiles; wider ones would spill."""
 
 
 def _loads_ahead(inputs: Inputs) -> bool:
@@ -149,7 +151,8 @@ def forward(inputs: Inputs, outputs, shared: Shared, *, job: Job, plan: tiles.Pl
 
         clear(walk, shared, 1)
         positions = walk.positions()
-        first = [divmod(m, len(positions)) for m in range(2 if _loads_ahead(inputs) else 1)]
+        wide = plan.rank > WIDEST_AHEAD and len(positions) > 1
+        first = [divmod(m, len(positions)) for m in range(2 if _loads_ahead(inputs) and not wide else 1)]
         lax.fori_loop(0, lines.count, step, tuple(fetch(jnp.int32(t), positions[m]) for t, m in first))
         finish(walk, shared, outputs[0])
 

@@ -183,9 +183,16 @@ def propagate_low_rank(
 
 
 def _expanding_plan(x: Float[Array, "B H W C"], proxy: Float[Array, "B H W d"], kinds: int) -> tiles.Plan | None:
-    """The plan of a kernel that expands the proxy, or None where that has no room on chip."""
-    make_plan = functools.partial(tiles.make_plan, *x.shape[1:], directions=len(DIRECTIONS))
-    return make_plan(device=devices.current(), rank=from_proxy.filled_up(proxy.shape[-1]), kinds=kinds)
+    """The plan of a kernel that expands the proxy, if need be forward alone, or None where it has no room on chip."""
+    make_plan = functools.partial(
+        tiles.make_plan,
+        *x.shape[1:],
+        directions=len(DIRECTIONS),
+        device=devices.current(),
+        rank=from_proxy.filled_up(proxy.shape[-1]),
+        kinds=kinds,
+    )
+    return make_plan() or make_plan(backward=False)
 
 
 def _run_low_rank(
@@ -230,4 +237,18 @@ def _run_low_rank(
         _, pull = jax.vjp(lambda proxy, up: low_rank.expand_all(job, fill(proxy.astype(x.dtype)), up), proxy, up)
         return cut(by.x), *pull(terms), by.merge[:, :channels]
 
-    return _differentiable(forward, functools.partial(low_rank.plain, job), pull_back)((x, proxy, up, merge))
+    plain, arrays = functools.partial(low_rank.plain, job), (x, proxy, up, merge)
+    if plan.backward:
+        return _differentiable(forward, plain, pull_back)(arrays)
+    by_xla = functools.partial(_pull_back_expanded, job)
+    return differentiable(lambda arrays: forward(arrays, save=False)[0], plain=plain, pull_back=by_xla)(arrays)
+
+
+def _pull_back_expanded(job: Job, arrays: tuple[Array, ...], _: tuple, cotangent: Array) -> tuple[Array, ...]:
+    """The backward pass where the kernel that expands the proxy has no room for it: XLA expands it, and the plain
+    kernel scans there and back."""
+
+    def run(x: Array, proxy: Array, up: Array, merge: Array) -> Array:
+        return _padded(job, Inputs(x, *low_rank.expand_all(job, proxy.astype(x.dtype), up), merge))
+
+    return jax.vjp(run, *arrays)[1](cotangent)

@@ -63,6 +63,8 @@ class Plan:
     """Width of the proxy from which threads expand terms in registers, if they do."""
     kinds: int = 0
     """Terms of a pixel that they expand it to."""
+    backward: bool = True
+    """Whether a block has room for the backward pass, which takes more."""
 
     @property
     def keeps_factors(self) -> bool:
@@ -88,7 +90,7 @@ class Plan:
         return self.rows if direction in ("down", "up") else self.columns
 
     def scan_bytes(self, directions: int) -> int:
-        """Bytes of shared memory in the backward pass, which takes more."""
+        """Bytes of shared memory in the backward pass, or forward if that has no room."""
         state = 2 * self.handed_on * self.state_positions * self.row * 4
         if self.keeps_factors:
             state += 2 * self.kinds * self.slab * self.rank
@@ -120,7 +122,8 @@ class Plan:
 
     @property
     def handed_on(self) -> int:
-        return HANDED_ON[self.joint]
+        """Values a position that a line hands to the next one in the pass that takes more."""
+        return HANDED_ON[self.joint] if self.backward else 1
 
     @property
     def state_positions(self) -> int:
@@ -172,6 +175,7 @@ def make_plan(
     group: int | None = None,
     rank: int = 0,
     kinds: int = 0,
+    backward: bool = True,
 ) -> Plan | None:
     """The plan with the least padding, then the fewest bytes and positions computed, then the widest slab; None when
     no line of the map fits in shared memory.
@@ -179,6 +183,7 @@ def make_plan(
     Lines for which `Device.scan_bytes` are too few get all the shared memory that there is, then narrower slabs.
     `group`: channels that share their weights, to which a block's belong; None if each has its own.
     `rank`: threads expand a proxy of that width to so many `kinds` of terms of a pixel.
+    `backward`: whether the backward pass must have room.
     """
     any_slab = group in (None, channels)
     slabs = [slab for slab in (PRODUCTS if rank else SLABS) if any_slab or group % slab == 0]
@@ -195,6 +200,7 @@ def make_plan(
             group=group,
             rank=rank,
             kinds=kinds,
+            backward=backward,
         )
         for room, slabs in rooms
     )
@@ -211,6 +217,7 @@ def _plan_within(
     group: int | None,
     rank: int,
     kinds: int,
+    backward: bool,
 ) -> Plan | None:
     """The best plan whose blocks take so many bytes of shared memory and channels."""
     height, width, channels = size
@@ -243,6 +250,7 @@ def _plan_within(
             warpgroups=directions if joint else shares,
             rank=rank,
             kinds=kinds,
+            backward=backward,
         )
         if plan.scan_bytes(directions) > room:
             continue

@@ -3,6 +3,7 @@ tests/ptx."""
 
 import dataclasses
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -58,6 +59,30 @@ def test_directions_that_do_not_meet(rank):
         plan = tiles.make_plan(16, 16, 64, directions=4, device=devices.current(), rank=from_proxy.filled_up(rank))
         assert not plan.joint and plan.sharing > 1
         assert_same_as_the_scan_in_float32(arguments(1, 16, 64, rank, skip=True, merge=(4, 64)))
+
+
+@pytest.fixture
+def room_for_the_forward_pass_alone():
+    device = dataclasses.replace(devices.DEVICES["9.0"], shared_bytes=12 * 1024, scan_bytes=8 * 1024)
+    plan = functools.partial(tiles.make_plan, 16, 16, 64, directions=4, device=device, rank=16, kinds=5)
+    assert plan() is None and plan(backward=False).rank == 16
+    with devices.for_device(device):
+        yield
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("skip", [False, True])
+def test_values_and_gradients_where_the_backward_pass_has_no_room(room_for_the_forward_pass_alone, skip):
+    assert_same_as_the_scan_in_float32(arguments(1, 16, 64, 16, skip=skip, merge=(4, 64)), chunk=3)
+
+
+def test_xla_expands_for_a_backward_pass_that_has_no_room(room_for_the_forward_pass_alone):
+    """The kernel goes forward by itself; back goes the plain one, and forward before it."""
+    shapes = jax.eval_shape(lambda: arguments(1, 16, 64, 16))
+    with compat.interpreted():
+        text = str(jax.make_jaxpr(lambda arrays: value_and_gradients(arrays, backend="mosaic_gpu"))(shapes))
+    launches = re.findall(r"name=line_scan_(forward|backward)\b", text)
+    assert launches == ["forward", "forward", "backward"]
 
 
 @pytest.mark.slow

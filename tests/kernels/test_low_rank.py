@@ -27,7 +27,7 @@ def test_what_it_computes():
 @pytest.mark.parametrize(("dtype", "size", "rank", "reason"), [
     (jnp.float32, 16, 16, "takes bfloat16, not float32"),
     (jnp.bfloat16, 16, 2048, "has no room on chip for a proxy of 2048 and lines of 16 positions"),
-    (jnp.bfloat16, 512, 32, "has no room on chip for a proxy of 32 and lines of 512 positions"),
+    (jnp.bfloat16, 2048, 32, "has no room on chip for a proxy of 32 and lines of 2048 positions"),
 ])  # fmt: skip
 def test_what_it_cannot_take_is_expanded_by_xla_with_a_line_that_says_why(dtype, size, rank, reason, caplog):
     api._log_expansion.cache_clear()

@@ -130,6 +130,7 @@ CASES = [
     Case(2, 32, 32, 64, rank=32),
     Case(1, 64, 64, 64, rank=24),
     Case(1, 128, 20, 16, rank=24, skip=True),
+    Case(1, 32, 256, 16, rank=144, chunk=4),  # too wide to be loaded two tiles ahead
     Case(2, 15, 16, 64, rank=40, chunk=2),  # an odd number of lines
     Case(1, 9, 40, 64, rank=20, chunk=3),
     Case(1, 16, 8, 64, rank=24, quick=True),  # tiles of two products

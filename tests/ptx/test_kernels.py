@@ -1,13 +1,14 @@
 """The kernels' machine code, emulated: values and gradients against float64, and nothing that a detector reports."""
 
 import dataclasses
+import functools
 import pathlib
 import subprocess
 import sys
 
 import pytest
 
-from gspn_jax.kernels import devices, tiles
+from gspn_jax.kernels import devices, from_proxy, tiles
 from tests.ptx import cases, emulation, toolchain
 
 pytestmark = [pytest.mark.ptx, pytest.mark.timeout(1200)]
@@ -76,6 +77,22 @@ def test_lines_for_which_only_the_narrowest_slabs_have_room(case):
         outcome = cases.run(case)
     assert not outcome.wrong()
     assert len(outcome.runs) == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [16, 24])
+def test_lines_that_leave_no_room_for_the_backward_pass(rank):
+    """The kernel expands the proxy forward, XLA for the backward pass, and the plain kernel goes forward and back."""
+    device = dataclasses.replace(
+        devices.DEVICES[devices.DEFAULT], scan_bytes=20 * devices.KIB, shared_bytes=20 * devices.KIB
+    )
+    make_plan = functools.partial(tiles.make_plan, 64, 64, 16, directions=4, device=device, kinds=6)
+    wide = from_proxy.filled_up(rank)
+    assert make_plan(rank=wide) is None and make_plan(rank=wide, backward=False).rank == wide
+    with toolchain.for_device(device):
+        outcome = cases.run(cases.Case(1, 64, 64, 16, rank=rank, skip=True, chunk=5))
+    assert not outcome.wrong()
+    assert len(outcome.runs) == 3
 
 
 LONG = cases.Case(1, 64, 600, 4)
