@@ -101,6 +101,7 @@ def run(monkeypatch, *arguments):
     return stopped.value.code
 
 
+@pytest.mark.slow
 def test_a_rehearsal_writes_every_row(tmp_path, monkeypatch, capsys):
     out = tmp_path / "tuning.json"
     monkeypatch.setattr(gpu_tune, "WORTH", 1e6)

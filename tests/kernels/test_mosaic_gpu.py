@@ -247,7 +247,11 @@ def test_the_interpreter_sees_a_missing_barrier(small_memory, monkeypatch):
 @pytest.mark.parametrize("memory", ["plenty", pytest.param("little", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     ("dtype", "groups"),
-    [(jnp.float32, None), (jnp.bfloat16, 1), pytest.param(jnp.bfloat16, None, marks=pytest.mark.slow)],
+    [
+        (jnp.float32, None),
+        pytest.param(jnp.bfloat16, 1, marks=pytest.mark.slow),
+        pytest.param(jnp.bfloat16, None, marks=pytest.mark.slow),
+    ],
 )
 def test_every_variant_lowers_for_cuda(memory, dtype, groups, request):
     """The Python half of the compilation, which infers layouts and checks every operation, runs without a GPU."""

@@ -122,7 +122,7 @@ def shifted(buffers):
 @pytest.mark.parametrize("lower", [
     lower_propagate,
     lower_narrow_slabs,
-    lower_few_channels,
+    pytest.param(lower_few_channels, marks=pytest.mark.slow),
     lower_line_scan,
     pytest.param(lower_low_rank, marks=pytest.mark.skipif(not compat.HAS_MMA, reason="refused")),
     pytest.param(lower_local, marks=pytest.mark.skipif(not compat.RESHAPES_REFERENCES, reason="refused")),

@@ -62,7 +62,7 @@ def error(found, expected):
     [
         pytest.param(((2, 2), (None, 2)), {}, marks=pytest.mark.slow),
         (((None, None),), {"skip": True, "groups": 1}),
-        (((None, None),), {"skip": True, "released": True}),
+        pytest.param(((None, None),), {"skip": True, "released": True}, marks=pytest.mark.slow),
     ],
     ids=["local and global", "skip and shared weights", "released"],
 )
