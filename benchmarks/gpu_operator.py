@@ -39,19 +39,11 @@ from flax import nnx
 from gpu_record import Record
 from gpu_values import low_rank_inputs, random_inputs
 from jax import lax
-from rehearsal import rehearsal
+from rehearsal import rehearsal, require_kernel
 
 from gspn_jax import models
 from gspn_jax.config import ModelConfig
-from gspn_jax.kernels import (
-    api,
-    available_backends,
-    depthwise_conv,
-    depthwise_gpu,
-    mosaic_gpu,
-    propagate,
-    propagate_low_rank,
-)
+from gspn_jax.kernels import api, depthwise_conv, depthwise_gpu, mosaic_gpu, propagate, propagate_low_rank
 from gspn_jax.models import attention
 from gspn_jax.models.mixers import GSPNMixer, GSPNOptions
 
@@ -475,11 +467,7 @@ def main() -> None:
     sizes = TINY if args.rehearse else QUICK if args.quick else FULL
     failed = []
     with rehearsal(args.rehearse):
-        if "mosaic_gpu" not in available_backends():
-            sys.exit(
-                "gpu_operator.py needs an NVIDIA GPU of compute capability 8.0 or newer, found "
-                f"{jax.devices()[0].device_kind!r}."
-            )
+        require_kernel("gpu_operator.py")
         right = right_values(args.values, args.rehearse)
         if right != ALL_RIGHT and not args.anyway:
             sys.exit(f"The values of the kernel must be right on this device, found {right}: nothing was timed.")

@@ -25,12 +25,12 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from gpu_operator import FULL, TINY, Sizes, best_seconds
+from gpu_operator import FULL, TINY, Sizes, best_seconds, passes
 from gpu_record import Record
 from gpu_values import LIMITS, Case, build
-from rehearsal import rehearsal
+from rehearsal import rehearsal, require_kernel
 
-from gspn_jax.kernels import available_backends, devices, mosaic_gpu
+from gspn_jax.kernels import devices, mosaic_gpu
 
 WORTH = 1.02
 """The ratio from which a number is proposed."""
@@ -98,57 +98,34 @@ SMALL = (
 """For the interpreter."""
 
 
-class Program(NamedTuple):
-    """What is timed of a case, made for a device."""
-
-    device: devices.Device
-    forward: Callable
-    both: Callable
-    arrays: tuple
-
-    @classmethod
-    def of(cls, device: devices.Device, function: Callable, arrays: tuple) -> "Program":
-        def both(*arrays):
-            y, pull = jax.vjp(function, *arrays)
-            return y, pull(y)
-
-        return cls(device, jax.jit(lambda *a: function(*a)), jax.jit(both), arrays)
-
-    def text(self) -> str:
-        """The program as JAX traces it."""
-        with devices.for_device(self.device):
-            return str(self.both.trace(*self.arrays).jaxpr)
-
-    def run(self, which: str) -> Any:
-        with devices.for_device(self.device):
-            return getattr(self, which)(*self.arrays)
-
-    def seconds(self) -> dict[str, Callable]:
-        """What `best_seconds` is to run."""
-        return {which: functools.partial(self.run, which) for which in ("forward", "both")}
+def on(device: devices.Device, run: Callable[[], Any]) -> Any:
+    """The result of `run`, whose kernels are those for `device`."""
+    with devices.for_device(device):
+        return run()
 
 
 def refusal(case: Case) -> str | None:
-    """Why the kernel cannot take a case as it is, or None."""
+    """Reason why the kernel cannot take a case on this device as it stands, or None."""
     return mosaic_gpu.refuses(jax.ShapeDtypeStruct(case.shape, case.dtype), 4) if case.operator == "propagate" else None
 
 
 def compare(knob: Knob, case: Case, present: devices.Device, repeats: int, sizes: Sizes) -> list[dict]:
     """A row for each value of the field, the one that stands first; what is wrong with that one is raised."""
     function, arrays, _ = build(case)
+    timed = {which: run for which, run in passes(function, arrays).items() if which in ("forward", "both")}
     standing, *_ = values = knob.values(present)
-    rows, programs, texts = [], {}, {}
+    rows, runs, texts = [], {}, {}
     for value in values:
         row = {"case": str(case), "value": shown(value)}
         rows.append(row)
-        program = Program.of(knob.replaced(present, value), function, arrays)
+        there = {which: functools.partial(on, knob.replaced(present, value), run) for which, run in timed.items()}
         try:
-            text = program.text()
+            text = str(jax.make_jaxpr(there["both"])())
             if text in texts:
                 row["same_program_as"] = texts[text]
                 continue
             texts[text] = row["value"]
-            found = jax.block_until_ready([program.run("forward"), *jax.tree.leaves(program.run("both"))])
+            found = jax.block_until_ready(jax.tree.leaves([run() for run in there.values()]))
         except Exception as error:  # of any kind: no room, no layout, a compiler that gives up
             if value == standing:
                 raise
@@ -158,13 +135,12 @@ def compare(knob: Knob, case: Case, present: devices.Device, repeats: int, sizes
             expected = found
         row["difference"] = max(map(difference, found, expected))
         row["right"] = row["difference"] < LIMITS[case.dtype]
-        programs[row["value"]] = program
-    runs = {(value, which): run for value, program in programs.items() for which, run in program.seconds().items()}
+        runs |= {(row["value"], which): run for which, run in there.items()}
     times = best_seconds(runs, repeats, sizes)
     by_value = {row["value"]: row for row in rows}
     for row in rows:
-        if row["value"] in programs:
-            row["forward_ms"], row["both_ms"] = (times[row["value"], which] * 1e3 for which in ("forward", "both"))
+        if (row["value"], "both") in runs:
+            row |= {f"{which}_ms": times[row["value"], which] * 1e3 for which in timed}
             row["ratio"] = milliseconds(rows[0]) / milliseconds(row)
         elif same := by_value.get(row.get("same_program_as")):  # an earlier row
             row |= {name: same[name] for name in ("right", "ratio", "error") if name in same}
@@ -211,11 +187,7 @@ def main() -> None:
     knobs = [knob for knob in (SMALL if args.rehearse else KNOBS) if knob.field in args.fields]
     failed = []
     with rehearsal(args.rehearse):
-        if "mosaic_gpu" not in available_backends():
-            sys.exit(
-                "gpu_tune.py needs an NVIDIA GPU of compute capability 8.0 or newer, found "
-                f"{jax.devices()[0].device_kind!r}."
-            )
+        require_kernel("gpu_tune.py")
         present = devices.current()
         record = Record(args.out, compute_capability=present.capability, multiprocessors=present.multiprocessors)
         record |= {"fields": {knob.field: [] for knob in knobs}, "proposed": {}, "left_out": []}

@@ -26,10 +26,9 @@ import numpy as np
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
 from gpu_record import Record
-from rehearsal import rehearsal
+from rehearsal import rehearsal, require_kernel
 
 from gspn_jax.kernels import (
-    available_backends,
     depthwise_conv,
     devices,
     line_scan,
@@ -301,11 +300,7 @@ def main() -> None:
     # before JAX looks for devices: a process takes the memory that it needs, not three quarters of the GPU
     os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
     with rehearsal(args.rehearse):
-        if "mosaic_gpu" not in available_backends():
-            sys.exit(
-                f"gpu_values.py needs an NVIDIA GPU of compute capability 8.0 or newer, found "
-                f"{jax.devices()[0].device_kind!r}."
-            )
+        require_kernel("gpu_values.py")
         by_copies = devices.current().local.by_copies  # else cases by threads are others once more
     todo = [case for case in (small_cases() if args.rehearse else cases()) if args.cases in str(case)]
     todo = [case for case in todo if by_copies or not case.by_threads]

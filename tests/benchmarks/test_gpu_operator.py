@@ -2,7 +2,6 @@
 
 import itertools
 import json
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -21,18 +20,11 @@ def values_file(path, *, correct):
     return str(path)
 
 
-def run(monkeypatch, *arguments):
-    monkeypatch.setattr(sys, "argv", ["gpu_operator.py", "--rehearse", "--repeats", "1", *arguments])
-    with pytest.raises(SystemExit) as stopped:
-        gpu_operator.main()
-    return stopped.value.code
-
-
 @pytest.mark.slow
 def test_every_table_is_filled(tmp_path, monkeypatch):
     out = tmp_path / "results.json"
     right = values_file(tmp_path / "values.json", correct=[True, True])
-    assert run(monkeypatch, "--values", right, "--out", str(out)) == 0
+    assert scripts.rehearse(monkeypatch, gpu_operator, "--values", right, "--out", str(out)) == 0
     record = json.loads(out.read_text())
     assert record["values"] == "all right"
     assert {name: len(record[name]) for name in gpu_operator.TABLES} == {
@@ -56,9 +48,16 @@ def test_every_table_is_filled(tmp_path, monkeypatch):
 def test_nothing_is_timed_where_the_kernel_is_wrong(tmp_path, monkeypatch):
     wrong = values_file(tmp_path / "values.json", correct=[True, None, False])
     out = tmp_path / "results.json"
-    assert "found 1 of 3 right: nothing was timed" in run(monkeypatch, "--values", wrong, "--out", str(out))
+    assert "found 1 of 3 right: nothing was timed" in scripts.rehearse(
+        monkeypatch, gpu_operator, "--values", wrong, "--out", str(out)
+    )
     assert not out.exists()
-    assert run(monkeypatch, "--values", wrong, "--anyway", "--tables", "products", "--out", str(out)) == 0
+    assert (
+        scripts.rehearse(
+            monkeypatch, gpu_operator, "--values", wrong, "--anyway", "--tables", "products", "--out", str(out)
+        )
+        == 0
+    )
     assert json.loads(out.read_text())["values"] == "1 of 3 right"
 
 
@@ -69,7 +68,9 @@ def test_a_table_that_fails_does_not_stop_the_next(tmp_path, monkeypatch):
 
     monkeypatch.setitem(gpu_operator.TABLES, "copy", fails)
     right, out = values_file(tmp_path / "values.json", correct=[True]), tmp_path / "results.json"
-    code = run(monkeypatch, "--values", right, "--tables", "copy", "products", "--out", str(out))
+    code = scripts.rehearse(
+        monkeypatch, gpu_operator, "--values", right, "--tables", "copy", "products", "--out", str(out)
+    )
     assert code == "these tables have an error: copy"
     record = json.loads(out.read_text())
     assert record["copy"] == [{"ms": 1.0}] and len(record["products"]) == 2

@@ -94,18 +94,11 @@ def test_lines_that_the_device_has_no_room_for_are_left_out():
             assert reason == f"has no room on chip for lines of {2 * longest} positions"
 
 
-def run(monkeypatch, *arguments):
-    monkeypatch.setattr(sys, "argv", ["gpu_tune.py", "--rehearse", "--repeats", "1", *arguments])
-    with pytest.raises(SystemExit) as stopped:
-        gpu_tune.main()
-    return stopped.value.code
-
-
 @pytest.mark.slow
 def test_a_rehearsal_writes_every_row(tmp_path, monkeypatch, capsys):
     out = tmp_path / "tuning.json"
     monkeypatch.setattr(gpu_tune, "WORTH", 1e6)
-    assert run(monkeypatch, "--fields", "depthwise.segment", "--out", str(out)) == 0
+    assert scripts.rehearse(monkeypatch, gpu_tune, "--fields", "depthwise.segment", "--out", str(out)) == 0
     record = json.loads(out.read_text())
     first, second, same = record["fields"]["depthwise.segment"]
     assert (first["value"], second["value"], same["value"]) == ("16", "2", "64")
@@ -117,7 +110,7 @@ def test_a_rehearsal_writes_every_row(tmp_path, monkeypatch, capsys):
 
 def test_what_no_time_was_left_for_is_named(tmp_path, monkeypatch, capsys):
     out = tmp_path / "tuning.json"
-    assert run(monkeypatch, "--limit", "-1", "--out", str(out)) == 0
+    assert scripts.rehearse(monkeypatch, gpu_tune, "--limit", "-1", "--out", str(out)) == 0
     left_out = [f"{knob.field}, {case}: no time was left" for knob in gpu_tune.SMALL for case in knob.cases]
     assert json.loads(out.read_text())["left_out"] == left_out
     assert f"left out: {'; '.join(left_out)}" in capsys.readouterr().out
@@ -131,7 +124,7 @@ def test_an_error_of_the_program_as_it_is_fails_and_the_others_are_tried(tmp_pat
 
     monkeypatch.setattr(gpu_tune, "compare", compare)
     out = tmp_path / "tuning.json"
-    assert "depthwise.segment, depthwise_conv 1x2x4x128" in run(monkeypatch, "--out", str(out))
+    assert "depthwise.segment, depthwise_conv 1x2x4x128" in scripts.rehearse(monkeypatch, gpu_tune, "--out", str(out))
     proposed = {"value": "256", "ratio": 2.0, "cases": "1 of 1"}
     assert json.loads(out.read_text())["proposed"] == {"joint_tile": proposed}
     said = "joint_tile: 256 is 2.000 times as fast as what stands in kernels/devices.py, over 1 of 1 cases"
@@ -147,5 +140,5 @@ def test_another_device_is_refused(monkeypatch):
 @pytest.mark.slow
 def test_a_rehearsal_tries_a_scan_too(tmp_path, monkeypatch):
     out = tmp_path / "tuning.json"
-    assert run(monkeypatch, "--fields", "joint_tile", "--out", str(out)) == 0
+    assert scripts.rehearse(monkeypatch, gpu_tune, "--fields", "joint_tile", "--out", str(out)) == 0
     assert all(row["right"] for row in json.loads(out.read_text())["fields"]["joint_tile"])
