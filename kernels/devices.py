@@ -73,7 +73,7 @@ class Device:
     local: Local = Local()
     depthwise: Depthwise = Depthwise()
     multiprocessors: int
-    """Of the first of the examples, or of the GPU that is there: work is split so that few of them are idle."""
+    """Multiprocessors of the first of the examples, or of the GPU at hand; work is split so that few are idle."""
     oldest_jax: tuple[int, ...] = (0, 10, 2)
     """The first version whose Pallas can assemble for it."""
 

@@ -4,7 +4,6 @@ What differs between GPUs comes from `devices`.
 """
 
 import dataclasses
-import itertools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -64,7 +63,7 @@ class Plan:
     kinds: int = 0
     """Terms of a pixel that they expand it to."""
     backward: bool = True
-    """Whether a block has room for the backward pass, which takes more."""
+    """True if a block has room for the backward pass, which takes more than the forward pass."""
 
     @property
     def keeps_factors(self) -> bool:
@@ -187,46 +186,16 @@ def make_plan(
     """
     any_slab = group in (None, channels)
     slabs = [slab for slab in (PRODUCTS if rank else SLABS) if any_slab or group % slab == 0]
-    rooms = [(device.shared_bytes, slabs)]
+    rooms = [(device.shared_bytes, slabs)]  # bytes of shared memory and channels that a block may take, best first
     if not rank:
         rooms = [(device.scan_bytes, slabs), *rooms, (device.shared_bytes, [NARROWEST] * any_slab)]
-    plans = (
-        _plan_within(
-            room,
-            slabs,
-            (height, width, channels),
-            directions=directions,
-            device=device,
-            group=group,
-            rank=rank,
-            kinds=kinds,
-            backward=backward,
-        )
-        for room, slabs in rooms
-    )
-    return next((plan for plan in plans if plan), None)
-
-
-def _plan_within(
-    room: int,
-    slabs: Sequence[int],
-    size: tuple[int, int, int],
-    *,
-    directions: int,
-    device: Device,
-    group: int | None,
-    rank: int,
-    kinds: int,
-    backward: bool,
-) -> Plan | None:
-    """The best plan whose blocks take so many bytes of shared memory and channels."""
-    height, width, channels = size
-    best, least = None, (math.inf, math.inf)
+    best, least = None, (math.inf,) * 3
     may_be_joint = directions > 1 and (device.shared_joint or not group)
     may_be_joint = may_be_joint and (device.skip_joint or kinds <= SKIP)
     apart_tile = (group and device.shared_tile) or device.apart_tile
     any_layout = compat.STORES_ANY_LAYOUT or compat.interpreting()
-    for joint, slab in itertools.product((True, False), slabs):
+    candidates = ((n, joint, slab) for n, (_, slabs) in enumerate(rooms) for joint in (True, False) for slab in slabs)
+    for n, joint, slab in candidates:
         if joint and not (may_be_joint and slab >= min(NARROW, group or channels)):
             continue
         if slab < NARROW and (joint or group) and not any_layout:
@@ -252,9 +221,9 @@ def _plan_within(
             kinds=kinds,
             backward=backward,
         )
-        if plan.scan_bytes(directions) > room:
+        if plan.scan_bytes(directions) > rooms[n][0]:
             continue
-        cost = plan.height * plan.width * plan.channels, plan.computed * plan.channels * (2 if joint else APART)
+        cost = n, plan.height * plan.width * plan.channels, plan.computed * plan.channels * (2 if joint else APART)
         if cost < least:
             best, least = plan, cost
     return best
