@@ -101,3 +101,16 @@ def test_loads_that_come_late_are_told(monkeypatch):
     monkeypatch.setattr(bodies, "MOST_AHEAD", 0)
     for name, found in assembled().items():
         assert min(line.ahead() for line in lines(found.sass)) < AHEAD[name]
+
+
+@pytest.mark.slow
+def test_wide_proxies_do_not_spill_where_a_line_has_several_tiles():
+    """With two tiles ahead, as narrower ones have them, they would."""
+
+    def forward(*arrays):
+        return mosaic_gpu.propagate_low_rank(*arrays, None, 4)
+
+    rank, channels = 160, 128
+    shapes = (1, 512, 512, channels), (1, 512, 512, rank), (rank, 4, 3, channels), *[(rank, 4, channels)] * 2, (4,)
+    (module,) = toolchain.lower(forward, *(jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in shapes))
+    assert toolchain.assemble(module).spilled_bytes == 0
